@@ -1,0 +1,40 @@
+# make qa     set up, tune the bundled demo base on the article's five Q&As, show the answers
+# make test   set up what tests need, then run them
+# make lint   ruff and pyright
+# make bench  the CPU benchmarks
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: qa test lint bench clean
+
+qa: $(VENV)/.scripts
+	$(BIN)/python scripts/train_qa.py --config scripts/configs/demo.yaml
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+# One stamp a group of dependencies, so that `make qa` installs only what it needs.
+$(VENV)/.scripts: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; pass PYTHON=/path/to/it")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch numpy
+	$(PIP) -e '.[scripts]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.scripts
+	$(PIP) -e '.[scripts,test,peers]'
+	touch $@
+
+$(VENV)/.check: $(VENV)/.test
+	$(PIP) -e '.[scripts,test,peers,check]'
+	touch $@

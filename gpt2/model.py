@@ -1,0 +1,248 @@
+"""GPT-2, with the module names and tensor layouts of the published checkpoint.
+
+Read from the bottom up for the whole (`GPT2`), from the top down for the parts. Nothing here knows
+of LoRA: an adapter replaces a layer such as `transformer.h.0.attn.c_attn` from outside.
+
+Shapes: B batch · T time · C n_embd · H heads · D head size · V vocab · S cache slots a row.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gpt2.config import GPT2Config
+
+
+class Conv1D(nn.Module):
+    """A linear layer whose weight is stored `(in, out)`, as the published GPT-2 stores it.
+
+    Args:
+        in_features: size of the last axis of the input.
+        out_features: size of the last axis of the output.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(in_features, out_features))
+        self.bias = nn.Parameter(torch.empty(out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(…, in)` to `(…, out)`."""
+        return F.linear(x, self.weight.t(), self.bias)
+
+
+class LayerCache:
+    """Keys and values that one attention layer has seen.
+
+    Rows are right-padded: row b's tokens fill slots 0, 1, 2, … without gaps, so rows of different
+    lengths need no left padding, and a slot past a row's own length is never attended to.
+
+    Args:
+        k, v: `(B, H, S, D)` buffers.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor) -> None:
+        self.k, self.v = k, v
+
+    def write(self, k: Tensor, v: Tensor, positions: Tensor) -> None:
+        """Store `k` and `v` `(B, H, T, D)` in the slots `positions` `(B, T)` of each row."""
+        rows = torch.arange(k.shape[0], device=k.device)[:, None]
+        self.k[rows, :, positions] = k.transpose(1, 2)
+        self.v[rows, :, positions] = v.transpose(1, 2)
+
+
+class KVCache:
+    """One `LayerCache` a block, and how many tokens each row holds.
+
+    Args:
+        config: the model's.
+        batch: number of rows, B.
+        slots: tokens that fit in a row, S; at most `config.block_size`.
+        dtype, device: the model's.
+    """
+
+    def __init__(
+        self,
+        config: GPT2Config,
+        batch: int,
+        slots: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        if not 1 <= slots <= config.block_size:
+            raise ValueError(f"slots must be in 1..{config.block_size} (block_size), got {slots}.")
+        shape = (batch, config.n_head, slots, config.n_embd // config.n_head)
+        self.slots = slots
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)  # (B,) filled slots
+        self.layers = [
+            LayerCache(
+                torch.zeros(shape, dtype=dtype, device=device),
+                torch.zeros(shape, dtype=dtype, device=device),
+            )
+            for _ in range(config.n_layer)
+        ]
+        # No row holds more than this many tokens: known on the host, so that attention reads the
+        # filled part of the buffers only and asks the device nothing.
+        self.filled = 0
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention in which no position sees a later one."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.attn_pdrop = config.attn_pdrop
+        self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)  # query, key, value side by side
+        self.c_proj = Conv1D(config.n_embd, config.n_embd)
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(
+        self, x: Tensor, positions: Tensor, cache: LayerCache | None = None, filled: int = 0
+    ) -> Tensor:
+        """Attend over `x` `(B, T, C)`, and over the cache's first `filled` slots where given."""
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4).unbind()
+        dropout = self.attn_pdrop if self.training else 0.0
+        if cache is not None:
+            cache.write(k, v, positions)
+        if cache is None or filled == T:  # these T tokens are all there is to see
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        else:
+            k, v = cache.k[:, :, :filled], cache.v[:, :, :filled]  # (B, H, filled, D)
+            slots = torch.arange(filled, device=x.device)
+            visible = slots <= positions[:, None, :, None]  # (B, 1, T, filled)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout)
+        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    """Two linear layers around a tanh-approximated GELU, four times as wide in between."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.c_fc = Conv1D(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Conv1D(4 * config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(B, T, C)` to `(B, T, C)`."""
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+
+
+class Block(nn.Module):
+    """Attention, then the MLP, each reading a normalised copy of the stream and adding to it."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, positions: Tensor, cache: LayerCache | None = None, filled: int = 0
+    ) -> Tensor:
+        """Map the stream `(B, T, C)` to the stream `(B, T, C)`."""
+        x = x + self.attn(self.ln_1(x), positions, cache, filled)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """Everything but the head: token ids to hidden states."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.embd_pdrop)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+
+    def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Hidden states `(B, T, C)` of the token ids `idx` `(B, T)`, after the last LayerNorm.
+
+        With a cache, `idx` continues each row after the `cache.lengths` tokens that it holds.
+
+        Raises:
+            ValueError: `idx` is not a (B, T) tensor of integers, or does not fit the context.
+        """
+        positions = self._positions(idx, cache)
+        filled = 0
+        if cache is not None:
+            filled = cache.filled = cache.filled + idx.shape[1]
+        x = self.drop(self.wte(idx) + self.wpe(positions))
+        for i, block in enumerate(self.h):
+            x = block(x, positions, cache.layers[i] if cache is not None else None, filled)
+        if cache is not None:
+            cache.lengths += idx.shape[1]
+        return self.ln_f(x)
+
+    def _positions(self, idx: Tensor, cache: KVCache | None) -> Tensor:
+        """The position of every token, `(1, T)` or with a cache `(B, T)`."""
+        if idx.dim() != 2 or idx.is_floating_point():
+            raise ValueError(f"idx must be (B, T) integers, got {tuple(idx.shape)} {idx.dtype}.")
+        T, limit = idx.shape[1], self.config.block_size if cache is None else cache.slots
+        start = 0 if cache is None else cache.filled
+        if not 1 <= T <= limit - start:
+            raise ValueError(
+                f"{start + T} tokens do not fit: this context takes 1 to {limit} tokens a row. "
+                "Shorten the text or split it."
+            )
+        steps = torch.arange(T, device=idx.device)
+        return steps[None] if cache is None else cache.lengths[:, None] + steps
+
+
+class GPT2(nn.Module):
+    """GPT-2 with its language-model head, whose weight is the token embedding's own.
+
+    Args:
+        config: sizes and dropouts. The weights are drawn as for pretraining (normal, 0.02; the
+            layers that write to the stream narrower by √(2 n_layer)); `from_pretrained` loads them.
+    """
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                narrower = (2 * config.n_layer) ** -0.5 if name.endswith("c_proj.weight") else 1.0
+                nn.init.normal_(p, std=0.02 * narrower)
+            elif not name.endswith("weight"):  # LayerNorm weights are born as ones
+                nn.init.zeros_(p)
+
+    def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Logits `(B, T, V)` of the next token after each of `idx` `(B, T)`.
+
+        Raises:
+            ValueError: as `Transformer.forward`.
+        """
+        return self.lm_head(self.transformer(idx, cache))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """Load published weights; see `gpt2.pretrained.load` for names, layouts and errors."""
+        from gpt2 import pretrained  # it builds this class, so it cannot be imported above
+
+        return pretrained.load(cls, name, dtype=dtype, device=device)
+
+    def save_pretrained(self, folder: str) -> None:
+        """Write `config.json` and `model.safetensors`; see `gpt2.pretrained.save`."""
+        from gpt2 import pretrained
+
+        pretrained.save(self, folder)
