@@ -34,6 +34,10 @@ class Conv1D(nn.Module):
         """Map `(…, in)` to `(…, out)`."""
         return F.linear(x, self.weight.t(), self.bias)
 
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        return "in_features={}, out_features={}".format(*self.weight.shape)
+
 
 class LayerCache:
     """Keys and values that one attention layer has seen.

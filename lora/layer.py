@@ -1,0 +1,198 @@
+"""One adapted layer: `y = x W + b + s · drop(x) Aᵀ Bᵀ`, with `s = alpha / r`. Read this first.
+
+`LowRankUpdate` is one adapter's share of the formula, `LoRALinear` the frozen base layer with its
+updates beside it. Everything else in this package is bookkeeping around these two.
+
+Shapes: in, out features of the base layer · r rank · … any leading axes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call  # pyright: ignore[reportUnknownVariableType]
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateConfig:
+    """What one update is made of.
+
+    Args:
+        r: rank, at least 1.
+        alpha: numerator of the scaling, above 0.
+        dropout: probability in [0, 1) of dropping an input feature of the update in training.
+        rslora: scale by `alpha / √r` instead of `alpha / r` (Kalajdzievski 2023, "A Rank
+            Stabilization Scaling Factor for Fine-Tuning with LoRA").
+
+    Raises:
+        ValueError: naming each argument that is out of range.
+    """
+
+    r: int
+    alpha: float
+    dropout: float
+    rslora: bool = False
+
+    def __post_init__(self) -> None:
+        faults: list[str] = []
+        if type(self.r) is not int or self.r < 1:
+            faults.append(f"r must be an integer of at least 1, got {self.r!r}")
+        if not _is_number(self.alpha) or not (math.isfinite(self.alpha) and self.alpha > 0):
+            faults.append(f"alpha must be a finite number above 0, got {self.alpha!r}")
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            faults.append(f"dropout must be in [0, 1), got {self.dropout!r}")
+        if faults:
+            raise ValueError("; ".join(faults) + ".")
+
+    @property
+    def scaling(self) -> float:
+        """The factor `s` of the formula."""
+        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
+
+class LowRankUpdate(nn.Module):
+    """`s · drop(x) Aᵀ Bᵀ`: A is `(r, in)`, B is `(out, r)`, whatever the base layer's layout.
+
+    A and B are used in the dtype of `x`, so float32 factors beside a 16-bit base cost no 32-bit
+    copy of the activations.
+
+    Args:
+        in_features, out_features: of the base layer.
+        config: rank, alpha and dropout.
+        dtype, device: of A and B.
+
+    Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        config: UpdateConfig,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.A = nn.Parameter(torch.empty(config.r, in_features, dtype=dtype, device=device))
+        self.B = nn.Parameter(torch.zeros(out_features, config.r, dtype=dtype, device=device))
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        """Draw A from U(±1/√in), that is Kaiming-uniform with a = √5, and set B to zero.
+
+        A is drawn in float32 on the CPU, so that a seed gives the same adapter on every device.
+        """
+        a = torch.empty(self.A.shape, dtype=torch.float32, device="cpu")
+        self.A.copy_(nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator))
+        self.B.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(…, in)` to `(…, out)`, in the dtype of `x`."""
+        x = F.dropout(x, self.config.dropout, self.training)
+        h = F.linear(x, self.A.to(x.dtype)) * self.config.scaling  # (…, r)
+        return F.linear(h, self.B.to(x.dtype))
+
+    def delta(self) -> Tensor:
+        """What the update adds to the weight: `s · B A`, `(out, in)`, in the widest float."""
+        dtype = widest_float(self.A.device)
+        return self.B.to(dtype) @ self.A.to(dtype) * self.config.scaling
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        c = self.config
+        return f"in={self.A.shape[1]}, out={self.B.shape[0]}, r={c.r}, alpha={c.alpha:g}"
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer with the updates of any number of adapters beside it.
+
+    The base is the very module it replaces, and its weight is never written: a merged weight lives
+    beside it and takes its place in the forward pass, so unmerging is forgetting.
+
+    Args:
+        base: an `nn.Linear`, or a Conv1D that stores its weight `(in, out)`.
+
+    Raises:
+        ValueError: `base` is neither.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        if reason := why_not_adaptable(base):
+            raise ValueError(f"{type(base).__name__} cannot carry an update: {reason}.")
+        self.base = base
+        self.updates = nn.ModuleDict()  # adapter name -> LowRankUpdate
+        self.active: dict[str, float] = {}  # adapter name -> its weight in the sum
+        self.enabled = True
+        # Base parameters that were trainable before injection; one list for the whole model.
+        self.thawed: list[nn.Parameter] = []
+        self.merged_weight: Tensor | None  # in the base's layout; None when not merged
+        self.register_buffer("merged_weight", None, persistent=False)
+        self.training = base.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(…, in)` to `(…, out)`."""
+        if not self.enabled:
+            return self.base(x)
+        if self.merged_weight is not None:
+            return functional_call(self.base, {"weight": self.merged_weight}, (x,))
+        y = self.base(x)
+        for update, weight in self.active_updates():
+            y = y + (update(x) if weight == 1 else weight * update(x))
+        return y
+
+    def active_updates(self) -> Iterable[tuple[LowRankUpdate, float]]:
+        """The updates in force, each with its weight in the sum."""
+        return [(cast(LowRankUpdate, self.updates[n]), w) for n, w in self.active.items()]
+
+    def activate(self, weights: Mapping[str, float]) -> None:
+        """Put those of the named updates that this layer has in force; only they require grad."""
+        for name in self.active:
+            self.updates[name].requires_grad_(False)
+        self.active = {n: w for n, w in weights.items() if n in self.updates}
+        for name in self.active:
+            self.updates[name].requires_grad_(True)
+
+    @property
+    def weight_out_in(self) -> Tensor:
+        """The base's own weight seen as `(out, in)`, whatever its layout."""
+        return out_in_view(self.base, cast(Tensor, self.base.weight))
+
+
+def out_in_view(base: nn.Module, weight: Tensor) -> Tensor:
+    """See a weight in `base`'s layout as `(out, in)`, or an `(out, in)` one in `base`'s layout."""
+    return weight.t() if is_fan_in_fan_out(base) else weight
+
+
+def is_fan_in_fan_out(base: nn.Module) -> bool:
+    """Whether the layer stores its weight `(in, out)`: told by its class, never by its shape."""
+    return any(cls.__name__ == "Conv1D" for cls in type(base).__mro__)
+
+
+def why_not_adaptable(module: nn.Module) -> str | None:
+    """The reason why a module cannot carry an update, or None if it can."""
+    if not (isinstance(module, nn.Linear) or is_fan_in_fan_out(module)):
+        return "it is no nn.Linear or Conv1D"
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads its weight without calling it"
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    if weight is None or weight.dim() != 2 or not weight.is_floating_point():
+        return "its weight is no 2-D floating-point parameter"
+    return None
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """The dtype in which merged weights are computed."""
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
