@@ -136,7 +136,7 @@ class LoRALinear(nn.Module):
         self.thawed: list[nn.Parameter] = []
         self.merged_weight: Tensor | None  # in the base's layout; None when not merged
         self.register_buffer("merged_weight", None, persistent=False)
-        self.training = base.training
+        self.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(…, in)` to `(…, out)`."""

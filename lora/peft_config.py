@@ -98,7 +98,7 @@ def read(file: Path) -> PeftConfig:
     try:
         for path in ("", *config.rank_pattern, *config.alpha_pattern):
             config.update_config(path)
-    except (ValueError, re.error) as error:
+    except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     return config
 
@@ -144,13 +144,34 @@ def _faults(fields: dict[str, Any]) -> list[str]:
         faults.append(f"init_lora_weights {fields['init_lora_weights']!r} changed the base weights")
     if not fields.get("target_modules"):
         faults.append("target_modules is missing or empty")
+    for name in ("target_modules", "exclude_modules"):
+        faults += _malformed(name, fields.get(name), "a regular expression or a list of names", str)
+    faults += _malformed("layers_to_transform", fields.get("layers_to_transform"), "integers", int)
     for name in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(fields.get(name) or {}, dict):
-            faults.append(f"{name} is no object")
+        value: Any = fields.get(name) or {}
+        if not isinstance(value, dict) or not all(map(_is_regex, cast(dict[str, Any], value))):
+            faults.append(f"{name} is {value!r}, not an object of regular expressions")
     for name in sorted(fields.keys() - _HARMLESS - _READ):
         if fields[name]:
             faults.append(f"{name} is {fields[name]!r}, which is not supported")
     return faults
+
+
+def _malformed(name: str, value: Any, wanted: str, kind: type) -> list[str]:
+    """A fault unless the value is unset, of this kind, or a list of this kind."""
+    values = cast(list[Any], value) if isinstance(value, list) else [value]
+    fits = all(isinstance(v, kind) for v in values)
+    if value is None or (fits and (not isinstance(value, str) or _is_regex(value))):
+        return []
+    return [f"{name} is {value!r}, not {wanted}"]
+
+
+def _is_regex(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
 
 
 def _entries(value: Any) -> str | tuple[str, ...]:

@@ -1,0 +1,297 @@
+"""Injecting and ejecting: what is reached, what is frozen, what is refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import gpt2
+import lora
+from tests.toys import MLP, TINY, randomize, raw, snapshot, tiny_gpt2
+
+IDX = torch.randint(0, TINY.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
+ALL = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_at_birth_an_adapter_changes_nothing(dtype):
+    model = tiny_gpt2(dtype=dtype)
+    before = model(IDX)
+    lora.inject(model, r=4, targets=ALL)
+    assert raw(model(IDX)) == raw(before)
+
+
+def test_paths_freezing_and_counts():
+    model = gpt2.GPT2(TINY)
+    paths = lora.inject(model, r=4)
+    assert paths == ["transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"]
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {f"{p}.updates.default.{f}" for p in paths for f in "AB"}
+    assert len(lora.trainable_parameters(model)) == 4
+    count = lora.count_parameters(model)
+    assert count.trainable == 2 * (4 * 16 + 48 * 4)
+    assert count.total == sum(p.numel() for p in model.parameters())
+
+
+def test_count_prints_as_peft_does_at_124m():
+    with torch.device("meta"):
+        model = gpt2.GPT2(gpt2.SIZES["gpt2"])
+    lora.inject(model, r=8, alpha=16)
+    assert str(lora.count_parameters(model)) == (
+        "trainable params: 294,912 || all params: 124,734,720 || trainable%: 0.2364"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "every"),
+    [
+        ("gpt2-medium", 786_432, 3_145_728),
+        ("gpt2-large", 1_474_560, 5_898_240),
+        ("gpt2-xl", 2_457_600, 9_830_400),
+    ],
+)
+def test_counts_of_the_larger_sizes(name, attention, every):
+    for targets, expected in ((("c_attn",), attention), (ALL, every)):
+        with torch.device("meta"):
+            model = gpt2.GPT2(gpt2.SIZES[name])
+        lora.inject(model, targets=targets)
+        assert lora.count_parameters(model).trainable == expected
+
+
+def test_a_target_is_matched_on_whole_segments():
+    model = tiny_gpt2()
+    assert lora.inject(model, r=2, targets=["attn.c_proj"]) == [
+        f"transformer.h.{i}.attn.c_proj" for i in (0, 1)
+    ]
+    model = tiny_gpt2()
+    assert len(lora.inject(model, r=2, targets="c_proj")) == 4
+
+
+def test_works_on_a_plain_mlp_and_learns():
+    torch.manual_seed(0)
+    model = MLP()
+    lora.inject(model, r=2, targets=("up", "down"), seed=0)
+    before = lora.base_state_dict(model)
+    before = {k: v.clone() for k, v in before.items()}
+    x, y = torch.randn(32, 6), torch.randn(32, 6)
+    optimizer = torch.optim.AdamW(lora.trainable_parameters(model), lr=0.05)
+    losses = []
+    for _ in range(60):
+        loss = nn.functional.mse_loss(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    after = lora.base_state_dict(model)
+    assert {k: raw(v) for k, v in after.items()} == {k: raw(v) for k, v in before.items()}
+
+
+def test_works_on_transformers_gpt2():
+    config = transformers.GPT2Config(
+        n_layer=2, n_head=2, n_embd=16, n_positions=32, vocab_size=61, resid_pdrop=0
+    )
+    model = transformers.GPT2LMHeadModel(config).eval()
+    ours = gpt2.GPT2(TINY).eval()
+    ours.load_state_dict(model.state_dict())
+    for m in (model, ours):
+        assert lora.inject(m, r=4, seed=5) == [f"transformer.h.{i}.attn.c_attn" for i in (0, 1)]
+        randomize(m)
+    torch.testing.assert_close(ours(IDX), model(IDX).logits, rtol=1e-5, atol=1e-5)
+    with lora.merged(model):
+        torch.testing.assert_close(ours(IDX), model(IDX).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_module_under_several_paths_is_adapted_once_under_each():
+    model = nn.Sequential(MLP(), MLP())
+    model[1].up = model[0].up
+    assert lora.inject(model, r=2, targets="up") == ["0.up", "1.up"]
+    assert model[0].up is model[1].up
+    assert isinstance(model[0].up, lora.LoRALinear)
+    assert len(lora.trainable_parameters(model)) == 2
+    assert set(lora.base_state_dict(model)) == set(nn.Sequential(MLP(), MLP()).state_dict())
+    assert lora.eject(model) == ["0.up", "1.up"]
+    assert isinstance(model[1].up, nn.Linear)
+
+
+def test_a_seed_gives_the_same_adapter_whatever_the_order():
+    factors = []
+    for targets in (ALL, ALL[::-1]):
+        model = tiny_gpt2()
+        lora.inject(model, r=2, targets=targets, seed=7)
+        factors.append({n: raw(p) for n, p in model.named_parameters() if ".updates." in n})
+    assert factors[0] == factors[1]
+    model = tiny_gpt2()
+    lora.inject(model, r=2, targets="c_attn", seed=7)
+    alone = {n: raw(p) for n, p in model.named_parameters() if ".updates." in n}
+    assert alone.items() <= factors[0].items()
+    a = [v for n, v in factors[0].items() if n.endswith("c_attn.updates.default.A")]
+    assert a[0] != a[1]  # layers differ from each other
+
+
+def test_a_given_seed_leaves_the_global_generator_alone_and_none_follows_it():
+    torch.manual_seed(1)
+    lora.inject(tiny_gpt2(), r=2, seed=3)
+    after = torch.rand(1)
+    torch.manual_seed(1)
+    assert after == torch.rand(1)
+    drawn = []
+    for seed in (1, 1, 2):
+        model = tiny_gpt2()
+        torch.manual_seed(seed)
+        lora.inject(model, r=2)
+        drawn.append(raw(lora.trainable_parameters(model)[0]))
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_is_kaiming_uniform_and_b_zero():
+    model = nn.Sequential(nn.Linear(400, 300))
+    lora.inject(model, r=50, targets="0", seed=0)
+    update = model[0].updates["default"]
+    assert update.A.abs().max() <= 1 / 20
+    assert update.A.std().item() == pytest.approx(1 / 20 / 3**0.5, rel=0.02)
+    assert abs(update.A.mean()) < 1e-3
+    assert not update.B.any()
+
+
+def test_dtype_and_device_follow_the_base_unless_asked():
+    model = tiny_gpt2(dtype=torch.float64)
+    lora.inject(model, r=2)
+    assert {p.dtype for p in lora.trainable_parameters(model)} == {torch.float64}
+    model = tiny_gpt2(dtype=torch.bfloat16)
+    lora.inject(model, r=2, dtype=torch.bfloat16)
+    assert {p.dtype for p in lora.trainable_parameters(model)} == {torch.bfloat16}
+    with torch.device("meta"):
+        model = gpt2.GPT2(TINY)
+    lora.inject(model, r=2)
+    assert all(p.is_meta for p in lora.trainable_parameters(model))
+
+
+def test_eject_is_exact_by_identity():
+    model = tiny_gpt2()
+    model.transformer.wpe.weight.requires_grad_(False)  # the caller's own choice survives too
+    before = snapshot(model)
+    lora.inject(model, r=4, targets=ALL)
+    randomize(model)
+    lora.eject(model)
+    assert snapshot(model) == before
+
+
+def test_eject_with_merge_keeps_the_merged_weights():
+    model = tiny_gpt2()
+    lora.inject(model, r=4, targets=ALL)
+    randomize(model)
+    with lora.merged(model):
+        want = model(IDX)
+    names = set(tiny_gpt2().state_dict())
+    lora.eject(model, merge=True)
+    assert torch.equal(model(IDX), want)
+    assert set(model.state_dict()) == names
+
+
+def test_deepcopy_is_independent():
+    model = tiny_gpt2()
+    lora.inject(model, r=4)
+    randomize(model)
+    twin = copy.deepcopy(model)
+    want = model(IDX)
+    assert torch.equal(twin(IDX), want)
+    randomize(twin, seed=9)
+    lora.merge(twin)
+    assert torch.equal(model(IDX), want)
+    lora.eject(twin, merge=True)
+    assert torch.equal(model(IDX), want)
+    assert all(p.requires_grad for p in twin.parameters())
+    assert not model.transformer.wte.weight.requires_grad
+
+
+def test_the_mode_of_the_base_is_taken_over():
+    model = tiny_gpt2().train()
+    lora.inject(model, r=2, dropout=0.5)
+    assert all(m.training for m in model.modules())
+    lora.eject(model)
+    lora.inject(model.eval(), r=2, dropout=0.5)
+    assert not any(m.training for m in model.modules())
+
+
+def test_a_compiled_or_parallel_wrapper_is_seen_through():
+    model = tiny_gpt2()
+    wrapped = nn.DataParallel(torch.compile(model))
+    assert lora.inject(wrapped, r=2)[0] == "transformer.h.0.attn.c_attn"
+    randomize(model)
+    with lora.disabled(wrapped):
+        assert not model.transformer.h[0].attn.c_attn.enabled
+    assert set(lora.base_state_dict(wrapped)) == set(tiny_gpt2().state_dict())
+    lora.eject(wrapped)
+    assert isinstance(model.transformer.h[0].attn.c_attn, gpt2.Conv1D)
+
+
+REFUSED = [
+    ({"r": 0}, "r must be an integer"),
+    ({"r": 17}, r"transformer.h.0.attn.c_attn: r 17 is above 16.*Choose a smaller r"),
+    ({"alpha": -3}, "alpha must be"),
+    ({"alpha": float("inf")}, "alpha must be"),
+    ({"dropout": 1.0}, "dropout must be"),
+    (
+        {"targets": "q_proj"},
+        r"No module matches target 'q_proj'. Linear modules here end in: "
+        r"attn.c_attn, attn.c_proj, lm_head, mlp.c_fc, mlp.c_proj",
+    ),
+    ({"targets": ("c_attn", "c_atn")}, "No module matches target 'c_atn'"),
+    ({"targets": ("x", "y")}, r"target 'x'.*target 'y'"),
+    ({"targets": ("c_attn", "ln_1")}, "matches transformer.h.0.ln_1 .and 1 more., but it is no"),
+    ({"targets": ()}, "targets must name"),
+    ({"targets": ("",)}, "targets must name"),
+    ({"targets": "attn"}, "but it is no nn.Linear or Conv1D"),
+    ({"adapter": "a.b"}, "cannot name an adapter"),
+    ({"adapter": ""}, "cannot name an adapter"),
+    ({"adapter": "keys"}, "cannot name an adapter"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), REFUSED)
+def test_inject_refuses_and_changes_nothing(arguments, words):
+    model = tiny_gpt2()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=words):
+        lora.inject(model, **arguments)
+    assert snapshot(model) == before
+
+
+def test_a_second_inject_of_the_same_name_is_refused():
+    model = tiny_gpt2()
+    lora.inject(model, r=2)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="carries an adapter 'default' already"):
+        lora.inject(model, r=2, targets=ALL)
+    assert snapshot(model) == before
+
+
+def test_inject_while_merged_is_refused():
+    model = tiny_gpt2()
+    lora.inject(model, r=2)
+    lora.merge(model)
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="is merged"):
+        lora.inject(model, r=2, adapter="second")
+    assert snapshot(model) == before
+
+
+def test_a_layer_that_its_parent_never_calls_is_refused():
+    """nn.MultiheadAttention reads out_proj.weight itself: an update there would do nothing."""
+    model = nn.TransformerEncoderLayer(8, 2)
+    with pytest.raises(ValueError, match="without calling it"):
+        lora.inject(model, r=2, targets="out_proj")
+
+
+def test_without_adapters_every_call_says_so():
+    for call in (lora.eject, lora.merge, lora.unmerge, lora.is_merged):
+        with pytest.raises(RuntimeError, match="carries no adapter"):
+            call(tiny_gpt2())
+    for context in (lora.disabled, lora.merged):
+        with pytest.raises(RuntimeError, match="carries no adapter"), context(tiny_gpt2()):
+            pass

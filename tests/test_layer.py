@@ -1,0 +1,153 @@
+"""LoRALinear against the formula, written out densely."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+import gpt2
+import lora
+from tests.toys import dense, layer
+
+KINDS = ("linear", "conv1d")
+sizes = st.integers(1, 9)
+
+
+def adapted(kind: str, n_in: int, n_out: int, r: int, **config) -> lora.LoRALinear:
+    wrapper = lora.LoRALinear(layer(kind, n_in, n_out, torch.float64))
+    settings = {"r": r, "alpha": 3.0, "dropout": 0.0} | config
+    update = lora.LowRankUpdate(n_in, n_out, lora.UpdateConfig(**settings), dtype=torch.float64)
+    nn.init.normal_(update.A)
+    nn.init.normal_(update.B)
+    wrapper.updates["default"] = update
+    wrapper.activate({"default": 1.0})
+    return wrapper
+
+
+@given(st.sampled_from(KINDS), sizes, sizes, st.integers(1, 4), st.integers(0, 2))
+def test_forward_and_gradients_equal_the_dense_form(kind, n_in, n_out, r, leading):
+    torch.manual_seed(n_in * 100 + n_out)
+    wrapper = adapted(kind, n_in, n_out, r)
+    update = wrapper.updates["default"]
+    x = torch.randn(*(2, 3)[:leading], n_in, dtype=torch.float64, requires_grad=True)
+    y = wrapper(x)
+    probe = torch.randn_like(y)
+    got = torch.autograd.grad((y * probe).sum(), (x, update.A, update.B))
+
+    a, b = (p.detach().requires_grad_() for p in (update.A, update.B))
+    dense_x = x.detach().requires_grad_()
+    weight = dense(wrapper.base) + 3.0 / r * b @ a
+    expected = F.linear(dense_x, weight, wrapper.base.bias)
+    want = torch.autograd.grad((expected * probe).sum(), (dense_x, a, b))
+    torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck_with_dropout_replayed(kind):
+    wrapper = adapted(kind, 4, 6, 2, dropout=0.5).train()
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+
+    def forward(x, a, b):
+        torch.manual_seed(0)
+        factors = {"updates.default.A": a, "updates.default.B": b}
+        return torch.func.functional_call(wrapper, factors, (x,))
+
+    update = wrapper.updates["default"]
+    assert torch.autograd.gradcheck(forward, (x, update.A, update.B))
+
+
+def test_dropout_touches_the_update_only_and_only_in_training():
+    wrapper = adapted("conv1d", 5, 5, 2, dropout=0.5)
+    x = torch.randn(7, 5, dtype=torch.float64)
+    base = wrapper.base(x)
+    update = wrapper.updates["default"]
+    torch.manual_seed(3)
+    noisy = wrapper.train()(x)
+    torch.manual_seed(3)
+    dropped = F.dropout(x, 0.5, True)
+    torch.testing.assert_close(noisy, base + dropped @ update.A.T @ update.B.T * 1.5)
+    torch.testing.assert_close(wrapper.eval()(x), base + x @ update.A.T @ update.B.T * 1.5)
+
+
+def test_rslora_scales_by_the_root_of_the_rank():
+    assert lora.UpdateConfig(r=16, alpha=8, dropout=0, rslora=True).scaling == 2.0
+    assert lora.UpdateConfig(r=16, alpha=8, dropout=0).scaling == 0.5
+
+
+def test_a_square_layer_is_read_by_its_class_not_its_shape():
+    """The same bytes as Linear and as Conv1D are different maps; so are their merged weights."""
+    x = torch.randn(3, 4, dtype=torch.float64)
+    for kind in KINDS:
+        wrapper = adapted(kind, 4, 4, 2)
+        lora.merge(nn.Sequential(wrapper))
+        torch.testing.assert_close(
+            wrapper(x), F.linear(x, dense_merged(wrapper), wrapper.base.bias)
+        )
+
+
+def dense_merged(wrapper: lora.LoRALinear) -> torch.Tensor:
+    update = wrapper.updates["default"]
+    return dense(wrapper.base) + 1.5 * (update.B @ update.A).detach()
+
+
+def test_transformers_conv1d_is_known_by_its_class():
+    theirs = transformers.pytorch_utils.Conv1D(6, 4)  # (nf, nx)
+    assert lora.LoRALinear(theirs).weight_out_in.shape == (6, 4)
+    assert lora.LoRALinear(gpt2.Conv1D(4, 6)).weight_out_in.shape == (6, 4)
+    assert lora.LoRALinear(nn.Linear(4, 6)).weight_out_in.shape == (6, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_factors_beside_a_16_bit_base(dtype):
+    model = nn.Sequential(layer("conv1d", 8, 8, dtype))
+    lora.inject(model, r=2, targets="0", seed=0)
+    update = model[0].updates["default"]
+    assert update.A.dtype == update.B.dtype == torch.float32
+    x = torch.randn(3, 8, dtype=dtype)
+    y = model(x)
+    assert y.dtype == dtype
+    y.float().sum().backward()
+    assert update.B.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"r": 0}, "r must be"),
+        ({"r": -3}, "r must be"),
+        ({"r": 2.0}, "r must be"),
+        ({"r": True}, "r must be"),
+        ({"alpha": 0}, "alpha must be"),
+        ({"alpha": -3}, "alpha must be"),
+        ({"alpha": float("nan")}, "alpha must be"),
+        ({"alpha": float("inf")}, "alpha must be"),
+        ({"alpha": "16"}, "alpha must be"),
+        ({"dropout": -0.5}, "dropout must be"),
+        ({"dropout": 1.0}, "dropout must be"),
+        ({"dropout": float("nan")}, "dropout must be"),
+        ({"dropout": None}, "dropout must be"),
+    ],
+)
+def test_config_refuses(config, words):
+    with pytest.raises(ValueError, match=words):
+        lora.UpdateConfig(**({"r": 8, "alpha": 16, "dropout": 0.0} | config))
+
+
+def test_config_lists_all_faults_at_once():
+    with pytest.raises(ValueError, match=r"r must be.*alpha must be.*dropout must be"):
+        lora.UpdateConfig(r=0, alpha=0, dropout=2)
+
+
+@pytest.mark.parametrize(
+    "module", [nn.LayerNorm(4), nn.Conv1d(2, 2, 1), nn.MultiheadAttention(4, 2).out_proj]
+)
+def test_what_is_no_linear_layer_is_refused(module):
+    with pytest.raises(ValueError, match="cannot carry an update"):
+        lora.LoRALinear(module)

@@ -1,0 +1,76 @@
+"""Small models and helpers that the tests of `lora` share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import gpt2
+import lora
+
+TINY = gpt2.GPT2Config(n_layer=2, n_head=2, n_embd=16, block_size=32, vocab_size=61)
+
+
+def tiny_gpt2(seed: int = 0, dtype: torch.dtype = torch.float32) -> gpt2.GPT2:
+    """A GPT-2 of two blocks with weights large enough to matter, in eval mode."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = gpt2.GPT2(TINY).to(dtype)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(torch.randn(p.shape) * 0.3)
+    return model.eval()
+
+
+class MLP(nn.Module):
+    """Two plain linear layers; `square` keeps every weight's shape its own transpose's."""
+
+    def __init__(self, width: int = 6, hidden: int = 6) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(x)))
+
+
+def layer(kind: str, n_in: int, n_out: int, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A base layer of either orientation with random weights."""
+    base = nn.Linear(n_in, n_out) if kind == "linear" else gpt2.Conv1D(n_in, n_out)
+    nn.init.normal_(base.weight)
+    nn.init.normal_(base.bias)
+    return base.to(dtype)
+
+
+def dense(base: nn.Module) -> Tensor:
+    """The weight as (out, in), told by the class here too, but written out anew."""
+    return base.weight.detach().t() if isinstance(base, gpt2.Conv1D) else base.weight.detach()
+
+
+def randomize(model: nn.Module, adapter: str = "default", seed: int = 1, std: float = 0.3) -> None:
+    """Give an adapter factors as training might: no zeros, A and B alike."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, lora.LoRALinear) and adapter in module.updates:
+                for p in module.updates[adapter].parameters():
+                    p.copy_(torch.randn(p.shape, generator=generator) * std)
+
+
+def snapshot(model: nn.Module) -> dict[str, object]:
+    """All that a failing call must leave as it was: modules, bytes, flags."""
+    state: dict[str, object] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        state[f"{name}()"] = (id(module), module.training)
+        if isinstance(module, lora.LoRALinear):
+            state[f"{name} lora"] = (tuple(module.active.items()), module.enabled)
+    for name, p in model.named_parameters(remove_duplicate=False):
+        state[name] = (id(p), p.requires_grad, p.dtype, raw(p))
+    for name, b in model.named_buffers(remove_duplicate=False):
+        state[name] = raw(b)
+    return state
+
+
+def raw(tensor: Tensor) -> bytes:
+    """A tensor's bytes."""
+    return tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
