@@ -23,7 +23,11 @@ class Conv1D(nn.Module):
     Args:
         in_features: size of the last axis of the input.
         out_features: size of the last axis of the output.
+
+    `slices` names the equal parts of the output, where several projections lie side by side.
     """
+
+    slices: tuple[str, ...] = ()
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -101,7 +105,8 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.attn_pdrop = config.attn_pdrop
-        self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)  # query, key, value side by side
+        self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)
+        self.c_attn.slices = ("q", "k", "v")
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 

@@ -1,24 +1,29 @@
-"""Updates onto a model and off it: inject, eject, and what there is to train."""
+"""Updates onto a model and off it: inject, eject."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lora.layer import LoRALinear, LowRankUpdate, UpdateConfig
+from lora.layer import EmbeddingUpdate, LoRALinear, LowRankUpdate, UpdateConfig
+from lora.layout import out_in_view
 from lora.merge import is_merged
 from lora.merge import merge as fold
+from lora.slices import SlicedUpdate, spans_of
 from lora.targets import (
+    Targets,
     base_modules,
+    by_pattern,
     find_targets,
     lora_layers,
     named_modules,
-    refuse_merged,
     require_layers,
+    require_settled,
+    shared_weights,
     unwrap,
 )
 
@@ -29,7 +34,14 @@ def inject(
     r: int = 8,
     alpha: float = 16,
     dropout: float = 0.0,
-    targets: str | Sequence[str] = ("c_attn",),
+    targets: Targets = ("c_attn",),
+    exclude: Targets = (),
+    layers: Iterable[int] | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    slices: Sequence[str] | None = None,
+    rslora: bool = False,
+    untie: bool = False,
     adapter: str = "default",
     seed: int | None = None,
     dtype: torch.dtype | None = None,
@@ -37,17 +49,24 @@ def inject(
     """Freeze the model and put a new, trainable low-rank update beside each target layer.
 
     The new adapter becomes the active one. It leaves the base's outputs as they are until it is
-    trained, since B starts at zero.
+    trained, since it starts at zero.
 
     Args:
-        model: any module that holds `nn.Linear` or Conv1D layers below it.
+        model: any module that holds `nn.Linear`, Conv1D or `nn.Embedding` layers below it.
         r: rank of every update; at most the smaller side of its layer.
         alpha: scaling numerator; an update counts `alpha / r` times.
         dropout: probability in [0, 1) on the input of the updates, in training mode.
-        targets: dotted suffixes of module paths, matched on whole segments.
+        targets: dotted suffixes of module paths, matched on whole segments; `"c_attn[q,v]"` for
+            slices of an output; `"all-linear"` for every linear layer but the output head.
+        exclude: suffixes of target layers to leave out.
+        layers: numbers of the blocks to adapt, the first number in a path; None for all.
+        rank_pattern, alpha_pattern: other ranks and alphas for targets by suffix.
+        slices: names of the equal parts of a fused projection, for layers that do not name theirs.
+        rslora: scale by `alpha / √r`.
+        untie: give a target whose weight is shared, such as a tied head, a weight of its own.
         adapter: the new adapter's name; a model can carry several.
-        seed: fixes A of every layer, in whatever order layers are found; None draws one from
-            torch's global generator.
+        seed: fixes the adapter, in whatever order layers are found; None draws one from torch's
+            global generator.
         dtype: of A and B; by default the base layer's, but float32 beside a 16-bit base.
 
     Returns:
@@ -55,21 +74,31 @@ def inject(
         adapted once, and each of its paths is given.
 
     Raises:
-        ValueError: an argument out of range, a target that matches no layer, `r` too large, a
-            name that is taken.
-        RuntimeError: the model is merged.
+        ValueError: an argument out of range, a target that matches no layer, a rank too large, a
+            name that is taken, a shared weight.
+        RuntimeError: the model is merged or routed.
         The model is as it was after any error.
     """
     model = unwrap(model)
-    config = UpdateConfig(r=r, alpha=alpha, dropout=dropout)
+    UpdateConfig(r=r, alpha=alpha, dropout=dropout, rslora=rslora)
+    found = find_targets(model, targets, exclude, layers)
+    ranks = by_pattern(rank_pattern, found, r, "rank_pattern")
+    alphas = by_pattern(alpha_pattern, found, alpha, "alpha_pattern")
     if seed is None:
         seed = int(torch.randint(2**63 - 1, ()))
+    modules = base_modules(model)
     updates: dict[str, LowRankUpdate] = {}
-    for path, base in find_targets(model, targets).items():
-        updates[path] = update = make_update(base, config, dtype)
+    for path, names in found.items():
+        config = UpdateConfig(r=ranks[path], alpha=alphas[path], dropout=dropout, rslora=rslora)
+        try:
+            spans = spans_of(modules[path], names, slices)
+            update = make_update(modules[path], config, dtype=dtype, spans=spans)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}.") from None
         if not update.A.is_meta:
             update.reset(_generator(seed, path))
-    return attach(model, adapter, updates)
+        updates[path] = update
+    return attach(model, adapter, updates, untie=untie)
 
 
 def eject(model: nn.Module, *, merge: bool = False) -> list[str]:
@@ -88,102 +117,91 @@ def eject(model: nn.Module, *, merge: bool = False) -> list[str]:
         ValueError: with `merge=True`, as `lora.merge`.
     """
     layers = require_layers(model)
-    merged = is_merged(model)
-    if merged and not merge:
+    if not (merged := is_merged(model)):
+        require_settled(layers)
+    elif not merge:
         raise RuntimeError("The model is merged. Unmerge it first, or keep it with merge=True.")
     if merge and not merged:
         fold(model)
     for layer in layers.values():
         if layer.merged_weight is not None:
             layer.base.get_parameter("weight").data.copy_(layer.merged_weight)
-    for parameter in next(iter(layers.values())).thawed:
-        parameter.requires_grad_(True)
     paths = list(lora_layers(model, every_path=True))
-    _replace(unwrap(model), {layer: layer.base for layer in layers.values()})
+    detach(model, layers, retie=not merge)
     return paths
 
 
-def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that an optimiser should be given: those that require grad, each once."""
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-@dataclass(frozen=True)
-class ParameterCount:
-    """How many parameters a model has, a shared tensor counted once."""
-
-    trainable: int
-    total: int
-
-    def __str__(self) -> str:
-        return (
-            f"trainable params: {self.trainable:,} || all params: {self.total:,} || "
-            f"trainable%: {100 * self.trainable / max(self.total, 1):.4f}"
-        )
-
-
-def count_parameters(model: nn.Module) -> ParameterCount:
-    """Count trainable and all parameters; prints as PEFT's `print_trainable_parameters` does."""
-    parameters = list(model.parameters())
-    return ParameterCount(
-        trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        total=sum(p.numel() for p in parameters),
-    )
-
-
-def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict that the model would have had it never been injected, merged or not."""
-    state: dict[str, Tensor] = unwrap(model).state_dict()
-    for path in lora_layers(model, every_path=True):
-        for key in [k for k in state if k.startswith(f"{path}.")]:
-            tensor = state.pop(key)
-            if key.startswith(f"{path}.base."):
-                state[path + key.removeprefix(f"{path}.base")] = tensor
-    return state
-
-
 def make_update(
-    base: nn.Module, config: UpdateConfig, dtype: torch.dtype | None = None
+    base: nn.Module,
+    config: UpdateConfig,
+    *,
+    dtype: torch.dtype | None = None,
+    spans: Mapping[str, tuple[int, int]] | None = None,
 ) -> LowRankUpdate:
-    """A new update that fits `base`; A is not drawn yet."""
-    weight = LoRALinear(base).weight_out_in
+    """A new update that fits `base`, or the given slices of its output; not drawn yet.
+
+    Raises:
+        ValueError: the rank is above the smaller side of what it adapts.
+    """
+    weight = out_in_view(base, base.get_parameter("weight"))
+    out_features, in_features = weight.shape
     if dtype is None:
         dtype = weight.dtype if weight.dtype.itemsize > 2 else torch.float32
-    out_features, in_features = weight.shape
-    update = LowRankUpdate(in_features, out_features, config, dtype=dtype, device=weight.device)
+    smaller = min(
+        in_features, out_features, *(stop - start for start, stop in (spans or {}).values())
+    )
+    if config.r > smaller:
+        raise ValueError(f"r {config.r} is above {smaller}, its smaller side; choose less")
+    kind = EmbeddingUpdate if isinstance(base, nn.Embedding) else LowRankUpdate
+    if spans:
+        kind = partial(SlicedUpdate, slices=spans)
+    update = kind(in_features, out_features, config, dtype=dtype, device=weight.device)
     return update.train(base.training)
 
 
-def attach(model: nn.Module, adapter: str, updates: Mapping[str, LowRankUpdate]) -> list[str]:
+def attach(
+    model: nn.Module, adapter: str, updates: Mapping[str, LowRankUpdate], *, untie: bool = False
+) -> list[str]:
     """Freeze the model, commit the updates to the layers at their paths, and activate them.
 
     Raises:
-        ValueError: a name that is taken or cannot be one, or listing each layer that is too small
-            for its rank; nothing is changed.
-        RuntimeError: the model is merged; nothing is changed.
+        ValueError: a name that is taken or cannot be one, or listing each layer whose weight is
+            shared; nothing is changed.
+        RuntimeError: the model is merged or routed; nothing is changed.
     """
     present = lora_layers(model)
     _check_name(adapter, present)
-    refuse_merged(present)
-    faults = [
-        f"{path}: r {u.config.r} is above {min(u.A.shape[1], u.B.shape[0])}, its smaller side"
-        for path, u in updates.items()
-        if u.config.r > min(u.A.shape[1], u.B.shape[0])
-    ]
-    if faults:
-        raise ValueError("; ".join(faults) + ". Choose a smaller r.")
-    thawed = _freeze(model, present)
+    require_settled(present)
+    new = [path for path in updates if path not in present]
+    tied = shared_weights(model, new)
+    if tied and not untie:
+        raise ValueError("; ".join(tied.values()) + ". Pass untie=True to give the target its own.")
     modules = base_modules(model)
-    new = {modules[path]: LoRALinear(modules[path]) for path in updates if path not in present}
-    _replace(model, new)
+    wrappers = {modules[path]: LoRALinear(modules[path]) for path in new}
+    thawed = _freeze(model, present)
+    _replace(model, wrappers)
     layers = lora_layers(model)
     for path, update in updates.items():
         layers[path].updates[adapter] = update
         layers[path].thawed = thawed
+        if path in tied:
+            layers[path].untie()
     for layer in layers.values():
         layer.activate({adapter: 1.0})
     every = lora_layers(model, every_path=True)
     return [path for path, layer in every.items() if adapter in layer.updates]
+
+
+def detach(model: nn.Module, layers: Mapping[str, LoRALinear], *, retie: bool = True) -> None:
+    """Put the bases of these layers back in their places; after the last one, thaw the base."""
+    thawed = [p for layer in layers.values() for p in layer.thawed]
+    if retie:
+        for layer in layers.values():
+            layer.retie()
+    _replace(unwrap(model), {layer: layer.base for layer in layers.values()})
+    if not lora_layers(model):
+        for parameter in thawed:
+            parameter.requires_grad_(True)
 
 
 def _check_name(adapter: str, present: Mapping[str, LoRALinear]) -> None:

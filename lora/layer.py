@@ -9,7 +9,7 @@ Shapes: in, out features of the base layer · r rank · … any leading axes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call  # pyright: ignore[reportUnknownVariableType]
 from torch.nn import functional as F
+
+from lora.layout import out_in_view, why_not_adaptable, widest_float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,21 +96,60 @@ class LowRankUpdate(nn.Module):
         self.A.copy_(nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator))
         self.B.zero_()
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A `(r, in)` and B `(out, r)` as they stand in the formula."""
+        return self.A, self.B
+
+    def plain_config(self) -> UpdateConfig:
+        """The config that goes with `factors()`."""
+        return self.config
+
+    @torch.no_grad()
+    def set_factors(self, a: Tensor, b: Tensor) -> None:
+        """Take over values of the shapes of `factors()`."""
+        self.A.copy_(a)
+        self.B.copy_(b)
+
+    def down(self, x: Tensor, a: Tensor) -> Tensor:
+        """`drop(x) Aᵀ`, `(…, r)`."""
+        x = F.dropout(x, self.config.dropout, self.training)
+        return F.linear(x, a.to(x.dtype))
+
     def forward(self, x: Tensor) -> Tensor:
         """Map `(…, in)` to `(…, out)`, in the dtype of `x`."""
-        x = F.dropout(x, self.config.dropout, self.training)
-        h = F.linear(x, self.A.to(x.dtype)) * self.config.scaling  # (…, r)
-        return F.linear(h, self.B.to(x.dtype))
+        a, b = self.factors()
+        h = self.down(x, a) * self.config.scaling
+        return F.linear(h, b.to(h.dtype))
 
     def delta(self) -> Tensor:
         """What the update adds to the weight: `s · B A`, `(out, in)`, in the widest float."""
         dtype = widest_float(self.A.device)
-        return self.B.to(dtype) @ self.A.to(dtype) * self.config.scaling
+        a, b = self.factors()
+        return b.to(dtype) @ a.to(dtype) * self.config.scaling
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
         c = self.config
         return f"in={self.A.shape[1]}, out={self.B.shape[0]}, r={c.r}, alpha={c.alpha:g}"
+
+
+class EmbeddingUpdate(LowRankUpdate):
+    """The update of an `nn.Embedding`: its input is a token id, so `x Aᵀ` is a row of Aᵀ.
+
+    Here A starts at zero and B is drawn, since a looked-up row of a small A would learn slowly.
+
+    Source: loralib's `Embedding`, which PEFT follows too.
+    """
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        """Set A to zero and draw B from a standard normal."""
+        self.A.zero_()
+        self.B.copy_(torch.randn(self.B.shape, generator=generator))
+
+    def down(self, x: Tensor, a: Tensor) -> Tensor:
+        """The rows of Aᵀ that the token ids `x` `(…)` select, `(…, r)`."""
+        return F.embedding(x, a.t())
 
 
 class LoRALinear(nn.Module):
@@ -118,10 +159,10 @@ class LoRALinear(nn.Module):
     beside it and takes its place in the forward pass, so unmerging is forgetting.
 
     Args:
-        base: an `nn.Linear`, or a Conv1D that stores its weight `(in, out)`.
+        base: an `nn.Linear`, an `nn.Embedding`, or a Conv1D that stores its weight `(in, out)`.
 
     Raises:
-        ValueError: `base` is neither.
+        ValueError: `base` is none of them.
     """
 
     def __init__(self, base: nn.Module) -> None:
@@ -132,8 +173,10 @@ class LoRALinear(nn.Module):
         self.updates = nn.ModuleDict()  # adapter name -> LowRankUpdate
         self.active: dict[str, float] = {}  # adapter name -> its weight in the sum
         self.enabled = True
+        self.routing: Callable[[Tensor], Tensor] | None = None  # set by `lora.routed`
         # Base parameters that were trainable before injection; one list for the whole model.
         self.thawed: list[nn.Parameter] = []
+        self.tied: list[nn.Parameter] = []  # the shared weight that this layer had, if untied
         self.merged_weight: Tensor | None  # in the base's layout; None when not merged
         self.register_buffer("merged_weight", None, persistent=False)
         self.train(base.training)
@@ -145,8 +188,11 @@ class LoRALinear(nn.Module):
         if self.merged_weight is not None:
             return functional_call(self.base, {"weight": self.merged_weight}, (x,))
         y = self.base(x)
+        if self.routing is not None:
+            return y + self.routing(x).to(y.dtype)
         for update, weight in self.active_updates():
-            y = y + (update(x) if weight == 1 else weight * update(x))
+            u = update(x).to(y.dtype)  # an embedding has no input dtype to follow
+            y = y + (u if weight == 1 else weight * u)
         return y
 
     def active_updates(self) -> Iterable[tuple[LowRankUpdate, float]]:
@@ -161,37 +207,21 @@ class LoRALinear(nn.Module):
         for name in self.active:
             self.updates[name].requires_grad_(True)
 
+    def untie(self) -> None:
+        """Give the base a weight of its own instead of one that it shares."""
+        shared = self.base.get_parameter("weight")
+        self.tied.append(shared)
+        self.base.weight = nn.Parameter(shared.detach().clone(), requires_grad=False)
+
+    def retie(self) -> None:
+        """Undo `untie`."""
+        if self.tied:
+            self.base.weight = self.tied.pop()
+
     @property
     def weight_out_in(self) -> Tensor:
         """The base's own weight seen as `(out, in)`, whatever its layout."""
         return out_in_view(self.base, cast(Tensor, self.base.weight))
-
-
-def out_in_view(base: nn.Module, weight: Tensor) -> Tensor:
-    """See a weight in `base`'s layout as `(out, in)`, or an `(out, in)` one in `base`'s layout."""
-    return weight.t() if is_fan_in_fan_out(base) else weight
-
-
-def is_fan_in_fan_out(base: nn.Module) -> bool:
-    """Whether the layer stores its weight `(in, out)`: told by its class, never by its shape."""
-    return any(cls.__name__ == "Conv1D" for cls in type(base).__mro__)
-
-
-def why_not_adaptable(module: nn.Module) -> str | None:
-    """The reason why a module cannot carry an update, or None if it can."""
-    if not (isinstance(module, nn.Linear) or is_fan_in_fan_out(module)):
-        return "it is no nn.Linear or Conv1D"
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "nn.MultiheadAttention reads its weight without calling it"
-    weight = dict(module.named_parameters(recurse=False)).get("weight")
-    if weight is None or weight.dim() != 2 or not weight.is_floating_point():
-        return "its weight is no 2-D floating-point parameter"
-    return None
-
-
-def widest_float(device: torch.device) -> torch.dtype:
-    """The dtype in which merged weights are computed."""
-    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 
 
 def _is_number(value: object) -> bool:

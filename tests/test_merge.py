@@ -172,7 +172,11 @@ def test_merging_in_training_mode_with_dropout_is_refused():
 
 def test_merging_a_shared_weight_is_refused_and_names_both():
     model = tiny_gpt2()
-    lora.inject(model, r=2, targets=("c_attn", "lm_head"))
+    lora.inject(model, r=2, targets=("c_attn", "lm_head"), untie=True)
+    lora.merge(model)
+    lora.unmerge(model)
+    layer = model.lm_head
+    layer.base.weight = model.transformer.wte.weight  # tied again behind our back
     before = snapshot(model)
     with pytest.raises(ValueError, match=r"transformer.wte.weight and lm_head.weight are one"):
         lora.merge(model)

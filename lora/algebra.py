@@ -1,0 +1,161 @@
+"""Arithmetic on adapters, exact for any ranks and scalings.
+
+An adapter here is a value: for each layer's path a pair of factors, in float64 and with the scaling
+folded into B, so that the layer's delta is `B A` and nothing else. Values come from `factors` (a
+model), `read` (a folder) or `extract` (a tuned model); `implant` puts one on a model.
+
+Shapes: A `(r, in)`, B `(out, r)`, delta `(out, in)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lora.checkpoint import open_folder
+from lora.inject import attach, make_update
+from lora.layer import LowRankUpdate, UpdateConfig
+from lora.targets import base_modules, require_layers, unwrap
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One layer's delta as `B A`."""
+
+    A: Tensor
+    B: Tensor
+
+    @property
+    def r(self) -> int:
+        """The number of columns of B; the delta's rank is at most this."""
+        return self.A.shape[0]
+
+    def delta(self) -> Tensor:
+        """`B A`, `(out, in)`."""
+        return self.B @ self.A
+
+
+Adapter = Mapping[str, Factors]
+"""Factors by the dotted path of their layer."""
+
+
+def factors(model: nn.Module, adapter: str = "default") -> dict[str, Factors]:
+    """The value of an adapter that a model carries.
+
+    Raises:
+        RuntimeError: no adapter here. ValueError: none of this name.
+    """
+    layers = require_layers(model)
+    updates = {p: la.updates[adapter] for p, la in layers.items() if adapter in la.updates}
+    if not updates:
+        raise ValueError(f"The model carries no adapter {adapter!r}.")
+    return {path: _value(cast(LowRankUpdate, update)) for path, update in updates.items()}
+
+
+def read(folder: str | Path) -> dict[str, Factors]:
+    """The value of a saved adapter, ours or PEFT's.
+
+    Raises:
+        FileNotFoundError, ValueError: as `lora.load`, as far as the folder alone can tell.
+    """
+    saved = open_folder(Path(folder))
+    halves = [path for path, pair in saved.factors.items() if len(pair) < 2]
+    if faults := [*saved.left_over, *halves]:
+        raise ValueError(f"{folder}: left over or without a partner: {', '.join(faults)}.")
+    return {
+        path: Factors(
+            pair["A"].double(), pair["B"].double() * saved.config.update_config(path).scaling
+        )
+        for path, pair in saved.factors.items()
+    }
+
+
+def implant(model: nn.Module, value: Adapter, adapter: str = "default") -> list[str]:
+    """Put an adapter's value on a model under a new name and make it the active one.
+
+    Args:
+        model: with layers at the value's paths.
+        value: its factors are rounded to the dtype that `lora.inject` would choose.
+        adapter: the name.
+
+    Returns:
+        The dotted paths of the adapted layers.
+
+    Raises:
+        ValueError: listing each path that is not there, whose shape differs, or whose rank is
+            above the layer's smaller side (`compress` loses nothing down to that).
+        RuntimeError: the model is merged or routed.
+    """
+    modules = base_modules(model)
+    updates: dict[str, LowRankUpdate] = {}
+    faults: list[str] = [] if value else ["the adapter is empty"]
+    for path, pair in value.items():
+        if path not in modules:
+            faults.append(f"{path}: no such layer here")
+            continue
+        try:
+            config = UpdateConfig(r=pair.r, alpha=pair.r, dropout=0.0)
+            updates[path] = make_update(modules[path], config)
+            updates[path].set_factors(pair.A, pair.B)
+        except (ValueError, RuntimeError, AttributeError) as error:
+            faults.append(f"{path}: {error}")
+    if faults:
+        raise ValueError(f"The adapter does not fit this model: {'; '.join(faults)}.")
+    return attach(unwrap(model), adapter, updates)
+
+
+def scale(value: Adapter, factor: float) -> dict[str, Factors]:
+    """`factor` times the adapter, exactly."""
+    return {path: Factors(pair.A, pair.B * factor) for path, pair in value.items()}
+
+
+def add(*values: Adapter) -> dict[str, Factors]:
+    """The exact sum of adapters of any ranks and scalings; the ranks add up.
+
+    Raises:
+        ValueError: listing each path where the layers differ in shape.
+    """
+    return {
+        path: Factors(torch.cat([q.A for q in pairs]), torch.cat([q.B for q in pairs], dim=1))
+        for path, pairs in by_path(values).items()
+    }
+
+
+def subtract(value: Adapter, other: Adapter) -> dict[str, Factors]:
+    """The exact difference: forgetting what `other` taught."""
+    return add(value, scale(other, -1.0))
+
+
+def combine(weighted: Sequence[tuple[Adapter, float]]) -> dict[str, Factors]:
+    """The exact weighted sum `Σ w · delta`, without cross terms between A's and B's."""
+    return add(*(scale(value, weight) for value, weight in weighted))
+
+
+def deltas(value: Adapter) -> dict[str, Tensor]:
+    """The dense weight changes, `(out, in)` by path."""
+    return {path: pair.delta() for path, pair in value.items()}
+
+
+def by_path(values: Sequence[Adapter]) -> dict[str, list[Factors]]:
+    """The factors of each layer, from the adapters that have it."""
+    paths = dict.fromkeys(path for value in values for path in value)
+    pairs = {path: [value[path] for value in values if path in value] for path in paths}
+    check_shapes({p: [(q.B.shape[0], q.A.shape[1]) for q in qs] for p, qs in pairs.items()})
+    return pairs
+
+
+def _value(update: LowRankUpdate) -> Factors:
+    a, b = update.factors()
+    scaling = update.config.scaling
+    return Factors(a.detach().cpu().double(), b.detach().cpu().double() * scaling)
+
+
+def check_shapes(shapes: Mapping[str, Sequence[tuple[int, ...]]]) -> None:
+    faults = [f"{p}: {' and '.join(map(str, s))}" for p, s in shapes.items() if len(set(s)) > 1]
+    if faults:
+        raise ValueError(f"Layers differ in shape (out, in): {'; '.join(faults)}.")

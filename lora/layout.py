@@ -1,0 +1,44 @@
+"""How base layers store their weights, so that nothing else has to ask.
+
+An update always speaks of `(out, in)`. `nn.Linear` stores that; Conv1D and `nn.Embedding` (a linear
+map of one-hot rows) store `(in, out)`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def out_in_view(base: nn.Module, weight: Tensor) -> Tensor:
+    """See a weight in `base`'s layout as `(out, in)`, or an `(out, in)` one in `base`'s layout."""
+    return weight.t() if is_fan_in_fan_out(base) else weight
+
+
+def is_fan_in_fan_out(base: nn.Module) -> bool:
+    """Whether the layer stores its weight `(in, out)`: told by its class, never by its shape."""
+    return is_conv1d(base) or isinstance(base, nn.Embedding)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is GPT-2's Conv1D, ours or transformers' (not `nn.Conv1d`)."""
+    return any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)
+
+
+def why_not_adaptable(module: nn.Module) -> str | None:
+    """The reason why a module cannot carry an update, or None if it can."""
+    if not (isinstance(module, nn.Linear | nn.Embedding) or is_conv1d(module)):
+        return "it is no nn.Linear, Conv1D or nn.Embedding"
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads its weight without calling it"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "max_norm makes it rewrite its weight"
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    if weight is None or weight.dim() != 2 or not weight.is_floating_point():
+        return "its weight is no 2-D floating-point parameter"
+    return None
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """The dtype in which merged weights are computed."""
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64

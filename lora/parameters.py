@@ -1,0 +1,78 @@
+"""What there is to train, to count, and what the base alone holds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from lora.layer import LowRankUpdate
+from lora.targets import lora_layers, require_layers, unwrap
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that an optimiser should be given: those that require grad, each once."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def parameter_groups(model: nn.Module, lr: float, *, b_ratio: float = 16.0) -> list[dict[str, Any]]:
+    """Optimiser groups in which B learns `b_ratio` times as fast as the rest (LoRA+).
+
+    Args:
+        model: a model with adapters.
+        lr: learning rate of A, and of whatever else requires grad.
+        b_ratio: learning rate of B over that of A.
+
+    Returns:
+        Groups for a torch optimiser: `[{"params": [...], "lr": lr}, {..., "lr": lr * b_ratio}]`.
+
+    Raises:
+        ValueError: a rate or ratio that is not above 0. RuntimeError: no adapter here.
+
+    Source: Hayou et al. 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models".
+    """
+    if not (0 < lr < math.inf and 0 < b_ratio < math.inf):
+        raise ValueError(f"lr and b_ratio must be finite and above 0, got {lr!r} and {b_ratio!r}.")
+    updates = [u for layer in require_layers(model).values() for u in layer.updates.values()]
+    late = {id(cast(LowRankUpdate, update).B) for update in updates}
+    trainable = trainable_parameters(model)
+    return [
+        {"params": [p for p in trainable if id(p) not in late], "lr": lr},
+        {"params": [p for p in trainable if id(p) in late], "lr": lr * b_ratio},
+    ]
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """How many parameters a model has, a shared tensor counted once."""
+
+    trainable: int
+    total: int
+
+    def __str__(self) -> str:
+        return (
+            f"trainable params: {self.trainable:,} || all params: {self.total:,} || "
+            f"trainable%: {100 * self.trainable / max(self.total, 1):.4f}"
+        )
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Count trainable and all parameters; prints as PEFT's `print_trainable_parameters` does."""
+    parameters = list(model.parameters())
+    return ParameterCount(
+        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        total=sum(p.numel() for p in parameters),
+    )
+
+
+def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict that the model would have had it never been injected, merged or not."""
+    state: dict[str, Tensor] = unwrap(model).state_dict()
+    for path in lora_layers(model, every_path=True):
+        for key in [k for k in state if k.startswith(f"{path}.")]:
+            tensor = state.pop(key)
+            if key.startswith(f"{path}.base."):
+                state[path + key.removeprefix(f"{path}.base")] = tensor
+    return state

@@ -1,0 +1,94 @@
+"""A few projections of a weight, by which loading tells another base, or swapped factors."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora.layout import out_in_view
+
+BASE, UPDATES = "lora_base_probes", "lora_update_probes"  # keys in a safetensors file's metadata
+
+
+def describe(
+    bases: Mapping[str, nn.Module], factors: Mapping[str, tuple[Tensor, Tensor]]
+) -> dict[str, str]:
+    """What a file says of the base layers and of the A and B in it, both by path."""
+    return {
+        BASE: json.dumps({path: _base_probe(base) for path, base in bases.items()}),
+        UPDATES: json.dumps({path: _update_probe(a, b) for path, (a, b) in factors.items()}),
+    }
+
+
+def faults(
+    metadata: Mapping[str, str],
+    bases: Mapping[str, nn.Module],
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    allow_base_mismatch: bool,
+) -> list[str]:
+    """What the probes in a file contradict; PEFT's own files have none."""
+    try:
+        made_for: dict[str, Any] = json.loads(metadata.get(BASE, "{}"))
+        saved: dict[str, list[float]] = json.loads(metadata.get(UPDATES, "{}"))
+        other = [p for p in bases if p in made_for and not _same_base(made_for[p], bases[p])]
+        edited = [p for p in factors if p in saved and not _same_update(saved[p], *factors[p])]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        return [f"its metadata is malformed ({error!r})"]
+    found = [f"{p}: A and B are not the ones that were saved (transposed? edited?)" for p in edited]
+    if other and not allow_base_mismatch:
+        found.append(
+            f"it was made for another base, whose weights differ in {', '.join(other)} "
+            "(allow_base_mismatch=True loads it all the same)"
+        )
+    return found
+
+
+def _probe_vectors(n: int) -> Tensor:
+    """Four fixed, irregular vectors `(n, 4)`, each with a mean square of about 1."""
+    squares = torch.arange(1, n + 1, dtype=torch.float64).square()
+    return math.sqrt(2) * torch.stack([torch.sin(squares * k) for k in (0.7, 1.1, 1.3, 1.7)], 1)
+
+
+def _base_probe(base: nn.Module) -> dict[str, Any]:
+    """What tells this base weight from another: its dtype, and projections of its direction."""
+    weight = out_in_view(base, base.get_parameter("weight")).detach().cpu().double()
+    left, right = _probe_vectors(weight.shape[0]), _probe_vectors(weight.shape[1])
+    values = left[:, 0] @ weight @ right / _norm(weight)
+    dtype = str(base.get_parameter("weight").dtype).removeprefix("torch.")
+    return {"dtype": dtype, "probe": _floats(values)}
+
+
+def _update_probe(a: Tensor, b: Tensor) -> list[float]:
+    a, b = a.detach().cpu().double(), b.detach().cpu().double()
+    left, right = _probe_vectors(b.shape[0]), _probe_vectors(a.shape[1])
+    return _floats((left[:, 0] @ b) @ (a @ right))
+
+
+def _norm(tensor: Tensor) -> float:
+    return math.sqrt(float(tensor.detach().double().square().sum()))
+
+
+def _floats(vector: Tensor) -> list[float]:
+    # Rounded, so that the order in which a machine sums does not show in the file.
+    return [float(f"{float(value):.6e}") for value in vector]
+
+
+def _same_base(saved: Mapping[str, Any], base: nn.Module) -> bool:
+    """Whether the weights agree to the rounding of the coarser dtype of the two."""
+    here = _base_probe(base)
+    coarser = max(torch.finfo(getattr(torch, d["dtype"])).eps for d in (saved, here))
+    return _close(here["probe"], saved["probe"], max(coarser, 1e-5))
+
+
+def _same_update(saved: list[float], a: Tensor, b: Tensor) -> bool:
+    slack = 0.01 * _norm(a) * _norm(b) + 1e-30  # the file may have been cast to 16 bits
+    return _close(_update_probe(a, b), saved, slack)
+
+
+def _close(a: list[float], b: list[float], slack: float) -> bool:
+    return all(abs(x - y) <= slack for x, y in zip(a, b, strict=True))
