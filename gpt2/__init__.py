@@ -1,12 +1,36 @@
 """GPT-2 in plain PyTorch: load, run, train. Start reading at `gpt2.model`."""
 
 from gpt2.config import SIZES, GPT2Config
+from gpt2.data import Batch, Dataset, Example, batches, encode, from_texts, read_jsonl
+from gpt2.generate import GenerateConfig, generate, stream
+from gpt2.loss import IGNORE, next_token_loss, summed_loss
 from gpt2.model import GPT2, Conv1D, KVCache
+from gpt2.tokenizer import Tokenizer
+from gpt2.train import StepRecord, TrainConfig, learning_rate, total_steps, train
 
 __all__ = [
     "GPT2",
+    "IGNORE",
     "SIZES",
+    "Batch",
     "Conv1D",
+    "Dataset",
+    "Example",
     "GPT2Config",
+    "GenerateConfig",
     "KVCache",
+    "StepRecord",
+    "Tokenizer",
+    "TrainConfig",
+    "batches",
+    "encode",
+    "from_texts",
+    "generate",
+    "learning_rate",
+    "next_token_loss",
+    "read_jsonl",
+    "stream",
+    "summed_loss",
+    "total_steps",
+    "train",
 ]

@@ -13,6 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 from gpt2.config import GPT2Config
 
@@ -173,6 +174,7 @@ class Transformer(nn.Module):
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.checkpointing = False  # keep only the blocks' inputs for backward, recompute the rest
 
     def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """Hidden states `(B, T, C)` of the token ids `idx` `(B, T)`, after the last LayerNorm.
@@ -188,7 +190,10 @@ class Transformer(nn.Module):
             filled = cache.filled = cache.filled + idx.shape[1]
         x = self.drop(self.wte(idx) + self.wpe(positions))
         for i, block in enumerate(self.h):
-            x = block(x, positions, cache.layers[i] if cache is not None else None, filled)
+            if self.checkpointing and cache is None:
+                x = checkpoint(block, x, positions, use_reentrant=False)
+            else:
+                x = block(x, positions, cache.layers[i] if cache is not None else None, filled)
         if cache is not None:
             cache.lengths += idx.shape[1]
         return self.ln_f(x)

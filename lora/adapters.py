@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import cast
@@ -10,9 +9,9 @@ from typing import cast
 from torch import nn
 
 from lora.inject import detach
-from lora.layer import LoRALinear, LowRankUpdate, UpdateConfig
+from lora.layer import LoRALinear, LowRankUpdate, UpdateConfig, is_finite
 from lora.merge import is_merged, merge, unmerge
-from lora.targets import require_layers, require_settled
+from lora.targets import lora_layers, require_layers, require_settled
 
 Mixture = str | Mapping[str, float]
 """An adapter's name, or names with the weights of their updates in the sum."""
@@ -62,16 +61,17 @@ def activated(model: nn.Module, mixture: Mixture) -> Generator[None]:
     Raises:
         ValueError, RuntimeError: as `activate`.
     """
-    before = [(layer, layer.active) for layer in require_layers(model).values()]
+    before = active(model)
     activate(model, mixture)
     try:
         yield
     finally:
-        folded = is_merged(model)  # in the body: what is restored must be folded in its place
+        layers = lora_layers(model)  # the body may have injected, or ejected all
+        folded = bool(layers) and is_merged(model)  # what is restored must be folded in its place
         if folded:
             unmerge(model)
-        for layer, weights in before:
-            layer.activate(weights)
+        for layer in layers.values():
+            layer.activate(before)
         if folded:
             merge(model)
 
@@ -92,7 +92,8 @@ def remove(model: nn.Module, adapter: str) -> list[str]:
     """
     layers = require_layers(model)
     require_settled(layers)
-    as_mixture(adapter, layers)
+    if adapter not in (names := adapter_names(layers)):
+        raise ValueError(f"no adapter {adapter!r} here (there are: {', '.join(names)}).")
     carrying = {path: layer for path, layer in layers.items() if adapter in layer.updates}
     for layer in carrying.values():
         layer.activate({n: w for n, w in layer.active.items() if n != adapter})
@@ -130,6 +131,8 @@ def as_mixture(mixture: Mixture, layers: Mapping[str, LoRALinear]) -> dict[str, 
         ValueError: listing each name that the layers do not carry, and each weight that is not a
             finite number.
     """
+    if not isinstance(cast(object, mixture), str | Mapping):
+        raise ValueError(f"Give an adapter's name, or names with weights, not {mixture!r}.")
     weights = {mixture: 1.0} if isinstance(mixture, str) else dict(mixture)
     faults = [
         f"no adapter {name!r} here (there are: {', '.join(adapter_names(layers))})"
@@ -139,7 +142,7 @@ def as_mixture(mixture: Mixture, layers: Mapping[str, LoRALinear]) -> dict[str, 
     faults += [
         f"the weight of {name!r} must be a finite number, got {weight!r}"
         for name, weight in weights.items()
-        if not isinstance(cast(object, weight), int | float) or not math.isfinite(weight)
+        if not is_finite(weight)
     ]
     if faults:
         raise ValueError("; ".join(faults) + ".")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lora.checkpoint import open_folder
 from lora.inject import attach, make_update
 from lora.layer import LowRankUpdate, UpdateConfig
+from lora.layout import why_not_adaptable
 from lora.targets import base_modules, require_layers, unwrap
 
 
@@ -87,22 +88,18 @@ def implant(model: nn.Module, value: Adapter, adapter: str = "default") -> list[
         The dotted paths of the adapted layers.
 
     Raises:
-        ValueError: listing each path that is not there, whose shape differs, or whose rank is
-            above the layer's smaller side (`compress` loses nothing down to that).
+        ValueError: listing each path that is not there, whose shape differs, whose values are not
+            finite, or whose rank is above the layer's smaller side (`compress` loses nothing down
+            to that).
         RuntimeError: the model is merged or routed.
     """
     modules = base_modules(model)
     updates: dict[str, LowRankUpdate] = {}
     faults: list[str] = [] if value else ["the adapter is empty"]
     for path, pair in value.items():
-        if path not in modules:
-            faults.append(f"{path}: no such layer here")
-            continue
         try:
-            config = UpdateConfig(r=pair.r, alpha=pair.r, dropout=0.0)
-            updates[path] = make_update(modules[path], config)
-            updates[path].set_factors(pair.A, pair.B)
-        except (ValueError, RuntimeError, AttributeError) as error:
+            updates[path] = _implanted(modules.get(path), pair)
+        except ValueError as error:
             faults.append(f"{path}: {error}")
     if faults:
         raise ValueError(f"The adapter does not fit this model: {'; '.join(faults)}.")
@@ -147,6 +144,16 @@ def by_path(values: Sequence[Adapter]) -> dict[str, list[Factors]]:
     pairs = {path: [value[path] for value in values if path in value] for path in paths}
     check_shapes({p: [(q.B.shape[0], q.A.shape[1]) for q in qs] for p, qs in pairs.items()})
     return pairs
+
+
+def _implanted(base: nn.Module | None, pair: Factors) -> LowRankUpdate:
+    if reason := "no such layer here" if base is None else why_not_adaptable(base):
+        raise ValueError(reason)
+    update = make_update(cast(nn.Module, base), UpdateConfig(r=pair.r, alpha=pair.r, dropout=0.0))
+    if faults := update.misfits(pair.A, pair.B):
+        raise ValueError(", ".join(faults))
+    update.set_factors(pair.A, pair.B)
+    return update
 
 
 def _value(update: LowRankUpdate) -> Factors:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from lora import files, peft_config, probes
 from lora.inject import attach, make_update
 from lora.layer import EmbeddingUpdate, LowRankUpdate, UpdateConfig
-from lora.layout import is_fan_in_fan_out, why_not_adaptable
+from lora.layout import is_fan_in_fan_out, out_in_view, why_not_adaptable
 from lora.peft_config import PeftConfig
 from lora.slices import SlicedUpdate
 from lora.targets import base_modules, require_layers, unwrap
@@ -156,10 +156,11 @@ def open_folder(folder: Path) -> SavedAdapter:
     left_over: list[str] = []
     for key, tensor in tensors.items():
         if match := _KEY.fullmatch(key):
-            path = match[1].removeprefix("module.").replace("_orig_mod.", "")
-            factors.setdefault(path, {})[match[2]] = tensor
-        else:
-            left_over.append(key)
+            path = match[1].replace("_orig_mod.", "").removeprefix("module.")
+            if match[2] not in (pair := factors.setdefault(path, {})):
+                pair[match[2]] = tensor
+                continue
+        left_over.append(key)
     return SavedAdapter(config, factors, tuple(left_over), metadata)
 
 
@@ -168,25 +169,32 @@ def _rebuild(
 ) -> LowRankUpdate:
     """The saved update of one layer; ValueError lists what does not fit."""
     config = saved.config.update_config(path)
-    spans: dict[str, tuple[int, int]] = json.loads(saved.metadata.get(SLICES, "{}")).get(path, {})
+    spans = _spans(saved.metadata, path, base)
     if k := len(spans):
         config = replace(config, r=config.r // k)
         config = replace(config, alpha=config.alpha / (k**0.5 if config.rslora else k))
     update = make_update(base, config, dtype=dtype, spans=spans)
-    factors, faults = saved.factors[path], list[str]()
-    for name, wanted in zip("AB", update.factors(), strict=True):
-        tensor = factors.get(name)
-        if tensor is None:
-            faults.append(f"lora_{name} is missing")
-        elif tensor.shape != wanted.shape:
-            shapes = tuple(tensor.shape), tuple(wanted.shape)
-            faults.append("lora_{} is {}, this layer takes {}".format(name, *shapes))
-        elif not torch.isfinite(tensor).all():
-            faults.append(f"lora_{name} has NaN or infinite values")
-    if faults:
+    factors = saved.factors[path]
+    if missing := [f"lora_{name} is missing" for name in "AB" if name not in factors]:
+        raise ValueError(", ".join(missing))
+    if faults := update.misfits(factors["A"], factors["B"]):
         raise ValueError(", ".join(faults))
     update.set_factors(factors["A"], factors["B"])
     return update
+
+
+def _spans(metadata: Mapping[str, str], path: str, base: nn.Module) -> dict[str, tuple[int, int]]:
+    """The slices that a file says one layer's blocks are for."""
+    out_features = out_in_view(base, base.get_parameter("weight")).shape[0]
+    try:
+        spans: dict[str, tuple[int, int]] = json.loads(metadata.get(SLICES, "{}")).get(path, {})
+        bounds = [0, *(bound for span in sorted(spans.values()) for bound in span), out_features]
+        sound = bounds == sorted(bounds) and all(start < stop for start, stop in spans.values())
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"the slices in its metadata are malformed ({error})") from None
+    if not sound:
+        raise ValueError(f"the slices in its metadata do not fit {out_features} outputs")
+    return spans
 
 
 def _uniform(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from typing import cast
 
 import torch
 from torch import nn
@@ -82,6 +83,8 @@ def inject(
     model = unwrap(model)
     UpdateConfig(r=r, alpha=alpha, dropout=dropout, rslora=rslora)
     found = find_targets(model, targets, exclude, layers)
+    if slices is not None and not any(found.values()):
+        raise ValueError("slices are given, but no target names any, such as 'c_attn[q,v]'.")
     ranks = by_pattern(rank_pattern, found, r, "rank_pattern")
     alphas = by_pattern(alpha_pattern, found, alpha, "alpha_pattern")
     if seed is None:
@@ -141,10 +144,12 @@ def make_update(
     """A new update that fits `base`, or the given slices of its output; not drawn yet.
 
     Raises:
-        ValueError: the rank is above the smaller side of what it adapts.
+        ValueError: the rank is above the smaller side of what it adapts, or a dtype of no floats.
     """
     weight = out_in_view(base, base.get_parameter("weight"))
     out_features, in_features = weight.shape
+    if not _is_float(dtype):
+        raise ValueError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
     if dtype is None:
         dtype = weight.dtype if weight.dtype.itemsize > 2 else torch.float32
     smaller = min(
@@ -167,11 +172,13 @@ def attach(
     Raises:
         ValueError: a name that is taken or cannot be one, or listing each layer whose weight is
             shared; nothing is changed.
-        RuntimeError: the model is merged or routed; nothing is changed.
+        RuntimeError: the model is merged, routed or disabled; nothing is changed.
     """
     present = lora_layers(model)
     _check_name(adapter, present)
     require_settled(present)
+    if not all(layer.enabled for layer in present.values()):
+        raise RuntimeError("The model is disabled. Leave the lora.disabled context first.")
     new = [path for path in updates if path not in present]
     tied = shared_weights(model, new)
     if tied and not untie:
@@ -186,6 +193,8 @@ def attach(
         layers[path].thawed = thawed
         if path in tied:
             layers[path].untie()
+            if any(layers[path].tied[-1] is parameter for parameter in thawed):
+                thawed.append(layers[path].base.get_parameter("weight"))
     for layer in layers.values():
         layer.activate({adapter: 1.0})
     every = lora_layers(model, every_path=True)
@@ -204,11 +213,16 @@ def detach(model: nn.Module, layers: Mapping[str, LoRALinear], *, retie: bool = 
             parameter.requires_grad_(True)
 
 
+def _is_float(dtype: object) -> bool:
+    return dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)
+
+
 def _check_name(adapter: str, present: Mapping[str, LoRALinear]) -> None:
-    if not adapter or "." in adapter or hasattr(nn.ModuleDict(), adapter):
+    is_text = isinstance(cast(object, adapter), str)
+    if not is_text or not adapter or "." in adapter or hasattr(nn.ModuleDict(), adapter):
         raise ValueError(
-            f"{adapter!r} cannot name an adapter: it is empty, has a dot, or is taken "
-            "by torch.nn.ModuleDict. Choose another."
+            f"{adapter!r} cannot name an adapter: it is no text, empty, has a dot, or is taken by "
+            "torch.nn.ModuleDict. Choose another."
         )
     names = sorted({name for layer in present.values() for name in layer.updates})
     if adapter in names:

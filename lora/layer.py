@@ -9,9 +9,10 @@ Shapes: in, out features of the base layer · r rank · … any leading axes.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,9 +46,9 @@ class UpdateConfig:
         faults: list[str] = []
         if type(self.r) is not int or self.r < 1:
             faults.append(f"r must be an integer of at least 1, got {self.r!r}")
-        if not _is_number(self.alpha) or not (math.isfinite(self.alpha) and self.alpha > 0):
+        if not is_finite(self.alpha) or self.alpha <= 0:
             faults.append(f"alpha must be a finite number above 0, got {self.alpha!r}")
-        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+        if not is_finite(self.dropout) or not 0 <= self.dropout < 1:
             faults.append(f"dropout must be in [0, 1), got {self.dropout!r}")
         if faults:
             raise ValueError("; ".join(faults) + ".")
@@ -103,6 +104,19 @@ class LowRankUpdate(nn.Module):
     def plain_config(self) -> UpdateConfig:
         """The config that goes with `factors()`."""
         return self.config
+
+    def misfits(self, a: Tensor, b: Tensor) -> list[str]:
+        """What keeps these from being values of `factors()`."""
+        faults: list[str] = []
+        for name, given, own in zip("AB", (a, b), self.factors(), strict=True):
+            if given.shape != own.shape:
+                shapes = tuple(given.shape), tuple(own.shape)
+                faults.append("lora_{} is {}, this layer takes {}".format(name, *shapes))
+            elif not torch.isfinite(given).all():
+                faults.append(f"lora_{name} has NaN or infinite values")
+        if self.A.is_meta:
+            faults.append("the layer is on the meta device, which holds no values")
+        return faults
 
     @torch.no_grad()
     def set_factors(self, a: Tensor, b: Tensor) -> None:
@@ -224,5 +238,8 @@ class LoRALinear(nn.Module):
         return out_in_view(self.base, cast(Tensor, self.base.weight))
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def is_finite(value: object) -> TypeGuard[float]:
+    """Whether this is a number that a float can hold: no bool, NaN, infinity or huge integer."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max

@@ -9,6 +9,7 @@ Source: microsoft/LoRA, examples/NLG, whose `MergedLinear` has the layout read h
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from lora.inject import attach, make_update
 from lora.layer import LowRankUpdate, UpdateConfig
+from lora.layout import why_not_adaptable
 from lora.slices import spans_of
 from lora.targets import base_modules, unwrap
 
@@ -50,13 +52,21 @@ def load_loralib(
         state: Any = cast(Any, torch).load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{file} is no checkpoint of tensors: {error}") from None
+    if isinstance(state, dict):
+        state = cast(dict[str, Any], state).get("model_state_dict", state)
+    if not isinstance(state, dict):
+        raise ValueError(f"{file} is no checkpoint: it holds no tensors by name.")
     factors: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in cast(dict[str, Any], state.get("model_state_dict", state)).items():
-        if match := _KEY.fullmatch(key):
+    strange: list[str] = []  # what else is an adapter's; the base's own tensors may stand beside
+    for key, tensor in cast(dict[str, Any], state).items():
+        match = _KEY.fullmatch(key)
+        if match and isinstance(tensor, Tensor):
             factors.setdefault(match[1], {})[match[2]] = tensor
+        elif "lora_" in key:
+            strange.append(f"{key}: left over")
     modules = base_modules(model)
     updates: dict[str, LowRankUpdate] = {}
-    faults: list[str] = [] if factors else ["it holds no c_attn.lora_A and lora_B"]
+    faults = strange if factors else [*strange, "it holds no c_attn.lora_A and lora_B"]
     faults += [
         f"{path}: no tensors in the file"
         for path in modules
@@ -64,26 +74,29 @@ def load_loralib(
     ]
     for path, pair in factors.items():
         try:
-            updates[path] = _rebuild(modules[path], pair["A"], pair["B"].squeeze(-1), alpha)
-        except KeyError as error:
-            faults.append(f"{path}: {error} is missing")
-        except (ValueError, RuntimeError) as error:
+            updates[path] = _rebuild(modules.get(path), pair, alpha)
+        except ValueError as error:
             faults.append(f"{path}: {error}")
     if faults:
         raise ValueError(f"{file} does not fit this model: {'; '.join(faults)}.")
     return attach(unwrap(model), adapter, updates)
 
 
-def _rebuild(base: nn.Module, a: Tensor, b: Tensor, alpha: float) -> LowRankUpdate:
+def _rebuild(base: nn.Module | None, pair: Mapping[str, Tensor], alpha: float) -> LowRankUpdate:
     """loralib stacks q's factors on v's, just as a sliced update does."""
-    config = UpdateConfig(r=a.shape[0] // 2, alpha=alpha, dropout=0.0)
+    if reason := "no such layer here" if base is None else why_not_adaptable(base):
+        raise ValueError(reason)
+    if missing := [f"lora_{name} is missing" for name in "AB" if name not in pair]:
+        raise ValueError(", ".join(missing))
+    base, a, b = cast(nn.Module, base), pair["A"], pair["B"]
+    b = b.squeeze(-1) if b.dim() == 3 else b
+    config = UpdateConfig(r=len(a) // 2 if a.dim() else 0, alpha=alpha, dropout=0.0)
     update = make_update(base, config, spans=spans_of(base, ("q", "v"), ("q", "k", "v")))
-    if update.A.shape != a.shape or update.B.shape != b.shape:
-        found, wanted = (
-            (tuple(a.shape), tuple(b.shape)),
-            (tuple(update.A.shape), tuple(update.B.shape)),
-        )
+    found, wanted = (tuple(tuple(t.shape) for t in ts) for ts in ((a, b), (update.A, update.B)))
+    if found != wanted:
         raise ValueError(f"A and B are {found}, this layer takes {wanted}")
+    if update.A.is_meta or not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        raise ValueError("NaN or infinite values, or a layer on the meta device, which holds none")
     with torch.no_grad():
         update.A.copy_(a)
         update.B.copy_(b)

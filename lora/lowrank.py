@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.algebra import Adapter, Factors, by_path, check_shapes, scale
+from lora.layer import is_finite
 from lora.layout import out_in_view
 from lora.targets import Targets, base_modules, find_targets
 
@@ -68,10 +69,13 @@ def extract(
         targets: the layers to take, as for `lora.inject`.
 
     Raises:
-        ValueError: a target that matches nothing, or layers of other shapes.
+        ValueError: a target that matches nothing or names slices, or layers of other shapes.
     """
     before, after = base_modules(base), base_modules(tuned)
-    paths = list(find_targets(base, targets))
+    found = find_targets(base, targets)
+    paths = list(found)
+    if sliced := [path for path in paths if found[path]]:
+        raise ValueError(f"Slices cannot be extracted, only whole layers: {', '.join(sliced)}.")
     if missing := [path for path in paths if path not in after]:
         raise ValueError(f"The tuned model has no {', '.join(missing)}.")
     weights = {p: (_weight(before[p]), _weight(after[p])) for p in paths}
@@ -136,7 +140,7 @@ def _merged(
 ) -> dict[str, Tensor]:
     """Apply `merge` to the weighted deltas of each layer."""
     weights = [1.0] * len(values) if weights is None else weights
-    if not 0 < density <= 1:
+    if not is_finite(density) or not 0 < density <= 1:
         raise ValueError(f"density must be in (0, 1], got {density!r}.")
     if not values or len(weights) != len(values):
         raise ValueError(f"Give as many weights as adapters: {len(weights)} for {len(values)}.")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lora.layer import LoRALinear
 from lora.layout import out_in_view, widest_float
-from lora.targets import require_layers, require_settled, shared_weights, unwrap
+from lora.targets import lora_layers, require_layers, require_settled, shared_weights, unwrap
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def merged(model: nn.Module) -> Generator[None]:
     try:
         yield
     finally:
-        if is_merged(model) != before:
+        if lora_layers(model) and is_merged(model) != before:  # the body may have ejected all
             (merge if before else unmerge)(model)
 
 

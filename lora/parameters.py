@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import Tensor, nn
 
-from lora.layer import LowRankUpdate
+from lora.layer import LowRankUpdate, is_finite
 from lora.targets import lora_layers, require_layers, unwrap
 
 
@@ -33,7 +32,7 @@ def parameter_groups(model: nn.Module, lr: float, *, b_ratio: float = 16.0) -> l
 
     Source: Hayou et al. 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models".
     """
-    if not (0 < lr < math.inf and 0 < b_ratio < math.inf):
+    if not (is_finite(lr) and is_finite(b_ratio) and lr > 0 and b_ratio > 0):
         raise ValueError(f"lr and b_ratio must be finite and above 0, got {lr!r} and {b_ratio!r}.")
     updates = [u for layer in require_layers(model).values() for u in layer.updates.values()]
     late = {id(cast(LowRankUpdate, update).B) for update in updates}

@@ -123,8 +123,10 @@ def dumps(
         "lora_alpha": alpha,
         "lora_dropout": any_update.dropout,
         "target_modules": _shortest_targets(set(updates), linear_paths),
-        "rank_pattern": {p: u.r for p, u in updates.items() if u.r != r},
-        "alpha_pattern": {p: u.alpha for p, u in updates.items() if u.alpha != alpha},
+        "rank_pattern": {_exact(p, updates): u.r for p, u in updates.items() if u.r != r},
+        "alpha_pattern": {
+            _exact(p, updates): u.alpha for p, u in updates.items() if u.alpha != alpha
+        },
         "fan_in_fan_out": fan_in_fan_out,
         "use_rslora": any_update.rslora,
         "bias": "none",
@@ -196,11 +198,22 @@ def _most_common(values: Collection[T]) -> T:
     return Counter(values).most_common(1)[0][0]
 
 
-def _shortest_targets(paths: set[str], linear_paths: Collection[str]) -> list[str]:
-    """The last segments of the paths where they fit no other layer, else the paths."""
+def _exact(path: str, paths: Collection[str]) -> str:
+    """A pattern that fits this path and none of the others."""
+    alone = not any(other.endswith(f".{path}") for other in paths)
+    return path if alone else f"^{re.escape(path)}"
+
+
+def _shortest_targets(paths: set[str], linear_paths: Collection[str]) -> list[str] | str:
+    """The last segments of the paths where they fit no other layer, else the paths.
+
+    A path that ends another layer's, as `up` ends `block.up`, takes a regular expression.
+    """
     targets: set[str] = set()
     for path in paths:
         last = path.rpartition(".")[2]
         alike = {p for p in linear_paths if f".{p}".endswith(f".{last}")}
         targets.add(last if alike <= paths else path)
+    if any(_names(tuple(targets), path) for path in linear_paths if path not in paths):
+        return "|".join(map(re.escape, sorted(paths)))
     return sorted(targets)

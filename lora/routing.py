@@ -41,7 +41,7 @@ def routed(model: nn.Module, rows: Sequence[Mixture | None]) -> Generator[None]:
     """
     layers = require_layers(model)
     refuse_merged(layers)
-    if not rows:
+    if not isinstance(cast(object, rows), Sequence) or isinstance(rows, str) or not rows:
         raise ValueError("rows must give an adapter (or None) for each row of the batch.")
     names = adapter_names(layers)
     mixtures = [{} if row is None else as_mixture(row, layers) for row in rows]
@@ -66,10 +66,17 @@ class Routing:
         bank: the layer's updates by the bank's numbering; None where it has none.
         index: `(B, k)` numbers of each row's adapters.
         scales: `(B, k)` the factor of each, its scaling included.
+        dropout: probability of dropping an input feature in training.
     """
 
-    def __init__(self, bank: Sequence[LowRankUpdate | None], index: Tensor, scales: Tensor) -> None:
-        self.bank = bank
+    def __init__(
+        self,
+        bank: Sequence[LowRankUpdate | None],
+        index: Tensor,
+        scales: Tensor,
+        dropout: float,
+    ) -> None:
+        self.bank, self.dropout = bank, dropout
         self.some = next(update for update in bank if update is not None)
         self.updates = [update for update in bank if update is not None]
         self.index, self.scales = index, scales
@@ -87,7 +94,7 @@ class Routing:
         if isinstance(self.some, EmbeddingUpdate):
             leading, h = x.shape, self._looked_up(x.reshape(B, -1), a)
         else:
-            x = F.dropout(x, self.some.config.dropout, self.some.training)
+            x = F.dropout(x, self.dropout, self.some.training)
             leading = x.shape[:-1]
             h = x.reshape(B, -1, x.shape[-1]) @ a.to(x.dtype).mT  # (B, -1, k·r)
         h = h * self.scales.to(h.dtype).repeat_interleave(self.rank, 1)[:, None]
@@ -101,12 +108,12 @@ class Routing:
         return h.gather(2, index).flatten(2)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Each row's A's and B's; kept between calls where no gradient can flow through them."""
-        if torch.is_grad_enabled():
+        """Each row's A's and B's; kept between calls where changes of them can be noticed."""
+        parameters = [p for update in self.updates for p in (update.A, update.B)]
+        unseen = torch.compiler.is_compiling() or any(p.is_inference() for p in parameters)
+        if torch.is_grad_enabled() or unseen:
             return self._gathered()
-        if torch.compiler.is_compiling() and self.kept is not None:
-            return self.kept[1], self.kept[2]
-        versions = [p._version for update in self.updates for p in (update.A, update.B)]
+        versions = [p._version for p in parameters]
         if self.kept is None or self.kept[0] != versions:
             self.kept = (versions, *self._gathered())
         return self.kept[1], self.kept[2]
@@ -131,7 +138,13 @@ def _route(
     """The routing of one layer; an adapter that it lacks adds nothing here."""
     bank = [cast(LowRankUpdate | None, dict(layer.updates).get(name)) for name in names]
     here = [update for update in bank if update is not None]
-    if here[0].training and len({update.config.dropout for update in here}) > 1:
+    used = {name for mixture in mixtures for name in mixture}
+    dropouts = {
+        update.config.dropout
+        for name, update in zip(names, bank, strict=True)
+        if update is not None and name in used
+    }
+    if here[0].training and len(dropouts) > 1:
         raise RuntimeError("Adapters that are trained in one batch must have the same dropout.")
     scaling = {
         name: 0.0 if update is None else update.config.scaling
@@ -141,7 +154,12 @@ def _route(
     index = [[names.index(n) for n in m] + [0] * (k - len(m)) for m in mixtures]
     scales = [[w * scaling[n] for n, w in m.items()] + [0.0] * (k - len(m)) for m in mixtures]
     device = here[0].A.device
-    return Routing(bank, torch.tensor(index, device=device), torch.tensor(scales, device=device))
+    return Routing(
+        bank,
+        torch.tensor(index, device=device),
+        torch.tensor(scales, device=device),
+        max(dropouts, default=0.0),
+    )
 
 
 def _trained(layer: LoRALinear) -> set[str]:

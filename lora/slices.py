@@ -106,6 +106,8 @@ def spans_of(
     if not names:
         return {}
     out_features = out_in_view(base, base.get_parameter("weight")).shape[0]
+    if given is not None and not _different_names(given):
+        raise ValueError(f"slices must be different names, got {given!r}")
     known = tuple(given or cast(Any, getattr(base, "slices", ())))
     if not known:
         raise ValueError("it names no slices; pass slices=('q', 'k', 'v') or such")
@@ -115,3 +117,10 @@ def spans_of(
         raise ValueError(f"it has slices {', '.join(known)}, but no {', '.join(strange)}")
     size = out_features // len(known)
     return {n: (known.index(n) * size, (known.index(n) + 1) * size) for n in names}
+
+
+def _different_names(given: object) -> bool:
+    if not isinstance(given, Sequence):
+        return False
+    names = cast(Sequence[object], given)
+    return all(isinstance(name, str) for name in names) and len(set(names)) == len(names)

@@ -59,6 +59,8 @@ def named_modules(model: nn.Module, *, every_path: bool = False) -> list[tuple[s
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside torch.compile's, DataParallel's or DistributedDataParallel's wrapper."""
+    if not isinstance(cast(object, model), nn.Module):
+        raise ValueError(f"The model must be a torch.nn.Module, got {type(model).__name__}.")
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:
         if isinstance(model, parallel):
@@ -97,14 +99,14 @@ def find_targets(
             and each exclusion and layer number that matches no target.
     """
     modules = base_modules(model)
-    found, faults = _matches(modules, _as_tuple(targets))
-    for name in _as_tuple(exclude):
+    found, faults = _matches(modules, _as_tuple(targets, "targets"))
+    for name in _as_tuple(exclude, "exclude"):
         excluded = [path for path in found if fits(path, name)]
         if not excluded:
             faults.append(f"exclude={name!r} matches no target.")
         found = {path: slices for path, slices in found.items() if path not in excluded}
     if layers is not None:
-        wanted, present = set(layers), {_block(path) for path in found}
+        wanted, present = _numbers(layers), {_block(path) for path in found}
         if missing := sorted(wanted - present):
             faults.append(f"layers={missing} match no target.")
         found = {path: slices for path, slices in found.items() if _block(path) in wanted}
@@ -128,7 +130,9 @@ def by_pattern(
     Raises:
         ValueError: listing each suffix that fits no path.
     """
-    pattern = pattern or {}
+    pattern = {} if pattern is None else pattern
+    if not isinstance(cast(object, pattern), Mapping):
+        raise ValueError(f"{name} must map suffixes to values, got {pattern!r}.")
     if idle := [suffix for suffix in pattern if not any(fits(path, suffix) for path in paths)]:
         raise ValueError(f"{name} names {', '.join(map(repr, idle))}, which match no target.")
     return {
@@ -166,13 +170,11 @@ def _matches(
     found: dict[str, tuple[str, ...]] = {}
     faults: list[str] = []
     for target in targets:
-        if target == "all-linear":
-            found |= dict.fromkeys(_all_linear(modules), ())
-            continue
         name, slices = split_target(target)
-        matches = [path for path in modules if fits(path, name)]
+        everything = target == "all-linear"
+        matches = _all_linear(modules) if everything else [p for p in modules if fits(p, name)]
         unfit = [path for path in matches if why_not_adaptable(modules[path])]
-        if not matches:
+        if not matches and not everything:
             faults.append(f"No module matches target {target!r}.")
         elif unfit:
             more = f" (and {len(unfit) - 1} more)" if len(unfit) > 1 else ""
@@ -203,8 +205,23 @@ def _block(path: str) -> int | None:
     return next((int(part) for part in path.split(".") if part.isdigit()), None)
 
 
-def _as_tuple(targets: Targets) -> tuple[str, ...]:
-    return (targets,) if isinstance(targets, str) else tuple(targets)
+def _as_tuple(names: Targets, argument: str) -> tuple[str, ...]:
+    several = _is_iterable(names) and not isinstance(names, str)
+    entries = cast(tuple[str, ...], tuple(names) if several else (names,))
+    if not all(isinstance(cast(object, entry), str) for entry in entries):
+        raise ValueError(f"{argument} must be a name or several, got {names!r}.")
+    return entries
+
+
+def _is_iterable(value: object) -> bool:
+    return isinstance(value, Iterable)
+
+
+def _numbers(layers: Iterable[int]) -> set[int]:
+    numbers = set(layers) if _is_iterable(layers) else set[int]()
+    if not _is_iterable(layers) or not all(type(number) is int for number in numbers):
+        raise ValueError(f"layers must be several block numbers, got {layers!r}.")
+    return numbers
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -1,0 +1,118 @@
+"""The loss of predicting each next token, with and without ever holding all logits.
+
+Labels lie beside the token ids: `labels[b, t]` is the token at position t, or `IGNORE` where it is
+not to be learnt; the shift by one happens here.
+
+Shapes: B batch · T time · C n_embd · V vocab · N positions, flattened.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+IGNORE = -100
+"""The label of a position that is not learnt."""
+
+CHUNK = 4096  # positions whose logits are held at a time
+
+
+def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean cross-entropy, in nats, over the supervised tokens.
+
+    Args:
+        logits: `(B, T, V)`, computed with in float32.
+        labels: `(B, T)`, aligned with the token ids.
+
+    Raises:
+        ValueError: no token is supervised, or the shapes do not fit.
+    """
+    if logits.shape[:2] != labels.shape:
+        raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} differ.")
+    targets = shifted(labels)
+    if not (targets != IGNORE).any():
+        raise ValueError("No token is supervised: every label after the first position is IGNORE.")
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORE)
+
+
+def summed_loss(model: nn.Module, idx: Tensor, labels: Tensor) -> Tensor:
+    """The cross-entropy summed over the supervised tokens, a float32 scalar.
+
+    A GPT-2 (anything with a `transformer` and an `lm_head`) applies its head to the supervised
+    positions only; with a frozen head its logits exist for a chunk of positions at a time. Any
+    other model must map `idx` to logits.
+
+    Args:
+        model: a GPT-2, with adapters or without, or a module from `(B, T)` ids to logits.
+        idx, labels: `(B, T)`.
+    """
+    targets = shifted(labels)
+    if not (hasattr(model, "transformer") and hasattr(model, "lm_head")):
+        logits = cast(Tensor, model(idx)).flatten(0, 1).float()
+        return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+    head = cast(nn.Module, model.lm_head)
+    hidden = cast(nn.Module, model.transformer)(idx).flatten(0, 1)  # (N, C)
+    if not torch.compiler.is_compiling():  # a compiled graph has no shapes that depend on data
+        supervised = targets != IGNORE
+        hidden, targets = hidden[supervised], targets[supervised]
+    if type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters()):
+        return cast(Any, _FrozenHeadLoss).apply(hidden, head.weight, targets)
+    logits = head(hidden).float()
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+
+
+def shifted(labels: Tensor) -> Tensor:
+    """What each position is to predict, `(B·T,)`: the next label, nothing after the last."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    """Cross-entropy of `hidden Wᵀ`, summed; the gradient of `hidden` is made in the forward.
+
+    The head's weight needs no gradient, so a chunk of logits can be dropped as soon as it has
+    given its share of the loss and of the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        vocab = weight.shape[0]
+        if weight.is_cuda:  # matrix products are slow on a side that is no multiple of 8
+            weight = F.pad(weight, (0, 0, 0, -vocab % 64))
+        total = hidden.new_zeros((), dtype=torch.float32)
+        gradients: list[Tensor] = []
+        for start in range(0, len(hidden), CHUNK):
+            part = slice(start, start + CHUNK)
+            loss, gradient = _chunk(
+                hidden[part], weight, targets[part], vocab, ctx.needs_input_grad[0]
+            )
+            total = total + loss
+            gradients.append(gradient)
+        ctx.save_for_backward(torch.cat(gradients) if gradients else hidden)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_outputs[0].to(gradient.dtype), None, None
+
+
+def _chunk(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab: int, needs_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """Loss and gradient of some positions; rows of `weight` past `vocab` are padding."""
+    logits = (hidden @ weight.t()).float()  # (N, V padded)
+    tokens = torch.arange(len(weight), device=hidden.device)
+    if len(weight) > vocab:
+        logits = logits.masked_fill(tokens >= vocab, -torch.inf)
+    supervised = targets != IGNORE
+    wanted = targets.where(supervised, 0)[:, None]
+    total = logits.logsumexp(-1, keepdim=True)
+    loss = (total - logits.gather(1, wanted)).squeeze(1).where(supervised, 0.0).sum()
+    if not needs_gradient:
+        return loss, hidden
+    gradient = (logits - total).exp_()  # the probabilities
+    gradient = torch.where(tokens == wanted, gradient - 1, gradient) * supervised[:, None]
+    return loss, (gradient.to(weight.dtype) @ weight).to(hidden.dtype)

@@ -1,0 +1,130 @@
+"""What a run leaves in its folder: the adapter, metrics, plot, answers and a record of the run."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryFile
+from time import perf_counter
+from typing import Any
+
+from report import Answer, score
+from torch import nn
+
+import gpt2
+import lora
+
+ADAPTER = "adapter"
+METRICS, PLOT, ANSWERS, RUN = "metrics.jsonl", "loss.png", "answers.md", "run.json"
+
+
+def prepare(folder: Path) -> Path:
+    """Clear away an earlier run's results, and find out now whether new ones can be written.
+
+    Raises:
+        OSError: they cannot.
+    """
+    try:
+        (folder / ADAPTER).mkdir(parents=True, exist_ok=True)
+        for name in (METRICS, PLOT, ANSWERS, RUN):
+            (folder / name).unlink(missing_ok=True)
+        with TemporaryFile(dir=folder), TemporaryFile(dir=folder / ADAPTER):
+            return folder
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written: {error}. Choose another res_path.") from None
+
+
+@contextmanager
+def saved(model: nn.Module, folder: Path) -> Iterator[None]:
+    """Save the adapter as it is when the block ends, whatever ends it."""
+    try:
+        yield
+    except (KeyboardInterrupt, RuntimeError) as stop:
+        place = folder / ADAPTER
+        raise type(stop)(f"{stop} The adapter as it was then is saved in {place}.") from None
+    finally:
+        lora.save(model, folder / ADAPTER)
+
+
+def recorded(steps: Iterable[gpt2.StepRecord], folder: Path) -> Iterator[gpt2.StepRecord]:
+    """Write each step as a line of JSON, as it comes."""
+    with (folder / METRICS).open("w", encoding="utf-8", buffering=1) as file:
+        for step in steps:
+            file.write(json.dumps(asdict(step)) + "\n")
+            yield step
+
+
+def write(
+    folder: Path,
+    *,
+    losses: Sequence[float],
+    every: int,
+    answers: Sequence[Answer],
+    run: Mapping[str, Any],
+) -> None:
+    """Write what is known at the end: the plot, the answers and the record of the run."""
+    plot_losses(losses, every, folder / PLOT)
+    (folder / ANSWERS).write_text(answers_markdown(answers), encoding="utf-8")
+    outcome = {
+        "steps": len(losses),
+        "last_losses": losses[-every:],
+        "answers": [{**asdict(a), "verdict": a.verdict} for a in answers],
+        "versions": versions(),
+    }
+    record = json.dumps({**run, **outcome}, indent=2, ensure_ascii=False, default=str)
+    (folder / RUN).write_text(record + "\n", encoding="utf-8")
+
+
+class Clock:
+    """Seconds between laps, by their names."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = perf_counter()
+
+    def lap(self, name: str) -> None:
+        """End a lap."""
+        now = perf_counter()
+        self.laps[name], self._last = round(now - self._last, 3), now
+
+
+def plot_losses(losses: Sequence[float], every: int, file: Path) -> None:
+    """Draw the loss of each step, and the mean of every few."""
+    from matplotlib.figure import Figure  # slow to import; drawn this way it needs no display
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(range(1, len(losses) + 1), losses, color="0.8", label="each step")
+    ends = range(every, len(losses) + 1, every)
+    means = [sum(losses[end - every : end]) / every for end in ends]
+    middles = [end - (every - 1) / 2 for end in ends]
+    axes.plot(middles, means, color="tab:blue", label=f"mean of {every} steps")
+    axes.set(xlabel="step", ylabel="loss (nats a token)", ylim=(0, None))
+    axes.legend()
+    figure.savefig(file, dpi=150)
+
+
+def answers_markdown(answers: Sequence[Answer]) -> str:
+    """The table of answers in Markdown."""
+    lines = [score(answers), "", "| prompt | base | tuned | as trained? |", "|---|---|---|---|"]
+    for a in answers:
+        cells = (a.prompt, a.base, a.tuned, a.verdict)
+        lines.append(f"| {' | '.join(map(_markdown_cell, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide the numbers."""
+    packages = ("torch", "numpy", "safetensors", "tiktoken")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def _markdown_cell(text: str) -> str:
+    for plain, escaped in (("\\", "\\\\"), ("|", "\\|"), ("<", "&lt;"), ("\n", "<br>")):
+        text = text.strip().replace(plain, escaped)
+    return text

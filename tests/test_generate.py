@@ -1,0 +1,322 @@
+import math
+from copy import deepcopy
+
+import pytest
+import reference
+import torch
+import transformers
+from torch import nn
+from transformers.generation.logits_process import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from gpt2.config import GPT2Config
+from gpt2.generate import (
+    GenerateConfig,
+    apply_repetition_penalty,
+    apply_temperature,
+    apply_top_k,
+    apply_top_p,
+    generate,
+    sample,
+    stream,
+)
+from gpt2.model import GPT2
+
+SAMPLED = {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "repetition_penalty": 1.2}
+
+
+def tiny(**changes) -> GPT2:
+    torch.manual_seed(0)
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "vocab_size": 60}
+    model = GPT2(GPT2Config(**(sizes | changes)))
+    for p in model.parameters():  # far from uniform, so that the next token is never a tie
+        p.data.mul_(6)
+    return model.eval()
+
+
+PROMPTS = [[7, 8, 9, 10, 11], [3], [50, 4, 50, 4, 50, 4, 2, 1], [12, 13]]
+
+
+# --- choosing a token ----------------------------------------------------------------------------
+
+
+def logits_with_ties() -> torch.Tensor:
+    logits = torch.randn(5, 200, generator=torch.Generator().manual_seed(0)) * 3
+    logits[1] = logits[1].round()
+    logits[2] = 0.0
+    logits[3, :20] = logits[3].max()
+    return logits
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.7, 1.5])
+def test_temperature_is_transformers_own(temperature):
+    logits = logits_with_ties()
+    assert torch.equal(
+        apply_temperature(logits, temperature), TemperatureLogitsWarper(temperature)(None, logits)
+    )
+
+
+@pytest.mark.parametrize("k", [1, 7, 20, 200, 1000])
+def test_top_k_is_transformers_own(k):
+    logits = logits_with_ties()
+    assert torch.equal(apply_top_k(logits, k), TopKLogitsWarper(k)(None, logits))
+
+
+@pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 0.9, 0.999, 1.0])
+def test_top_p_is_transformers_own(p):
+    logits = logits_with_ties()
+    if p < 1:
+        assert torch.equal(apply_top_p(logits, p), TopPLogitsWarper(p)(None, logits))
+    assert apply_top_p(logits, p).isfinite().any(-1).all()
+
+
+@pytest.mark.parametrize("penalty", [0.7, 1.3, 2.0])
+def test_repetition_penalty_is_transformers_own(penalty):
+    logits = logits_with_ties()
+    ids = torch.randint(200, (5, 12), generator=torch.Generator().manual_seed(1))
+    ids[:, 6:] = ids[:, :6]  # a token that comes twice counts once
+    seen = torch.zeros(5, 200, dtype=torch.bool).scatter(1, ids, True)
+    assert torch.equal(
+        apply_repetition_penalty(logits, seen, penalty),
+        RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone()),
+    )
+
+
+def test_the_order_is_transformers_own():
+    config = transformers.GenerationConfig(do_sample=True, **SAMPLED)
+    bare = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            n_layer=1, n_head=1, n_embd=4, vocab_size=9, bos_token_id=None, eos_token_id=None
+        )
+    )
+    processors = bare._get_logits_processor(config, input_ids_seq_length=1)
+    assert [type(p) for p in processors] == [
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    ]
+
+
+def test_sample_follows_the_filtered_distribution():
+    logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(2)) * 2
+    config = GenerateConfig(temperature=0.8, top_k=6, top_p=0.9)
+    expected = apply_top_p(apply_top_k(logits / 0.8, 6), 0.9).softmax(-1)[0]
+    n = 4_000
+    uniform = (torch.arange(n, dtype=torch.double) + 0.5) / n  # evenly spaced: no chance involved
+    drawn = sample(logits.expand(n, -1), config, uniform).bincount(minlength=12) / n
+    torch.testing.assert_close(drawn, expected.to(drawn.dtype), rtol=0, atol=1.5 / n)
+    assert (drawn[expected == 0] == 0).all()
+
+
+@pytest.mark.parametrize("u", [0.0, 1 - 2**-53])
+def test_the_ends_of_the_unit_interval_draw_tokens_that_are_allowed(u):
+    logits = torch.full((1, 50), -math.inf)
+    logits[0, 20:30] = torch.linspace(-1, 1, 10)
+    token = sample(logits, GenerateConfig(temperature=1.0), torch.tensor([u], dtype=torch.double))
+    assert token.item() == (20 if u == 0 else 29)
+
+
+# --- greedy --------------------------------------------------------------------------------------
+
+
+def test_greedy_is_the_oracles(demo, tokenizer):
+    prompts = [tokenizer.encode(p) for p in ("In the beginning", "Q: What does physics explain?")]
+    weights = {k.removeprefix("transformer."): v for k, v in demo.state_dict().items()}
+    weights = {k: v.double().numpy() for k, v in weights.items()}
+    expected = [reference.greedy(weights, prompt, 8, n_head=4) for prompt in prompts]
+    assert generate(demo, prompts, GenerateConfig(max_new_tokens=8)) == expected
+
+
+def test_greedy_is_what_an_independent_implementation_writes(demo, tokenizer, demo_expected):
+    prompts = list(demo_expected["greedy_24"])
+    config = GenerateConfig(max_new_tokens=24)
+    new = generate(demo, [tokenizer.encode(prompt) for prompt in prompts], config)
+    for prompt, ids in zip(prompts, new, strict=True):
+        assert prompt + tokenizer.decode(ids) == demo_expected["greedy_24"][prompt]
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_greedy_is_transformers_own(demo, penalty):
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_layer=8, n_head=4, n_embd=256, pad_token_id=0)
+    ).eval()
+    theirs.load_state_dict(demo.state_dict())
+    prompt = torch.tensor([[464, 3139, 286, 4881, 318]])
+    expected = theirs.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=30,
+        do_sample=False,
+        repetition_penalty=penalty,
+    )[0, 5:]
+    config = GenerateConfig(max_new_tokens=30, repetition_penalty=penalty)
+    assert generate(demo, prompt.tolist(), config) == [expected.tolist()]
+
+
+# --- batches, seeds, stopping --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.5}, SAMPLED])
+def test_each_prompt_of_a_batch_gives_what_it_gives_alone(options):
+    model = tiny()
+    together = generate(
+        model, PROMPTS, GenerateConfig(max_new_tokens=20, eos=None, seed=5, **options)
+    )
+    assert len({tuple(text) for text in together}) == len(PROMPTS)
+    for row, prompt in enumerate(PROMPTS):
+        config = GenerateConfig(max_new_tokens=20, eos=None, seed=5 + row, **options)
+        assert generate(model, [prompt], config) == [together[row]]
+
+
+def test_a_seed_gives_the_same_text_and_leaves_the_global_generator_alone():
+    model = tiny()
+    before = torch.get_rng_state()
+    texts = [
+        generate(model, [[1, 2]] * 2, GenerateConfig(temperature=1.5, seed=s, max_new_tokens=25))
+        for s in (3, 3, 4)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[0][0] != texts[0][1]  # the same prompt twice draws differently
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_rows_stop_at_their_own_end():
+    model = tiny()
+    free = generate(model, PROMPTS, GenerateConfig(max_new_tokens=20, eos=None))
+    eos = next(t for t in free[0] if any(t in text for text in free[1:]))
+    config = GenerateConfig(max_new_tokens=20, eos=eos)
+    expected = [text[: text.index(eos)] if eos in text else text for text in free]
+    assert generate(model, PROMPTS, config) == expected
+    steps = list(stream(model, PROMPTS, config))
+    assert len(steps) == max(map(len, expected))  # over as soon as all rows are
+    for row, text in enumerate(expected):
+        column = [step[row] for step in steps]
+        assert column == text + [None] * (len(steps) - len(text))
+
+
+def test_tokens_come_one_at_a_time():
+    model = tiny()
+    calls = []
+    model.transformer.register_forward_hook(lambda *_: calls.append(1))
+    tokens = stream(model, [[1, 2, 3]], GenerateConfig(max_new_tokens=5, eos=None))
+    assert not calls
+    next(tokens)
+    assert len(calls) == 1
+    next(tokens)
+    assert len(calls) == 2
+    assert len(list(tokens)) == 3
+    assert len(calls) == 5  # the last token is not read back
+
+
+def test_the_prompt_costs_one_row_of_logits():
+    model = tiny()
+    shapes = []
+    model.lm_head.register_forward_hook(lambda module, args, out: shapes.append(tuple(out.shape)))
+    generate(model, PROMPTS, GenerateConfig(max_new_tokens=1))
+    assert shapes == [(4, 60)]
+
+
+def test_the_context_may_be_filled_but_not_passed():
+    model = tiny()
+    prompt = list(range(28))
+    [text] = generate(model, [prompt], GenerateConfig(max_new_tokens=4, eos=None))
+    for n, token in enumerate(text):  # the last positions are right, without a cache
+        assert model(torch.tensor([prompt + text[:n]]))[0, -1].argmax() == token
+    with pytest.raises(ValueError, match="prompt 1 has 28 tokens, and with 5 .* context of 32"):
+        generate(model, [[1], prompt], GenerateConfig(max_new_tokens=5))
+
+
+def test_all_bad_prompts_are_named_before_any_work():
+    model = tiny()
+    model.transformer.register_forward_hook(lambda *_: pytest.fail("worked"))
+    with pytest.raises(ValueError, match="Nothing was generated") as caught:
+        stream(model, [[1], [], [60], [-1], [2] * 40])  # already here, not at the first token
+    for fault in ("prompt 1 is empty", "prompt 2 holds ids outside 0..59", "prompt 3", "prompt 4"):
+        assert fault in str(caught.value)
+
+
+def test_no_prompts():
+    assert generate(tiny(), []) == []
+    assert list(stream(tiny(), [])) == []
+
+
+# --- the model is left as it was -----------------------------------------------------------------
+
+
+def modes(model: nn.Module) -> list[bool]:
+    return [module.training for module in model.modules()]
+
+
+def test_eval_inside_and_the_own_mode_of_every_module_outside():
+    model = tiny(embd_pdrop=0.9, attn_pdrop=0.9, resid_pdrop=0.9)
+    config = GenerateConfig(max_new_tokens=6, eos=None)
+    expected = generate(model, PROMPTS, config)
+    model.train()
+    model.transformer.h[1].eval()
+    before = modes(model)
+    assert generate(model, PROMPTS, config) == expected
+    assert modes(model) == before
+    tokens = stream(model, PROMPTS, config)
+    next(tokens)
+    assert modes(model) == before  # between tokens
+    assert torch.is_grad_enabled()
+    del tokens  # abandoned
+    assert modes(model) == before
+
+
+def test_the_mode_survives_an_error():
+    model = tiny().train()
+    model.transformer.h[1].mlp.c_fc.weight = None
+    with pytest.raises((AttributeError, TypeError)):
+        generate(model, [[1]], GenerateConfig(max_new_tokens=4))
+    assert all(modes(model))
+
+
+def test_no_gradients_and_no_traces():
+    model = tiny()
+    before = deepcopy(model.state_dict())
+    logits = []
+    model.lm_head.register_forward_hook(lambda module, args, output: logits.append(output))
+    generate(model, PROMPTS, GenerateConfig(max_new_tokens=3, eos=None))
+    assert not any(each.requires_grad for each in logits)
+    assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes(dtype):
+    model = tiny().to(dtype)
+    config = GenerateConfig(max_new_tokens=8, eos=None, **SAMPLED)
+    assert [len(text) for text in generate(model, PROMPTS, config)] == [8] * 4
+
+
+def test_under_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        texts = generate(tiny(), PROMPTS, GenerateConfig(max_new_tokens=4, eos=None))
+    assert [len(text) for text in texts] == [4] * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0, "top_k": 0}, "max_new_tokens .* 1, got 0; top_k .* 1, got 0"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens must be an integer"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": math.nan}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty"),
+        ({"seed": -1}, "seed"),
+        ({"seed": None}, "seed"),
+        ({"eos": -5}, "eos"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        GenerateConfig(**options)

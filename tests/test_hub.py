@@ -1,0 +1,216 @@
+"""The Hub path, against a server on this machine that answers as the Hub does."""
+
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+
+from gpt2.config import GPT2Config
+from gpt2.model import GPT2
+
+ROOT = Path(__file__).parent.parent
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """`GET` and `HEAD` of `/org/repo/resolve/main/file`, out of a dict of repositories."""
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def log_message(self, format, *args):
+        pass
+
+    def answer(self, body):
+        name, _, file = self.path.lstrip("/").partition("/resolve/main/")
+        if file:  # the library asks for other things too, which this Hub does not have
+            self.server.requests.append((self.command, file))
+        repo = self.server.repos.get(name)
+        if repo is None or file not in repo:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound" if repo is None else "EntryNotFound")
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        self.send_response(200)
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("ETag", f'"{hashlib.sha256(repo[file]).hexdigest()}"')
+        self.send_header("Content-Length", str(len(repo[file])))
+        self.end_headers()
+        if body:
+            self.wfile.write(repo[file][: self.server.cut_after])
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A running Hub that huggingface_hub takes for the real one; `.stop()` ends it."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.repos, server.requests, server.cut_after = {}, [], None
+    server.cache = tmp_path / "cache"
+    server.endpoint = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    for name, value in {
+        "ENDPOINT": server.endpoint,
+        "HUGGINGFACE_CO_URL_TEMPLATE": server.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(server.cache),
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_PROGRESS_BARS": True,
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    stopped = []
+
+    def stop():
+        if not stopped:
+            server.shutdown()
+            server.server_close()
+            stopped.append(True)
+            monkeypatch.setattr("time.sleep", lambda _: None)  # between the library's retries
+
+    server.stop = stop
+    yield server
+    stop()
+
+
+@pytest.fixture
+def files(tmp_path) -> dict[str, bytes]:
+    """The two files of a small GPT-2."""
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=2, n_head=2, n_embd=128, block_size=8, vocab_size=50)
+    GPT2(config).save_pretrained(tmp_path / "made")
+    return {file.name: file.read_bytes() for file in (tmp_path / "made").iterdir()}
+
+
+def weights(model: GPT2) -> list:
+    return [p.sum().item() for p in model.parameters()]
+
+
+def test_downloads_once_and_then_needs_no_hub(hub, files):
+    hub.repos["org/small"] = files | {"pytorch_model.bin": b"pickle", "model.onnx": b"graph"}
+    first = GPT2.from_pretrained("org/small")
+    assert [file for method, file in hub.requests if method == "GET"] == [
+        "config.json",
+        "model.safetensors",
+    ]
+    hub.stop()
+    assert weights(GPT2.from_pretrained("org/small")) == weights(first)
+
+
+def test_offline_mode_opens_from_the_cache(hub, files, monkeypatch):
+    hub.repos["org/small"] = files
+    first = GPT2.from_pretrained("org/small")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.requests.clear()
+    assert weights(GPT2.from_pretrained("org/small")) == weights(first)
+    assert not hub.requests
+
+
+def test_published_names_mean_the_hub_even_beside_a_folder_of_that_name(
+    hub, files, tmp_path, monkeypatch
+):
+    hub.repos["openai-community/gpt2"] = files
+    (tmp_path / "gpt2").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert GPT2.from_pretrained("gpt2").config.n_embd == 128
+    with pytest.raises(FileNotFoundError, match=r"\./gpt2 has neither"):
+        GPT2.from_pretrained("./gpt2")
+
+
+def test_sharded_and_without_config_also_from_the_cache(hub, files, tmp_path):
+    tensors = load_file(tmp_path / "made" / "model.safetensors")
+    shards = {f"model-{i}.safetensors": dict(list(tensors.items())[i::3]) for i in range(3)}
+    repo = hub.repos["org/sharded"] = {}
+    for name, shard in shards.items():
+        save_file(shard, tmp_path / name)
+        repo[name] = (tmp_path / name).read_bytes()
+    weight_map = {key: name for name, shard in shards.items() for key in shard}
+    repo["model.safetensors.index.json"] = json.dumps({"weight_map": weight_map}).encode()
+    model = GPT2.from_pretrained("org/sharded")
+    assert weights(model) == weights(GPT2.from_pretrained(tmp_path / "made"))
+    hub.stop()
+    assert weights(GPT2.from_pretrained("org/sharded")) == weights(model)
+
+
+@pytest.mark.parametrize("how", ["stopped", "offline"])
+def test_out_of_reach(hub, files, monkeypatch, how):
+    hub.repos["openai-community/gpt2"] = files
+    if how == "stopped":
+        hub.stop()
+    else:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError) as caught:
+        GPT2.from_pretrained("gpt2")
+    assert str(caught.value) == (
+        "openai-community/gpt2: the Hub is out of reach and config.json is not in the cache at "
+        f"{hub.cache}. Pass the path of a local copy, or 'demo'."
+    )
+    assert caught.value.__suppress_context__
+
+
+def test_an_unknown_repository(hub):
+    with pytest.raises(
+        FileNotFoundError, match=r"'org/none' here, and no repository.*127\.0\.0\.1"
+    ):
+        GPT2.from_pretrained("org/none")
+
+
+def test_a_download_that_breaks_off(hub, files, monkeypatch):
+    hub.repos["org/small"] = files
+    hub.cut_after = 10
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    with pytest.raises(
+        ConnectionError, match=r"download of config\.json broke off .* to resume it"
+    ):
+        GPT2.from_pretrained("org/small")
+
+
+def test_a_name_that_the_hub_cannot_have(hub):
+    with pytest.raises(ValueError, match="org/a--b"):
+        GPT2.from_pretrained("org/a--b")
+
+
+def test_a_repository_without_safetensors(hub, files):
+    hub.repos["org/old"] = {"config.json": files["config.json"], "pytorch_model.bin": b"pickle"}
+    with pytest.raises(FileNotFoundError, match="org/old has neither model.safetensors nor"):
+        GPT2.from_pretrained("org/old")
+    assert not any(file.endswith(".bin") for _, file in hub.requests)
+
+
+def test_the_environment_is_huggingface_hubs_own(tmp_path):
+    program = "from gpt2.model import GPT2; GPT2.from_pretrained('gpt2-xl')"
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "empty")}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | environment,
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("Traceback") == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ConnectionError: openai-community/gpt2-xl: the Hub is out of reach")
+    assert str(tmp_path / "empty") in last
+
+
+def test_huggingface_hub_is_imported_only_when_it_is_needed():
+    program = """
+import sys
+from gpt2.model import GPT2
+GPT2.from_pretrained("demo")
+assert "huggingface_hub" not in sys.modules
+assert "torch._dynamo" not in sys.modules  # drawing on the meta device would cost a second
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)

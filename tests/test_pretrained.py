@@ -1,0 +1,441 @@
+import json
+import logging
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import reference
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+
+from gpt2 import pretrained
+from gpt2.config import GPT2Config
+from gpt2.model import GPT2
+
+DEMO = Path(__file__).parent.parent / "gpt2" / "assets" / "demo"
+TINY = GPT2Config(n_layer=2, n_head=2, n_embd=128, block_size=16, vocab_size=50, attn_pdrop=0.25)
+
+
+@pytest.fixture
+def tiny() -> GPT2:
+    torch.manual_seed(0)
+    return GPT2(TINY).eval()
+
+
+@pytest.fixture
+def folder(tiny, tmp_path) -> Path:
+    """A folder as published: config.json, and tensors without the `transformer.` prefix."""
+    tiny.save_pretrained(tmp_path / "base")
+    rewrite(tmp_path / "base", lambda t: {k.removeprefix("transformer."): v for k, v in t.items()})
+    return tmp_path / "base"
+
+
+def rewrite(folder: Path, change) -> None:
+    file = folder / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    save_file(change(tensors), file)
+
+
+def reconfigure(folder: Path, **changes) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def same_weights(a: nn.Module, b: nn.Module) -> bool:
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# --- the demo base -------------------------------------------------------------------------------
+
+
+def test_the_demo_base_is_what_an_independent_implementation_computes(
+    demo, tokenizer, demo_expected
+):
+    expected = demo_expected
+    ids = tokenizer.encode((DEMO / "sample.txt").read_text())[: expected["sample_tokens"]]
+    with torch.no_grad():
+        logits = demo(torch.tensor([ids]))[0]
+        mean_loss = F.cross_entropy(logits[:-1], torch.tensor(ids[1:])).item()
+        top = demo(torch.tensor([tokenizer.encode("In the beginning")]))[0, -1].topk(5)
+    # Both are float32 means over 1,023 tokens, summed in different orders.
+    assert mean_loss == pytest.approx(expected["sample_mean_nats_per_token"], abs=1e-5)
+    assert top.indices.tolist() == [i for i, _ in expected["in_the_beginning_top5"]]
+    assert top.values.tolist() == pytest.approx(
+        [logit for _, logit in expected["in_the_beginning_top5"]], abs=5e-5
+    )
+
+
+def test_the_demo_file_through_the_oracle(demo, tokenizer):
+    ids = tokenizer.encode("Q: What does physics explain?\nA:")
+    logits = reference.forward(reference.read(DEMO / "model.safetensors"), ids, n_head=4)
+    with torch.no_grad():
+        ours = demo(torch.tensor([ids]))[0].double()
+    torch.testing.assert_close(ours, torch.from_numpy(logits), rtol=1e-5, atol=5e-5)
+
+
+def test_what_comes_back(demo):
+    assert not any(module.training for module in demo.modules())
+    assert demo.lm_head.weight is demo.transformer.wte.weight
+    for p in demo.parameters():
+        assert p.requires_grad
+        assert p.is_leaf
+        assert p.is_contiguous()
+        assert p.dtype == torch.float32
+    assert demo.config == GPT2Config(n_layer=8, n_head=4, n_embd=256)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtype(demo, dtype):
+    model = GPT2.from_pretrained("demo", dtype=dtype, device="cpu")
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    expected = demo.transformer.h[3].mlp.c_fc.weight.to(dtype)
+    assert torch.equal(model.transformer.h[3].mlp.c_fc.weight, expected)
+
+
+def test_a_dtype_that_is_not_for_weights():
+    with pytest.raises(ValueError, match=r"floating-point, got torch\.int8"):
+        GPT2.from_pretrained("demo", dtype=torch.int8)
+
+
+# --- layouts -------------------------------------------------------------------------------------
+
+
+def test_both_layouts_load_alike(tiny, folder, tmp_path):
+    assert same_weights(GPT2.from_pretrained(folder), tiny)
+    tiny.save_pretrained(tmp_path / "prefixed")
+    assert same_weights(GPT2.from_pretrained(tmp_path / "prefixed"), tiny)
+    assert GPT2.from_pretrained(folder).config == TINY
+
+
+def test_mask_buffers_and_an_equal_head_are_accepted(tiny, folder):
+    masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 16, 16) for i in range(2)}
+    masks |= {f"h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(2)}
+    rewrite(folder, lambda t: t | masks | {"lm_head.weight": t["wte.weight"].clone()})
+    assert same_weights(GPT2.from_pretrained(folder), tiny)
+
+
+def test_a_head_of_its_own_is_refused(folder):
+    rewrite(folder, lambda t: t | {"lm_head.weight": t["wte.weight"] + 1})
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs from transformer\.wte\.weight"):
+        GPT2.from_pretrained(folder)
+
+
+def shard(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "whole")
+    halves = [dict(list(tensors.items())[i::2]) for i in range(2)]
+    names = [f"model-0000{i + 1}-of-00002.safetensors" for i in range(2)]
+    for name, half in zip(names, halves, strict=True):
+        save_file(half, folder / name)
+    weight_map = {key: name for name, half in zip(names, halves, strict=True) for key in half}
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_sharded(tiny, folder):
+    shard(folder)
+    assert same_weights(GPT2.from_pretrained(folder), tiny)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"missing: model-00002-of-00002\.safetensors"):
+        GPT2.from_pretrained(folder)
+
+
+def test_a_tensor_in_two_shards(folder):
+    shard(folder)
+    shutil.copy(
+        folder / "model-00001-of-00002.safetensors", folder / "model-00002-of-00002.safetensors"
+    )
+    with pytest.raises(ValueError, match=r"comes twice.*is missing"):
+        GPT2.from_pretrained(folder)
+
+
+def test_an_index_that_lists_nothing(folder):
+    shard(folder)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="no weight_map"):
+        GPT2.from_pretrained(folder)
+
+
+def test_without_config_sizes_come_from_the_tensors(tiny, folder):
+    (folder / "config.json").unlink()
+    model = GPT2.from_pretrained(folder)
+    assert same_weights(model, tiny)
+    sizes = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+    assert [getattr(model.config, s) for s in sizes] == [getattr(TINY, s) for s in sizes]
+
+
+def test_without_config_heads_cannot_always_be_told(tmp_path):
+    GPT2(GPT2Config(n_layer=1, n_head=2, n_embd=24, block_size=4, vocab_size=9)).save_pretrained(
+        tmp_path
+    )
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"n_embd 24 .*put a config\.json beside"):
+        GPT2.from_pretrained(tmp_path)
+
+
+def test_one_file_with_the_config_beside_it_or_none(tiny, folder, tmp_path):
+    file = (folder / "model.safetensors").rename(folder / "anything.safetensors")
+    model = GPT2.from_pretrained(file)
+    assert same_weights(model, tiny)
+    assert model.config.attn_pdrop == 0.25
+    alone = shutil.copy(file, tmp_path / "alone.safetensors")
+    assert same_weights(GPT2.from_pretrained(str(alone)), tiny)
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+def test_all_faults_in_one_error(folder):
+    def change(tensors):
+        del tensors["h.1.ln_2.bias"], tensors["wpe.weight"]
+        tensors["h.0.attn.c_attn.weight"] = tensors["h.0.attn.c_attn.weight"].t().contiguous()
+        tensors["ln_f.bias"] = tensors["ln_f.bias"].to(torch.int32)
+        return tensors | {"score.weight": torch.zeros(2)}
+
+    rewrite(folder, change)
+    reconfigure(folder, vocab_size=51)
+    with pytest.raises(ValueError, match="does not hold a GPT-2") as caught:
+        GPT2.from_pretrained(folder)
+    for fault in (
+        "config.json says vocab_size 51, the tensors say 50",
+        "transformer.h.1.ln_2.bias is missing",
+        "transformer.wpe.weight is missing",
+        "transformer.h.0.attn.c_attn.weight is (384, 128), should be (128, 384)",
+        "transformer.ln_f.bias is torch.int32",
+        "transformer.score.weight is left over",
+    ):
+        assert fault in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_config_that_contradicts_the_tensors_lists_all_of_it(folder):
+    reconfigure(folder, n_layer=3, n_embd=64, n_positions=32, vocab_size=7)
+    with pytest.raises(ValueError, match="does not hold a GPT-2") as caught:
+        GPT2.from_pretrained(folder)
+    for fault in ("n_layer 3", "n_embd 64", "block_size 32", "vocab_size 7"):
+        assert f"config.json says {fault}, the tensors say" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"activation_function": "relu"},
+        {"scale_attn_by_inverse_layer_idx": True},
+        {"scale_attn_weights": False},
+        {"reorder_and_upcast_attn": True},
+        {"add_cross_attention": True},
+        {"tie_word_embeddings": False},
+        {"n_inner": 100},
+        {"model_type": "llama"},
+    ],
+)
+def test_another_architecture(folder, change):
+    reconfigure(folder, **change)
+    [(key, value)] = change.items()
+    with pytest.raises(ValueError, match=re.escape(f"{key} {value!r} (supported: ")):
+        GPT2.from_pretrained(folder)
+
+
+def test_harmless_config_entries(tiny, folder):
+    reconfigure(folder, n_inner=512, activation_function="gelu_pytorch_tanh", n_ctx=16, anything=1)
+    assert same_weights(GPT2.from_pretrained(folder), tiny)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "must hold a JSON object, found list"),
+        ('{"n_head": 5}', "n_head 5 must divide n_embd 128"),
+        ('{"n_head": "2"}', "n_head must be a positive integer"),
+        ('{"n_head": 2, "attn_pdrop": "much"}', "base"),
+        ('{"n_head": 2, "attn_pdrop": 1.5}', r"attn_pdrop must be in \[0, 1\)"),
+    ],
+)
+def test_a_broken_config(folder, text, message):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        GPT2.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, -1])
+def test_a_damaged_file(folder, keep):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged or no safetensors file"):
+        GPT2.from_pretrained(folder)
+
+
+def test_a_pickle_is_never_read(folder):
+    file = folder / "pytorch_model.bin"
+    torch.save({"wte.weight": torch.zeros(3)}, file)
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is damaged or no safetensors file"):
+        GPT2.from_pretrained(file)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"safetensors is read: convert.*pytorch_model\.bin"
+    ):
+        GPT2.from_pretrained(folder)
+
+
+def test_a_path_that_is_not_there():
+    with pytest.raises(FileNotFoundError, match=r"'no/such/place'.*gpt2-xl, demo, a folder"):
+        GPT2.from_pretrained("no/such/place")
+
+
+# --- the mapping ---------------------------------------------------------------------------------
+
+
+def test_training_the_base_never_writes_to_the_file(folder):
+    before = (folder / "model.safetensors").read_bytes()
+    model = GPT2.from_pretrained(folder)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    del model
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_saving_over_the_file_that_is_mapped(tiny, folder):
+    model = GPT2.from_pretrained(folder)
+    with torch.no_grad():
+        model.transformer.ln_f.bias.add_(1)
+    expected = deepcopy(model)
+    model.save_pretrained(folder)
+    assert same_weights(model, expected)
+    assert same_weights(GPT2.from_pretrained(folder), expected)
+
+
+def write_zeros_of_124m(file: Path) -> int:
+    """A file of the published 124M's names and sizes (masks too), without writing its zeros."""
+    header, end = {}, 0
+    names = {k: v.shape for k, v in pretrained._unfilled(GPT2, GPT2Config()).state_dict().items()}
+    masks = {f"h.{i}.attn.bias": (1, 1, 1024, 1024) for i in range(12)}
+    for name, shape in (names | masks).items():
+        if name != "lm_head.weight":
+            start, end = end, end + 4 * torch.Size(shape).numel()
+            name = name.removeprefix("transformer.")
+            header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (3 - len(text) % 4)  # not aligned to a float, as the published file is not
+    with file.open("wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        f.truncate(8 + len(text) + end)
+    with file.open("rb") as f:  # into the page cache: the speed of the disk is not what is tested
+        while f.read(1 << 24):
+            pass
+    return file.stat().st_size
+
+
+def test_124m_opens_fast_and_only_once_in_memory(tmp_path):
+    size = write_zeros_of_124m(tmp_path / "model.safetensors")
+    program = """
+import resource, sys, time
+import torch
+from gpt2.model import GPT2
+import gpt2.pretrained
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+start = time.perf_counter()
+model = GPT2.from_pretrained(sys.argv[1])
+seconds = time.perf_counter() - start
+total = sum(p.sum().item() for p in model.parameters())  # touches every page
+print(seconds, peak() - before, total)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parent.parent,
+    )
+    seconds, memory, total = map(float, done.stdout.split())
+    assert total == 0
+    assert seconds < 0.5
+    assert memory < 1.2 * size
+
+
+# --- saving --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transformers_loads_what_is_saved(demo, tmp_path, caplog, recwarn, dtype):
+    model = deepcopy(demo).to(dtype)
+    model.save_pretrained(tmp_path)
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    theirs, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
+    logger.removeHandler(caplog.handler)
+    assert not caplog.records
+    assert not recwarn.list
+    assert not any(info.values())
+    assert theirs.dtype == dtype
+    assert same_weights(theirs, model)
+    idx = torch.arange(1000, 1040)[None]
+    torch.testing.assert_close(theirs.float()(idx).logits, model.float()(idx), rtol=1e-5, atol=5e-5)
+
+
+def test_saving_keeps_everything_and_gives_the_same_bytes(tiny, tmp_path):
+    tiny.save_pretrained(tmp_path / "a")
+    again = GPT2.from_pretrained(tmp_path / "a")
+    assert again.config == TINY
+    assert same_weights(again, tiny)
+    again.save_pretrained(tmp_path / "b")
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    assert sorted(os.listdir(tmp_path / "b")) == ["config.json", "model.safetensors"]
+    with safe_open(tmp_path / "a" / "model.safetensors", "pt") as f:
+        assert f.metadata() == {"format": "pt"}  # older releases of transformers want it
+    stated = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert list(stated) == sorted(stated)
+
+
+class Wrapper(nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.extra = base, nn.Parameter(torch.zeros(2))
+
+
+def test_only_a_plain_gpt2_is_saved(tiny, tmp_path):
+    attn = tiny.transformer.h[1].attn
+    attn.c_attn = Wrapper(attn.c_attn)
+    with pytest.raises(RuntimeError, match="no plain GPT-2") as caught:
+        tiny.save_pretrained(tmp_path / "new")
+    for fault in ("c_attn.weight is missing", "c_attn.base.weight is left", "c_attn.extra is left"):
+        assert f"transformer.h.1.attn.{fault}" in str(caught.value)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_head_that_was_untied_is_not_saved(tiny, tmp_path):
+    tiny.lm_head.weight = nn.Parameter(tiny.lm_head.weight + 1)
+    with pytest.raises(RuntimeError, match=r"lm_head\.weight differs"):
+        tiny.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), SafetensorError("disk full")])
+def test_after_a_failed_save_the_old_files_are_there(tiny, tmp_path, monkeypatch, error):
+    tiny.save_pretrained(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def fail(tensors, file, metadata):
+        Path(file).write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(pretrained, "save_file", fail)
+    with torch.no_grad():
+        tiny.transformer.ln_f.bias.add_(1)
+    with pytest.raises(OSError, match="disk full"):
+        tiny.save_pretrained(tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
