@@ -101,6 +101,8 @@ def _parse(line: bytes) -> Example:
         raise ValueError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
+    except RecursionError:
+        raise ValueError("not JSON that can be read (nested too deep)") from None
     forms = ({"text"}, {"question", "answer"}, {"prompt", "completion"})
     if not isinstance(fields, dict) or (keys := cast(dict[str, Any], fields).keys()) not in forms:
         found = sorted(cast(dict[str, Any], fields)) if isinstance(fields, dict) else fields
@@ -112,6 +114,8 @@ def _parse(line: bytes) -> Example:
         raise ValueError(f"{wrong[0]!r} is {fields[wrong[0]]!r}, not a string")
     if empty := [key for key in keys if not fields[key].strip() and key != "prompt"]:
         raise ValueError(f"{empty[0]!r} is empty")
+    for key in keys:
+        fields[key].encode()  # refuses half a surrogate pair, which JSON can escape
     if "text" in fields:
         return Example("", fields["text"])
     if "question" in fields:
@@ -182,11 +186,13 @@ def encode(
         answer_only: learn the completion, not the prompt.
 
     Raises:
-        ValueError: no examples, `max_length` below 2, or listing the examples (by number, from 1)
-            that are left without a token to learn.
+        ValueError: no examples, one string for all, `max_length` below 2, or listing the examples
+            (by number, from 1) that are left without a token to learn.
     """
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2, got {max_length}.")
+    if isinstance(examples, str):
+        raise ValueError(f"examples is one string, {examples[:20]!r}…: give a list of them.")
     tokens, ends, ignored = array("i"), array("q"), array("i")
     truncated, untaught = 0, list[int]()
     for number, example in enumerate(examples, 1):
@@ -223,7 +229,12 @@ def batches(
         batch_size: examples a batch, B; the last batch may have fewer.
         seed, epoch: fix the order.
         pad_to: T is rounded up to a multiple of this, so that fewer shapes occur.
+
+    Raises:
+        ValueError: `batch_size` is below 1.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     order = np.random.default_rng((seed, epoch)).permutation(len(data))
     for start in range(0, len(data), batch_size):
         yield collate([data[int(i)] for i in order[start : start + batch_size]], pad_to)

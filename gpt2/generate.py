@@ -1,137 +1,46 @@
-"""Text from a GPT-2: a few pure functions from logits to the next token, and the loop around them.
+"""Text from a GPT-2: the loop that feeds each new token back, with a key-value cache.
 
 Shapes: B rows (prompts) · T time · C n_embd · V vocab.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from gpt2.graphs import GraphedCalls
 from gpt2.model import GPT2, KVCache
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
-    """How to choose tokens and when to stop.
-
-    Args:
-        max_new_tokens: tokens per prompt at most.
-        temperature: divides the logits; 0 is greedy, the most likely token each time.
-        top_k: sample among the k most likely tokens only.
-        top_p: sample among the most likely tokens that together reach this probability.
-        repetition_penalty: above 1 makes tokens that a row already holds less likely.
-        seed: of the random numbers; row b of a batch draws as its prompt alone with seed + b.
-        eos: the token id that ends a row; None for no such id.
-
-    Raises:
-        ValueError: naming each field that is out of range.
-    """
-
-    max_new_tokens: int = 40
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    repetition_penalty: float = 1.0
-    seed: int = 0
-    eos: int | None = 50256
-
-    def __post_init__(self) -> None:
-        least = {"max_new_tokens": 1, "top_k": 1, "seed": 0, "eos": 0}
-        optional = ("top_k", "eos")
-        faults = [
-            f"{name} must be an integer of at least {low}, got {value!r}"
-            for name, low in least.items()
-            if (value := getattr(self, name)) is not None or name not in optional
-            if type(value) is not int or value < low
-        ]
-        if not 0 <= self.temperature < math.inf:
-            faults.append(f"temperature must be 0 (greedy) or above, got {self.temperature!r}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            faults.append(f"top_p must be in (0, 1], got {self.top_p!r}")
-        if not 0 < self.repetition_penalty < math.inf:
-            faults.append(f"repetition_penalty must be above 0, got {self.repetition_penalty!r}")
-        if faults:
-            raise ValueError("GenerateConfig: " + "; ".join(faults) + ".")
-
+from gpt2.sampling import GenerateConfig, apply_repetition_penalty, sample
 
 GREEDY = GenerateConfig()
 """The defaults: greedy, 40 tokens, until the end of the text."""
-
-
-def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Divide the positive logits of seen tokens by `penalty`, and multiply the negative ones.
-
-    Args:
-        logits: `(B, V)`.
-        seen: `(B, V)` booleans, true for the tokens that a row holds.
-        penalty: above 1 discourages.
-
-    Source: Keskar et al. 2019, "CTRL", section 4.1, as transformers applies it.
-    """
-    penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
-    return torch.where(seen, penalised, logits)
-
-
-def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
-    """Sharpen (below 1) or flatten (above 1) the distribution of `logits` `(B, V)`."""
-    return logits / temperature
-
-
-def apply_top_k(logits: Tensor, k: int) -> Tensor:
-    """Rule out all but the `k` greatest of `logits` `(B, V)`, and those that tie with the last."""
-    kth = logits.topk(min(k, logits.shape[-1])).values[:, -1:]
-    return logits.masked_fill(logits < kth, -math.inf)
-
-
-def apply_top_p(logits: Tensor, p: float) -> Tensor:
-    """Rule out the least likely tokens that together have no more than 1 - `p`; keep one at least.
-
-    Source: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1.
-    """
-    ascending, order = logits.sort()
-    ruled_out = ascending.softmax(-1).cumsum(-1) <= 1 - p  # (B, V)
-    ruled_out[:, -1] = False
-    return logits.masked_fill(ruled_out.scatter(-1, order, ruled_out), -math.inf)
-
-
-def sample(logits: Tensor, config: GenerateConfig, uniform: Tensor) -> Tensor:
-    """The next token `(B,)` of each row.
-
-    Args:
-        logits: `(B, V)`, after the repetition penalty.
-        config: temperature, top-k and top-p, applied in this order as transformers does.
-        uniform: `(B,)` float64 random numbers in [0, 1), one a row; greedy takes no notice.
-    """
-    if config.temperature == 0:
-        return logits.argmax(-1)
-    logits = apply_temperature(logits.float(), config.temperature)
-    if config.top_k is not None:
-        logits = apply_top_k(logits, config.top_k)
-    if config.top_p is not None:
-        logits = apply_top_p(logits, config.top_p)
-    # Invert the cumulative distribution. float64: no token is too unlikely to be drawn, and since
-    # uniform is at most 1 - 2**-53, the product stays below the total.
-    cumulative = logits.double().softmax(-1).cumsum(-1)
-    drawn = uniform[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, drawn, right=True)[:, 0]
+BURST = 16
+"""Tokens a row that a GPU makes before the host looks whether all rows have ended."""
+GRAPHED = 24
+"""New tokens from which capturing a CUDA graph of the step costs less than it saves."""
 
 
 def generate(
-    model: GPT2, prompts: Sequence[Sequence[int]], config: GenerateConfig = GREEDY
+    model: GPT2,
+    prompts: Sequence[Sequence[int]],
+    config: GenerateConfig = GREEDY,
+    *,
+    compile: bool = False,
 ) -> list[list[int]]:
     """Continue each prompt.
+
+    On a GPU the step from one token to the next is replayed as a CUDA graph, and the tokens are
+    fetched in bursts.
 
     Args:
         model: a GPT-2, with adapters or without; used in eval mode and left in its own.
         prompts: token ids; of any lengths, each gives what it gives alone.
         config: how to choose tokens and when to stop.
+        compile: run the step through torch.compile; pays from some thousand tokens on.
 
     Returns:
         The new tokens of each prompt, without the one that ended it.
@@ -140,8 +49,10 @@ def generate(
         ValueError: listing the prompts that are empty, hold ids that the model does not know, or
             leave no room in its context.
     """
+    _check(model, prompts, config.max_new_tokens)
     texts: list[list[int]] = [[] for _ in prompts]
-    for tokens in stream(model, prompts, config):
+    burst = BURST if model.transformer.wte.weight.is_cuda else 1
+    for tokens in _stream(model, prompts, config, burst, compile) if prompts else ():
         for text, token in zip(texts, tokens, strict=True):
             if token is not None:
                 text.append(token)
@@ -149,7 +60,11 @@ def generate(
 
 
 def stream(
-    model: GPT2, prompts: Sequence[Sequence[int]], config: GenerateConfig = GREEDY
+    model: GPT2,
+    prompts: Sequence[Sequence[int]],
+    config: GenerateConfig = GREEDY,
+    *,
+    compile: bool = False,
 ) -> Iterator[list[int | None]]:
     """As `generate`, token by token: each item holds one token a row, None for rows that stopped.
 
@@ -157,33 +72,67 @@ def stream(
     be left at any time.
     """
     _check(model, prompts, config.max_new_tokens)
-    return _stream(model, prompts, config) if prompts else iter(())
+    return _stream(model, prompts, config, 1, compile) if prompts else iter(())
 
 
 def _stream(
-    model: GPT2, prompts: Sequence[Sequence[int]], config: GenerateConfig
+    model: GPT2,
+    prompts: Sequence[Sequence[int]],
+    config: GenerateConfig,
+    burst: int,
+    compile: bool,
 ) -> Iterator[list[int | None]]:
-    logits, cache = prefill(model, prompts, config.max_new_tokens)
-    rows = torch.arange(len(prompts), device=logits.device)
+    with torch.no_grad(), _evaluating(model):
+        logits, cache = prefill(model, prompts, config.max_new_tokens)
     uniform = _random_numbers(len(prompts), config).to(logits.device)  # (tokens, B)
     seen = _seen(prompts, logits) if config.repetition_penalty != 1 else None
+    tokens = _choose(logits, seen, config, uniform[0])
+    advance = _advancing(model, cache, seen, config, compile)
     running = [True] * len(prompts)
-    for n in range(config.max_new_tokens):
+    for start in range(0, config.max_new_tokens, burst):
+        drawn: list[Tensor] = []
+        with torch.no_grad(), _evaluating(model):
+            for n in range(start, min(start + burst, config.max_new_tokens)):
+                tokens = advance(tokens, uniform[n]) if n else tokens
+                drawn.append(tokens)
+        # Here, once a burst, the host waits for the device.
+        for ids in cast(list[list[int]], cast(Any, torch.stack(drawn)).tolist()):
+            running = [runs and t != config.eos for runs, t in zip(running, ids, strict=True)]
+            if not any(running):
+                return
+            yield [token if runs else None for token, runs in zip(ids, running, strict=True)]
+
+
+def _advancing(
+    model: GPT2, cache: KVCache, seen: Tensor | None, config: GenerateConfig, compile: bool
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The function from this token and a random number to the next token, `(B,)` each."""
+    run = cast(Any, torch).compile(step, dynamic=False) if compile else step
+
+    def advance(tokens: Tensor, uniform: Tensor) -> Tensor:
         if seen is not None:
-            logits = apply_repetition_penalty(logits.float(), seen, config.repetition_penalty)
-        tokens = sample(logits, config, uniform[n])  # (B,)
-        ids: list[int] = cast(Any, tokens).tolist()  # once a step the host waits for the device
-        running = [runs and token != config.eos for runs, token in zip(running, ids, strict=True)]
-        if not any(running):
-            return
-        yield [token if runs else None for token, runs in zip(ids, running, strict=True)]
-        if n + 1 < config.max_new_tokens:
-            if seen is not None:
-                seen[rows, tokens] = True
-            logits = step(model, tokens, cache)
+            seen.scatter_(1, tokens[:, None], True)
+        return _choose(run(model, tokens, cache), seen, config, uniform)
+
+    if not cache.lengths.is_cuda or config.max_new_tokens < GRAPHED:
+        return advance
+
+    def advance_in_all_slots(tokens: Tensor, uniform: Tensor) -> Tensor:
+        cache.filled = cache.slots - 1  # fixed shapes: the mask hides the slots not yet filled
+        return advance(tokens, uniform)
+
+    changed = [cache.lengths, *(t for layer in cache.layers for t in (layer.k, layer.v))]
+    changed += [] if seen is None else [seen]
+    return GraphedCalls(advance_in_all_slots, lambda: changed)
 
 
-@torch.no_grad()
+def _choose(logits: Tensor, seen: Tensor | None, config: GenerateConfig, uniform: Tensor) -> Tensor:
+    """The next token `(B,)` from logits `(B, V)`."""
+    if seen is not None:
+        logits = apply_repetition_penalty(logits.float(), seen, config.repetition_penalty)
+    return sample(logits, config, uniform)
+
+
 def prefill(
     model: GPT2, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> tuple[Tensor, KVCache]:
@@ -196,19 +145,15 @@ def prefill(
     kind = weight.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     cache = KVCache(model.config, len(prompts), slots, dtype, weight.device)
-    with _evaluating(model):
-        hidden = model.transformer(torch.tensor(padded, device=weight.device), cache)  # (B, T, C)
-        last = hidden[torch.arange(len(prompts), device=weight.device), lengths - 1]  # (B, C)
-        logits = model.lm_head(last)
+    hidden = model.transformer(torch.tensor(padded, device=weight.device), cache)  # (B, T, C)
+    last = hidden[torch.arange(len(prompts), device=weight.device), lengths - 1]  # (B, C)
     cache.lengths = lengths  # the padding's slots are overwritten before they are ever seen
-    return logits, cache
+    return model.lm_head(last), cache
 
 
-@torch.no_grad()
 def step(model: GPT2, tokens: Tensor, cache: KVCache) -> Tensor:
     """Append one token `(B,)` to each row of the cache: logits `(B, V)` of the next."""
-    with _evaluating(model):
-        return model(tokens[:, None], cache)[:, -1]
+    return model(tokens[:, None], cache)[:, -1]
 
 
 def _check(model: GPT2, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

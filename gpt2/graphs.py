@@ -22,7 +22,7 @@ class RandomState:
     def __init__(self, seed: int, device: torch.device) -> None:
         self.device = device
         outside = self._get()
-        torch.random.manual_seed(seed)
+        cast(Any, torch.random).manual_seed(seed)
         self.inside, self.outside = self._get(), outside
         self._set(outside)
 
@@ -62,7 +62,7 @@ class GraphedCalls:
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """What the function gives for these inputs; a tensor of the caller's own."""
-        key = tuple((tuple(t.shape), t.dtype) for t in inputs)
+        key = tuple((*t.shape, t.dtype) for t in inputs)
         if key not in self.captured:
             self.captured[key] = self._capture(inputs)
         graph, held, output = self.captured[key]

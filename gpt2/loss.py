@@ -8,6 +8,8 @@ Shapes: B batch · T time · C n_embd · V vocab · N positions, flattened.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -17,7 +19,7 @@ from torch.nn import functional as F
 IGNORE = -100
 """The label of a position that is not learnt."""
 
-CHUNK = 4096  # positions whose logits are held at a time
+CHUNK = 2048  # positions whose logits are held at a time
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -38,7 +40,7 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORE)
 
 
-def summed_loss(model: nn.Module, idx: Tensor, labels: Tensor) -> Tensor:
+def summed_loss(model: nn.Module, idx: Tensor, labels: Tensor, *, compile: bool = False) -> Tensor:
     """The cross-entropy summed over the supervised tokens, a float32 scalar.
 
     A GPT-2 (anything with a `transformer` and an `lm_head`) applies its head to the supervised
@@ -48,20 +50,33 @@ def summed_loss(model: nn.Module, idx: Tensor, labels: Tensor) -> Tensor:
     Args:
         model: a GPT-2, with adapters or without, or a module from `(B, T)` ids to logits.
         idx, labels: `(B, T)`.
+        compile: run the body, and the loss of a chunk, through torch.compile. They stay apart,
+            since one graph of both would hold the logits of all chunks at once.
     """
     targets = shifted(labels)
     if not (hasattr(model, "transformer") and hasattr(model, "lm_head")):
         logits = cast(Tensor, model(idx)).flatten(0, 1).float()
         return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
     head = cast(nn.Module, model.lm_head)
-    hidden = cast(nn.Module, model.transformer)(idx).flatten(0, 1)  # (N, C)
-    if not torch.compiler.is_compiling():  # a compiled graph has no shapes that depend on data
+    run, chunk_loss = (_compiled(_run), _compiled(_chunk)) if compile else (_run, _chunk)
+    hidden: Tensor = run(cast(nn.Module, model.transformer), idx)  # (N, C)
+    if not hidden.is_cuda:  # a GPU would have to tell the host how many there are
         supervised = targets != IGNORE
         hidden, targets = hidden[supervised], targets[supervised]
-    if type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters()):
-        return cast(Any, _FrozenHeadLoss).apply(hidden, head.weight, targets)
+    biased = getattr(head, "bias", None) is not None
+    if type(head) is nn.Linear and not biased and not head.weight.requires_grad:
+        return cast(Any, _FrozenHeadLoss).apply(hidden, head.weight, targets, chunk_loss)
     logits = head(hidden).float()
     return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+
+
+def _run(transformer: nn.Module, idx: Tensor) -> Tensor:
+    return transformer(idx).flatten(0, 1)
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return cast(Any, torch).compile(function, dynamic=False)
 
 
 def shifted(labels: Tensor) -> Tensor:
@@ -77,7 +92,9 @@ class _FrozenHeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_loss: Callable[..., Any]
+    ) -> Tensor:
         vocab = weight.shape[0]
         if weight.is_cuda:  # matrix products are slow on a side that is no multiple of 8
             weight = F.pad(weight, (0, 0, 0, -vocab % 64))
@@ -85,7 +102,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
         gradients: list[Tensor] = []
         for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)
-            loss, gradient = _chunk(
+            loss, gradient = chunk_loss(
                 hidden[part], weight, targets[part], vocab, ctx.needs_input_grad[0]
             )
             total = total + loss
@@ -94,9 +111,9 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_outputs[0].to(gradient.dtype), None, None
+        return gradient * grad_outputs[0].to(gradient.dtype), None, None, None
 
 
 def _chunk(
@@ -109,10 +126,9 @@ def _chunk(
         logits = logits.masked_fill(tokens >= vocab, -torch.inf)
     supervised = targets != IGNORE
     wanted = targets.where(supervised, 0)[:, None]
-    total = logits.logsumexp(-1, keepdim=True)
-    loss = (total - logits.gather(1, wanted)).squeeze(1).where(supervised, 0.0).sum()
+    scores = logits.log_softmax(-1)
+    loss = -scores.gather(1, wanted).squeeze(1).where(supervised, 0.0).sum()
     if not needs_gradient:
         return loss, hidden
-    gradient = (logits - total).exp_()  # the probabilities
-    gradient = torch.where(tokens == wanted, gradient - 1, gradient) * supervised[:, None]
-    return loss, (gradient.to(weight.dtype) @ weight).to(hidden.dtype)
+    gradient = scores.exp_().add_(tokens == wanted, alpha=-1)  # the probabilities, −1 where right
+    return loss, (gradient.to(weight.dtype) @ weight).to(hidden.dtype) * supervised[:, None]

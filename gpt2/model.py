@@ -8,7 +8,9 @@ Shapes: B batch · T time · C n_embd · H heads · D head size · V vocab · S 
 
 from __future__ import annotations
 
-from typing import Self
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +46,21 @@ class Conv1D(nn.Module):
         return "in_features={}, out_features={}".format(*self.weight.shape)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where the tokens of a call go in the cache, and which slots each of them sees.
+
+    Args:
+        slots: `(B, 1, T, 1)`, each token's own slot.
+        filled: slots to attend over; none past it holds a token.
+        visible: `(B, 1, T, filled)` booleans; None where the call's tokens are all there is.
+    """
+
+    slots: Tensor
+    filled: int
+    visible: Tensor | None
+
+
 class LayerCache:
     """Keys and values that one attention layer has seen.
 
@@ -57,11 +74,12 @@ class LayerCache:
     def __init__(self, k: Tensor, v: Tensor) -> None:
         self.k, self.v = k, v
 
-    def write(self, k: Tensor, v: Tensor, positions: Tensor) -> None:
-        """Store `k` and `v` `(B, H, T, D)` in the slots `positions` `(B, T)` of each row."""
-        rows = torch.arange(k.shape[0], device=k.device)[:, None]
-        self.k[rows, :, positions] = k.transpose(1, 2)
-        self.v[rows, :, positions] = v.transpose(1, 2)
+    def write(self, k: Tensor, v: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+        """Store `k` and `v` `(B, H, T, D)`; gives all there are, `(B, H, filled, D)` each."""
+        slots = place.slots.expand_as(k)
+        self.k.scatter_(2, slots, k)
+        self.v.scatter_(2, slots, v)
+        return self.k[:, :, : place.filled], self.v[:, :, : place.filled]
 
 
 class KVCache:
@@ -98,6 +116,17 @@ class KVCache:
         # filled part of the buffers only and asks the device nothing.
         self.filled = 0
 
+    def advance(self, positions: Tensor) -> Place:
+        """Make room for tokens at `positions` `(B, T)`, which continue the rows."""
+        T = positions.shape[1]
+        self.filled += T
+        self.lengths += T
+        visible = None
+        if self.filled > T:
+            slots = torch.arange(self.filled, device=positions.device)
+            visible = slots <= positions[:, None, :, None]
+        return Place(positions[:, None, :, None], self.filled, visible)
+
 
 class CausalSelfAttention(nn.Module):
     """Multi-head attention in which no position sees a later one."""
@@ -112,21 +141,20 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(
-        self, x: Tensor, positions: Tensor, cache: LayerCache | None = None, filled: int = 0
+        self, x: Tensor, cache: LayerCache | None = None, place: Place | None = None
     ) -> Tensor:
-        """Attend over `x` `(B, T, C)`, and over the cache's first `filled` slots where given."""
+        """Attend over `x` `(B, T, C)`, and over what the cache holds."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4).unbind()
         dropout = self.attn_pdrop if self.training else 0.0
-        if cache is not None:
-            cache.write(k, v, positions)
-        if cache is None or filled == T:  # these T tokens are all there is to see
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-        else:
-            k, v = cache.k[:, :, :filled], cache.v[:, :, :filled]  # (B, H, filled, D)
-            slots = torch.arange(filled, device=x.device)
-            visible = slots <= positions[:, None, :, None]  # (B, 1, T, filled)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout)
+        visible = None
+        if cache is not None and place is not None:
+            every_k, every_v = cache.write(k, v, place)
+            if (visible := place.visible) is not None:
+                k, v = every_k, every_v
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=visible, dropout_p=dropout, is_causal=visible is None
+        )
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
@@ -156,10 +184,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, positions: Tensor, cache: LayerCache | None = None, filled: int = 0
+        self, x: Tensor, cache: LayerCache | None = None, place: Place | None = None
     ) -> Tensor:
         """Map the stream `(B, T, C)` to the stream `(B, T, C)`."""
-        x = x + self.attn(self.ln_1(x), positions, cache, filled)
+        x = x + self.attn(self.ln_1(x), cache, place)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -185,17 +213,17 @@ class Transformer(nn.Module):
             ValueError: `idx` is not a (B, T) tensor of integers, or does not fit the context.
         """
         positions = self._positions(idx, cache)
-        filled = 0
-        if cache is not None:
-            filled = cache.filled = cache.filled + idx.shape[1]
         x = self.drop(self.wte(idx) + self.wpe(positions))
-        for i, block in enumerate(self.h):
-            if self.checkpointing and cache is None:
-                x = checkpoint(block, x, positions, use_reentrant=False)
-            else:
-                x = block(x, positions, cache.layers[i] if cache is not None else None, filled)
-        if cache is not None:
-            cache.lengths += idx.shape[1]
+        if cache is None:
+            for block in self.h:
+                if self.checkpointing:
+                    x = cast(Tensor, checkpoint(block, x, use_reentrant=False))
+                else:
+                    x = block(x)
+        else:
+            place = cache.advance(positions)
+            for block, layer in zip(self.h, cache.layers, strict=True):
+                x = block(x, layer, place)
         return self.ln_f(x)
 
     def _positions(self, idx: Tensor, cache: KVCache | None) -> Tensor:
@@ -245,7 +273,7 @@ class GPT2(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        name: str,
+        name: str | Path,
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -255,7 +283,7 @@ class GPT2(nn.Module):
 
         return pretrained.load(cls, name, dtype=dtype, device=device)
 
-    def save_pretrained(self, folder: str) -> None:
+    def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors`; see `gpt2.pretrained.save`."""
         from gpt2 import pretrained
 

@@ -12,6 +12,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -128,12 +129,24 @@ def train(model: nn.Module, data: Dataset, config: TrainConfig) -> Iterator[Step
         config: how.
 
     Raises:
-        ValueError: nothing requires grad, or the data is empty.
-        RuntimeError: a loss or gradient is not finite; the weights are those of the step before.
+        ValueError: nothing requires grad, or the data is empty or too long for the model.
+        RuntimeError: what requires grad has no part in the loss, or a loss or gradient is not
+            finite; the weights are those of the step before.
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("Nothing in the model requires grad: inject an adapter or unfreeze it.")
-    return _train(model, data, config, total_steps(len(data), config))
+    total = total_steps(len(data), config)
+    transformer = getattr(model, "transformer", None)
+    if isinstance(transformer, Transformer):
+        longest, limit = int(data.lengths.max()), transformer.config.block_size
+        if longest > limit:
+            raise ValueError(
+                f"An example has {longest} tokens and the model's context takes {limit}: "
+                f"encode the data with max_length={limit}."
+            )
+    elif config.checkpointing:
+        raise ValueError("checkpointing=True needs a GPT2.")
+    return _train(model, data, config, total)
 
 
 def total_steps(n_examples: int, config: TrainConfig) -> int:
@@ -176,7 +189,8 @@ def _train(
             unread.append((step, lr, tokens, stepper(micro_batches, lr)))
             if step % config.sync_every and step < total:
                 continue
-            values = torch.stack([figures for *_, figures in unread]).tolist()
+            figures: Any = torch.stack([figures for *_, figures in unread])
+            values: list[list[float]] = figures.tolist()  # here the host waits for the device
             for (step, lr, tokens, _), (loss, norm) in zip(unread, values, strict=True):
                 if not (math.isfinite(loss) and math.isfinite(norm)):
                     raise RuntimeError(
@@ -209,15 +223,15 @@ class Stepper:
         self.device = self.parameters[0].device
         on_gpu = self.device.type == "cuda"
         self.lr = torch.tensor(config.lr, device=self.device)
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer: Any = torch.optim.AdamW(
             self.parameters,
             lr=self.lr if on_gpu else config.lr,
             weight_decay=config.weight_decay,
             fused=True,  # one call for all parameters: an interrupt cannot come in between
             capturable=on_gpu,
         )
+        self.optimizer.zero_grad()  # of what the caller, or a run that was cut short, left
         self.randomness = RandomState(config.seed, self.device)
-        self.loss = torch.compile(summed_loss, dynamic=False) if config.compile else summed_loss
         self.graphs = GraphedCalls(self._step, self._state) if on_gpu else None
 
     def __call__(self, batches: Sequence[Batch], lr: float) -> Tensor:
@@ -240,7 +254,13 @@ class Stepper:
         total = torch.zeros_like(share)
         for idx, labels in zip(ids_and_labels[::2], ids_and_labels[1::2], strict=True):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast):
-                loss = self.loss(self.model, idx, labels) * share
+                loss: Any = summed_loss(self.model, idx, labels, compile=self.config.compile)
+                loss = loss * share
+            if not loss.requires_grad:
+                raise RuntimeError(
+                    "No parameter that requires grad has a part in the loss. Is what you train "
+                    "switched off, such as an adapter that is disabled or merged?"
+                )
             loss.backward()
             total += loss.detach()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip or math.inf)
@@ -281,12 +301,10 @@ def _training_mode(model: nn.Module, checkpointing: bool) -> Generator[None]:
     modes = [(module, module.training) for module in model.modules()]
     transformer = getattr(model, "transformer", None)
     before = getattr(transformer, "checkpointing", False)
-    if checkpointing and not isinstance(transformer, Transformer):
-        raise ValueError("checkpointing needs a GPT2.")
-    model.train()
-    if isinstance(transformer, Transformer):
-        transformer.checkpointing = checkpointing
     try:
+        model.train()
+        if isinstance(transformer, Transformer):
+            transformer.checkpointing = checkpointing
         yield
     finally:
         for module, mode in modes:

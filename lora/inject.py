@@ -185,6 +185,7 @@ def attach(
         raise ValueError("; ".join(tied.values()) + ". Pass untie=True to give the target its own.")
     modules = base_modules(model)
     wrappers = {modules[path]: LoRALinear(modules[path]) for path in new}
+    own = {p: modules[p].get_parameter("weight").detach().clone() for p in tied}
     thawed = _freeze(model, present)
     _replace(model, wrappers)
     layers = lora_layers(model)
@@ -192,7 +193,7 @@ def attach(
         layers[path].updates[adapter] = update
         layers[path].thawed = thawed
         if path in tied:
-            layers[path].untie()
+            layers[path].untie(nn.Parameter(own[path], requires_grad=False))
             if any(layers[path].tied[-1] is parameter for parameter in thawed):
                 thawed.append(layers[path].base.get_parameter("weight"))
     for layer in layers.values():

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.func import functional_call  # pyright: ignore[reportUnknownVariableType]
 from torch.nn import functional as F
 
-from lora.layout import out_in_view, why_not_adaptable, widest_float
+from lora.fused import fused_linear
+from lora.layout import is_conv1d, out_in_view, why_not_adaptable, widest_float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +188,7 @@ class LoRALinear(nn.Module):
         self.updates = nn.ModuleDict()  # adapter name -> LowRankUpdate
         self.active: dict[str, float] = {}  # adapter name -> its weight in the sum
         self.enabled = True
+        self.fused = True  # take the fast path where it applies; it differs by rounding only
         self.routing: Callable[[Tensor], Tensor] | None = None  # set by `lora.routed`
         # Base parameters that were trainable before injection; one list for the whole model.
         self.thawed: list[nn.Parameter] = []
@@ -201,6 +203,8 @@ class LoRALinear(nn.Module):
             return self.base(x)
         if self.merged_weight is not None:
             return functional_call(self.base, {"weight": self.merged_weight}, (x,))
+        if self.fused and self._can_fuse(x):
+            return self._fused_forward(x)
         y = self.base(x)
         if self.routing is not None:
             return y + self.routing(x).to(y.dtype)
@@ -208,6 +212,26 @@ class LoRALinear(nn.Module):
             u = update(x).to(y.dtype)  # an embedding has no input dtype to follow
             y = y + (u if weight == 1 else weight * u)
         return y
+
+    def _can_fuse(self, x: Tensor) -> bool:
+        """Whether `fused_linear` computes here what the formula above says."""
+        base = self.base
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        return (
+            (type(base) is nn.Linear or is_conv1d(base))
+            and len(self.active) == 1
+            and self.routing is None
+            and not any(vars(base)[name] for name in hooks)
+            and not any(p.requires_grad for p in base.parameters())
+            and not torch.is_autocast_enabled(x.device.type)
+        )
+
+    def _fused_forward(self, x: Tensor) -> Tensor:
+        ((update, weight),) = self.active_updates()
+        scaling = weight * update.config.scaling
+        dropout = update.config.dropout if update.training else 0.0
+        bias = cast(Tensor | None, self.base.bias)
+        return fused_linear(x, self.weight_out_in, bias, *update.factors(), scaling, dropout)
 
     def active_updates(self) -> Iterable[tuple[LowRankUpdate, float]]:
         """The updates in force, each with its weight in the sum."""
@@ -221,11 +245,10 @@ class LoRALinear(nn.Module):
         for name in self.active:
             self.updates[name].requires_grad_(True)
 
-    def untie(self) -> None:
-        """Give the base a weight of its own instead of one that it shares."""
-        shared = self.base.get_parameter("weight")
-        self.tied.append(shared)
-        self.base.weight = nn.Parameter(shared.detach().clone(), requires_grad=False)
+    def untie(self, weight: nn.Parameter) -> None:
+        """Give the base this weight of its own instead of the one that it shares."""
+        self.tied.append(self.base.get_parameter("weight"))
+        self.base.weight = weight
 
     def retie(self) -> None:
         """Undo `untie`."""

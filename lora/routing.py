@@ -9,6 +9,7 @@ largest · … any axes between the rows and the features.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import cast
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 
 from lora.adapters import Mixture, adapter_names, as_mixture
 from lora.layer import EmbeddingUpdate, LoRALinear, LowRankUpdate
+from lora.layout import widest_float
 from lora.targets import refuse_merged, require_layers
 
 
@@ -77,10 +79,10 @@ class Routing:
         dropout: float,
     ) -> None:
         self.bank, self.dropout = bank, dropout
+        self.frozen = [None if update is None else _without_gradients(update) for update in bank]
         self.some = next(update for update in bank if update is not None)
-        self.updates = [update for update in bank if update is not None]
         self.index, self.scales = index, scales
-        self.rank = max(update.factors()[0].shape[0] for update in self.updates)
+        self.rank = max(u.factors()[0].shape[0] for u in bank if u is not None)
         self.kept: tuple[list[int], Tensor, Tensor] | None = None
         if not torch.is_grad_enabled():
             self.factors()
@@ -98,7 +100,7 @@ class Routing:
             leading = x.shape[:-1]
             h = x.reshape(B, -1, x.shape[-1]) @ a.to(x.dtype).mT  # (B, -1, k·r)
         h = h * self.scales.to(h.dtype).repeat_interleave(self.rank, 1)[:, None]
-        return (h @ b.to(h.dtype).mT).reshape(*leading, -1)
+        return (h @ b.to(h.dtype).mT).reshape(*leading, b.shape[1])
 
     def _looked_up(self, ids: Tensor, bank: Tensor) -> Tensor:
         """What `(B, T)` ids select of each row's own Aᵀ, `(B, T, k·r)`, out of all Aᵀ's."""
@@ -109,18 +111,21 @@ class Routing:
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Each row's A's and B's; kept between calls where changes of them can be noticed."""
-        parameters = [p for update in self.updates for p in (update.A, update.B)]
-        unseen = torch.compiler.is_compiling() or any(p.is_inference() for p in parameters)
-        if torch.is_grad_enabled() or unseen:
-            return self._gathered()
+        if torch.is_grad_enabled():
+            return self._gathered(self.bank)
+        if torch.compiler.is_compiling():
+            return self._gathered(self.frozen)
+        parameters = [p for u in self.bank if u is not None for p in (u.A, u.B)]
+        if any(p.is_inference() for p in parameters):  # these count no versions
+            return self._gathered(self.bank)
         versions = [p._version for p in parameters]
         if self.kept is None or self.kept[0] != versions:
-            self.kept = (versions, *self._gathered())
+            self.kept = (versions, *self._gathered(self.bank))
         return self.kept[1], self.kept[2]
 
-    def _gathered(self) -> tuple[Tensor, Tensor]:
-        pairs = [None if update is None else update.factors() for update in self.bank]
-        blank = [torch.zeros_like(factor) for factor in self.some.factors()]
+    def _gathered(self, bank: Sequence[LowRankUpdate | None]) -> tuple[Tensor, Tensor]:
+        pairs = [None if update is None else update.factors() for update in bank]
+        blank = [torch.zeros_like(f) for f in next(p for p in pairs if p is not None)]
         a = torch.stack([self._padded(*(p or blank))[0] for p in pairs])  # (n, r, in)
         b = torch.stack([self._padded(*(p or blank))[1] for p in pairs])  # (n, out, r)
         if not isinstance(self.some, EmbeddingUpdate):
@@ -130,6 +135,14 @@ class Routing:
     def _padded(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         missing = self.rank - a.shape[0]
         return F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))
+
+
+def _without_gradients(update: LowRankUpdate) -> LowRankUpdate:
+    """The update over the same memory, but never trained: compiled code need not ask whether."""
+    shadow = copy.copy(update)
+    own = {n: nn.Parameter(p.detach(), requires_grad=False) for n, p in update.named_parameters()}
+    vars(shadow)["_parameters"] = own
+    return shadow
 
 
 def _route(
@@ -157,7 +170,7 @@ def _route(
     return Routing(
         bank,
         torch.tensor(index, device=device),
-        torch.tensor(scales, device=device),
+        torch.tensor(scales, device=device, dtype=widest_float(device)),
         max(dropouts, default=0.0),
     )
 

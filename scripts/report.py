@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -104,7 +104,22 @@ def follow(
     return losses
 
 
-def continuations(prompt: str, examples: Iterable[gpt2.Example]) -> tuple[str, ...]:
-    """How the examples that begin with this prompt go on."""
-    texts = (example.prompt + example.completion for example in examples)
-    return tuple(text.removeprefix(prompt) for text in texts if text.startswith(prompt))
+def compare(
+    prompts: Sequence[str],
+    base: Sequence[str],
+    tuned: Sequence[str],
+    stopped: Sequence[bool],
+    examples: Iterable[gpt2.Example],
+) -> list[Answer]:
+    """The answers beside what the examples that begin with the same prompt go on with."""
+    texts = [example.prompt + example.completion for example in examples]
+    return [
+        Answer(
+            prompt=prompt,
+            base=before,
+            tuned=after,
+            stopped=ended,
+            trained=tuple(t.removeprefix(prompt) for t in texts if t.startswith(prompt)),
+        )
+        for prompt, before, after, ended in zip(prompts, base, tuned, stopped, strict=True)
+    ]

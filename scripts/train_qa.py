@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
+from inspect import signature
 from pathlib import Path
 
 import cli
@@ -27,16 +28,19 @@ def parse(argv: cli.Arguments) -> Namespace:
     add("--device", type=str | None, help="by default the GPU if there is one")
     add("--data", default=str(DATA / "article.jsonl"), help="JSONL file to train on")
     add("--prompts", default=str(DATA / "article_prompts.jsonl"), help="JSONL file to try out")
-    longest, batch = gpt2.encode.__kwdefaults__["max_length"], gpt2.TrainConfig.batch_size
+    longest = signature(gpt2.encode).parameters["max_length"].default
+    batch = gpt2.TrainConfig.batch_size
     add("--max_token_length", type=int, default=longest, help="longer examples are cut")
     add("--train_batch_size", type=int, default=batch, help="examples a batch")
     add("--logging_steps", type=int, default=5, help="steps between two lines of output")
     add("--res_path", default="runs/qa", help="folder to save everything in")
-    text = {"examples", "tokenizer", "max_length"}
-    parser.add_function_arguments(gpt2.encode, skip=text, as_group=False)
+    parser.add_function_arguments(
+        gpt2.encode, skip={"examples", "tokenizer", "max_length"}, as_group=False
+    )
     parser.add_class_arguments(gpt2.TrainConfig, skip={"batch_size"}, as_group=False)
-    inject = {"model", "adapter", "seed", "dtype"}
-    parser.add_function_arguments(lora.inject, "lora", skip=inject, as_group=False)
+    parser.add_function_arguments(
+        lora.inject, "lora", skip={"model", "adapter", "seed", "dtype"}, as_group=False
+    )
     parser.add_class_arguments(gpt2.GenerateConfig, "generate", skip={"seed"}, as_group=False)
     options = parser.parse_args(argv)
     if options.logging_steps < 1:
@@ -80,16 +84,9 @@ def main(argv: cli.Arguments = None) -> None:
         tuned = gpt2.generate(model, ids, sampling)
         clock.lap("tuned answers")
 
-    answers = [
-        report.Answer(
-            prompt=prompt,
-            base=tokenizer.decode(before),
-            tuned=tokenizer.decode(after),
-            stopped=len(after) < sampling.max_new_tokens,
-            trained=report.continuations(prompt, examples),
-        )
-        for prompt, before, after in zip(prompts, base, tuned, strict=True)
-    ]
+    stopped = [len(row) < sampling.max_new_tokens for row in tuned]
+    before, after = ([tokenizer.decode(row) for row in rows] for rows in (base, tuned))
+    answers = report.compare(prompts, before, after, stopped, examples)
     console.print(report.answer_table(answers), report.score(answers))
     results.write(
         folder,

@@ -284,7 +284,9 @@ def test_what_cannot_be_saved(saved, tmp_path):
         lora.save(model, folder, adapter="other")
     with torch.no_grad():
         model.transformer.h[0].attn.c_attn.updates["default"].B[0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"Not saved: NaN or infinity in A or B of .*h.0.attn.c_attn"):
+    with pytest.raises(
+        ValueError, match=r"Not saved: NaN or infinity in A or B of .*h.0.attn.c_attn"
+    ):
         lora.save(model, folder)
     file = tmp_path / "file"
     file.touch()

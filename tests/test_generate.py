@@ -14,17 +14,16 @@ from transformers.generation.logits_process import (
 )
 
 from gpt2.config import GPT2Config
-from gpt2.generate import (
+from gpt2.generate import generate, stream
+from gpt2.model import GPT2
+from gpt2.sampling import (
     GenerateConfig,
     apply_repetition_penalty,
     apply_temperature,
     apply_top_k,
     apply_top_p,
-    generate,
     sample,
-    stream,
 )
-from gpt2.model import GPT2
 
 SAMPLED = {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "repetition_penalty": 1.2}
 

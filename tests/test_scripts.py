@@ -50,7 +50,7 @@ def run(tmp_path_factory):
         capture_output=True,
         encoding="utf-8",
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""

@@ -1,0 +1,114 @@
+"""From logits to the next token: pure functions, in transformers' order.
+
+Shapes: B rows · V vocab.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """How to choose tokens and when to stop.
+
+    Args:
+        max_new_tokens: tokens per prompt at most.
+        temperature: divides the logits; 0 is greedy, the most likely token each time.
+        top_k: sample among the k most likely tokens only.
+        top_p: sample among the most likely tokens that together reach this probability.
+        repetition_penalty: above 1 makes tokens that a row already holds less likely.
+        seed: of the random numbers; row b of a batch draws as its prompt alone with seed + b.
+        eos: the token id that ends a row; None for no such id.
+
+    Raises:
+        ValueError: naming each field that is out of range.
+    """
+
+    max_new_tokens: int = 40
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    eos: int | None = 50256
+
+    def __post_init__(self) -> None:
+        least = {"max_new_tokens": 1, "top_k": 1, "seed": 0, "eos": 0}
+        optional = ("top_k", "eos")
+        faults = [
+            f"{name} must be an integer of at least {low}, got {value!r}"
+            for name, low in least.items()
+            if (value := getattr(self, name)) is not None or name not in optional
+            if type(value) is not int or value < low
+        ]
+        if not 0 <= self.temperature < math.inf:
+            faults.append(f"temperature must be 0 (greedy) or above, got {self.temperature!r}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            faults.append(f"top_p must be in (0, 1], got {self.top_p!r}")
+        if not 0 < self.repetition_penalty < math.inf:
+            faults.append(f"repetition_penalty must be above 0, got {self.repetition_penalty!r}")
+        if faults:
+            raise ValueError("GenerateConfig: " + "; ".join(faults) + ".")
+
+
+def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Divide the positive logits of seen tokens by `penalty`, and multiply the negative ones.
+
+    Args:
+        logits: `(B, V)`.
+        seen: `(B, V)` booleans, true for the tokens that a row holds.
+        penalty: above 1 discourages.
+
+    Source: Keskar et al. 2019, "CTRL", section 4.1, as transformers applies it.
+    """
+    penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
+    return torch.where(seen, penalised, logits)
+
+
+def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
+    """Sharpen (below 1) or flatten (above 1) the distribution of `logits` `(B, V)`."""
+    return logits / temperature
+
+
+def apply_top_k(logits: Tensor, k: int) -> Tensor:
+    """Rule out all but the `k` greatest of `logits` `(B, V)`, and those that tie with the last."""
+    kth = logits.topk(min(k, logits.shape[-1])).values[:, -1:]
+    return logits.masked_fill(logits < kth, -math.inf)
+
+
+def apply_top_p(logits: Tensor, p: float) -> Tensor:
+    """Rule out the least likely tokens that together have no more than 1 - `p`; keep one at least.
+
+    Source: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1.
+    """
+    ascending, order = logits.sort()
+    ruled_out = ascending.softmax(-1).cumsum(-1) <= 1 - p  # (B, V)
+    ruled_out[:, -1] = False
+    return logits.masked_fill(ruled_out.scatter(-1, order, ruled_out), -math.inf)
+
+
+def sample(logits: Tensor, config: GenerateConfig, uniform: Tensor) -> Tensor:
+    """The next token `(B,)` of each row.
+
+    Args:
+        logits: `(B, V)`, after the repetition penalty.
+        config: temperature, top-k and top-p, applied in this order as transformers does.
+        uniform: `(B,)` float64 random numbers in [0, 1), one a row; greedy takes no notice.
+    """
+    if config.temperature == 0:
+        return logits.argmax(-1)
+    logits = apply_temperature(logits.float(), config.temperature)
+    if config.top_k is not None:
+        logits = apply_top_k(logits, config.top_k)
+    if config.top_p is not None:
+        logits = apply_top_p(logits, config.top_p)
+    # Invert the cumulative distribution. float64: no token is too unlikely to be drawn, and since
+    # uniform is at most 1 - 2**-53, the product stays below the total.
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    drawn = uniform[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, drawn, right=True)[:, 0]

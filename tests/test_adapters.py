@@ -1,0 +1,303 @@
+"""A bank of adapters: which are there, which are in force, and what merging reports of them."""
+
+from __future__ import annotations
+
+import copy
+import sys
+
+import pytest
+import torch
+
+import lora
+from tests.toys import TINY, randomize, raw, snapshot, tiny_gpt2
+
+merging = sys.modules["lora.merge"]  # `lora.merge` is the function
+IDX = torch.randint(0, TINY.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def bank(dtype: torch.dtype = torch.float64) -> torch.nn.Module:
+    """Two adapters of other ranks, scalings and targets; they meet in `c_attn`."""
+    model = tiny_gpt2(dtype=dtype)
+    lora.inject(model, r=2, alpha=3, targets="c_attn", adapter="legal", seed=0)
+    lora.inject(model, r=4, alpha=5, rslora=True, targets=("c_attn", "c_fc"), adapter="poet")
+    randomize(model, "legal", seed=1)
+    randomize(model, "poet", seed=2)
+    return model
+
+
+def dense(deltas: list[tuple[float, dict[str, torch.Tensor]]], dtype=torch.float64):
+    """The logits of a plain model to whose weights these deltas are added."""
+    model = tiny_gpt2(dtype=dtype)
+    with torch.no_grad():
+        for weight, changes in deltas:
+            for path, delta in changes.items():
+                model.get_submodule(path).weight += (weight * delta).t()
+    return model(IDX)
+
+
+def test_the_bank_says_what_is_there_and_in_force():
+    model = bank()
+    have = lora.adapters(model)
+    assert list(have) == ["legal", "poet"]
+    assert {p: c.r for p, c in have["legal"].items()} == {
+        f"transformer.h.{i}.attn.c_attn": 2 for i in (0, 1)
+    }
+    assert len(have["poet"]) == 4
+    assert lora.active(model) == {"poet": 1.0}
+    lora.activate(model, {"legal": 0.7, "poet": 0.3})
+    assert lora.active(model) == {"legal": 0.7, "poet": 0.3}
+    lora.activate(model, {})
+    assert lora.active(model) == {}
+    assert lora.trainable_parameters(model) == []
+
+
+def test_only_active_adapters_require_grad():
+    model = bank()
+    for mixture in ("legal", "poet", {"legal": 0.5, "poet": -1.0}):
+        lora.activate(model, mixture)
+        names = {
+            n.split(".updates.")[1].split(".")[0]
+            for n, p in model.named_parameters()
+            if p.requires_grad
+        }
+        assert names == set([mixture] if isinstance(mixture, str) else mixture)
+
+
+@pytest.mark.parametrize("mixture", [{"legal": 0.7, "poet": 0.3}, {"legal": -2}, {"poet": 0.0}, {}])
+def test_a_mixture_is_the_weighted_sum_merged_or_not(mixture):
+    model = bank()
+    parts = [(w, lora.deltas(lora.factors(model, n))) for n, w in mixture.items()]
+    lora.activate(model, mixture)
+    want = dense(parts)
+    torch.testing.assert_close(model(IDX), want, rtol=1e-11, atol=1e-11)
+    with lora.merged(model):
+        torch.testing.assert_close(model(IDX), want, rtol=1e-11, atol=1e-11)
+
+
+def test_switching_walks_no_adapter(monkeypatch):
+    """The cost of a switch is that of the layers, however many adapters they carry."""
+
+    def calls(n: int) -> int:
+        model = tiny_gpt2()
+        for i in range(n):
+            lora.inject(model, r=1, targets="c_attn", adapter=f"task{i}")
+        count = 0
+        original = torch.nn.Module.requires_grad_
+
+        def counted(self, flag=True):
+            nonlocal count
+            count += 1
+            return original(self, flag)
+
+        with monkeypatch.context() as m:
+            m.setattr(torch.nn.Module, "requires_grad_", counted)
+            lora.activate(model, "task0")
+        return count
+
+    assert calls(2) == calls(12)
+
+
+def test_remove_keeps_the_others_and_gives_bases_back():
+    model = bank()
+    lora.activate(model, {"legal": 1.0, "poet": 1.0})
+    alone = bank()
+    lora.activate(alone, "legal")
+    assert len(lora.remove(model, "poet")) == 4
+    assert lora.active(model) == {"legal": 1.0}
+    assert torch.equal(model(IDX), alone(IDX))
+    assert not isinstance(model.transformer.h[0].mlp.c_fc, lora.LoRALinear)
+    lora.remove(model, "legal")
+    assert torch.equal(model(IDX), tiny_gpt2(dtype=torch.float64)(IDX))
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("state", ["merged", "routed", "disabled"])
+def test_what_would_go_stale_is_refused(state, tmp_path):
+    model = bank()
+    lora.save(model, tmp_path, adapter="legal")
+    value = lora.factors(model, "legal")
+    context = {
+        "merged": lora.merged(model),
+        "routed": lora.routed(model, ["legal", None]),
+        "disabled": lora.disabled(model),
+    }[state]
+    adding = [
+        lambda: lora.inject(model, r=1, adapter="new"),
+        lambda: lora.load(model, tmp_path, adapter="new"),
+        lambda: lora.implant(model, value, "new"),
+    ]
+    changing = [
+        lambda: lora.activate(model, "legal"),
+        lambda: lora.activated(model, "legal").__enter__(),
+        lambda: lora.remove(model, "poet"),
+        lambda: lora.eject(model),
+    ]
+    with context:
+        before = snapshot(model)
+        for call in adding if state == "disabled" else [*adding, *changing]:
+            with pytest.raises(RuntimeError, match=f"is {state}"):
+                call()
+            assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("mixture", ["legal", {}, {"legal": 0.5, "poet": 0.5}])
+def test_activated_restores_what_was(mixture):
+    model = bank()
+    lora.activate(model, {"poet": 0.4})
+    before = snapshot(model)
+    with pytest.raises(KeyError), lora.activated(model, mixture):
+        with lora.activated(model, "poet"):
+            assert lora.active(model) == {"poet": 1.0}
+        raise KeyError
+    assert snapshot(model) == before
+
+
+def test_activated_left_while_merged_folds_what_is_restored():
+    model = bank()
+    want = model(IDX)
+    with lora.activated(model, "legal"):
+        lora.merge(model)
+    assert lora.is_merged(model)
+    torch.testing.assert_close(model(IDX), want, rtol=1e-11, atol=1e-11)
+    lora.unmerge(model)
+    assert torch.equal(model(IDX), want)
+
+
+def test_contexts_survive_a_body_that_adds_or_takes_away():
+    model = bank()
+    with lora.activated(model, "legal"):
+        lora.inject(model, r=1, targets="mlp.c_proj", adapter="new")
+        randomize(model, "new")
+    assert lora.active(model) == {"poet": 1.0}
+    assert torch.equal(model(IDX), bank()(IDX))  # a layer new in the body is not left in force
+    for context in (lambda m: lora.activated(m, "legal"), lora.merged, lora.disabled):
+        other = bank()
+        with context(other):
+            lora.eject(other, merge=lora.is_merged(other))
+        assert not any(isinstance(m, lora.LoRALinear) for m in other.modules())
+
+
+@pytest.mark.parametrize(
+    "mixture",
+    ["nobody", "", 5, None, ["legal"], b"legal", {"legal": "x"}, {"legal": float("nan")},
+     {"legal": None}, {"legal": True}, {"legal": 10**400}, {5: 1.0}],
+)  # fmt: skip
+def test_mixtures_that_are_refused(mixture):
+    model = bank()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="legal|Give an adapter"):
+        lora.activate(model, mixture)
+    with pytest.raises(ValueError, match="legal|Give an adapter"):
+        lora.routed(model, [mixture or {"nobody": 1}, "legal"]).__enter__()
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("name", ["nobody", "", 5, None, ["legal"], {"legal": 1}, {}])
+def test_names_that_cannot_be_removed(name):
+    model = bank()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="no adapter .* here .there are: legal, poet"):
+        lora.remove(model, name)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("name", ["0", "a b", "é✓", "a/b", "A", "base", "default_"])
+def test_odd_names_work(name, tmp_path):
+    model = tiny_gpt2()
+    lora.inject(model, r=2, adapter=name)
+    randomize(model, name)
+    want = model(IDX)
+    lora.save(model, tmp_path, adapter=name)
+    lora.remove(model, name)
+    lora.load(model, tmp_path, adapter=name)
+    assert torch.equal(model(IDX), want)
+    with lora.routed(model, [name, None]):
+        torch.testing.assert_close(model(IDX)[0], want[0])
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "train", "keys", "forward", 5, None, b"x", ("a",)])
+def test_names_that_are_refused(name):
+    model = tiny_gpt2()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="cannot name an adapter"):
+        lora.inject(model, r=2, adapter=name)
+    assert snapshot(model) == before
+
+
+# What merge reports
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_report_is_the_rounding_error_of_each_layer(dtype):
+    model = bank(dtype)
+    lora.activate(model, {"legal": 0.5, "poet": 2.0})
+    values = {n: lora.deltas(lora.factors(model, n)) for n in ("legal", "poet")}
+    report = lora.merge(model)
+    assert report.agreement is None
+    assert set(report.layers) == set(values["poet"])
+    for path, cost in report.layers.items():
+        layer = model.get_submodule(path)
+        ideal = layer.base.weight.detach().double().t() + 2 * values["poet"][path]
+        if path in values["legal"]:
+            ideal = ideal + 0.5 * values["legal"][path]
+        error = (layer.merged_weight.double().t() - ideal).abs()
+        assert cost.max_error == pytest.approx(error.max().item(), rel=1e-6, abs=1e-15)
+        assert cost.rms_error == pytest.approx(
+            error.square().mean().sqrt().item(), rel=1e-6, abs=1e-15
+        )
+        assert cost.rms_error <= cost.max_error <= cost.bound
+        eps = torch.finfo(dtype).eps
+        assert cost.bound <= 0.51 * eps * ideal.abs().max()  # no room for a second rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_verify_compares_the_logits(dtype):
+    model = bank(dtype)
+    with torch.no_grad():
+        plain = model(IDX).float()
+        report = lora.merge(model, verify=IDX).agreement
+        folded = model(IDX).float()
+    p, q = plain.log_softmax(-1), folded.log_softmax(-1)
+    assert report.max_difference == pytest.approx((folded - plain).abs().max().item())
+    assert report.kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), abs=1e-7)
+    assert report.flips == (p.argmax(-1) != q.argmax(-1)).sum().item()
+    assert report.positions == IDX.numel()
+    assert lora.is_merged(model)
+
+
+def test_a_merged_weight_out_of_bound_is_an_error_and_changes_nothing(monkeypatch):
+    model = bank(torch.float32)
+    before = snapshot(model)
+    right = merging.merged_weight
+    monkeypatch.setattr(merging, "merged_weight", lambda layer: right(layer) * (1 + 1e-6))
+    with pytest.raises(
+        RuntimeError, match=r"out of their rounding bound: transformer.h.0.attn.c_attn,"
+    ):
+        lora.merge(model)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("value", [1e-2, float("nan")])
+def test_logits_out_of_bound_are_an_error_and_change_nothing(monkeypatch, value):
+    model = bank(torch.float32)
+    before = snapshot(model)
+    right = merging._logits
+
+    def wrong(m, ids):
+        return right(m, ids) + (value if lora.is_merged(m) else 0)
+
+    monkeypatch.setattr(merging, "_logits", wrong)
+    with pytest.raises(RuntimeError, match="Merged and unmerged logits differ"):
+        lora.merge(model, verify=IDX)
+    assert snapshot(model) == before
+
+
+def test_a_copy_has_a_bank_of_its_own():
+    model = bank()
+    want = model(IDX)
+    twin = copy.deepcopy(model)
+    lora.remove(twin, "poet")
+    lora.activate(twin, "legal")
+    assert torch.equal(model(IDX), want)
+    assert list(lora.adapters(model)) == ["legal", "poet"]
+    assert raw(twin(IDX)) != raw(want)

@@ -1,0 +1,372 @@
+"""Arithmetic on adapters: each identity, for any ranks and scalings, on the deltas themselves."""
+
+from __future__ import annotations
+
+import math
+
+import peft
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import lora
+from lora import Factors
+from tests.test_peft import peft_model, theirs_of
+from tests.toys import MLP, TINY, randomize, raw, snapshot, tiny_gpt2
+
+IDX = torch.randint(0, TINY.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+SHAPES = {"up": (5, 4), "down": (4, 7), "side": (3, 3)}  # out, in
+
+
+@st.composite
+def values(draw) -> dict[str, Factors]:
+    """An adapter on some of the layers, of any ranks, also ones above the layer's own."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    paths = draw(st.sets(st.sampled_from(list(SHAPES)), min_size=1))
+    value = {}
+    for path in sorted(paths):
+        r = draw(st.integers(1, 6))
+        n_out, n_in = SHAPES[path]
+        a = torch.randn(r, n_in, generator=generator, dtype=torch.float64)
+        value[path] = Factors(a, torch.randn(n_out, r, generator=generator, dtype=torch.float64))
+    return value
+
+
+def same(got: dict[str, Factors], want: dict[str, torch.Tensor], **tolerance) -> None:
+    deltas = lora.deltas(got)
+    assert deltas.keys() == want.keys()
+    for path, delta in want.items():
+        torch.testing.assert_close(deltas[path], delta, **(tolerance or EXACT))
+
+
+def summed(*weighted: tuple[dict[str, Factors], float]) -> dict[str, torch.Tensor]:
+    total: dict[str, torch.Tensor] = {}
+    for value, weight in weighted:
+        for path, pair in value.items():
+            zero = torch.zeros(SHAPES[path], dtype=torch.float64)
+            total[path] = total.get(path, zero) + weight * (pair.B @ pair.A)
+    return total
+
+
+weights = st.floats(-3, 3)
+
+
+@given(values(), values(), values(), weights)
+def test_the_identities(a, b, c, w):
+    same(lora.add(a, b), summed((a, 1), (b, 1)))
+    same(lora.add(b, a), lora.deltas(lora.add(a, b)))
+    same(lora.add(lora.add(a, b), c), lora.deltas(lora.add(a, lora.add(b, c))))
+    same(lora.scale(lora.add(a, b), w), lora.deltas(lora.add(lora.scale(a, w), lora.scale(b, w))))
+    same(lora.scale(lora.scale(a, w), 0.5), summed((a, w / 2)))
+    same(lora.subtract(a, b), summed((a, 1), (b, -1)))
+    same(lora.subtract(a, a), summed((a, 0)))
+    same(lora.subtract(lora.add(a, b), b), summed((a, 1), (b, 0)))
+    same(lora.combine([(a, w), (b, 0.3), (c, -1)]), summed((a, w), (b, 0.3), (c, -1)))
+    same(lora.scale(a, 1), lora.deltas(a))
+
+
+@given(values(), values())
+def test_arguments_are_left_alone_and_nothing_is_shared_by_change(a, b):
+    before = {p: (raw(q.A), raw(q.B)) for p, q in a.items()}
+    lora.add(a, b)
+    lora.scale(a, 3)
+    lora.compress(a, 1)
+    lora.ties([a, b], 0.5)
+    lora.dare([a, b], 0.5, seed=0)
+    assert {p: (raw(q.A), raw(q.B)) for p, q in a.items()} == before
+
+
+@given(values(), st.integers(1, 8))
+def test_compress_is_the_best_of_its_rank_and_says_the_error(value, r):
+    small = lora.compress(value, r)
+    for path, pair in value.items():
+        delta = pair.delta()
+        u, s, vt = torch.linalg.svd(delta, full_matrices=False)
+        best = (u[:, :r] * s[:r]) @ vt[:r]
+        got = small.adapter[path]
+        assert got.r <= r
+        made = (got.delta() - delta).norm() / delta.norm()
+        assert made <= (best - delta).norm() / delta.norm() + 1e-9  # Eckart-Young
+        assert small.errors[path] == pytest.approx(made.item(), abs=1e-7)
+        if r >= min(delta.shape):
+            torch.testing.assert_close(got.delta(), delta, **EXACT)
+
+
+def test_compress_forms_no_dense_delta():
+    """A delta of these sizes would take 80 GB."""
+    big = {"x": Factors(torch.randn(4, 100_000).double(), torch.randn(100_000, 4).double())}
+    small = lora.compress(big, 2)
+    assert small.adapter["x"].A.shape == (2, 100_000)
+    twice = lora.compress(lora.add(big, big), 4)
+    assert twice.errors["x"] < 1e-7
+
+
+def test_the_error_of_nothing_is_nothing():
+    zero = {"up": Factors(torch.zeros(2, 4).double(), torch.zeros(5, 2).double())}
+    assert lora.compress(zero, 1).errors == {"up": 0.0}
+    assert not lora.compress(zero, 1).adapter["up"].delta().any()
+
+
+@pytest.mark.parametrize("r", [0, -1, 2.0, True, None, "2"])
+def test_ranks_that_are_refused(r):
+    with pytest.raises(ValueError, match="r must be an integer of at least 1"):
+        lora.compress({"up": Factors(torch.ones(1, 4), torch.ones(5, 1))}, r)
+
+
+def test_layers_of_other_shapes_are_refused_by_name():
+    a = {
+        "up": Factors(torch.ones(1, 4), torch.ones(5, 1)),
+        "x": Factors(torch.ones(1, 2), torch.ones(2, 1)),
+    }
+    b = {
+        "up": Factors(torch.ones(1, 5), torch.ones(5, 1)),
+        "x": Factors(torch.ones(1, 2), torch.ones(3, 1)),
+    }
+    for call in (lora.add, lora.subtract, lambda *v: lora.ties(v, 0.5)):
+        with pytest.raises(
+            ValueError, match=r"up: \(5, 4\) and \(5, 5\); x: \(2, 2\) and \(3, 2\)"
+        ):
+            call(a, b)
+
+
+# To and from models, folders, tuned models
+
+
+def bank(dtype: torch.dtype = torch.float64) -> nn.Module:
+    model = tiny_gpt2(dtype=dtype)
+    lora.inject(model, r=2, alpha=3, targets="c_attn[q,v]", rslora=True, adapter="a")
+    lora.inject(model, r=5, alpha=7, targets=("c_attn", "wpe"), rslora=True, adapter="b")
+    randomize(model, "a", seed=1)
+    randomize(model, "b", seed=2)
+    return model
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+@pytest.mark.parametrize("uniform", [False, True])
+def test_saved_and_live_adapters_have_one_value(tmp_path, name, uniform):
+    model = bank()
+    live = lora.factors(model, name)
+    lora.save(model, tmp_path, adapter=name, uniform=uniform)
+    same(lora.read(tmp_path), lora.deltas(live))
+
+
+def test_implanting_a_combination_is_activating_the_mixture():
+    model = bank()
+    value = lora.combine([(lora.factors(model, "a"), 0.7), (lora.factors(model, "b"), -0.3)])
+    lora.activate(model, {"a": 0.7, "b": -0.3})
+    want = model(IDX)
+    lora.implant(model, value, "both")
+    assert lora.active(model) == {"both": 1.0}
+    torch.testing.assert_close(model(IDX), want, rtol=1e-10, atol=1e-10)
+    same(lora.factors(model, "both"), lora.deltas(value))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_implant_rounds_to_the_dtype_of_the_factors_and_no_more(dtype):
+    value = lora.factors(bank(), "b")
+    model = tiny_gpt2(dtype=dtype)
+    lora.implant(model, value)
+    back = lora.factors(model)  # float32 factors beside a 16-bit base
+    for path, pair in value.items():
+        assert torch.equal(back[path].A, pair.A.float().double())
+        assert torch.equal(back[path].B, pair.B.float().double())
+
+
+A_PATH = "transformer.h.0.attn.c_attn"
+ones = torch.ones
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({}, "the adapter is empty"),
+        ({"nowhere": Factors(ones(1, 16), ones(48, 1))}, "nowhere: no such layer here"),
+        (
+            {"transformer.ln_f": Factors(ones(1, 16), ones(16, 1))},
+            "transformer.ln_f: it is no nn.Linear",
+        ),
+        ({"transformer": Factors(ones(1, 16), ones(16, 1))}, "transformer: it is no nn.Linear"),
+        (
+            {A_PATH: Factors(ones(2, 1), ones(48, 2))},
+            r"lora_A is \(2, 1\), this layer takes \(2, 16\)",
+        ),
+        ({A_PATH: Factors(ones(2, 16), ones(48, 1))}, r"lora_B is \(48, 1\), this layer takes"),
+        ({A_PATH: Factors(ones(2, 48), ones(16, 2))}, "lora_A is .*, lora_B is"),
+        ({A_PATH: Factors(ones(17, 16), ones(48, 17))}, "r 17 is above 16"),
+        ({A_PATH: Factors(ones(1, 16) / 0, ones(48, 1))}, "lora_A has NaN or infinite"),
+        ({"lm_head": Factors(ones(1, 16), ones(61, 1))}, "are one tensor"),
+        ({A_PATH: Factors(ones(0, 16), ones(48, 0))}, "r must be an integer of at least 1"),
+    ],
+)
+def test_values_that_cannot_be_implanted(value, words):
+    model = tiny_gpt2()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=words):
+        lora.implant(model, value)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("kind", ["mlp", "gpt2"])
+def test_extract_recovers_a_low_rank_fine_tune(kind):
+    torch.manual_seed(0)
+    base = MLP(6, 9).double() if kind == "mlp" else tiny_gpt2(dtype=torch.float64)
+    tuned = MLP(6, 9).double() if kind == "mlp" else tiny_gpt2(dtype=torch.float64)
+    tuned.load_state_dict(base.state_dict())
+    lora.inject(tuned, r=3, targets="all-linear")
+    randomize(tuned)
+    x = torch.randn(4, 6).double() if kind == "mlp" else IDX
+    want, deltas = tuned(x), lora.deltas(lora.factors(tuned))
+    lora.eject(tuned, merge=True)
+    found = lora.extract(base, tuned, 3)
+    assert max(found.errors.values()) < 1e-12
+    same(found.adapter, deltas, rtol=1e-9, atol=1e-9)
+    lora.implant(base, found.adapter)
+    torch.testing.assert_close(base(x), want, rtol=1e-8, atol=1e-8)
+    assert min(lora.extract(lora_free(base), tuned, 2).errors.values()) > 1e-3
+
+
+def lora_free(model: nn.Module) -> nn.Module:
+    lora.eject(model)
+    return model
+
+
+def test_what_cannot_be_extracted():
+    with pytest.raises(ValueError, match="The tuned model has no"):
+        lora.extract(tiny_gpt2(), MLP(), 2)
+    with pytest.raises(ValueError, match=r"up: \(6, 6\) and \(9, 6\)"):
+        lora.extract(MLP(), MLP(6, 9), 2)
+    with pytest.raises(ValueError, match="Slices cannot be extracted"):
+        lora.extract(tiny_gpt2(), tiny_gpt2(), 2, targets="c_attn[q]")
+    with pytest.raises(ValueError, match="r must be"):
+        lora.extract(MLP(), MLP(), 0)
+
+
+def test_half_a_pair_cannot_be_read(tmp_path):
+    from tests.test_checkpoint import edit
+
+    model = bank()
+    lora.save(model, tmp_path, adapter="a")
+    edit(tmp_path, lambda t: t.pop(f"base_model.model.{A_PATH}.lora_B.weight"))
+    with pytest.raises(ValueError, match=f"without a partner: {A_PATH}"):
+        lora.read(tmp_path)
+
+
+# Recipes
+
+
+def column(*entries: float) -> dict[str, Factors]:
+    """An adapter whose delta is these entries."""
+    return {
+        "x": Factors(ones(1, 1).double(), torch.tensor([[e] for e in entries], dtype=torch.float64))
+    }
+
+
+def test_ties_trims_elects_and_averages():
+    """By hand: keep the 2 largest of 4; the sign with more mass wins; mean over its followers."""
+    a, b = column(4, -3, 1, 0.5), column(2, 5, 0.1, -6)
+    merged = lora.ties([a, b], 0.5)["x"].flatten()
+    assert merged.tolist() == [4, 5, 0, -6]
+    assert lora.ties([a, b], 1.0)["x"].flatten().tolist() == [3, 5, 0.55, -6]
+    weighted = lora.ties([a, b], 1.0, [1.0, 0.5])["x"].flatten()
+    assert weighted.tolist() == [2.5, -3, 0.525, -3]
+
+
+@given(values(), st.floats(0.01, 1))
+def test_ties_of_one_keeps_the_largest_entries(value, density):
+    for path, merged in lora.ties([value], density).items():
+        delta = value[path].delta()
+        kept = math.ceil(density * delta.numel())
+        assert merged.count_nonzero() == kept
+        assert torch.equal(merged, torch.where(merged != 0, delta, 0.0))
+        assert merged.abs().sum() == pytest.approx(
+            delta.abs().flatten().topk(kept).values.sum().item()
+        )
+
+
+@given(values(), values())
+def test_at_full_density_ties_of_equals_and_dare_are_the_sum(a, b):
+    for path, merged in lora.ties([a, a, a], 1.0).items():
+        torch.testing.assert_close(merged, a[path].delta(), **EXACT)
+    sums = summed((a, 2), (b, -1))
+    for path, merged in lora.dare([a, b], 1.0, [2, -1], seed=0).items():
+        torch.testing.assert_close(merged, sums[path], **EXACT)
+
+
+def test_dare_keeps_the_mean_and_follows_its_seed():
+    value = column(*range(1, 9))
+    drawn = torch.stack([lora.dare([value], 0.25, seed=s)["x"] for s in range(2000)])
+    want = value["x"].delta()
+    assert ((drawn == 0) | torch.isclose(drawn, 4 * want)).all()
+    share = (drawn != 0).double().mean().item()
+    assert share == pytest.approx(0.25, abs=0.02)
+    torch.testing.assert_close(drawn.mean(0), want, rtol=0.2, atol=0)  # 2000 draws: sd 4 %
+    assert torch.equal(lora.dare([value], 0.25, seed=7)["x"], drawn[7])
+    before = torch.get_rng_state()
+    lora.dare([value], 0.25, seed=7)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("recipe", [lora.ties, lambda *a: lora.dare(*a, seed=0)])
+def test_recipes_refuse(recipe):
+    value = column(1, 2)
+    for density in (0, -1, 1.01, float("nan"), "x", None, True):
+        with pytest.raises(ValueError, match="density must be"):
+            recipe([value], density)
+    for given_weights in ([], [1, 2]):
+        with pytest.raises(ValueError, match="as many weights"):
+            recipe([value], 0.5, given_weights)
+    with pytest.raises(ValueError, match="as many weights"):
+        recipe([], 0.5)
+
+
+def test_a_recipe_ends_as_an_adapter():
+    model = bank()
+    dense = lora.ties([lora.factors(model, "a"), lora.factors(model, "b")], 0.3)
+    best = lora.approximate(dense, 16)
+    assert max(best.errors.values()) < 1e-12
+    lora.implant(model, best.adapter, "ties")
+    assert lora.active(model) == {"ties": 1.0}
+
+
+# PEFT
+
+
+@settings(max_examples=5, deadline=None)
+@given(st.tuples(weights, weights), st.tuples(st.integers(1, 5), st.integers(1, 5)))
+def test_combine_is_pefts_cat_where_it_is_exact(tmp_path_factory, scale, ranks):
+    """PEFT's "cat" takes the root of a negative weight's size; for all above 0 it is ours."""
+    scale = tuple(abs(w) + 0.1 for w in scale)
+    folder = tmp_path_factory.mktemp("cat")
+    model = tiny_gpt2()
+    for name, r in zip("ab", ranks, strict=True):
+        lora.inject(model, r=r, alpha=3, adapter=name)
+        randomize(model, name, seed=r + ord(name))
+        lora.save(model, folder / name, adapter=name)
+    theirs = peft.PeftModel.from_pretrained(theirs_of(tiny_gpt2()), folder / "a", "a")
+    theirs.load_adapter(folder / "b", "b")
+    theirs.add_weighted_adapter(["a", "b"], list(scale), "both", combination_type="cat")
+    theirs.set_adapter("both")
+    both = lora.combine([(lora.read(folder / n), w) for n, w in zip("ab", scale, strict=True)])
+    plain = tiny_gpt2()
+    lora.implant(plain, both)
+    torch.testing.assert_close(plain(IDX), theirs.eval()(IDX).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_pefts_folders_of_several_adapters_load(tmp_path):
+    theirs = peft_model(tiny_gpt2()).eval()
+    torch.manual_seed(1)
+    other = peft.LoraConfig(
+        r=2, target_modules=["c_fc"], fan_in_fan_out=True, init_lora_weights=False
+    )
+    theirs.add_adapter("poet", other)
+    theirs.save_pretrained(tmp_path)
+    model = tiny_gpt2()
+    lora.load(model, tmp_path)
+    lora.load(model, tmp_path / "poet", adapter="poet")
+    for name in ("default", "poet"):
+        theirs.set_adapter(name)
+        lora.activate(model, name)
+        torch.testing.assert_close(model(IDX), theirs(IDX).logits, rtol=1e-5, atol=1e-5)

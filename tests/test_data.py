@@ -1,0 +1,355 @@
+"""Examples from files and lists to batches: what is read, learnt, cut, ordered and padded."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt2 import IGNORE, Batch, Dataset, Example, batches, encode, from_texts, read_jsonl
+from gpt2.data import collate
+
+TEXTS = [
+    "Q: How do transformers work?\nA: Transformers process sequences using self-attention.",
+    "Q: What does physics explain?\nA: Physics explains natural phenomena using mathematical "
+    "models.",
+    "Q: What do machine learning models do?\nA: Machine learning models learn patterns from data.",
+    "Q: How do transformers work?\nA: Transformers process sequences using self-attention "
+    "mechanisms.",
+    "Q: What is self-attention?\nA: Self-attention allows tokens in a sequence to attend to each "
+    "other.",
+]
+
+
+class Letters:
+    """A tokenizer of one id a letter, its code; 0 ends a text."""
+
+    eos = 0
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) for letter in text]
+
+
+def split(text: str) -> Example:
+    question, answer = text.split("\nA:")
+    return Example(question + "\nA:", answer)
+
+
+def rows(data: Dataset) -> list[tuple[list[int], list[int]]]:
+    return [(ids.tolist(), labels.tolist()) for ids, labels in data]
+
+
+def ids_of(batch: Batch) -> list[list[int]]:
+    return batch.idx.tolist()
+
+
+def written(folder: Path, *lines: object) -> Path:
+    """A file of these lines: bytes as they are, anything else as JSON."""
+    file = folder / "data.jsonl"
+    file.write_bytes(
+        b"\n".join(x if isinstance(x, bytes) else json.dumps(x).encode() for x in lines)
+    )
+    return file
+
+
+# read_jsonl
+
+
+def test_the_three_forms_are_read(tmp_path):
+    file = written(
+        tmp_path,
+        {"text": "All of it. "},
+        {"question": "Why?", "answer": "So."},
+        b"",
+        b"  \t\r",
+        {"prompt": "Once", "completion": " upon\na time"},
+        {"prompt": "", "completion": "é 😀"},
+    )
+    assert read_jsonl(file) == [
+        Example("", "All of it. "),
+        Example("Q: Why?\nA:", " So."),
+        Example("Once", " upon\na time"),
+        Example("", "é 😀"),
+    ]
+    assert read_jsonl(str(file)) == read_jsonl(file)
+
+
+def test_a_byte_order_mark_and_windows_line_ends_do_not_matter(tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "b"}\r\n')
+    assert read_jsonl(file) == [Example("", "a"), Example("", "b")]
+
+
+def test_a_line_ends_at_a_newline_only(tmp_path):
+    separators = "one\u2028two\x85three\x0cfour"  # where str.splitlines would cut
+    file = tmp_path / "data.jsonl"
+    file.write_text(json.dumps({"text": separators}, ensure_ascii=False), encoding="utf-8")
+    assert read_jsonl(file) == [Example("", separators)]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b'{"text": "\xff"}', "not UTF-8 (invalid start byte at byte 10)"),
+        (json.dumps({"text": "a"}).encode("utf-16"), "not UTF-8"),
+        (b'{"text": "\\ud800"}', "surrogates not allowed"),
+        (b"Q: Why?", "not JSON (Expecting value at column 1)"),
+        (b'{"text": "a"} {"text": "b"}', "not JSON (Extra data at column 15)"),
+        (b"[" * 100_000, "not JSON"),
+        (b"9" * 5000, "Exceeds the limit"),
+        ("a string", "got 'a string'"),
+        (["a", "list"], "got ['a', 'list']"),
+        (None, "got None"),
+        ({}, "got []"),
+        ({"text": "a", "label": 1}, "got ['label', 'text']"),
+        ({"question": "a"}, "got ['question']"),
+        ({"question": "a", "completion": "b"}, "got ['completion', 'question']"),
+        ({"Text": "a"}, "got ['Text']"),
+        ({"text": 3}, "'text' is 3, not a string"),
+        ({"question": "a", "answer": None}, "'answer' is None, not a string"),
+        ({"text": ""}, "'text' is empty"),
+        ({"text": " \n"}, "'text' is empty"),
+        ({"question": "", "answer": "b"}, "'question' is empty"),
+        ({"prompt": "a", "completion": ""}, "'completion' is empty"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, said):
+    file = written(tmp_path, {"text": "good"}, b"", line, {"text": "good"})
+    with pytest.raises(ValueError, match=f"^{file}:3: ") as error:
+        read_jsonl(file)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_all_bad_lines_are_listed_at_once(tmp_path):
+    file = written(tmp_path, {"text": ""}, {"text": "good"}, b"{", b"\xff")
+    with pytest.raises(ValueError, match=str(file)) as error:
+        read_jsonl(file)
+    assert [f"{file}:{n}: " in str(error.value) for n in (1, 2, 3, 4)] == [True, False, True, True]
+
+
+def test_a_long_list_of_bad_lines_is_cut(tmp_path):
+    file = written(tmp_path, *[{"text": ""}] * 1000)
+    with pytest.raises(ValueError, match="; and 990 more.$") as error:
+        read_jsonl(file)
+    assert str(error.value).count(str(file)) == 10
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n"])
+def test_a_file_without_examples_is_refused(tmp_path, content):
+    file = tmp_path / "data.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="holds no examples"):
+        read_jsonl(file)
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "."])
+def test_what_is_no_file_is_refused(tmp_path, name):
+    with pytest.raises(FileNotFoundError, match="is missing or no file"):
+        read_jsonl(tmp_path / name)
+
+
+# encode
+
+
+def test_a_text_is_learnt_whole_and_to_its_end(tokenizer):
+    data = encode(from_texts(TEXTS), tokenizer)
+    want = [[*tokenizer.encode(text), 50256] for text in TEXTS]
+    assert rows(data) == [(ids, ids) for ids in want]
+    assert rows(encode(TEXTS, tokenizer)) == rows(data)
+    assert data.truncated == 0
+    assert data.n_tokens == sum(map(len, want))
+    assert data.lengths.tolist() == [len(ids) for ids in want]
+
+
+def test_without_eos_nothing_is_added(tokenizer):
+    assert rows(encode(TEXTS[:1], tokenizer, eos=False))[0][0] == tokenizer.encode(TEXTS[0])
+
+
+def test_questions_and_answers_are_tokenised_as_the_whole_text_is(tokenizer):
+    assert rows(encode(map(split, TEXTS), tokenizer)) == rows(encode(TEXTS, tokenizer))
+
+
+def test_a_prompt_has_the_tokens_that_inference_sees(tokenizer):
+    (ids, _), *_ = rows(encode([Example("The end", "ing")], tokenizer, eos=False))
+    assert ids == tokenizer.encode("The end") + tokenizer.encode("ing")
+    assert ids != tokenizer.encode("The ending")
+
+
+def test_answer_only_learns_the_answer_and_its_end(tokenizer):
+    data = encode(map(split, TEXTS), tokenizer, answer_only=True)
+    for text, (ids, labels) in zip(TEXTS, data, strict=True):
+        n = len(tokenizer.encode(split(text).prompt))
+        assert set(labels[:n].tolist()) == {IGNORE}
+        assert torch.equal(labels[n:], ids[n:])
+        assert tokenizer.decode(labels[n:-1].tolist()) == split(text).completion
+        assert labels[-1] == tokenizer.eos
+
+
+def test_a_text_has_no_prompt_to_leave_out(tokenizer):
+    assert rows(encode(TEXTS, tokenizer, answer_only=True)) == rows(encode(TEXTS, tokenizer))
+
+
+def test_control_text_is_text(tokenizer):
+    (ids, _), *_ = rows(encode(["a<|endoftext|>b"], tokenizer))
+    assert ids.count(tokenizer.eos) == 1
+    assert ids[-1] == tokenizer.eos
+
+
+def test_too_long_is_cut_and_counted():
+    data = encode(["abc", "abcd", "abcde"], Letters(), max_length=4)
+    assert [bytes(ids) for ids, _ in rows(data)] == [b"abc\0", b"abcd", b"abcd"]
+    assert data.truncated == 2  # the second lost its end
+
+
+@pytest.mark.parametrize(
+    ("example", "options"),
+    [
+        (Example("", ""), {}),  # an end alone follows nothing
+        (Example("", "a"), {"eos": False}),
+        (Example("abcdef", "g"), {"answer_only": True, "max_length": 6}),  # the answer is cut away
+        (Example("abc", ""), {"answer_only": True, "eos": False}),
+    ],
+)
+def test_an_example_without_a_token_to_learn_is_named(example, options):
+    with pytest.raises(ValueError, match=r"^2 examples leave no token to learn.*: 2, 4\. Remove"):
+        encode(["fine", example, "fine", example], Letters(), **options)
+
+
+@pytest.mark.parametrize(
+    ("example", "options"),
+    [
+        (Example("", "a"), {}),  # its end
+        (Example("a", "b"), {"answer_only": True, "eos": False}),
+        (Example("abcde", "fg"), {"answer_only": True, "max_length": 6}),
+        (Example("ab", ""), {"answer_only": True}),
+    ],
+)
+def test_one_token_is_enough(example, options):
+    (batch,) = batches(encode([example], Letters(), **options), 1, seed=0, epoch=0)
+    assert batch.n_tokens == 1
+
+
+def test_a_long_list_of_untaught_examples_is_cut():
+    with pytest.raises(ValueError, match=r"^500 examples .*: 1, 2, 3, 4, 5, 6, 7, 8, 9, 10…\."):
+        encode([""] * 500, Letters())
+
+
+@pytest.mark.parametrize(
+    ("examples", "options", "said"),
+    [
+        ([], {}, "no examples"),
+        ("a text", {}, "one string"),
+        (["ab"], {"max_length": 1}, "max_length must be at least 2"),
+    ],
+)
+def test_bad_arguments_of_encode(examples, options, said):
+    with pytest.raises(ValueError, match=said):
+        encode(examples, Letters(), **options)
+
+
+def test_many_examples_are_streamed_and_kept_compact():
+    n, text = 100_000, "x" * 15
+    tracemalloc.start()
+    data = encode((text for _ in range(n)), Letters())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert data.n_tokens == 16 * n
+    assert peak < 1.5 * (
+        4 * data.n_tokens + 20 * n
+    )  # as lists of ids: eight bytes a token and more
+
+
+def test_a_dataset_is_a_sequence():
+    data = encode(["ab", "cde", "f"], Letters())
+    assert len(data) == 3
+    assert data[-1][0].tolist() == data[2][0].tolist() == [ord("f"), 0]
+    assert [ids.tolist() for ids, _ in data[1:]] == [ids.tolist() for ids, _ in list(data)[1:]]
+    for i in (3, -4):
+        with pytest.raises(IndexError, match="of 3"):
+            data[i]
+    data[0][0].zero_()
+    data[0][1].zero_()
+    assert data[0][0].tolist() == data[0][1].tolist() == [ord("a"), ord("b"), 0]
+
+
+# batches
+
+
+def test_padding_is_masked_by_length_never_by_id():
+    data = encode(["a\0b", "abcdef"], Letters())  # an end within a text is learnt like the last
+    batch = collate([data[0], data[1]])
+    assert batch.idx.shape == batch.labels.shape == (2, 7)
+    assert batch.idx.dtype == batch.labels.dtype == torch.int64
+    assert batch.labels[0].tolist() == [97, 0, 98, 0, IGNORE, IGNORE, IGNORE]
+    assert torch.equal(batch.labels[1], batch.idx[1])
+    assert batch.n_tokens == 3 + 6
+
+
+@given(
+    texts=st.lists(st.text("abc", min_size=1, max_size=9), min_size=1, max_size=12),
+    batch_size=st.integers(1, 5),
+    seed=st.integers(0, 2**32),
+    epoch=st.integers(0, 9),
+    pad_to=st.sampled_from([1, 4]),
+)
+def test_an_epoch_has_every_example_once(texts, batch_size, seed, epoch, pad_to):
+    data = encode(texts, Letters())
+    epochs = list(batches(data, batch_size, seed=seed, epoch=epoch, pad_to=pad_to))
+    assert [len(b.idx) for b in epochs[:-1]] == [batch_size] * (len(epochs) - 1)
+    assert all(b.idx.shape[1] % pad_to == 0 for b in epochs)
+    seen: list[str] = []
+    for batch in epochs:
+        longest = int((batch.labels != IGNORE).sum(1).max())
+        assert batch.idx.shape[1] == -(-longest // pad_to) * pad_to
+        assert batch.n_tokens == int((batch.labels[:, 1:] != IGNORE).sum())
+        for ids, labels in zip(batch.idx, batch.labels, strict=True):
+            kept = labels[labels != IGNORE]
+            assert torch.equal(kept, ids[: len(kept)])  # the padding is on the right
+            seen.append(bytes(kept[:-1].tolist()).decode())
+    assert sorted(seen) == sorted(texts)
+
+
+LETTERS = [chr(97 + i) for i in range(20)]
+
+
+def order(seed: int, epoch: int) -> list[list[list[int]]]:
+    data = encode(LETTERS, Letters())
+    return [ids_of(batch) for batch in batches(data, 3, seed=seed, epoch=epoch)]
+
+
+def test_seed_and_epoch_fix_the_order():
+    assert order(1, 0) == order(1, 0)
+    assert order(1, 0) != order(1, 1)
+    assert order(1, 0) != order(2, 0)
+    assert order(1, 2) != order(2, 1)
+    assert [ids for batch in order(1, 0) for ids in batch] != [[ord(x), 0] for x in LETTERS]
+
+
+def test_the_order_goes_on_from_any_step():
+    data = encode(LETTERS, Letters())
+    rest = islice(batches(data, 3, seed=7, epoch=5), 4, None)
+    assert [ids_of(batch) for batch in rest] == order(7, 5)[4:]
+
+
+def test_the_order_leaves_the_callers_random_numbers_alone():
+    torch.manual_seed(0)
+    np.random.seed(0)
+    want = torch.rand(3).tolist(), np.random.rand(3).tolist()
+    torch.manual_seed(0)
+    np.random.seed(0)
+    order(3, 0)
+    assert (torch.rand(3).tolist(), np.random.rand(3).tolist()) == want
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_has_an_example(batch_size):
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        list(batches(encode(["ab"], Letters()), batch_size, seed=0, epoch=0))

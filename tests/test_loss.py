@@ -1,0 +1,342 @@
+"""The next-token loss: against the formula, with and without logits, whatever the padding."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gpt2
+import gpt2.loss
+import lora
+from gpt2 import IGNORE, next_token_loss, summed_loss
+from tests import reference
+from tests.toys import TINY, randomize, tiny_gpt2
+
+V = TINY.vocab_size
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_two_threads: None) -> None:
+    """On shapes this small, threads that wait for each other take longer than the work."""
+    torch.set_num_threads(1)
+
+
+def some(batch: int, time: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids, and labels of which about half are not learnt."""
+    generator = torch.Generator().manual_seed(seed)
+    idx = torch.randint(0, V, (batch, time), generator=generator)
+    hidden = torch.rand(batch, time, generator=generator) < 0.5
+    return idx, idx.masked_fill(hidden, IGNORE)
+
+
+def by_hand(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, int]:
+    """Summed nats and count, one position at a time in float64."""
+    total, count = 0.0, 0
+    for row, wanted in zip(logits.double().numpy(), labels.numpy(), strict=True):
+        for t in range(len(wanted) - 1):
+            if wanted[t + 1] != IGNORE:
+                total -= np.log(reference.softmax(row[t])[wanted[t + 1]])
+                count += 1
+    return total, count
+
+
+class Plain(nn.Module):
+    """A language model that is only a map from ids to logits."""
+
+    def __init__(self, model: gpt2.GPT2) -> None:
+        super().__init__()
+        self.inner = model
+
+    def forward(self, idx: torch.Tensor) -> torch.Tensor:
+        return self.inner(idx)
+
+
+def frozen_head(seed: int = 0, dtype: torch.dtype = torch.float32) -> gpt2.GPT2:
+    """A model in which only the blocks are trained."""
+    model = tiny_gpt2(seed, dtype)
+    model.transformer.wte.requires_grad_(False)
+    model.transformer.wpe.requires_grad_(False)
+    return model
+
+
+def gradients(model: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+
+
+# next_token_loss
+
+
+def test_loss_is_the_formula():
+    _, labels = some(3, 7)
+    logits = torch.randn(3, 7, V, generator=torch.Generator().manual_seed(1))
+    total, count = by_hand(logits, labels)
+    assert next_token_loss(logits, labels).item() == pytest.approx(total / count, rel=1e-6)
+
+
+def test_loss_is_the_oracles(demo, tokenizer):
+    ids = tokenizer.encode("Q: What is self-attention?\nA: Self-attention allows tokens")
+    weights = {name: p.detach().double().numpy() for name, p in demo.transformer.named_parameters()}
+    idx = torch.tensor([ids])
+    want = reference.loss(weights, ids, demo.config.n_head)
+    with torch.no_grad():
+        assert next_token_loss(demo(idx), idx).item() == pytest.approx(want, rel=1e-5)
+
+
+def test_loss_is_computed_in_float32():
+    _, labels = some(2, 9)
+    logits = torch.randn(2, 9, V, generator=torch.Generator().manual_seed(1)).bfloat16() * 20
+    loss = next_token_loss(logits, labels)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, next_token_loss(logits.float(), labels))
+
+
+@pytest.mark.parametrize("learnt", [[], [0]])
+def test_loss_without_a_supervised_token_is_refused(learnt):
+    labels = torch.full((2, 4), IGNORE)
+    labels[:, learnt] = 5  # the first token follows nothing, so it is never predicted
+    with pytest.raises(ValueError, match="No token is supervised"):
+        next_token_loss(torch.zeros(2, 4, V), labels)
+
+
+def test_loss_of_one_token_is_refused():
+    with pytest.raises(ValueError, match="No token is supervised"):
+        next_token_loss(torch.zeros(2, 1, V), torch.zeros(2, 1, dtype=torch.long))
+
+
+def test_shapes_that_differ_are_refused():
+    with pytest.raises(ValueError, match=r"logits \(2, 4, 61\) and labels \(2, 5\) differ"):
+        next_token_loss(torch.zeros(2, 4, V), torch.zeros(2, 5, dtype=torch.long))
+
+
+# summed_loss: four ways through the head, one result
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4096])
+@pytest.mark.parametrize("build", [frozen_head, tiny_gpt2], ids=["frozen head", "trained head"])
+def test_summed_loss_and_gradients_are_those_of_all_logits(build, chunk, monkeypatch):
+    monkeypatch.setattr(gpt2.loss, "CHUNK", chunk)
+    model = build()
+    idx, labels = some(3, 8)
+    count = (labels[:, 1:] != IGNORE).sum()
+    want = next_token_loss(model(idx), labels) * count
+    got = summed_loss(model, idx, labels)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+    wanted = gradients(model, want)
+    for name, gradient in gradients(model, got).items():
+        scale = float(wanted[name].abs().max())
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-5 * scale, msg=name)
+
+
+def test_frozen_heads_gradient_scales_with_the_loss():
+    model = frozen_head()
+    idx, labels = some(2, 6)
+    once = gradients(model, summed_loss(model, idx, labels))
+    thrice = gradients(model, summed_loss(model, idx, labels) * 3)
+    for name in once:
+        torch.testing.assert_close(thrice[name], 3 * once[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_plain_model_is_called_for_its_logits():
+    model = tiny_gpt2()
+    idx, labels = some(3, 8)
+    want = summed_loss(model, idx, labels)
+    torch.testing.assert_close(summed_loss(Plain(model), idx, labels), want, rtol=1e-6, atol=0)
+
+
+def test_a_head_with_a_bias_uses_it():
+    model = frozen_head()
+    model.lm_head = nn.Linear(TINY.n_embd, V)
+    nn.init.normal_(model.lm_head.bias, generator=torch.Generator().manual_seed(0))
+    model.lm_head.requires_grad_(False)
+    idx, labels = some(3, 8)
+    want = summed_loss(Plain(model), idx, labels)
+    torch.testing.assert_close(summed_loss(model, idx, labels), want, rtol=1e-6, atol=0)
+
+
+def test_a_head_that_something_wraps_is_called_as_it_is():
+    model = frozen_head()
+    model.lm_head = nn.Sequential(model.lm_head, nn.Tanh())
+    idx, labels = some(3, 8)
+    want = summed_loss(Plain(model), idx, labels)
+    torch.testing.assert_close(summed_loss(model, idx, labels), want, rtol=1e-6, atol=0)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the most elements that any new tensor has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // 4)
+        return out
+
+
+def test_logits_of_the_whole_batch_are_never_held(monkeypatch):
+    monkeypatch.setattr(gpt2.loss, "CHUNK", 4)
+    config = gpt2.GPT2Config(n_layer=1, n_head=2, n_embd=8, block_size=32, vocab_size=5000)
+    model = gpt2.GPT2(config).eval()
+    model.transformer.wte.requires_grad_(False)
+    idx = torch.randint(0, 5000, (4, 30), generator=torch.Generator().manual_seed(0))
+    with Largest() as largest:
+        summed_loss(model, idx, idx).backward()
+    assert largest.elements <= model.lm_head.weight.numel()  # 40,000, where the logits are 600,000
+    plain = Plain(copy.deepcopy(model))
+    with Largest() as largest:
+        summed_loss(plain, idx, idx).backward()
+    assert largest.elements == 4 * 30 * 5000  # that is, the measure sees them
+
+
+def test_logits_are_not_kept_for_the_backward_pass(monkeypatch):
+    """Chunks that are each small, but all kept, would add up."""
+    monkeypatch.setattr(gpt2.loss, "CHUNK", 4)
+    config = gpt2.GPT2Config(n_layer=1, n_head=2, n_embd=8, block_size=32, vocab_size=5000)
+    model = gpt2.GPT2(config).eval()
+    model.transformer.wte.requires_grad_(False)
+    idx = torch.randint(0, 5000, (4, 30), generator=torch.Generator().manual_seed(0))
+
+    def kept(module: nn.Module) -> int:
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: (sizes.append(tensor.numel()), tensor)[1], lambda tensor: tensor
+        ):
+            summed_loss(module, idx, idx)
+        return sum(sizes)
+
+    assert kept(model) < 4 * 29 * 5000 / 4 < kept(Plain(model))
+
+
+def test_without_gradients_the_loss_is_the_same():
+    model = frozen_head()
+    idx, labels = some(3, 8)
+    want = summed_loss(model, idx, labels)
+    with torch.no_grad():
+        got = summed_loss(model, idx, labels)
+    assert not got.requires_grad
+    assert torch.equal(got, want.detach())
+
+
+def test_logits_far_from_zero_lose_nothing():
+    """GPT-2's own lie around -100, where a float32 logsumexp is off by 4e-6."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(5000, 8, generator=generator, dtype=torch.float64)
+    weight[:, 0] = 1
+    hidden = torch.randn(64, 8, generator=generator, dtype=torch.float64)
+    hidden[:, 0] = -1000
+    targets = torch.randint(0, 5000, (64,), generator=generator)
+    logits = (hidden.float() @ weight.float().t()).double()
+    want = nn.functional.cross_entropy(logits, targets, reduction="sum")
+    got, _ = gpt2.loss._chunk(hidden.float(), weight.float(), targets, 5000, True)
+    assert got.item() == pytest.approx(want.item(), rel=1e-6)
+
+
+def test_an_adapter_on_the_head_learns():
+    model = tiny_gpt2()
+    lora.inject(model, r=2, targets=["c_attn", "lm_head"], untie=True, seed=0)
+    randomize(model)
+    idx, labels = some(3, 8)
+    count = (labels[:, 1:] != IGNORE).sum()
+    want = next_token_loss(model(idx), labels) * count
+    got = summed_loss(model, idx, labels)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+    wanted = gradients(model, want)
+    found = gradients(model, got)
+    assert any(name.startswith("lm_head") for name in found)
+    for name, gradient in found.items():
+        assert gradient.any(), name
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_trained_head_is_applied_to_supervised_positions_only():
+    model = tiny_gpt2()
+    rows: list[int] = []
+    model.lm_head.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    idx, labels = some(3, 8)
+    summed_loss(model, idx, labels)
+    assert rows == [int((labels[:, 1:] != IGNORE).sum())]
+
+
+@pytest.mark.parametrize("build", [frozen_head, tiny_gpt2], ids=["frozen head", "trained head"])
+def test_no_supervised_token_sums_to_zero(build):
+    model = build()
+    idx, _ = some(2, 5)
+    loss = summed_loss(model, idx, torch.full_like(idx, IGNORE))
+    assert loss.item() == 0
+    assert not any(g.any() for g in gradients(model, loss).values())
+
+
+@pytest.mark.parametrize("build", [frozen_head, tiny_gpt2], ids=["frozen head", "trained head"])
+def test_bfloat16_is_close_to_float32_and_sums_in_float32(build):
+    idx, labels = some(4, 20)
+    want = summed_loss(build(), idx, labels)
+    got = summed_loss(build(dtype=torch.bfloat16), idx, labels)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=0)
+
+
+def test_rows_that_pad_the_heads_weight_take_no_part():
+    """As on a GPU, where the vocabulary is rounded up."""
+    generator = torch.Generator().manual_seed(0)
+    weight, hidden = (torch.randn(n, 8, generator=generator) for n in (V, 6))
+    targets = torch.tensor([0, 5, IGNORE, V - 1, 7, IGNORE])
+    want = gpt2.loss._chunk(hidden, weight, targets, V, True)
+    padded = nn.functional.pad(weight, (0, 0, 0, 3), value=9.0)
+    for got, wanted in zip(gpt2.loss._chunk(hidden, padded, targets, V, True), want, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+# Padding and order
+
+
+@st.composite
+def ragged(draw) -> list[tuple[list[int], int]]:
+    """Rows of ids, each with how many of its first ones are not learnt."""
+    ids = st.lists(st.integers(0, V - 1), min_size=2, max_size=12)
+    return [
+        (row, draw(st.integers(0, len(row) - 1)))
+        for row in draw(st.lists(ids, min_size=1, max_size=5))
+    ]
+
+
+MODELS = {"frozen head": frozen_head(), "trained head": tiny_gpt2()}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=ragged(),
+    data=st.data(),
+    extra=st.integers(0, 6),
+    filler=st.integers(0, V - 1),
+    kind=st.sampled_from(sorted(MODELS)),
+)
+def test_padding_and_order_never_change_the_loss_or_its_gradient(rows, data, extra, filler, kind):
+    model = MODELS[kind]
+    alone = [_padded([row], 0, 0) for row in rows]
+    want = sum(summed_loss(model, *batch) for batch in alone)
+    shuffled = data.draw(st.permutations(rows))
+    got = summed_loss(model, *_padded(shuffled, extra, filler))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    wanted = gradients(model, want)
+    for name, gradient in gradients(model, got).items():
+        scale = float(wanted[name].abs().max())
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-5 * (1 + scale))
+
+
+def _padded(rows, extra: int, filler: int) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(len(ids) for ids, _ in rows) + extra
+    idx = torch.full((len(rows), width), filler)
+    labels = torch.full_like(idx, IGNORE)
+    for i, (ids, ignored) in enumerate(rows):
+        idx[i, : len(ids)] = torch.tensor(ids)
+        labels[i, ignored : len(ids)] = idx[i, ignored : len(ids)]
+    return idx, labels

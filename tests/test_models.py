@@ -1,0 +1,432 @@
+"""The same on other models and in other states: transformers, Llama's shape, meta, faults."""
+
+from __future__ import annotations
+
+import copy
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gpt2
+import lora
+from tests.test_checkpoint import edit, edit_config
+from tests.test_peft import theirs_of
+from tests.toys import MLP, TINY, layer, randomize, raw, snapshot, tiny_gpt2
+
+IDX = torch.randint(0, TINY.vocab_size, (3, 7), generator=torch.Generator().manual_seed(0))
+ROWS = ["a", None, {"a": 0.5, "b": 2.0}]
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            self.add_module(name, nn.Linear(width, width, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (p(x)[:, None] for p in (self.q_proj, self.k_proj, self.v_proj))
+        return self.o_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, 0])
+
+
+class GatedMLP(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, 2 * width, bias=False)
+        self.up_proj = nn.Linear(width, 2 * width, bias=False)
+        self.down_proj = nn.Linear(2 * width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LlamaBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = Attention(width), GatedMLP(width)
+        self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(width), nn.RMSNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x))
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    """The module names and shapes of a Llama, of `nn.Linear`s only."""
+
+    def __init__(self, width: int = 8, vocab: int = TINY.vocab_size) -> None:
+        super().__init__()
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(vocab, width)
+        self.model.layers = nn.ModuleList(LlamaBlock(width) for _ in range(2))
+        self.model.norm = nn.RMSNorm(width)
+        self.lm_head = nn.Linear(width, vocab, bias=False)
+
+    def forward(self, idx: Tensor) -> Tensor:
+        x = self.model.embed_tokens(idx)
+        for block in self.model.layers:
+            x = block(x)
+        return self.lm_head(self.model.norm(x))
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    return Llama().eval()
+
+
+def transformers_gpt2() -> nn.Module:
+    return theirs_of(tiny_gpt2())
+
+
+MODELS = {"ours": tiny_gpt2, "transformers": transformers_gpt2, "llama": llama}
+models = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        output = model(IDX)
+    return getattr(output, "logits", output)
+
+
+def bank(build) -> nn.Module:
+    model = build()
+    for seed, (name, arguments) in enumerate(
+        {"a": {"r": 2, "rslora": True}, "b": {"r": 3, "alpha": 5, "layers": [1]}}.items()
+    ):
+        lora.inject(model, targets="all-linear", adapter=name, seed=seed, **arguments)
+        randomize(model, name, seed=seed)
+    return model
+
+
+@models
+def test_the_whole_life_of_a_bank(build, tmp_path):
+    """Merged, routed, saved, loaded, removed, ejected: the same promises on any model."""
+    model, base = bank(build), logits(build())
+    alone = {}
+    for name in "ab":
+        lora.activate(model, name)
+        alone[name] = logits(model)
+        lora.save(model, tmp_path / name, adapter=name)
+        report = lora.merge(model, verify=IDX)
+        assert report.agreement.flips == 0
+        torch.testing.assert_close(logits(model), alone[name], rtol=1e-4, atol=1e-4)
+        lora.unmerge(model)
+        assert torch.equal(logits(model), alone[name])
+    with lora.activated(model, ROWS[2]):
+        mixed = logits(model)
+    with lora.routed(model, ROWS):
+        rows = logits(model)
+    for got, want in zip(rows, (alone["a"][0], base[1], mixed[2]), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    with lora.disabled(model):
+        assert torch.equal(logits(model), base)
+    lora.eject(model)
+    assert torch.equal(logits(model), base)
+    for name in "ba":
+        lora.load(model, tmp_path / name, adapter=name)
+        assert torch.equal(logits(model), alone[name])
+    twin = copy.deepcopy(model)
+    lora.remove(twin, "a")
+    lora.remove(twin, "b")
+    assert torch.equal(logits(twin), base)
+    assert torch.equal(logits(model), alone["a"])
+
+
+def test_a_llamas_adapters_go_to_peft(tmp_path):
+    model = bank(llama)
+    for name in "ab":
+        lora.activate(model, name)
+        lora.save(model, tmp_path, adapter=name)
+        edit_config(tmp_path, task_type=None)  # PEFT's own needs more than logits of the model
+        theirs = peft.PeftModel.from_pretrained(llama(), tmp_path).eval()
+        torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-4, atol=1e-5)
+    plain = llama()
+    lora.inject(plain, r=2, targets=("q_proj", "v_proj"))
+    assert lora.count_parameters(plain).trainable == 2 * 2 * (2 * 8 + 8 * 2)
+
+
+def test_transformers_generates_under_routing():
+    model = bank(transformers_gpt2)
+    config = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    with torch.no_grad():
+        with lora.routed(model, ROWS):
+            together = model.generate(IDX, **config)
+        for row, mixture in enumerate(ROWS):
+            with lora.activated(model, mixture or {}):
+                assert torch.equal(model.generate(IDX[row : row + 1], **config)[0], together[row])
+
+
+# Other states
+
+
+def test_on_the_meta_device(tmp_path):
+    lora.save(bank(tiny_gpt2), tmp_path, adapter="a")
+    value = lora.factors(bank(tiny_gpt2), "a")
+    with torch.device("meta"):
+        model = gpt2.GPT2(TINY)
+    real = tiny_gpt2()
+    for m in (model, real):
+        paths = lora.inject(m, r=2, targets=("c_attn[q,v]", "c_fc"), adapter="first")
+        lora.inject(m, r=4, targets="lm_head", untie=True)
+    assert lora.count_parameters(model) == lora.count_parameters(real)
+    assert lora.adapters(model) == lora.adapters(real)
+    assert model(IDX.to("meta")).shape == (3, 7, TINY.vocab_size)
+    assert paths == [p for p, m in model.named_modules() if isinstance(m, lora.LoRALinear)][:4]
+    lora.activate(model, "first")
+    lora.eject(model)
+    assert all(p.requires_grad for p in model.parameters())
+    for call in (lambda: lora.load(model, tmp_path), lambda: lora.implant(model, value)):
+        with pytest.raises(ValueError, match="on the meta device, which holds no values"):
+            call()  # values put there would be gone in silence
+    assert not any(isinstance(m, lora.LoRALinear) for m in model.modules())
+
+
+def test_a_deepcopy_shares_nothing_and_knows_what_was_trainable():
+    model = tiny_gpt2()
+    model.transformer.wpe.weight.requires_grad_(False)
+    lora.inject(model, r=2, targets=("c_attn", "lm_head"), untie=True)
+    randomize(model)
+    want = raw(logits(model))
+    twin = copy.deepcopy(model)
+    mine = {p.data_ptr() for p in model.parameters()}
+    assert not mine & {p.data_ptr() for p in twin.parameters()}
+    randomize(twin, seed=9)
+    lora.eject(twin, merge=True)
+    assert raw(logits(model)) == want
+    frozen = {n for n, p in twin.named_parameters() if not p.requires_grad}
+    assert frozen == {"transformer.wpe.weight"}
+    other = copy.deepcopy(model)
+    lora.eject(other)
+    assert other.lm_head.weight is other.transformer.wte.weight
+    assert other.lm_head.weight is not model.transformer.wte.weight
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_that_is_cast_after_injection(dtype):
+    model = tiny_gpt2()
+    lora.inject(model, r=2, targets=("c_attn[q,v]", "c_fc"))
+    randomize(model)
+    want = logits(model)
+    model.to(dtype)
+    got = logits(model)
+    assert got.dtype == dtype
+    assert (got.double() - want).norm() < 0.1 * want.norm()
+    lora.merge(model)
+    lora.unmerge(model)
+    assert torch.equal(logits(model), got)
+    lora.eject(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_training_mode_and_frozen_bases():
+    model = tiny_gpt2().train().requires_grad_(False)
+    lora.inject(model, r=2, dropout=0.5)
+    assert len(lora.trainable_parameters(model)) == 4
+    lora.eject(model)
+    assert lora.trainable_parameters(model) == []
+
+
+def test_odd_models(tmp_path):
+    class Odd(nn.Module):
+        """Names that an adapter's own could be mistaken for, and a layer that is called twice."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.A = nn.Parameter(torch.ones(4))
+            self.base = nn.Linear(4, 4)
+            self.updates = nn.ModuleDict({"base": nn.Linear(4, 4), "default": self.base})
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.updates["base"](self.updates["default"](self.base(x * self.A)))
+
+    torch.manual_seed(0)
+    model = Odd()
+    names = set(model.state_dict())
+    x = torch.randn(2, 4)
+    base = raw(model(x))
+    for name, r in (("a", 1), ("b", 2)):
+        paths = lora.inject(model, r=r, targets="base", adapter=name)
+        assert set(paths) == {"base", "updates.base", "updates.default"}
+        randomize(model, name, seed=r)
+    assert model.base is model.updates["default"]
+    assert set(lora.base_state_dict(model)) == names
+    want = model(x)
+    lora.save(model, tmp_path, adapter="b")
+    lora.remove(model, "b")
+    lora.load(model, tmp_path, adapter="b")
+    assert torch.equal(model(x), want)
+    with lora.merged(model):
+        torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-4)
+    lora.eject(model)
+    assert raw(model(x)) == base
+    assert set(model.state_dict()) == names
+
+
+@pytest.mark.parametrize(
+    "model",
+    [nn.Linear(3, 3), nn.ReLU(), nn.Sequential(), nn.Sequential(nn.Conv2d(1, 1, 1)), "x", None],
+)
+def test_models_without_a_place_for_an_adapter(model):
+    for targets in ("0", "all-linear"):
+        with pytest.raises(
+            ValueError, match="no linear modules here|must be a torch.nn.Module|no nn.L"
+        ):
+            lora.inject(model, r=1, targets=targets)
+
+
+def test_through_data_parallel_and_compile_wrappers(tmp_path):
+    model = tiny_gpt2()
+    wrapped = nn.DataParallel(torch.compile(model))
+    lora.inject(wrapped, r=2, adapter="a")
+    randomize(model, "a")
+    lora.save(wrapped, tmp_path, adapter="a")
+    want = logits(model)
+    lora.remove(wrapped, "a")
+    lora.load(wrapped, tmp_path, adapter="a")
+    lora.implant(wrapped, lora.factors(wrapped, "a"), "b")
+    torch.testing.assert_close(logits(model), want)
+    lora.activate(wrapped, {"a": 1.0, "b": -1.0})
+    lora.merge(wrapped)
+    torch.testing.assert_close(logits(model), logits(tiny_gpt2()))
+    assert list(lora.adapters(wrapped)) == ["a", "b"]
+
+
+def test_a_compiled_model_is_right_after_each_switch():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = nn.Sequential(layer("conv1d", 6, 6), nn.Tanh(), layer("linear", 6, 4)).eval()
+    for name, r in (("a", 1), ("b", 3)):
+        lora.inject(model, r=r, targets=("0", "2"), adapter=name)
+        randomize(model, name, seed=r)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 6)
+    with torch.no_grad():
+        for mixture in ("a", "b", {"a": 0.5, "b": 0.5}, {}, "a"):
+            lora.activate(model, mixture)
+            torch.testing.assert_close(compiled(x), model(x))
+            with lora.merged(model):
+                torch.testing.assert_close(compiled(x), model(x))
+            with lora.disabled(model):
+                torch.testing.assert_close(compiled(x), model(x))
+    torch._dynamo.reset()
+
+
+# Faults at any point
+
+
+class FailAt(TorchDispatchMode):
+    """The n-th operation on a tensor runs out of memory."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.left = n
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.left -= 1
+        if self.left == 0:
+            raise torch.OutOfMemoryError("injected")
+        return func(*args, **(kwargs or {}))
+
+
+def tied_pair() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 4), MLP(4, 5), nn.Linear(4, 9, bias=False)).eval()
+    model[2].weight = model[0].weight
+    return model
+
+
+@pytest.mark.parametrize(
+    "call", ["inject", "load", "implant", "merge", "verify", "eject", "routed"]
+)
+def test_a_fault_at_any_tensor_changes_nothing(call, tmp_path):
+    seen = torch.tensor([[1, 2], [3, 4]])
+
+    def build() -> nn.Module:
+        model = tied_pair()
+        if call != "inject":
+            lora.inject(model, r=1, targets="up", adapter="here", seed=0)
+            randomize(model, "here")
+        return model
+
+    donor = tied_pair()
+    lora.inject(donor, r=2, targets=("up", "down", "2"), untie=True, seed=0)
+    randomize(donor)
+    lora.save(donor, tmp_path)
+    value = {p: f for p, f in lora.factors(donor).items() if p != "2"}
+    calls = {
+        "inject": lambda m: lora.inject(m, r=1, targets=("up", "down", "2"), untie=True, seed=0),
+        "load": lambda m: lora.load(m, tmp_path, untie=True),
+        "implant": lambda m: lora.implant(m, value),
+        "merge": lora.merge,
+        "verify": lambda m: lora.merge(m, verify=seen),
+        "eject": lora.eject,
+        "routed": lambda m: lora.routed(m, ["here", None]).__enter__(),
+    }
+    n = 0
+    while True:
+        n += 1
+        model = build()
+        before = snapshot(model)
+        try:
+            with FailAt(n) as fault:
+                calls[call](model)
+        except Exception:  # safetensors turns it into another
+            assert fault.left <= 0
+            assert snapshot(model) == before, f"operation {n}"
+        else:
+            assert fault.left > 0
+            break
+    assert n > 1 or call == "eject"
+
+
+@pytest.mark.parametrize("method", ["set_factors", "__init__"])
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_a_fault_at_any_layer_changes_nothing(method, n, tmp_path, monkeypatch):
+    lora.save(bank(tiny_gpt2), tmp_path, adapter="a")
+    model = tiny_gpt2()
+    lora.inject(model, r=1, adapter="here")
+    before = snapshot(model)
+    owner = lora.LowRankUpdate if method == "set_factors" else lora.LoRALinear
+    right, calls = getattr(owner, method), []
+
+    def failing(*args, **kwargs):
+        calls.append(args)
+        if len(calls) > n:
+            raise MemoryError("injected")
+        return right(*args, **kwargs)
+
+    monkeypatch.setattr(owner, method, failing)
+    with pytest.raises(MemoryError):
+        lora.load(model, tmp_path)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.module.", "module._orig_mod.", "module."])
+def test_keys_of_wrapped_models_are_unwrapped_but_none_is_taken_twice(wrapper, tmp_path):
+    model = bank(tiny_gpt2)
+    lora.save(model, tmp_path, adapter="a")
+    lora.activate(model, "a")
+    again = tiny_gpt2()
+
+    def wrap(tensors: dict[str, Tensor]) -> None:
+        for key in list(tensors):
+            inner = key.removeprefix("base_model.model.")
+            tensors[f"base_model.model.{wrapper}{inner}"] = tensors.pop(key)
+
+    edit(tmp_path, wrap)
+    lora.load(again, tmp_path)
+    assert torch.equal(logits(again), logits(model))
+
+    def twice(tensors: dict[str, Tensor]) -> None:
+        key = sorted(tensors)[0]
+        tensors[key.replace(wrapper, "")] = torch.zeros_like(tensors[key])
+
+    edit(tmp_path, twice)
+    plain = tiny_gpt2()
+    before = snapshot(plain)
+    with pytest.raises(ValueError, match="left over"):
+        lora.load(plain, tmp_path)
+    assert snapshot(plain) == before

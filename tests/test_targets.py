@@ -1,0 +1,435 @@
+"""What an adapter is put on: slices, blocks, exclusions, patterns, embeddings, tied weights."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import peft
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from torch import nn
+
+import gpt2
+import lora
+from lora import checkpoint
+from tests.test_checkpoint import edit, edit_config, refuses
+from tests.test_peft import theirs_of
+from tests.toys import MLP, TINY, layer, randomize, raw, snapshot, tiny_gpt2
+
+IDX = torch.randint(0, TINY.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
+H = "transformer.h"
+LINEAR = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def injected(**arguments) -> gpt2.GPT2:
+    model = tiny_gpt2()
+    lora.inject(model, **{"r": 2, "alpha": 3, "seed": 0} | arguments)
+    randomize(model)
+    return model
+
+
+def in_peft(folder) -> torch.Tensor:
+    theirs = peft.PeftModel.from_pretrained(theirs_of(tiny_gpt2()), folder).eval()
+    return theirs(IDX).logits
+
+
+# Slices
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_sliced_update_is_one_update_for_each_slice(rslora):
+    torch.manual_seed(0)
+    model = nn.Sequential(layer("conv1d", 5, 9, torch.float64))
+    lora.inject(model, r=2, alpha=3, rslora=rslora, targets="0[q,v]", slices=("q", "k", "v"))
+    randomize(model)
+    update = model[0].updates["default"]
+    a, b = update.A.detach(), update.B.detach()
+    assert (a.shape, b.shape) == ((4, 5), (6, 2))
+    x = torch.randn(3, 5, dtype=torch.float64)
+    s = 3 / (math.sqrt(2) if rslora else 2)
+    want = model[0].base(x)
+    want[:, 0:3] += s * x @ a[:2].T @ b[:3].T
+    want[:, 6:9] += s * x @ a[2:].T @ b[3:].T
+    torch.testing.assert_close(model(x), want, rtol=1e-12, atol=1e-12)
+    with lora.merged(model):
+        torch.testing.assert_close(model(x), want, rtol=1e-12, atol=1e-12)
+    assert torch.equal(model(x)[:, 3:6], model[0].base(x)[:, 3:6])  # k is the base's, bit for bit
+
+
+def test_slices_train_only_their_blocks():
+    model = injected(targets="c_attn[q,v]")
+    whole = injected(targets="c_attn")
+    count = lora.count_parameters(model).trainable
+    assert count == 2 * (2 * 2 * 16 + 2 * 16 * 2)
+    assert count < 2 * lora.count_parameters(whole).trainable
+    optimizer = torch.optim.SGD(lora.trainable_parameters(model), lr=0.1)
+    model(IDX).square().mean().backward()
+    optimizer.step()
+    delta = lora.deltas(lora.factors(model))[f"{H}.0.attn.c_attn"]
+    assert not delta[16:32].any()
+    assert delta[:16].any()
+    assert delta[32:].any()
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_slices_go_to_peft_and_come_back_as_slices(tmp_path, rslora):
+    model = injected(targets="c_attn[q,v]", rslora=rslora)
+    want = model(IDX)
+    lora.save(model, tmp_path)
+    torch.testing.assert_close(in_peft(tmp_path), want, **CLOSE)
+    again = tiny_gpt2()
+    lora.load(again, tmp_path)
+    assert torch.equal(again(IDX), want)
+    assert lora.adapters(again) == lora.adapters(model)
+    assert lora.count_parameters(again) == lora.count_parameters(model)
+    edit(tmp_path, lambda tensors: None, metadata={"format": "pt"})
+    plain = tiny_gpt2()  # without our metadata it is a plain adapter of twice the rank
+    lora.load(plain, tmp_path)
+    torch.testing.assert_close(plain(IDX), want, **CLOSE)
+    assert lora.count_parameters(plain).trainable > lora.count_parameters(model).trainable
+
+
+def test_values_outside_the_slices_are_refused(tmp_path):
+    lora.save(injected(targets="c_attn[q,v]"), tmp_path)
+
+    def spoil(tensors):
+        tensors[f"base_model.model.{H}.0.attn.c_attn.lora_B.weight"][20, 0] = 1.0
+
+    edit(tmp_path, spoil)
+    refuses(tiny_gpt2(), tmp_path, r"h.0.attn.c_attn: B has values outside the slices q, v")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", '{"PATH": 5}', '{"PATH": {"q": 5}}', '{"PATH": {"q": [0]}}',
+     '{"PATH": {"q": ["a", "b"]}}', '{"PATH": {"q": [0, 99]}}', '{"PATH": {"q": [16, 0]}}',
+     '{"PATH": {"q": [0, 16], "v": [8, 24]}}', '{"PATH": {"q": [-16, 0]}}',
+     '{"PATH": {"a": [0, 1], "b": [1, 2], "c": [2, 3], "d": [3, 4], "e": [4, 5]}}'],
+)  # fmt: skip
+def test_malformed_slices_in_a_file_are_refused(tmp_path, text):
+    lora.save(injected(targets="c_attn[q,v]"), tmp_path)
+    with safe_open(tmp_path / checkpoint.WEIGHTS, "pt") as f:
+        metadata = f.metadata()
+    metadata[checkpoint.SLICES] = text.replace("PATH", f"{H}.0.attn.c_attn")
+    edit(tmp_path, lambda tensors: None, metadata=metadata)
+    refuses(tiny_gpt2(), tmp_path, "does not fit this model")
+
+
+# Which layers
+
+
+def paths(**arguments) -> set[str]:
+    return set(lora.inject(tiny_gpt2(), r=2, **arguments))
+
+
+EVERY = {f"{H}.{i}.{name}" for i in (0, 1) for name in LINEAR}
+
+
+def test_all_linear_leaves_the_head_and_the_embeddings():
+    assert paths(targets="all-linear") == EVERY
+    llama_like = nn.ModuleDict({"emb": nn.Embedding(9, 4), "up": nn.Linear(4, 4)})
+    llama_like["out"] = nn.Linear(4, 9, bias=False)
+    llama_like["out"].weight = llama_like["emb"].weight
+    assert lora.inject(llama_like, r=1, targets="all-linear") == ["up"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"targets": "all-linear", "exclude": "c_proj"}, {p for p in EVERY if "c_proj" not in p}),
+        ({"targets": "all-linear", "exclude": ("attn.c_proj", "c_fc")},
+         {p for p in EVERY if not p.endswith(("attn.c_proj", "c_fc"))}),
+        ({"targets": "all-linear", "layers": [1]}, {p for p in EVERY if ".1." in p}),
+        ({"targets": "c_attn", "layers": range(1)}, {f"{H}.0.attn.c_attn"}),
+        ({"targets": {"c_attn", "c_fc"}, "layers": (i for i in (0,))},
+         {f"{H}.0.attn.c_attn", f"{H}.0.mlp.c_fc"}),
+        ({"targets": (t for t in ["c_attn[q]"])}, {f"{H}.{i}.attn.c_attn" for i in (0, 1)}),
+        ({"targets": "h.1.mlp.c_fc"}, {f"{H}.1.mlp.c_fc"}),
+        ({"targets": ("wte", "wpe"), "untie": True}, {"transformer.wte", "transformer.wpe"}),
+    ],
+)  # fmt: skip
+def test_targets_reach(arguments, expected):
+    assert paths(**arguments) == expected
+
+
+def test_patterns_give_each_target_its_own_rank_and_alpha(tmp_path):
+    model = injected(
+        targets="all-linear",
+        rank_pattern={"h.1.mlp.c_fc": 7, "c_fc": 5, "attn.c_proj": 1},
+        alpha_pattern={"c_attn": 9, "h.0.mlp.c_proj": 0.5},
+    )
+    configs = lora.adapters(model)["default"]
+    assert {p: (c.r, c.alpha) for p, c in configs.items()} == {
+        f"{H}.{i}.{name}": (
+            {"mlp.c_fc": (5, 7)[i], "attn.c_proj": 1}.get(name, 2),
+            9 if name == "attn.c_attn" else 0.5 if (i, name) == (0, "mlp.c_proj") else 3,
+        )
+        for i in (0, 1)
+        for name in LINEAR
+    }
+    want = model(IDX)
+    lora.save(model, tmp_path)
+    torch.testing.assert_close(in_peft(tmp_path), want, **CLOSE)
+    again = tiny_gpt2()
+    lora.load(again, tmp_path)
+    assert torch.equal(again(IDX), want)
+    assert lora.adapters(again) == lora.adapters(model)
+
+
+def test_uniform_has_one_rank_and_alpha_and_the_same_logits(tmp_path):
+    model = injected(
+        targets=("c_attn[q,v]", "c_fc", "attn.c_proj"),
+        rslora=True,
+        rank_pattern={"c_fc": 5},
+        alpha_pattern={"c_attn": 9},
+    )
+    want = model(IDX)
+    lora.save(model, tmp_path, uniform=True)
+    config = json.loads((tmp_path / checkpoint.CONFIG).read_text())
+    assert not config["rank_pattern"]
+    assert not config["alpha_pattern"]
+    assert not config["use_rslora"]
+    with safe_open(tmp_path / checkpoint.WEIGHTS, "pt") as f:
+        ranks = {f.get_slice(k).get_shape()["B" in k.split(".")[-2]] for k in f.keys()}  # noqa: SIM118
+    assert ranks == {config["r"]} == {5}
+    torch.testing.assert_close(in_peft(tmp_path), want, **CLOSE)
+    again = tiny_gpt2()
+    lora.load(again, tmp_path)
+    torch.testing.assert_close(again(IDX), want, **CLOSE)
+
+
+def test_a_path_that_ends_another_is_saved_so_that_it_matches_alone(tmp_path):
+    """`up` at the root is also the end of `block.up`: in a list it would match both."""
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        root = MLP()
+        root.block = MLP()
+        root.block.block = MLP()
+        return root.eval()
+
+    for case, arguments in {
+        "fewer": {"exclude": "block.up"},
+        "ranks": {
+            "rank_pattern": {"block.block.up": 3, "block.up": 2},
+            "alpha_pattern": {"block.up": 5},
+        },
+    }.items():
+        ours = model()
+        lora.inject(ours, r=1, targets="up", **arguments)
+        randomize(ours)
+        lora.save(ours, tmp_path / case)
+        again = model()
+        lora.load(again, tmp_path / case)
+        assert lora.adapters(again) == lora.adapters(ours)
+        theirs = peft.PeftModel.from_pretrained(model(), tmp_path / case)
+        for path, config in lora.adapters(ours)["default"].items():
+            other = theirs.base_model.model.get_submodule(path)
+            assert other.r["default"] == config.r
+            assert other.lora_alpha["default"] == config.alpha
+        wrapped = {n for n, m in theirs.base_model.model.named_modules() if hasattr(m, "lora_A")}
+        assert wrapped == set(lora.adapters(ours)["default"])
+
+
+# Embeddings and tied weights
+
+
+def test_an_embedding_starts_as_the_base_and_follows_the_formula():
+    model = tiny_gpt2(dtype=torch.float64)
+    want = raw(model(IDX))
+    lora.inject(model, r=3, alpha=2, targets=("wte", "wpe"), untie=True, seed=0)
+    assert raw(model(IDX)) == want
+    wte = model.transformer.wte
+    update = wte.updates["default"]
+    assert not update.A.any()
+    assert update.B.std().item() == pytest.approx(1, abs=0.3)
+    randomize(model)
+    expected = wte.base.weight + 2 / 3 * (update.B @ update.A).t()
+    torch.testing.assert_close(wte(IDX), expected[IDX], rtol=1e-12, atol=1e-12)
+    with lora.merged(model):
+        torch.testing.assert_close(wte(IDX), expected[IDX], rtol=1e-12, atol=1e-12)
+
+
+def test_embeddings_go_to_peft_and_come_back(tmp_path):
+    model = injected(targets=("wpe", "c_attn"))
+    want = model(IDX)
+    lora.save(model, tmp_path / "ours")
+    torch.testing.assert_close(in_peft(tmp_path / "ours"), want, **CLOSE)
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        r=3,
+        lora_alpha=5,
+        target_modules=["wpe", "c_fc"],
+        fan_in_fan_out=True,
+        init_lora_weights=False,
+    )
+    theirs = peft.get_peft_model(theirs_of(tiny_gpt2()), config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = tiny_gpt2()
+    lora.load(again, tmp_path / "theirs")
+    torch.testing.assert_close(again(IDX), theirs(IDX).logits, **CLOSE)
+
+
+def test_a_tied_weight_is_refused_with_both_names_or_untied():
+    model = tiny_gpt2()
+    before = snapshot(model)
+    for name in ("lm_head", "wte"):
+        with pytest.raises(
+            ValueError, match=r"transformer.wte.weight and lm_head.weight are one.*untie"
+        ):
+            lora.inject(model, r=2, targets=name)
+        assert snapshot(model) == before
+    want = raw(model(IDX))
+    lora.inject(model, r=2, targets=("lm_head", "c_attn"), untie=True)
+    assert raw(model(IDX)) == want
+    randomize(model)
+    assert model.lm_head.base.weight is not model.transformer.wte.weight
+    assert torch.equal(model.lm_head.base.weight, model.transformer.wte.weight)
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert all(".updates." in n for n in trainable)
+    lora.eject(model)
+    assert snapshot(model) == before
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_an_untied_head_that_is_folded_keeps_its_own_weight_and_the_flags():
+    model = tiny_gpt2()
+    wte = raw(model.transformer.wte.weight)
+    lora.inject(model, r=2, targets="lm_head", untie=True)
+    randomize(model)
+    with lora.merged(model):
+        want = raw(model(IDX))
+    lora.eject(model, merge=True)
+    assert raw(model(IDX)) == want
+    assert raw(model.transformer.wte.weight) == wte
+    assert all(p.requires_grad for p in model.parameters())
+
+
+# Training
+
+
+def test_parameter_groups_give_b_its_own_rate():
+    model = injected(targets=("c_attn[q,v]", "c_fc"))
+    a, b = lora.parameter_groups(model, 1e-3, b_ratio=8)
+    assert (a["lr"], b["lr"]) == (1e-3, 8e-3)
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert {names[id(p)][-1] for p in a["params"]} == {"A"}
+    assert {names[id(p)][-1] for p in b["params"]} == {"B"}
+    both = [*a["params"], *b["params"]]
+    assert {id(p) for p in both} == {id(p) for p in lora.trainable_parameters(model)}
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = torch.optim.SGD([a, b])
+    model(IDX).square().mean().backward()
+    optimizer.step()
+    for name, p in model.named_parameters():
+        if ".updates." in name:
+            rate = 8e-3 if name.endswith("B") else 1e-3
+            torch.testing.assert_close(p.detach(), before[name] - rate * p.grad)
+
+
+@pytest.mark.parametrize(
+    ("lr", "ratio"), [(0, 16), (-1, 16), ("x", 16), (None, 16), (float("nan"), 16),
+                      (1e-3, 0), (1e-3, float("inf")), (1e-3, None), (True, 16)]
+)  # fmt: skip
+def test_rates_that_are_refused(lr, ratio):
+    with pytest.raises(ValueError, match="lr and b_ratio must be"):
+        lora.parameter_groups(injected(), lr, b_ratio=ratio)
+
+
+# Every argument, well-formed or not
+
+VALID = {
+    "r": st.integers(1, 5),
+    "alpha": st.one_of(st.integers(1, 99), st.floats(0.01, 99)),
+    "dropout": st.sampled_from([0, 0.0, 0.5, 0.99]),
+    "targets": st.sampled_from(
+        [
+            "c_attn",
+            ("c_attn", "c_fc"),
+            "all-linear",
+            ["c_attn[q,v]", "mlp.c_proj"],
+            {"c_fc", "c_attn"},
+        ]
+    ),
+    "layers": st.sampled_from([None, range(2), [0, 1], {1, 0}]),
+    "rank_pattern": st.sampled_from([None, {}, {"h.1.attn.c_attn": 3}, {"attn.c_attn": 1}]),
+    "alpha_pattern": st.sampled_from([None, {}, {"h.1.attn.c_attn": 0.5}]),
+    "rslora": st.booleans(),
+    "untie": st.booleans(),
+    "adapter": st.sampled_from(["default", "a b", "0", "é", "x/y"]),
+    "seed": st.one_of(st.none(), st.integers(-5, 2**40)),
+    "dtype": st.sampled_from([None, torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+}
+numbers = [0, -1, float("nan"), float("inf"), "8", None, True, [1], 10**400]
+INVALID = {
+    "r": st.sampled_from([*numbers, 2.0, 17, 10**9]),
+    "alpha": st.sampled_from(numbers),
+    "dropout": st.sampled_from([*numbers[1:], 1.0, 1, 1.5]),
+    "targets": st.sampled_from(
+        ["", (), ("",), "c_atn", "attn", "ln_1", b"c_attn", None, 5, (5,), ".c_attn", "c_attn.",
+         "c_attn[", "c_attn]", "c_attn[]", "c_attn[q,q]", "c_attn[x]", "c_fc[q]", "attn[q]", "*",
+         ("c_attn", "c_attn[q]"), ("c_attn[q]", "all-linear"), ("all-linear", "c_attn[q]"),
+         "all-linear[q]", "lm_head"]
+    ),
+    "exclude": st.sampled_from(["nothing", None, 5, b"x", ("c_attn", "x"), ""]),
+    "layers": st.sampled_from(
+        [[2], [-1], 0, "0", ["0"], [None], [True], [0, "x", None], [], [0.0]]
+    ),
+    "rank_pattern": st.sampled_from(
+        [{"c_attn": n} for n in (0, "x", None, True, 17, 2.0)]
+        + [{"x": 2}, {5: 2}, {"": 2}, ["c_attn"], 5]
+    ),
+    "alpha_pattern": st.sampled_from(
+        [{"c_attn": n} for n in (0, "x", None, float("nan"))]
+        + [{"x": 2}, [("c_attn", 2)], "c_attn", 5]
+    ),
+    "slices": st.sampled_from([("q", "k", "v"), "qkv", 5, (), (1, 2)]),
+    "adapter": st.sampled_from(["", "a.b", "train", "items", 5, None, b"x", True, ["a"]]),
+    "dtype": st.sampled_from([torch.int8, torch.bool, torch.complex64, "float32", float, 32]),
+}  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.fixed_dictionaries({}, optional=VALID))
+def test_no_valid_config_raises(arguments):
+    model = tiny_gpt2()
+    want = raw(model(IDX))
+    lora.inject(model, **arguments)
+    assert raw(model(IDX)) == want
+    lora.eject(model)
+    assert raw(model(IDX)) == want
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_every_invalid_config_raises_and_changes_nothing(data):
+    wrong = data.draw(st.sampled_from(sorted(INVALID)))
+    good = {"targets": st.just("c_attn"), "rslora": VALID["rslora"], "seed": VALID["seed"]}
+    arguments = data.draw(st.fixed_dictionaries({}, optional=good)) | {
+        wrong: data.draw(INVALID[wrong])
+    }
+    model = tiny_gpt2()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"\A[^\n]+\Z"):  # one line
+        lora.inject(model, **arguments)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("slices", [("q", "q", "v"), (1, 2, 3), 5, ("a", "b")])
+def test_slices_that_are_refused(slices):
+    model = tiny_gpt2()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="slices"):
+        lora.inject(model, r=2, targets="c_attn[q,v]", slices=slices)
+    assert snapshot(model) == before
+
+
+def test_a_rank_that_the_tensors_contradict_is_refused(tmp_path):
+    lora.save(injected(), tmp_path)
+    edit_config(tmp_path, r=3)
+    refuses(tiny_gpt2(), tmp_path, r"lora_A is \(2, 16\), this layer takes \(3, 16\)")
