@@ -29,7 +29,7 @@ def main() -> None:
         return gpt2.generate(model, prompts, config, compile=on_gpu)
 
     runs: dict[str, Any] = {"ours": lambda: ours(False), "ours merged": lambda: ours(True)}
-    news = dict.fromkeys(runs, a.new)
+    news: dict[str, int] = dict.fromkeys(runs, int(a.new))
     if a.against:
         other = models.theirs(model, dtype)
         ids = torch.tensor(prompts, device=a.device)

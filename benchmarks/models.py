@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from importlib import import_module
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -36,17 +37,20 @@ def ours(
         model = gpt2.GPT2(config)
     model = model.to(dtype).eval()
     lora.inject(model, r=r, alpha=16, dropout=dropout, targets=TARGETS[targets], seed=0)
-    with torch.no_grad():
-        for layer in model.modules():  # an adapter at birth would hide a wrong one
-            if isinstance(layer, lora.LoRALinear):
-                torch.nn.init.normal_(layer.updates["default"].B, std=0.01)
+    for update in updates(model).values():  # an adapter at birth would hide a wrong one
+        torch.nn.init.normal_(update.B, std=0.01)
     return model
+
+
+def updates(model: gpt2.GPT2) -> dict[str, lora.LowRankUpdate]:
+    """The adapter's updates by the path of their layer."""
+    layers = {p: m for p, m in model.named_modules() if isinstance(m, lora.LoRALinear)}
+    return {p: cast(lora.LowRankUpdate, layer.updates["default"]) for p, layer in layers.items()}
 
 
 def theirs(model: gpt2.GPT2, dtype: torch.dtype) -> Any:
     """PEFT on transformers' GPT-2, with our model's weights, factors and dropouts."""
-    import peft
-    import transformers
+    peft, transformers = (cast(Any, import_module(name)) for name in ("peft", "transformers"))
 
     c = model.config
     layers = lora.adapters(model)["default"]
@@ -73,11 +77,10 @@ def theirs(model: gpt2.GPT2, dtype: torch.dtype) -> Any:
     )
     wrapped = peft.get_peft_model(base.to(dtype), settings)
     with torch.no_grad():
-        for path, layer in model.named_modules():
-            if isinstance(layer, lora.LoRALinear):
-                other = wrapped.base_model.model.get_submodule(path)
-                other.lora_A["default"].weight.copy_(layer.updates["default"].A)
-                other.lora_B["default"].weight.copy_(layer.updates["default"].B)
+        for path, mine in updates(model).items():
+            other = wrapped.base_model.model.get_submodule(path)
+            other.lora_A["default"].weight.copy_(mine.A)
+            other.lora_B["default"].weight.copy_(mine.B)
     return wrapped.eval()
 
 

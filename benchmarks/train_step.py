@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from benchmarks import harness, models
-from gpt2.loss import summed_loss
 
 
 def main() -> None:
@@ -61,8 +60,9 @@ def main() -> None:
         try:
             steps[name] = step = cases[name]()
             for _ in range(a.warmup):
-                step()
-            facts[name] = {"peak_gib": harness.peak_gib(step, a.device, resident)}
+                last = step()
+            peak = harness.peak_gib(step, a.device, resident)
+            facts[name] = {"peak_gib": peak, "loss": round(float(last.flatten()[0]), 4)}
         except Exception as error:  # a case that cannot run is a result too
             facts[name] = {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
             steps.pop(name, None)
@@ -84,16 +84,6 @@ def main() -> None:
             tokens_per_s=median and round(a.B * a.T / median * 1e3),
             **facts[name],
         )
-
-
-@torch.no_grad()
-def losses_agree(size: str, device: str, dtype: torch.dtype, B: int, T: int) -> tuple[float, float]:
-    """The loss of the same batch under the same weights, ours and PEFT's, without dropout."""
-    model = models.ours(size, device, dtype, dropout=0.0, base_dropout=False)
-    data = models.batch(model, B, T)
-    mine = summed_loss(model, data.idx, data.labels) / data.n_tokens
-    other = models.theirs(model, dtype)(input_ids=data.idx, labels=data.labels).loss
-    return float(mine), float(other)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """GPT-2 in plain PyTorch: load, run, train. Start reading at `gpt2.model`."""
 
+from gpt2.cache import KVCache
 from gpt2.config import SIZES, GPT2Config
 from gpt2.data import Batch, Dataset, Example, batches, encode, from_texts, read_jsonl
 from gpt2.generate import generate, stream
 from gpt2.loss import IGNORE, next_token_loss, summed_loss
-from gpt2.model import GPT2, Conv1D, KVCache
+from gpt2.model import GPT2, Conv1D
 from gpt2.sampling import GenerateConfig
+from gpt2.schedule import TrainConfig, learning_rate, total_steps
 from gpt2.tokenizer import Tokenizer
-from gpt2.train import StepRecord, TrainConfig, learning_rate, total_steps, train
+from gpt2.train import StepRecord, train
 
 __all__ = [
     "GPT2",

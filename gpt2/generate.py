@@ -12,8 +12,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from gpt2.cache import KVCache
 from gpt2.graphs import GraphedCalls
-from gpt2.model import GPT2, KVCache
+from gpt2.model import GPT2
 from gpt2.sampling import GenerateConfig, apply_repetition_penalty, sample
 
 GREEDY = GenerateConfig()

@@ -126,9 +126,12 @@ def _chunk(
         logits = logits.masked_fill(tokens >= vocab, -torch.inf)
     supervised = targets != IGNORE
     wanted = targets.where(supervised, 0)[:, None]
-    scores = logits.log_softmax(-1)
-    loss = -scores.gather(1, wanted).squeeze(1).where(supervised, 0.0).sum()
+    logits = logits - logits.amax(-1, keepdim=True)  # far from zero, float32 is coarse
+    at_wanted = logits.gather(1, wanted)
+    scores = logits.exp_()
+    total = scores.sum(-1, keepdim=True)  # in pairs; a softmax kernel's running sum is off by 1e-5
+    loss = (total.log() - at_wanted).squeeze(1).where(supervised, 0.0).sum()
     if not needs_gradient:
         return loss, hidden
-    gradient = scores.exp_().add_(tokens == wanted, alpha=-1)  # the probabilities, −1 where right
+    gradient = scores.div_(total).add_(tokens == wanted, alpha=-1)  # probabilities − 1 where right
     return loss, (gradient.to(weight.dtype) @ weight).to(hidden.dtype) * supervised[:, None]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 
-import cli
 from jsonargparse import ArgumentParser
 
+import cli
 import gpt2
 import lora
 

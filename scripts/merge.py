@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-import cli
 import torch
 from jsonargparse import ArgumentParser
 
+import cli
 import gpt2
 import lora
 

@@ -65,6 +65,18 @@ def answer_table(answers: Iterable[Answer]) -> Table:
     return table
 
 
+def task_table(
+    prompts: Sequence[str], columns: Sequence[str], answers: Sequence[Sequence[str]]
+) -> Table:
+    """The prompts with the answer under each adapter."""
+    table = Table(title="One batch, many adapters", show_lines=True)
+    for heading in ("prompt", *columns):
+        table.add_column(heading, ratio=1, overflow="fold")
+    for prompt, row in zip(prompts, answers, strict=True):
+        table.add_row(Text(prompt), *(Text(answer.strip()) for answer in row))
+    return table
+
+
 def score(answers: Iterable[Answer]) -> str:
     """How many of the trained prompts were answered word for word, in words."""
     verdicts = [a.verdict for a in answers if a.trained]

@@ -13,11 +13,11 @@ from tempfile import TemporaryFile
 from time import perf_counter
 from typing import Any
 
-from report import Answer, score
 from torch import nn
 
 import gpt2
 import lora
+from report import Answer, score
 
 ADAPTER = "adapter"
 METRICS, PLOT, ANSWERS, RUN = "metrics.jsonl", "loss.png", "answers.md", "run.json"
@@ -111,11 +111,15 @@ def plot_losses(losses: Sequence[float], every: int, file: Path) -> None:
 
 def answers_markdown(answers: Sequence[Answer]) -> str:
     """The table of answers in Markdown."""
-    lines = [score(answers), "", "| prompt | base | tuned | as trained? |", "|---|---|---|---|"]
-    for a in answers:
-        cells = (a.prompt, a.base, a.tuned, a.verdict)
-        lines.append(f"| {' | '.join(map(_markdown_cell, cells))} |")
-    return "\n".join(lines) + "\n"
+    cells = [(a.prompt, a.base, a.tuned, a.verdict) for a in answers]
+    table = markdown_table(("prompt", "base", "tuned", "as trained?"), cells)
+    return f"{score(answers)}\n\n{table}"
+
+
+def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [headings, ["---"] * len(headings), *(list(map(_markdown_cell, row)) for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def versions() -> dict[str, str]:

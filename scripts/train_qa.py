@@ -7,14 +7,15 @@ from dataclasses import asdict
 from inspect import signature
 from pathlib import Path
 
-import cli
-import report
-import results
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
+import cli
 import gpt2
 import lora
+import report
+import results
+import tasks
 
 DATA = Path(__file__).parent / "data"
 
@@ -27,6 +28,7 @@ def parse(argv: cli.Arguments) -> Namespace:
     add("--model_name", default="demo", help="demo, gpt2, org/repo, a folder or a file")
     add("--device", type=str | None, help="by default the GPU if there is one")
     add("--data", default=str(DATA / "article.jsonl"), help="JSONL file to train on")
+    add("--tasks", nargs="+", help="JSONL files: train an adapter on each, on one base")
     add("--prompts", default=str(DATA / "article_prompts.jsonl"), help="JSONL file to try out")
     longest = signature(gpt2.encode).parameters["max_length"].default
     batch = gpt2.TrainConfig.batch_size
@@ -55,6 +57,9 @@ def main(argv: cli.Arguments = None) -> None:
     training = cli.build(gpt2.TrainConfig, options, batch_size=options.train_batch_size)
     sampling = cli.build(gpt2.GenerateConfig, options.generate, seed=options.seed)
     tokenizer, device = gpt2.Tokenizer(), cli.pick_device(options.device)
+    if options.tasks:
+        tasks.run(options, training, sampling, tokenizer, device, console)
+        return
     examples = gpt2.read_jsonl(options.data)
     prompts = [e.prompt + e.completion for e in gpt2.read_jsonl(options.prompts)]
     data = gpt2.encode(

@@ -8,9 +8,14 @@ from importlib.resources import files
 
 import pytest
 import torch
+from hypothesis import settings
 
 from gpt2.model import GPT2
 from gpt2.tokenizer import Tokenizer
+
+# Timings of a shared machine say nothing about an example.
+settings.register_profile("timeless", deadline=None, derandomize=True)
+settings.load_profile("timeless")
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 

@@ -316,6 +316,15 @@ class Machine(RuleBasedStateMachine):
         if self.attempt(lambda: lora.unmerge(self.model), allowed=self.merged):
             self.merged = False
 
+    @precondition(lambda self: not self.settled)
+    @rule()
+    def settle(self) -> None:
+        """Most operations are refused while merged or routed: do not linger there."""
+        if self.merged:
+            self.unmerge()
+        else:
+            self.leave_routed(fail=False)
+
     @precondition(lambda self: self.bank)
     @rule(name=names)
     def save(self, name) -> None:
@@ -448,7 +457,7 @@ class Machine(RuleBasedStateMachine):
 
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(
-    max_examples=int(os.environ.get("STATE_MACHINE_EXAMPLES", "12")),
+    max_examples=int(os.environ.get("STATE_MACHINE_EXAMPLES", "25")),
     stateful_step_count=30,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],

@@ -1,0 +1,115 @@
+"""How to train: the options of a run, how many steps they make, and each step's learning rate."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+SCHEDULES = ("linear", "cosine", "constant")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to train; exactly one of `epochs` and `steps` is to be given.
+
+    Args:
+        lr: AdamW's peak learning rate.
+        epochs: passes over the data.
+        steps: optimiser steps.
+        batch_size: examples a micro-batch.
+        accumulate: micro-batches an optimiser step; the step's loss is the mean over all their
+            supervised tokens.
+        schedule: "linear" or "cosine" decay to zero, or "constant", after the warm-up.
+        warmup_ratio: share of the steps, in [0, 1], in which the learning rate rises from zero.
+        weight_decay: AdamW's.
+        clip: largest global norm of the gradient; None leaves it as it is.
+        seed: of the order of examples and of dropout.
+        autocast: compute in bfloat16 beside float32 weights.
+        compile: run the loss through torch.compile; pays from some hundred steps on.
+        checkpointing: keep only each block's input for the backward pass and recompute the rest.
+        cuda_graph: replay each shape's whole step as one CUDA graph; None does so on a GPU where
+            a batch has at most `GRAPHED` tokens, and starting kernels costs more than running them.
+        sync_every: steps between two looks at the device; records then come in bursts.
+
+    Raises:
+        ValueError: naming each field that is out of range.
+    """
+
+    lr: float = 1e-4
+    epochs: int | None = None
+    steps: int | None = None
+    batch_size: int = 1
+    accumulate: int = 1
+    schedule: str = "linear"
+    warmup_ratio: float = 0.0
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+    seed: int = 42
+    autocast: bool = False
+    compile: bool = False
+    checkpointing: bool = False
+    cuda_graph: bool | None = None
+    sync_every: int = 1
+
+    def __post_init__(self) -> None:
+        faults = [
+            f"{name} must be an integer of at least {least}, got {value!r}"
+            for name, least in (
+                ("epochs", 1),
+                ("steps", 1),
+                ("batch_size", 1),
+                ("accumulate", 1),
+                ("seed", 0),
+                ("sync_every", 1),
+            )
+            if (value := getattr(self, name)) is not None or name not in ("epochs", "steps")
+            if type(value) is not int or value < least
+        ]
+        if (self.epochs is None) == (self.steps is None):
+            faults.append("give epochs or steps, and not both")
+        if not 0 < self.lr < math.inf:
+            faults.append(f"lr must be finite and above 0, got {self.lr!r}")
+        if not 0 <= self.weight_decay < math.inf:
+            faults.append(f"weight_decay must be at least 0, got {self.weight_decay!r}")
+        if self.clip is not None and not self.clip > 0:
+            faults.append(f"clip must be above 0, or None, got {self.clip!r}")
+        if not 0 <= self.warmup_ratio <= 1:
+            faults.append(f"warmup_ratio must be in [0, 1], got {self.warmup_ratio!r}")
+        if self.schedule not in SCHEDULES:
+            faults.append(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        if self.cuda_graph and self.accumulate > 1:
+            faults.append("cuda_graph=True takes accumulate=1")
+        if faults:
+            raise ValueError("TrainConfig: " + "; ".join(faults) + ".")
+
+
+def total_steps(n_examples: int, config: TrainConfig) -> int:
+    """The optimiser steps of a run over so many examples.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if n_examples < 1:
+        raise ValueError("There is no example to train on.")
+    if config.steps is not None:
+        return config.steps
+    return (config.epochs or 0) * steps_an_epoch(n_examples, config)
+
+
+def learning_rate(step: int, total: int, config: TrainConfig) -> float:
+    """The learning rate of step 1, 2, …, `total`.
+
+    Source: transformers' `get_linear_schedule_with_warmup` and its cosine sibling.
+    """
+    done, warmup = step - 1, math.ceil(total * config.warmup_ratio)
+    if done < warmup:
+        return config.lr * done / warmup
+    progress = (done - warmup) / max(1, total - warmup)
+    if config.schedule == "cosine":
+        return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    return config.lr * (1 - progress if config.schedule == "linear" else 1)
+
+
+def steps_an_epoch(n_examples: int, config: TrainConfig) -> int:
+    """The optimiser steps of one pass over so many examples; the last may be a smaller one."""
+    return math.ceil(n_examples / (config.batch_size * config.accumulate))
