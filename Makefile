@@ -7,6 +7,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+CPU    := benchmarks/results/cpu.jsonl
+BENCH  := --device cpu --against peft --out $(CPU)
+
 .PHONY: qa test lint bench clean
 
 qa: $(VENV)/.scripts
@@ -19,6 +22,15 @@ lint: $(VENV)/.check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+bench: $(VENV)/.test
+	rm -f $(CPU)
+	$(BIN)/python -m benchmarks.train_step --B 1 --T 22 --repeats 9 $(BENCH)
+	$(BIN)/python -m benchmarks.train_step --B 4 --T 128 --repeats 5 --warmup 1 $(BENCH)
+	$(BIN)/python -m benchmarks.decode --new 24 --peft_new 24 --repeats 5 $(BENCH)
+	$(BIN)/python -m benchmarks.routing --repeats 9 $(BENCH)
+	$(BIN)/python -m benchmarks.startup --repeats 3 $(BENCH)
+	$(BIN)/python -m benchmarks.results
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -45,7 +45,9 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
         peak = row.get("peak_gib")
         note = row.get("failed") or _note(row, rows)
         cells = [_work(row), row["case"], took, f"{speed:,}" if speed else "—", limit]
-        lines.append(f"| {' | '.join([*cells, f'{peak:.2f}' if peak else '—', note])} |")
+        lines.append(
+            f"| {' | '.join([*cells, f'{peak:.2f}' if peak and peak > 0 else '—', note])} |"
+        )
     return lines
 
 

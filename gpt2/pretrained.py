@@ -103,6 +103,7 @@ def load(
     state = {key: tensor.to(device=device, dtype=dtype) for key, tensor in tensors.items()}
     model.load_state_dict(state, assign=True)
     model.lm_head.weight = model.transformer.wte.weight
+    model.name_or_path = os.fspath(name)
     return model.eval()
 
 

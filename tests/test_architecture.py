@@ -79,6 +79,7 @@ def test_importing_touches_no_random_state_and_little_else():
 def test_files_keep_to_their_size():
     """Under about 250 lines a file and 100 a script: what outgrows its room is two rooms."""
     for file in SOURCES:
-        assert len(file.read_text().splitlines()) <= 275, file
+        assert len(file.read_text().splitlines()) <= 265, file
     for file in (ROOT / "scripts").glob("*.py"):
-        assert len(file.read_text().splitlines()) <= 125, file
+        runs = "if __name__" in file.read_text()  # the others are rooms that scripts share
+        assert len(file.read_text().splitlines()) <= (115 if runs else 150), file

@@ -104,6 +104,15 @@ def test_the_format_is_pefts(saved):
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 6, 0.25)
 
 
+def test_the_config_names_the_base(tmp_path):
+    model = tiny_gpt2()
+    model.name_or_path = "gpt2"
+    lora.inject(model, r=2)
+    lora.save(model, tmp_path)
+    config = json.loads((tmp_path / checkpoint.CONFIG).read_text())
+    assert config["base_model_name_or_path"] == "gpt2"
+
+
 def test_targets_are_written_so_that_they_match_no_other_layer(tmp_path):
     model = tiny_gpt2()
     lora.inject(model, r=2, targets="attn.c_proj")
