@@ -52,7 +52,7 @@ def generate(
     """
     _check(model, prompts, config.max_new_tokens)
     texts: list[list[int]] = [[] for _ in prompts]
-    burst = BURST if model.transformer.wte.weight.is_cuda else 1
+    burst = BURST if next(model.parameters()).is_cuda else 1
     for tokens in _stream(model, prompts, config, burst, compile) if prompts else ():
         for text, token in zip(texts, tokens, strict=True):
             if token is not None:
@@ -138,7 +138,7 @@ def prefill(
     model: GPT2, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> tuple[Tensor, KVCache]:
     """Read the prompts: logits `(B, V)` after the last token of each, and the cache they fill."""
-    weight = model.transformer.wte.weight
+    weight = next(model.parameters())
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)
     longest = max(map(len, prompts))
     padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]

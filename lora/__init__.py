@@ -13,8 +13,9 @@ from lora.algebra import (
     subtract,
 )
 from lora.checkpoint import load, save
+from lora.config import UpdateConfig
 from lora.inject import eject, inject
-from lora.layer import LoRALinear, LowRankUpdate, UpdateConfig
+from lora.layer import LoRALinear, LowRankUpdate
 from lora.loralib import load_loralib
 from lora.lowrank import Approximation, approximate, compress, dare, extract, ties
 from lora.merge import Agreement, MergeReport, Rounding, is_merged, merge, merged, unmerge

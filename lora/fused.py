@@ -54,7 +54,7 @@ class _FusedLinear(torch.autograd.Function):
         scaling: float,
         dropout: float,
     ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])  # (N, in)
+        rows = x.reshape(x.numel() // x.shape[-1], x.shape[-1])  # (N, in)
         dropped, mask = (rows, None) if not dropout else _drop(rows, dropout)
         h = (dropped @ a.to(x.dtype).t()) * scaling  # (N, r)
         b = b.to(x.dtype)
@@ -64,7 +64,7 @@ class _FusedLinear(torch.autograd.Function):
             y = _affine(bias, rows, weight.t()).addmm_(h, b.t())
         ctx.save_for_backward(rows, mask, h, weight, a, b)
         ctx.scaling, ctx.dropout = scaling, dropout
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], len(b))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -84,7 +84,7 @@ class _FusedLinear(torch.autograd.Function):
         if dx is not None:
             through = dh @ a.to(dh.dtype)
             whole: Tensor = dx + (through if kept is None else through * kept)
-            dx = whole.view(*grad_outputs[0].shape[:-1], -1)
+            dx = whole.view(*grad_outputs[0].shape[:-1], rows.shape[1])
         return dx, None, None, da.to(a.dtype), db.to(a.dtype), None, None
 
 

@@ -10,7 +10,8 @@ from typing import cast
 import torch
 from torch import nn
 
-from lora.layer import EmbeddingUpdate, LoRALinear, LowRankUpdate, UpdateConfig
+from lora.config import UpdateConfig
+from lora.layer import EmbeddingUpdate, LoRALinear, LowRankUpdate
 from lora.layout import out_in_view
 from lora.merge import is_merged
 from lora.merge import merge as fold

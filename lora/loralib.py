@@ -16,8 +16,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lora.config import UpdateConfig
 from lora.inject import attach, make_update
-from lora.layer import LowRankUpdate, UpdateConfig
+from lora.layer import LowRankUpdate
 from lora.layout import why_not_adaptable
 from lora.slices import spans_of
 from lora.targets import base_modules, unwrap

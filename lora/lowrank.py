@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.algebra import Adapter, Factors, by_path, check_shapes, scale
-from lora.layer import is_finite
+from lora.config import is_finite
 from lora.layout import out_in_view
 from lora.targets import Targets, base_modules, find_targets
 

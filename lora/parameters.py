@@ -7,7 +7,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from lora.layer import LowRankUpdate, is_finite
+from lora.config import is_finite
+from lora.layer import LowRankUpdate
 from lora.targets import lora_layers, require_layers, unwrap
 
 

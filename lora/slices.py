@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora.layer import LowRankUpdate, UpdateConfig
+from lora.config import UpdateConfig
+from lora.layer import LowRankUpdate
 from lora.layout import out_in_view
 
 
