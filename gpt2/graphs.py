@@ -21,10 +21,9 @@ class RandomState:
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self.device = device
-        outside = self._get()
-        cast(Any, torch.random).manual_seed(seed)
-        self.inside, self.outside = self._get(), outside
-        self._set(outside)
+        devices = ["cpu", device] if device.type == "cuda" else ["cpu"]
+        self.inside = [torch.Generator(d).manual_seed(seed).get_state() for d in devices]
+        self.outside = self._get()
 
     def __enter__(self) -> None:
         self.outside = self._get()
