@@ -58,7 +58,8 @@ class _FusedLinear(torch.autograd.Function):
         dropped, mask = (rows, None) if not dropout else _drop(rows, dropout)
         h = (dropped @ a.to(x.dtype).t()) * scaling  # (N, r)
         b = b.to(x.dtype)
-        if _wide(rows, b):
+        # Only in training: at birth inference is the base's to the bit, a wider sum is not.
+        if ctx.needs_input_grad[4] and _wide(rows, b):
             y = _affine(bias, torch.cat([rows, h], 1), _widened(weight, b))
         else:
             y = _affine(bias, rows, weight.t()).addmm_(h, b.t())

@@ -300,3 +300,24 @@ def test_the_articles_config_is_the_articles_run(script):
         "dropout": 0.1,
         "targets": ["c_attn"],
     }
+
+
+def test_tasks_train_an_adapter_each_and_answer_in_one_batch(script, tmp_path, capsys):
+    files = sorted(str(f) for f in (SCRIPTS / "data" / "tasks").glob("*.jsonl"))
+    out = tmp_path / "tasks"
+    arguments = ["--config", DEMO, "--epochs", "2", "--res_path", str(out), "--tasks", *files]
+    assert script("train_qa").main(arguments) == 0
+    assert "One batch, many adapters" in capsys.readouterr().out
+    heading, _, *rows = (out / "answers.md").read_text(encoding="utf-8").splitlines()
+    assert heading == "| prompt | base | science | transformers | mixture |"
+    assert len(rows) == 6
+    for name in ("science", "transformers"):
+        model = gpt2.GPT2.from_pretrained("demo")
+        assert len(lora.load(model, out / name)) == 8
+
+
+def test_tasks_of_one_name_are_refused(script, tmp_path, capsys):
+    file = str(SCRIPTS / "data" / "article.jsonl")
+    arguments = ["--config", DEMO, "--res_path", str(tmp_path), "--tasks", file, file]
+    assert script("train_qa").main(arguments) == 2
+    assert "files of different names" in capsys.readouterr().err
