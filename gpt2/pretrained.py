@@ -219,7 +219,7 @@ def _read_config(file: Path) -> dict[str, Any]:
         ValueError: listing what it asks for that this model does not do.
     """
     stated = read_json(file)
-    accepted = {**_ACCEPTED, "n_inner": (None, 4 * stated.get("n_embd", 768))}
+    accepted = {**_ACCEPTED, "n_inner": (None, 4 * (stated.get("n_embd") or 0))}
     if faults := [
         f"{key} {stated[key]!r} (supported: {' or '.join(map(repr, values))})"
         for key, values in accepted.items()

@@ -69,6 +69,14 @@ def read(folder: str | Path) -> dict[str, Factors]:
     halves = [path for path, pair in saved.factors.items() if len(pair) < 2]
     if faults := [*saved.left_over, *halves]:
         raise ValueError(f"{folder}: left over or without a partner: {', '.join(faults)}.")
+    unfit = [
+        path
+        for path, pair in saved.factors.items()
+        if {len(pair["A"]), pair["B"].shape[-1]} != {saved.config.update_config(path).r}
+        or not all(torch.isfinite(factor).all() for factor in pair.values())
+    ]
+    if unfit:
+        raise ValueError(f"{folder}: not of the config's rank, or not finite: {', '.join(unfit)}.")
     return {
         path: Factors(
             pair["A"].double(), pair["B"].double() * saved.config.update_config(path).scaling

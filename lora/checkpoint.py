@@ -174,7 +174,7 @@ def _rebuild(
     if k := len(spans):
         config = replace(config, r=config.r // k)
         config = replace(config, alpha=config.alpha / (k**0.5 if config.rslora else k))
-    update = make_update(base, config, dtype=dtype, spans=spans)
+    update = make_update(base, config, dtype=dtype, spans=spans, any_rank=True)
     factors = saved.factors[path]
     if missing := [f"lora_{name} is missing" for name in "AB" if name not in factors]:
         raise ValueError(", ".join(missing))

@@ -26,7 +26,7 @@ def fused_linear(
     scaling: float,
     dropout: float,
 ) -> Tensor:
-    """`x Wᵀ + bias + scaling · drop(x) Aᵀ Bᵀ`, differentiable in x, A and B.
+    """`x Wᵀ + bias + scaling · drop(x) Aᵀ Bᵀ`, differentiable once in x, A and B.
 
     Args:
         x: `(…, in)`, in the dtype of `weight`.
@@ -39,7 +39,9 @@ def fused_linear(
     Returns:
         `(…, out)`.
     """
-    return cast(Any, _FusedLinear).apply(x, weight, bias, a, b, scaling, dropout)
+    # Only a training step takes the wide sum: at birth inference is the base's to the bit.
+    wide = torch.is_grad_enabled() and b.requires_grad and _pays(x, b)
+    return cast(Any, _FusedLinear).apply(x, weight, bias, a, b, scaling, dropout, wide)
 
 
 class _FusedLinear(torch.autograd.Function):
@@ -53,18 +55,18 @@ class _FusedLinear(torch.autograd.Function):
         b: Tensor,
         scaling: float,
         dropout: float,
+        wide: bool,
     ) -> Tensor:
         rows = x.reshape(x.numel() // x.shape[-1], x.shape[-1])  # (N, in)
         dropped, mask = (rows, None) if not dropout else _drop(rows, dropout)
         h = (dropped @ a.to(x.dtype).t()) * scaling  # (N, r)
         b = b.to(x.dtype)
-        # Only in training: at birth inference is the base's to the bit, a wider sum is not.
-        if ctx.needs_input_grad[4] and _wide(rows, b):
+        if wide:
             y = _affine(bias, torch.cat([rows, h], 1), _widened(weight, b))
         else:
             y = _affine(bias, rows, weight.t()).addmm_(h, b.t())
         ctx.save_for_backward(rows, mask, h, weight, a, b)
-        ctx.scaling, ctx.dropout = scaling, dropout
+        ctx.scaling, ctx.dropout, ctx.wide = scaling, dropout, wide
         return y.view(*x.shape[:-1], len(b))
 
     @staticmethod
@@ -73,7 +75,7 @@ class _FusedLinear(torch.autograd.Function):
         rows, mask, h, weight, a, b = ctx.saved_tensors
         dy = grad_outputs[0].reshape(-1, b.shape[0])  # (N, out)
         dx: Tensor | None = None
-        if ctx.needs_input_grad[0] and _wide(rows, b):
+        if ctx.needs_input_grad[0] and ctx.wide:
             d = dy @ _widened(weight, b).t()  # (N, in + r)
             dx, dh = d[:, : rows.shape[1]], d[:, rows.shape[1] :]
         else:
@@ -86,7 +88,7 @@ class _FusedLinear(torch.autograd.Function):
             through = dh @ a.to(dh.dtype)
             whole: Tensor = dx + (through if kept is None else through * kept)
             dx = whole.view(*grad_outputs[0].shape[:-1], rows.shape[1])
-        return dx, None, None, da.to(a.dtype), db.to(a.dtype), None, None
+        return dx, None, None, da.to(a.dtype), db.to(a.dtype), None, None, None
 
 
 def _drop(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
@@ -98,9 +100,10 @@ def _affine(bias: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
     return x @ weight if bias is None else torch.addmm(bias, x, weight)
 
 
-def _wide(rows: Tensor, b: Tensor) -> bool:
-    """Whether to compute `[x | h] [W | B]ᵀ` as one product: large ones on a GPU, well aligned."""
-    return rows.is_cuda and len(rows) >= WIDE and (rows.shape[1] + b.shape[1]) % 8 == 0
+def _pays(x: Tensor, b: Tensor) -> bool:
+    """Whether `[x | h] [W | B]ᵀ` as one product is worth it: large on a GPU, and well aligned."""
+    rows, width = x.numel() // x.shape[-1], x.shape[-1] + b.shape[1]
+    return x.is_cuda and rows >= WIDE and width % 8 == 0
 
 
 def _widened(weight: Tensor, b: Tensor) -> Tensor:

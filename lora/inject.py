@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import cast
 
@@ -15,7 +15,7 @@ from lora.layer import EmbeddingUpdate, LoRALinear, LowRankUpdate
 from lora.layout import out_in_view
 from lora.merge import is_merged
 from lora.merge import merge as fold
-from lora.slices import SlicedUpdate, spans_of
+from lora.slices import SlicedUpdate, Slices, spans_of
 from lora.targets import (
     Targets,
     base_modules,
@@ -41,7 +41,7 @@ def inject(
     layers: Iterable[int] | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
-    slices: Sequence[str] | None = None,
+    slices: Slices | None = None,
     rslora: bool = False,
     untie: bool = False,
     adapter: str = "default",
@@ -63,7 +63,8 @@ def inject(
         exclude: suffixes of target layers to leave out.
         layers: numbers of the blocks to adapt, the first number in a path; None for all.
         rank_pattern, alpha_pattern: other ranks and alphas for targets by suffix.
-        slices: names of the equal parts of a fused projection, for layers that do not name theirs.
+        slices: names of the equal parts of a fused projection, or a mapping from each part's name
+            to its outputs, for layers that do not name theirs.
         rslora: scale by `alpha / √r`.
         untie: give a target whose weight is shared, such as a tied head, a weight of its own.
         adapter: the new adapter's name; a model can carry several.
@@ -141,8 +142,11 @@ def make_update(
     *,
     dtype: torch.dtype | None = None,
     spans: Mapping[str, tuple[int, int]] | None = None,
+    any_rank: bool = False,
 ) -> LowRankUpdate:
     """A new update that fits `base`, or the given slices of its output; not drawn yet.
+
+    A saved one may have `any_rank`: PEFT's may exceed a layer's side, and so may padded ones.
 
     Raises:
         ValueError: the rank is above the smaller side of what it adapts, or a dtype of no floats.
@@ -156,7 +160,7 @@ def make_update(
     smaller = min(
         in_features, out_features, *(stop - start for start, stop in (spans or {}).values())
     )
-    if config.r > smaller:
+    if config.r > smaller and not any_rank:
         raise ValueError(f"r {config.r} is above {smaller}, its smaller side; choose less")
     kind = EmbeddingUpdate if isinstance(base, nn.Embedding) else LowRankUpdate
     if spans:

@@ -150,7 +150,9 @@ class LoRALinear(nn.Module):
         self.updates = nn.ModuleDict()  # adapter name -> LowRankUpdate
         self.active: dict[str, float] = {}  # adapter name -> its weight in the sum
         self.enabled = True
-        self.fused = True  # take the fast path where it applies; it differs by rounding only
+        self.fused = (
+            True  # take the fast path where it applies: once differentiable, same to rounding
+        )
         self.routing: Callable[[Tensor], Tensor] | None = None  # set by `lora.routed`
         # Base parameters that were trainable before injection; one list for the whole model.
         self.thawed: list[nn.Parameter] = []

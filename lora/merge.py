@@ -141,7 +141,7 @@ def merged(model: nn.Module) -> Generator[None]:
 def ideal_weight(layer: LoRALinear) -> Tensor:
     """`W + Σ w·s·B A` of the active updates, `(out, in)`, in the widest float, unrounded."""
     weight = layer.weight_out_in
-    ideal = weight.to(widest_float(weight.device))
+    ideal = weight.detach().to(widest_float(weight.device))
     for update, factor in layer.active_updates():
         ideal = ideal + factor * update.delta()
     return ideal

@@ -201,7 +201,7 @@ def _most_common(values: Collection[T]) -> T:
 def _exact(path: str, paths: Collection[str]) -> str:
     """A pattern that fits this path and none of the others."""
     alone = not any(other.endswith(f".{path}") for other in paths)
-    return path if alone else f"^{re.escape(path)}"
+    return re.escape(path) if alone else f"^{re.escape(path)}"
 
 
 def _shortest_targets(paths: set[str], linear_paths: Collection[str]) -> list[str] | str:

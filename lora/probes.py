@@ -58,7 +58,7 @@ def _base_probe(base: nn.Module) -> dict[str, Any]:
     """What tells this base weight from another: its dtype, and projections of its direction."""
     weight = out_in_view(base, base.get_parameter("weight")).detach().cpu().double()
     left, right = _probe_vectors(weight.shape[0]), _probe_vectors(weight.shape[1])
-    values = left[:, 0] @ weight @ right / _norm(weight)
+    values = left[:, 0] @ weight @ right / (_norm(weight) or 1.0)
     dtype = str(base.get_parameter("weight").dtype).removeprefix("torch.")
     return {"dtype": dtype, "probe": _floats(values)}
 

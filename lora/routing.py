@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +83,7 @@ class Routing:
         self.some = next(update for update in bank if update is not None)
         self.index, self.scales = index, scales
         self.rank = max(u.factors()[0].shape[0] for u in bank if u is not None)
-        self.kept: tuple[list[int], Tensor, Tensor] | None = None
+        self.kept: tuple[list[Any], Tensor, Tensor] | None = None
         if not torch.is_grad_enabled():
             self.factors()
 
@@ -118,7 +118,7 @@ class Routing:
         parameters = [p for u in self.bank if u is not None for p in (u.A, u.B)]
         if any(p.is_inference() for p in parameters):  # these count no versions
             return self._gathered(self.bank)
-        versions = [p._version for p in parameters]
+        versions = [(p._version, p.data_ptr(), p.dtype) for p in parameters]
         if self.kept is None or self.kept[0] != versions:
             self.kept = (versions, *self._gathered(self.bank))
         return self.kept[1], self.kept[2]

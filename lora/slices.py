@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,9 @@ from torch.nn import functional as F
 from lora.config import UpdateConfig
 from lora.layer import LowRankUpdate
 from lora.layout import out_in_view
+
+Slices = Sequence[str] | Mapping[str, int]
+"""Names of the equal parts of a layer's output, or its parts' sizes by name."""
 
 
 class SlicedUpdate(LowRankUpdate):
@@ -96,9 +100,11 @@ def split_target(target: str) -> tuple[str, tuple[str, ...]]:
 
 
 def spans_of(
-    base: nn.Module, names: Sequence[str], given: Sequence[str] | None = None
+    base: nn.Module, names: Sequence[str], given: Slices | None = None
 ) -> dict[str, tuple[int, int]]:
     """Where the named slices of a layer's output lie, by the given `slices` or the layer's own.
+
+    Names alone are equal parts of the output; a mapping gives each part's size, in its order.
 
     Raises:
         ValueError: the layer has no named slices, they do not divide its output evenly, or a name
@@ -109,18 +115,31 @@ def spans_of(
     out_features = out_in_view(base, base.get_parameter("weight")).shape[0]
     if given is not None and not _different_names(given):
         raise ValueError(f"slices must be different names, got {given!r}")
-    known = tuple(given or cast(Any, getattr(base, "slices", ())))
+    known: Slices = given or cast(Any, getattr(base, "slices", ()))
     if not known:
         raise ValueError("it names no slices; pass slices=('q', 'k', 'v') or such")
-    if out_features % len(known):
-        raise ValueError(f"its {out_features} outputs are not {len(known)} equal slices")
+    sizes = _sizes(known, out_features)
     if strange := [name for name in names if name not in known]:
         raise ValueError(f"it has slices {', '.join(known)}, but no {', '.join(strange)}")
-    size = out_features // len(known)
-    return {n: (known.index(n) * size, (known.index(n) + 1) * size) for n in names}
+    ends = dict(zip(sizes, accumulate(sizes.values()), strict=True))
+    return {name: (ends[name] - sizes[name], ends[name]) for name in names}
+
+
+def _sizes(slices: Slices, out_features: int) -> dict[str, int]:
+    """Outputs of each slice."""
+    if not isinstance(slices, Mapping):
+        if out_features % len(slices):
+            raise ValueError(f"its {out_features} outputs are not {len(slices)} equal slices")
+        return dict.fromkeys(slices, out_features // len(slices))
+    sound = all(type(size) is int and size > 0 for size in slices.values())
+    if not sound or sum(slices.values()) != out_features:
+        raise ValueError(f"slices {dict(slices)!r} do not add up to its {out_features} outputs")
+    return dict(slices)
 
 
 def _different_names(given: object) -> bool:
+    if isinstance(given, Mapping):
+        given = list(cast(Mapping[object, object], given))
     if not isinstance(given, Sequence):
         return False
     names = cast(Sequence[object], given)

@@ -99,7 +99,8 @@ def find_targets(
             and each exclusion and layer number that matches no target.
     """
     modules = base_modules(model)
-    found, faults = _matches(modules, _as_tuple(targets, "targets"))
+    head = getattr(unwrap(model), "get_output_embeddings", lambda: None)()  # transformers' models
+    found, faults = _matches(modules, _as_tuple(targets, "targets"), head)
     for name in _as_tuple(exclude, "exclude"):
         excluded = [path for path in found if fits(path, name)]
         if not excluded:
@@ -162,7 +163,7 @@ def _address(tensor: Tensor) -> int:
 
 
 def _matches(
-    modules: Mapping[str, nn.Module], targets: tuple[str, ...]
+    modules: Mapping[str, nn.Module], targets: tuple[str, ...], head: object
 ) -> tuple[dict[str, tuple[str, ...]], list[str]]:
     """What the targets match, and what is wrong with them."""
     if not targets or not all(targets):
@@ -172,7 +173,9 @@ def _matches(
     for target in targets:
         name, slices = split_target(target)
         everything = target == "all-linear"
-        matches = _all_linear(modules) if everything else [p for p in modules if fits(p, name)]
+        matches = (
+            _all_linear(modules, head) if everything else [p for p in modules if fits(p, name)]
+        )
         unfit = [path for path in matches if why_not_adaptable(modules[path])]
         if not matches and not everything:
             faults.append(f"No module matches target {target!r}.")
@@ -186,7 +189,7 @@ def _matches(
     return found, faults
 
 
-def _all_linear(modules: Mapping[str, nn.Module]) -> list[str]:
+def _all_linear(modules: Mapping[str, nn.Module], head: object) -> list[str]:
     """Every linear layer but the output head: the one called so, or tied to an embedding."""
     embeddings = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
     return [
@@ -195,6 +198,7 @@ def _all_linear(modules: Mapping[str, nn.Module]) -> list[str]:
         if path
         and not why_not_adaptable(module)
         and not isinstance(module, nn.Embedding)
+        and module is not head
         and not fits(path, "lm_head")
         and id(module.weight) not in embeddings
     ]

@@ -40,15 +40,14 @@ def prepare(folder: Path) -> Path:
 
 
 @contextmanager
-def saved(model: nn.Module, folder: Path) -> Iterator[None]:
-    """Save the adapter as it is when the block ends, whatever ends it."""
+def saved(model: nn.Module, place: Path, adapter: str = "default") -> Iterator[None]:
+    """Save the adapter when the block ends, also when training is interrupted or fails."""
     try:
         yield
     except (KeyboardInterrupt, RuntimeError) as stop:
-        place = folder / ADAPTER
+        lora.save(model, place, adapter=adapter)
         raise type(stop)(f"{stop} The adapter as it was then is saved in {place}.") from None
-    finally:
-        lora.save(model, folder / ADAPTER)
+    lora.save(model, place, adapter=adapter)
 
 
 def recorded(steps: Iterable[gpt2.StepRecord], folder: Path) -> Iterator[gpt2.StepRecord]:

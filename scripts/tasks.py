@@ -30,8 +30,11 @@ def run(
         ValueError: two files of one name, or what reading, training and generating raise.
     """
     files = {Path(file).stem: Path(file) for file in options.tasks}
-    if len(files) < len(options.tasks):
-        raise ValueError(f"--tasks needs files of different names, got {options.tasks}.")
+    if len({*files, "base", "mixture"}) < len(options.tasks) + 2:
+        raise ValueError(
+            "--tasks needs files of different names, none of them base or mixture, "
+            f"got {options.tasks}."
+        )
     examples = {name: gpt2.read_jsonl(file) for name, file in files.items()}
     prompts = [e.prompt + e.completion for e in gpt2.read_jsonl(options.prompts)]
     model = gpt2.GPT2.from_pretrained(options.model_name, device=device)
@@ -46,10 +49,10 @@ def run(
         )
         lora.inject(model, adapter=name, seed=options.seed, **options.lora)
         console.print(f"{name}: {len(data)} examples, {lora.count_parameters(model)}")
-        steps = gpt2.train(model, data, training)
         total = gpt2.total_steps(len(data), training)
-        report.follow(steps, console, total=total, every=options.logging_steps)
-        lora.save(model, folder / name, adapter=name)
+        with results.saved(model, folder / name, adapter=name):
+            steps = gpt2.train(model, data, training)
+            report.follow(steps, console, total=total, every=options.logging_steps)
 
     mixture = dict.fromkeys(files, 1 / len(files))
     columns = {"base": None, **{name: name for name in files}, "mixture": mixture}

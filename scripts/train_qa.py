@@ -81,7 +81,7 @@ def main(argv: cli.Arguments = None) -> None:
     with lora.disabled(model):
         base = gpt2.generate(model, ids, sampling)
     clock.lap("base answers")
-    with results.saved(model, folder):
+    with results.saved(model, folder / results.ADAPTER):
         steps = results.recorded(gpt2.train(model, data, training), folder)
         total = gpt2.total_steps(len(data), training)
         losses = report.follow(steps, console, total=total, every=options.logging_steps)

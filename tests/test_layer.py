@@ -151,3 +151,41 @@ def test_config_lists_all_faults_at_once():
 def test_what_is_no_linear_layer_is_refused(module):
     with pytest.raises(ValueError, match="cannot carry an update"):
         lora.LoRALinear(module)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_fast_path_is_the_readable_one(kind, dtype, dropout):
+    """Outputs and all gradients, at the dtype's own rounding."""
+    torch.manual_seed(0)
+    wrapper = adapted(kind, 32, 48, 4, dropout=dropout).to(dtype).train()
+    wrapper.base.requires_grad_(False)
+    update = wrapper.updates["default"]
+    x = torch.randn(6, 32, dtype=dtype, requires_grad=True)
+    results = []
+    for fused in (True, False):
+        wrapper.fused = fused
+        assert wrapper._can_fuse(x)
+        torch.manual_seed(5)
+        y = wrapper(x)
+        results.append((y, *torch.autograd.grad(y.float().square().sum(), (x, update.A, update.B))))
+    for fast, readable in zip(*results, strict=True):
+        error = (fast.double() - readable.double()).norm() / readable.double().norm()
+        assert error < 4 * torch.finfo(dtype if dtype.itemsize < 8 else torch.float32).eps
+
+
+def test_the_fast_path_keeps_the_input_once_and_dropout_as_bytes():
+    wrapper = adapted("conv1d", 64, 96, 4, dropout=0.5).to(torch.bfloat16).train()
+    wrapper.base.requires_grad_(False)
+    x = torch.randn(32, 64, dtype=torch.bfloat16, requires_grad=True)
+    kept: dict[int, int] = {}
+
+    def pack(t):
+        if not isinstance(t, nn.Parameter) and t.data_ptr() != wrapper.base.weight.data_ptr():
+            kept[t.data_ptr()] = t.numel() * t.element_size()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        wrapper(x)
+    assert sum(kept.values()) == 32 * 64 * 2 + 32 * 64 + 32 * 4 * 2  # x, mask, h

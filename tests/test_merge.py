@@ -206,3 +206,15 @@ def test_a_merged_weight_that_overflows_its_dtype_is_refused():
     with pytest.raises(ValueError, match="overflows torch.float16"):
         lora.merge(model)
     assert not lora.is_merged(model)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_a_layer_without_an_active_update_merges_to_a_plain_tensor(kind):
+    """In float64 nothing is rounded, and yet the merged weight is not the base's parameter."""
+    model = one_layer(kind, 4, 4, 2, torch.float64)
+    lora.activate(model, {})
+    want = model(torch.eye(4, dtype=torch.float64))
+    for _ in range(2):
+        with lora.merged(model):
+            assert not isinstance(model[0].merged_weight, nn.Parameter)
+            assert torch.equal(model(torch.eye(4, dtype=torch.float64)), want)
