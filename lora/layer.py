@@ -205,7 +205,8 @@ class LoRALinear(nn.Module):
         """Put those of the named updates that this layer has in force; only they require grad."""
         for name in self.active:
             self.updates[name].requires_grad_(False)
-        self.active = {n: w for n, w in weights.items() if n in self.updates}
+        # In the order of names: the sum is then the same bits however the mixture was written.
+        self.active = {n: weights[n] for n in sorted(weights) if n in self.updates}
         for name in self.active:
             self.updates[name].requires_grad_(True)
 

@@ -1,7 +1,8 @@
 """Rows of one batch under different adapters, without a loop over adapters.
 
 The factors of the whole bank are stacked, each row picks its own, and two batched products do the
-rest: the cost is that of one adapter, however many are in the batch.
+rest. In inference the picking is done once, so that a forward pass costs about what one adapter
+does; with gradients, and in compiled code, the bank is stacked again in each.
 
 Shapes: B rows · n adapters in the bank · k adapters in a row's mixture · r rank, padded to the
 largest · … any axes between the rows and the features.

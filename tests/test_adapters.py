@@ -301,3 +301,23 @@ def test_a_copy_has_a_bank_of_its_own():
     assert torch.equal(model(IDX), want)
     assert list(lora.adapters(model)) == ["legal", "poet"]
     assert raw(twin(IDX)) != raw(want)
+
+
+def test_the_order_in_which_a_mixture_is_written_changes_no_bit():
+    model = tiny_gpt2()
+    for seed, (name, targets) in enumerate({"b": "c_attn", "a": ("c_attn", "c_fc")}.items()):
+        lora.inject(model, adapter=name, r=3, targets=targets)
+        randomize(model, name, seed)
+    idx = torch.arange(9)[None]
+    outputs = []
+    for mixture in ({"a": 0.3, "b": 0.7}, {"b": 0.7, "a": 0.3}):
+        lora.activate(model, mixture)
+        with lora.activated(model, "b"):
+            pass
+        outputs.append(raw(model(idx)))
+        assert all(list(m.active) == sorted(m.active) for m in model.modules() if layered(m))
+    assert outputs[0] == outputs[1]
+
+
+def layered(module: torch.nn.Module) -> bool:
+    return isinstance(module, lora.LoRALinear)
