@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import torch
 from jsonargparse import ArgumentError, Namespace
 
+import gpt2
+
 Arguments = Sequence[str] | None
 Config = TypeVar("Config")
 
@@ -42,6 +44,19 @@ def build(kind: type[Config], options: Namespace, **renamed: Any) -> Config:
     """A config dataclass from the options named as its fields, and those that go by other names."""
     names = [field.name for field in fields(kind) if field.name not in renamed]  # pyright: ignore
     return kind(**{name: options[name] for name in names}, **renamed)
+
+
+def encode(
+    examples: list[gpt2.Example], tokenizer: gpt2.Tokenizer, options: Namespace
+) -> gpt2.Dataset:
+    """Tokenise examples as the options of training say."""
+    return gpt2.encode(
+        examples,
+        tokenizer,
+        max_length=options.max_token_length,
+        eos=options.eos,
+        answer_only=options.answer_only,
+    )
 
 
 def pick_device(name: str | None) -> str:

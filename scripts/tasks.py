@@ -10,6 +10,7 @@ from pathlib import Path
 from jsonargparse import Namespace
 from rich.console import Console
 
+import cli
 import gpt2
 import lora
 import report
@@ -40,13 +41,7 @@ def run(
     model = gpt2.GPT2.from_pretrained(options.model_name, device=device)
     folder = results.prepare(Path(options.res_path))
     for name, texts in examples.items():
-        data = gpt2.encode(
-            texts,
-            tokenizer,
-            max_length=options.max_token_length,
-            eos=options.eos,
-            answer_only=options.answer_only,
-        )
+        data = cli.encode(texts, tokenizer, options)
         lora.inject(model, adapter=name, seed=options.seed, **options.lora)
         console.print(f"{name}: {len(data)} examples, {lora.count_parameters(model)}")
         total = gpt2.total_steps(len(data), training)

@@ -62,13 +62,7 @@ def main(argv: cli.Arguments = None) -> None:
         return
     examples = gpt2.read_jsonl(options.data)
     prompts = [e.prompt + e.completion for e in gpt2.read_jsonl(options.prompts)]
-    data = gpt2.encode(
-        examples,
-        tokenizer,
-        max_length=options.max_token_length,
-        eos=options.eos,
-        answer_only=options.answer_only,
-    )
+    data = cli.encode(examples, tokenizer, options)
     model = gpt2.GPT2.from_pretrained(options.model_name, device=device)
     counts = {"base": lora.count_parameters(model)}
     lora.inject(model, seed=options.seed, **options.lora)
