@@ -21,11 +21,13 @@ class Place:
     """Where the tokens of a call go in the cache, and which slots each of them sees.
 
     Args:
-        slots: `(B, 1, T, 1)`, each token's own slot.
+        rows, slots: `(B, 1)` and `(B, T)`, each token's row and its own slot there.
         filled: slots to attend over; none past it holds a token.
-        visible: `(B, 1, T, filled)` booleans; None where the call's tokens are all there is.
+        visible: `(B, 1, T, filled)` to be added to the scores, 0 where a token sees a slot and
+            else -inf; None where the call's tokens are all there is.
     """
 
+    rows: Tensor
     slots: Tensor
     filled: int
     visible: Tensor | None
@@ -35,18 +37,17 @@ class LayerCache:
     """Keys and values that one attention layer has seen.
 
     Args:
-        k, v: `(B, H, S, D)` buffers.
+        kv: `(B, S, 2, H, D)` buffer; a token's key and value lie together, as `c_attn` makes them.
     """
 
-    def __init__(self, k: Tensor, v: Tensor) -> None:
-        self.k, self.v = k, v
+    def __init__(self, kv: Tensor) -> None:
+        self.kv = kv
 
-    def write(self, k: Tensor, v: Tensor, place: Place) -> tuple[Tensor, Tensor]:
-        """Store `k` and `v` `(B, H, T, D)`; gives all there are, `(B, H, filled, D)` each."""
-        slots = place.slots.expand_as(k)
-        self.k.scatter_(2, slots, k)
-        self.v.scatter_(2, slots, v)
-        return self.k[:, :, : place.filled], self.v[:, :, : place.filled]
+    def write(self, kv: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+        """Store `kv` `(B, T, 2, H, D)`; gives all keys and values, `(B, H, filled, D)` each."""
+        self.kv[place.rows, place.slots] = kv  # a compiler does this in place, unlike a scatter
+        k, v = self.kv[:, : place.filled].permute(2, 0, 3, 1, 4)
+        return k, v
 
 
 class KVCache:
@@ -69,14 +70,11 @@ class KVCache:
     ) -> None:
         if not 1 <= slots <= config.block_size:
             raise ValueError(f"slots must be in 1..{config.block_size} (block_size), got {slots}.")
-        shape = (batch, config.n_head, slots, config.n_embd // config.n_head)
+        shape = (batch, slots, 2, config.n_head, config.n_embd // config.n_head)
         self.slots = slots
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)  # (B,) filled slots
         self.layers = [
-            LayerCache(
-                torch.zeros(shape, dtype=dtype, device=device),
-                torch.zeros(shape, dtype=dtype, device=device),
-            )
+            LayerCache(torch.zeros(shape, dtype=dtype, device=device))
             for _ in range(config.n_layer)
         ]
         # No row holds more than this many tokens: known on the host, so that attention reads the
@@ -91,5 +89,8 @@ class KVCache:
         visible = None
         if self.filled > T:
             slots = torch.arange(self.filled, device=positions.device)
-            visible = slots <= positions[:, None, :, None]
-        return Place(positions[:, None, :, None], self.filled, visible)
+            hidden = slots > positions[:, None, :, None]
+            visible = torch.zeros_like(hidden, dtype=self.layers[0].kv.dtype)
+            visible = visible.masked_fill(hidden, -torch.inf)
+        rows = torch.arange(len(self.lengths), device=positions.device)[:, None]
+        return Place(rows, positions, self.filled, visible)

@@ -18,6 +18,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gpt2.loss import IGNORE
 
@@ -44,6 +45,18 @@ class Batch:
         """The same batch on another device."""
         idx, labels = (t.to(device, non_blocking=True) for t in (self.idx, self.labels))
         return Batch(idx, labels, self.n_tokens)
+
+    def padded(self, rows: int, width: int) -> Batch:
+        """The same batch with rows and columns after its own in which nothing is learnt.
+
+        Raises:
+            ValueError: it is larger than `(rows, width)`.
+        """
+        B, T = self.idx.shape
+        if rows < B or width < T:
+            raise ValueError(f"A ({B}, {T}) batch does not fit into ({rows}, {width}).")
+        more = (0, width - T, 0, rows - B)
+        return Batch(F.pad(self.idx, more), F.pad(self.labels, more, value=IGNORE), self.n_tokens)
 
 
 class Encoder(Protocol):
@@ -219,16 +232,13 @@ def encode(
     return Dataset(tokens, ends, ignored, truncated)
 
 
-def batches(
-    data: Dataset, batch_size: int, *, seed: int, epoch: int, pad_to: int = 1
-) -> Iterator[Batch]:
+def batches(data: Dataset, batch_size: int, *, seed: int, epoch: int) -> Iterator[Batch]:
     """One epoch of shuffled batches; the same seed and epoch give the same batches.
 
     Args:
         data: the examples.
         batch_size: examples a batch, B; the last batch may have fewer.
         seed, epoch: fix the order.
-        pad_to: T is rounded up to a multiple of this, so that fewer shapes occur.
 
     Raises:
         ValueError: `batch_size` is below 1.
@@ -237,14 +247,12 @@ def batches(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     order = np.random.default_rng((seed, epoch)).permutation(len(data))
     for start in range(0, len(data), batch_size):
-        yield collate([data[int(i)] for i in order[start : start + batch_size]], pad_to)
+        yield collate([data[int(i)] for i in order[start : start + batch_size]])
 
 
-def collate(rows: Sequence[tuple[Tensor, Tensor]], pad_to: int = 1) -> Batch:
+def collate(rows: Sequence[tuple[Tensor, Tensor]]) -> Batch:
     """Right-pad examples to one length; what is padding is told by position, never by id."""
-    longest = max(len(ids) for ids, _ in rows)
-    width = -(-longest // pad_to) * pad_to
-    idx = torch.zeros(len(rows), width, dtype=torch.long)
+    idx = torch.zeros(len(rows), max(len(ids) for ids, _ in rows), dtype=torch.long)
     labels = torch.full_like(idx, IGNORE)
     for i, (ids, wanted) in enumerate(rows):
         idx[i, : len(ids)] = ids

@@ -5,7 +5,7 @@ Shapes: B rows (prompts) · T time · C n_embd · V vocab.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2.cache import KVCache
-from gpt2.graphs import GraphedCalls
+from gpt2.graphs import GraphedCalls, bucket, compiled
 from gpt2.model import GPT2
 from gpt2.sampling import GenerateConfig, apply_repetition_penalty, sample
 
@@ -84,47 +84,70 @@ def _stream(
     compile: bool,
 ) -> Iterator[list[int | None]]:
     with torch.no_grad(), _evaluating(model):
-        logits, cache = prefill(model, prompts, config.max_new_tokens)
-    uniform = _random_numbers(len(prompts), config).to(logits.device)  # (tokens, B)
-    seen = _seen(prompts, logits) if config.repetition_penalty != 1 else None
-    tokens = _choose(logits, seen, config, uniform[0])
-    advance = _advancing(model, cache, seen, config, compile)
+        decoding = _Decoding(model, prompts, config, compile)
     running = [True] * len(prompts)
     for start in range(0, config.max_new_tokens, burst):
-        drawn: list[Tensor] = []
+        stop = min(start + burst, config.max_new_tokens)
         with torch.no_grad(), _evaluating(model):
-            for n in range(start, min(start + burst, config.max_new_tokens)):
-                tokens = advance(tokens, uniform[n]) if n else tokens
-                drawn.append(tokens)
+            for _ in range(max(start, 1), stop):
+                decoding.step()
         # Here, once a burst, the host waits for the device.
-        for ids in cast(list[list[int]], cast(Any, torch.stack(drawn)).tolist()):
+        for ids in cast(list[list[int]], cast(Any, decoding.text[start:stop]).tolist()):
             running = [runs and t != config.eos for runs, t in zip(running, ids, strict=True)]
             if not any(running):
                 return
             yield [token if runs else None for token, runs in zip(ids, running, strict=True)]
 
 
-def _advancing(
-    model: GPT2, cache: KVCache, seen: Tensor | None, config: GenerateConfig, compile: bool
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """The function from this token and a random number to the next token, `(B,)` each."""
-    run = cast(Any, torch).compile(step, dynamic=False) if compile else step
+class _Decoding:
+    """Prompts that are being continued, all on the device; born with their first new token.
 
-    def advance(tokens: Tensor, uniform: Tensor) -> Tensor:
-        if seen is not None:
-            seen.scatter_(1, tokens[:, None], True)
-        return _choose(run(model, tokens, cache), seen, config, uniform)
+    `step` adds a token to each row of `text` `(tokens, B)`. What it reads and writes keeps its
+    place in memory, so that it can be replayed as a CUDA graph.
+    """
 
-    if not cache.lengths.is_cuda or config.max_new_tokens < GRAPHED:
-        return advance
+    def __init__(
+        self,
+        model: GPT2,
+        prompts: Sequence[Sequence[int]],
+        config: GenerateConfig,
+        compile: bool,
+    ) -> None:
+        self.model, self.config = model, config
+        self.run = compiled(step) if compile else step
+        longest = max(map(len, prompts)) + config.max_new_tokens
+        slots = bucket(longest, model.config.block_size) if compile else longest
+        logits, self.cache = prefill(model, prompts, slots)
+        device = logits.device
+        self.uniform = _random_numbers(len(prompts), config).to(device)  # (tokens, B)
+        self.seen = _seen(prompts, logits) if config.repetition_penalty != 1 else None
+        self.text = torch.zeros(self.uniform.shape, dtype=torch.long, device=device)
+        self.n = torch.zeros(1, dtype=torch.long, device=device)  # how many tokens there are
+        self.tokens = torch.zeros(len(prompts), dtype=torch.long, device=device)  # the last
+        graphed = device.type == "cuda" and config.max_new_tokens >= GRAPHED
+        self.fixed = compile or graphed
+        self._add(logits)
+        self.step = GraphedCalls(self._step, self._state) if graphed else self._step
 
-    def advance_in_all_slots(tokens: Tensor, uniform: Tensor) -> Tensor:
-        cache.filled = cache.slots - 1  # fixed shapes: the mask hides the slots not yet filled
-        return advance(tokens, uniform)
+    def _step(self) -> Tensor:
+        if self.fixed:  # the same shapes each time: the mask hides the slots not yet filled
+            self.cache.filled = self.cache.slots - 1
+        return self._add(self.run(self.model, self.tokens, self.cache))
 
-    changed = [cache.lengths, *(t for layer in cache.layers for t in (layer.k, layer.v))]
-    changed += [] if seen is None else [seen]
-    return GraphedCalls(advance_in_all_slots, lambda: changed)
+    def _add(self, logits: Tensor) -> Tensor:
+        """Append the tokens chosen from logits `(B, V)`."""
+        uniform = self.uniform[self.n][0] if self.config.temperature else self.uniform[0]
+        self.tokens.copy_(_choose(logits, self.seen, self.config, uniform))
+        if self.seen is not None:
+            self.seen.scatter_(1, self.tokens[:, None], True)
+        self.text[self.n] = self.tokens
+        self.n += 1
+        return self.tokens
+
+    def _state(self) -> list[Tensor]:
+        seen = [] if self.seen is None else [self.seen]
+        caches = [layer.kv for layer in self.cache.layers]
+        return [self.text, self.n, self.tokens, self.cache.lengths, *caches, *seen]
 
 
 def _choose(logits: Tensor, seen: Tensor | None, config: GenerateConfig, uniform: Tensor) -> Tensor:
@@ -134,15 +157,12 @@ def _choose(logits: Tensor, seen: Tensor | None, config: GenerateConfig, uniform
     return sample(logits, config, uniform)
 
 
-def prefill(
-    model: GPT2, prompts: Sequence[Sequence[int]], max_new_tokens: int
-) -> tuple[Tensor, KVCache]:
+def prefill(model: GPT2, prompts: Sequence[Sequence[int]], slots: int) -> tuple[Tensor, KVCache]:
     """Read the prompts: logits `(B, V)` after the last token of each, and the cache they fill."""
     weight = next(model.parameters())
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)
     longest = max(map(len, prompts))
     padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
-    slots = longest + max_new_tokens
     kind = weight.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     cache = KVCache(model.config, len(prompts), slots, dtype, weight.device)

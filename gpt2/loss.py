@@ -9,17 +9,20 @@ Shapes: B batch · T time · C n_embd · V vocab · N positions, flattened.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gpt2.graphs import compiled
+from gpt2.model import LMHead, Transformer
+
 IGNORE = -100
 """The label of a position that is not learnt."""
 
-CHUNK = 2048  # positions whose logits are held at a time
+# Positions whose logits are held at a time: on a CPU, as many as its last cache holds.
+CHUNKS = {"cpu": 128, "cuda": 2048}
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -50,33 +53,24 @@ def summed_loss(model: nn.Module, idx: Tensor, labels: Tensor, *, compile: bool 
     Args:
         model: a GPT-2, with adapters or without, or a module from `(B, T)` ids to logits.
         idx, labels: `(B, T)`.
-        compile: run the body, and the loss of a chunk, through torch.compile. They stay apart,
-            since one graph of both would hold the logits of all chunks at once.
+        compile: run a GPT-2's blocks, and on a GPU the loss of a chunk, through torch.compile.
     """
     targets = shifted(labels)
     if not (hasattr(model, "transformer") and hasattr(model, "lm_head")):
         logits = cast(Tensor, model(idx)).flatten(0, 1).float()
         return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
-    head = cast(nn.Module, model.lm_head)
-    run, chunk_loss = (_compiled(_run), _compiled(_chunk)) if compile else (_run, _chunk)
-    hidden: Tensor = run(cast(nn.Module, model.transformer), idx)  # (N, C)
+    head, body = cast(nn.Module, model.lm_head), cast(nn.Module, model.transformer)
+    compiling = {"compile": True} if compile and isinstance(body, Transformer) else {}
+    hidden: Tensor = body(idx, **compiling).flatten(0, 1)  # (N, C)
     if not hidden.is_cuda:  # a GPU would have to tell the host how many there are
         supervised = targets != IGNORE
         hidden, targets = hidden[supervised], targets[supervised]
-    biased = getattr(head, "bias", None) is not None
-    if type(head) is nn.Linear and not biased and not head.weight.requires_grad:
+    plain = type(head) in (nn.Linear, LMHead) and getattr(head, "bias", None) is None
+    if plain and not cast(Tensor, head.weight).requires_grad:
+        chunk_loss = compiled(_chunk) if compile and hidden.is_cuda else _chunk
         return cast(Any, _FrozenHeadLoss).apply(hidden, head.weight, targets, chunk_loss)
     logits = head(hidden).float()
     return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
-
-
-def _run(transformer: nn.Module, idx: Tensor) -> Tensor:
-    return transformer(idx).flatten(0, 1)
-
-
-@cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return cast(Any, torch).compile(function, dynamic=False)
 
 
 def shifted(labels: Tensor) -> Tensor:
@@ -95,19 +89,23 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_loss: Callable[..., Any]
     ) -> Tensor:
-        vocab = weight.shape[0]
+        n, vocab = len(hidden), weight.shape[0]
         if weight.is_cuda:  # matrix products are slow on a side that is no multiple of 8
             weight = F.pad(weight, (0, 0, 0, -vocab % 64))
+        else:
+            hidden = F.pad(hidden, (0, 0, 0, -n % 8))
+            targets = F.pad(targets, (0, -n % 8), value=IGNORE)
         total = hidden.new_zeros((), dtype=torch.float32)
         gradients: list[Tensor] = []
-        for start in range(0, len(hidden), CHUNK):
-            part = slice(start, start + CHUNK)
+        size = CHUNKS.get(hidden.device.type, max(CHUNKS.values()))
+        for start in range(0, len(hidden), size):
+            part = slice(start, start + size)
             loss, gradient = chunk_loss(
                 hidden[part], weight, targets[part], vocab, ctx.needs_input_grad[0]
             )
             total = total + loss
             gradients.append(gradient)
-        ctx.save_for_backward(torch.cat(gradients) if gradients else hidden)
+        ctx.save_for_backward(torch.cat(gradients)[:n] if gradients else hidden)
         return total
 
     @staticmethod
@@ -120,18 +118,25 @@ def _chunk(
     hidden: Tensor, weight: Tensor, targets: Tensor, vocab: int, needs_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """Loss and gradient of some positions; rows of `weight` past `vocab` are padding."""
-    logits = (hidden @ weight.t()).float()  # (N, V padded)
-    tokens = torch.arange(len(weight), device=hidden.device)
+    logits = _times(hidden, weight).float()  # (N, V padded)
     if len(weight) > vocab:
+        tokens = torch.arange(len(weight), device=hidden.device)
         logits = logits.masked_fill(tokens >= vocab, -torch.inf)
     supervised = targets != IGNORE
     wanted = targets.where(supervised, 0)[:, None]
-    logits = logits - logits.amax(-1, keepdim=True)  # far from zero, float32 is coarse
-    at_wanted = logits.gather(1, wanted)
-    scores = logits.exp_()
+    top = logits.amax(-1, keepdim=True)  # subtracted: far from zero, float32 is coarse
+    at_wanted = logits.gather(1, wanted) - top
+    scores = logits.sub_(top).exp_()
     total = scores.sum(-1, keepdim=True)  # in pairs; a softmax kernel's running sum is off by 1e-5
     loss = (total.log() - at_wanted).squeeze(1).where(supervised, 0.0).sum()
     if not needs_gradient:
         return loss, hidden
-    gradient = scores.div_(total).add_(tokens == wanted, alpha=-1)  # probabilities − 1 where right
-    return loss, (gradient.to(weight.dtype) @ weight).to(hidden.dtype) * supervised[:, None]
+    probabilities = scores.div_(total).to(weight.dtype)
+    less_one = (at_wanted.exp() / total - 1).to(weight.dtype)  # where the token is the right one
+    gradient = _times(probabilities.scatter_(1, wanted, less_one), weight.t())
+    return loss, gradient.to(hidden.dtype) * supervised[:, None]
+
+
+def _times(x: Tensor, weight: Tensor) -> Tensor:
+    """`x Wᵀ`; MKL splits the transposed product better over a CPU's threads."""
+    return (weight @ x.t()).t() if x.device.type == "cpu" else x @ weight.t()

@@ -18,6 +18,11 @@ from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVa
 
 from gpt2.cache import KVCache, LayerCache, Place
 from gpt2.config import GPT2Config
+from gpt2.dropout import Dropout, dropout
+from gpt2.graphs import compiled
+from gpt2.linear import linear
+
+FEW = 64  # rows up to which a GPU makes logits faster as (V, rows), since V is odd
 
 
 class Conv1D(nn.Module):
@@ -39,7 +44,7 @@ class Conv1D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(…, in)` to `(…, out)`."""
-        return F.linear(x, self.weight.t(), self.bias)
+        return linear(x, self.weight.t(), self.bias)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
@@ -56,25 +61,37 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)
         self.c_attn.slices = ("q", "k", "v")
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
-        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+        self.resid_dropout = Dropout(config.resid_pdrop)
 
     def forward(
         self, x: Tensor, cache: LayerCache | None = None, place: Place | None = None
     ) -> Tensor:
         """Attend over `x` `(B, T, C)`, and over what the cache holds."""
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4).unbind()
-        dropout = self.attn_pdrop if self.training else 0.0
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+        pdrop = self.attn_pdrop if self.training else 0.0
         visible = None
         if cache is not None and place is not None:
-            every_k, every_v = cache.write(k, v, place)
+            every_k, every_v = cache.write(qkv[:, :, 1:], place)
             if (visible := place.visible) is not None:
                 k, v = every_k, every_v
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=visible, dropout_p=dropout, is_causal=visible is None
-        )
+        if pdrop and visible is None and q.device.type == "cpu":
+            y = _attention_with_dropout(q, k, v, pdrop)
+        else:
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=visible, dropout_p=pdrop, is_causal=visible is None
+            )
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.resid_dropout(self.c_proj(y))
+
+
+def _attention_with_dropout(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+    """What torch does too on a CPU, where it has no fused form for dropout, but for its draws."""
+    T = q.shape[-2]
+    later = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, T, T)
+    return dropout(scores.masked_fill(later, -torch.inf).softmax(-1), p) @ v
 
 
 class MLP(nn.Module):
@@ -84,7 +101,7 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = Conv1D(config.n_embd, 4 * config.n_embd)
         self.c_proj = Conv1D(4 * config.n_embd, config.n_embd)
-        self.dropout = nn.Dropout(config.resid_pdrop)
+        self.dropout = Dropout(config.resid_pdrop)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(B, T, C)` to `(B, T, C)`."""
@@ -117,27 +134,31 @@ class Transformer(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.drop = nn.Dropout(config.embd_pdrop)
+        self.drop = Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.checkpointing = False  # keep only the blocks' inputs for backward, recompute the rest
 
-    def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, idx: Tensor, cache: KVCache | None = None, *, compile: bool = False
+    ) -> Tensor:
         """Hidden states `(B, T, C)` of the token ids `idx` `(B, T)`, after the last LayerNorm.
 
         With a cache, `idx` continues each row after the `cache.lengths` tokens that it holds.
+        Without one, `compile` runs each block through torch.compile, which compiles one for all.
 
         Raises:
             ValueError: `idx` is not a (B, T) tensor of integers, or does not fit the context.
         """
+        embed, through = (compiled(_embed), compiled(_through)) if compile else (_embed, _through)
         positions = self._positions(idx, cache)
-        x = self.drop(self.wte(idx) + self.wpe(positions))
+        x = embed(self, idx, positions)
         if cache is None:
             for block in self.h:
-                if self.checkpointing:
-                    x = cast(Tensor, checkpoint(block, x, use_reentrant=False))
+                if self.checkpointing:  # around what is compiled, which would keep too much
+                    x = cast(Tensor, checkpoint(through, block, x, use_reentrant=False))
                 else:
-                    x = block(x)
+                    x = through(block, x)
         else:
             place = cache.advance(positions)
             for block, layer in zip(self.h, cache.layers, strict=True):
@@ -159,6 +180,28 @@ class Transformer(nn.Module):
         return steps[None] if cache is None else cache.lengths[:, None] + steps
 
 
+def _embed(transformer: Transformer, idx: Tensor, positions: Tensor) -> Tensor:
+    return transformer.drop(transformer.wte(idx) + transformer.wpe(positions))
+
+
+def _through(block: nn.Module, x: Tensor) -> Tensor:
+    return block(x)
+
+
+class LMHead(nn.Linear):
+    """The map from hidden states to logits, without a bias."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__(config.n_embd, config.vocab_size, bias=False)  # pyright: ignore
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map `(…, C)` to `(…, V)`."""
+        rows = input.flatten(0, -2)
+        if input.is_cuda and len(rows) <= FEW:
+            return (self.weight @ rows.t()).t().reshape(*input.shape[:-1], -1)
+        return linear(input, self.weight)
+
+
 class GPT2(nn.Module):
     """GPT-2 with its language-model head, whose weight is the token embedding's own.
 
@@ -172,7 +215,7 @@ class GPT2(nn.Module):
         self.config = config
         self.name_or_path: str | None = None  # where the weights came from, as in transformers
         self.transformer = Transformer(config)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = LMHead(config)
         self.lm_head.weight = self.transformer.wte.weight
         for name, p in self.named_parameters():
             if p.dim() == 2:

@@ -25,10 +25,11 @@ class TrainConfig:
         clip: largest global norm of the gradient; None leaves it as it is.
         seed: of the order of examples and of dropout.
         autocast: compute in bfloat16 beside float32 weights.
-        compile: run the loss through torch.compile; pays from some hundred steps on.
+        compile: run the loss through torch.compile; a shape takes some 15 s to compile on a GPU.
         checkpointing: keep only each block's input for the backward pass and recompute the rest.
-        cuda_graph: replay each shape's whole step as one CUDA graph; None does so on a GPU where
-            a batch has at most `GRAPHED` tokens, and starting kernels costs more than running them.
+        cuda_graph: replay each shape's whole step as one CUDA graph; None does so on a GPU for
+            compiled steps and for batches of at most `GRAPHED` tokens, but not beside `accumulate`
+            or `checkpointing`.
         sync_every: steps between two looks at the device; records then come in bursts.
 
     Raises:

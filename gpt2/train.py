@@ -18,15 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from gpt2.data import Batch, Dataset, batches
-from gpt2.graphs import GraphedCalls, RandomState
+from gpt2.graphs import GraphedCalls, RandomState, bucket
 from gpt2.loss import summed_loss
 from gpt2.model import Transformer
 from gpt2.schedule import TrainConfig, learning_rate, steps_an_epoch, total_steps
 
 GRAPHED = 4096
 """Tokens of a batch up to which a GPU's steps are replayed as CUDA graphs by default."""
-PADDED = 32
-"""Compiled and graphed batches are padded to a multiple of this, so that few shapes occur."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +144,7 @@ class Stepper:
         inputs = [share, *(t for batch in moved for t in (batch.idx, batch.labels))]
         with self.randomness:
             if self.graphs is not None and self._graphed(batches):
-                return self.graphs(*inputs)
+                return self.graphs(*inputs).clone()
             return self._step(*inputs)
 
     def _step(self, share: Tensor, *ids_and_labels: Tensor) -> Tensor:
@@ -173,7 +171,8 @@ class Stepper:
 
     def _graphed(self, batches: Sequence[Batch]) -> bool:
         if self.config.cuda_graph is None:
-            return len(batches) == 1 and batches[0].idx.numel() <= GRAPHED
+            small = self.config.compile or batches[0].idx.numel() <= GRAPHED
+            return small and len(batches) == 1 and not self.config.checkpointing
         return self.config.cuda_graph
 
     def _state(self) -> list[Tensor]:
@@ -184,13 +183,13 @@ class Stepper:
 
 def _steps(data: Dataset, config: TrainConfig, stepper: Stepper) -> Iterator[list[Batch]]:
     """The micro-batches of each optimiser step, epoch after epoch without end."""
-    pad_to = 1
-    if config.compile or stepper.graphs is not None:
-        transformer = getattr(stepper.model, "transformer", None)
-        limit = transformer.config.block_size if isinstance(transformer, Transformer) else PADDED
-        pad_to = math.gcd(PADDED, limit)  # a divisor of the context never rounds past it
+    transformer = getattr(stepper.model, "transformer", None)
+    static = config.compile or stepper.graphs is not None
     for epoch in count():
-        epochs = batches(data, config.batch_size, seed=config.seed, epoch=epoch, pad_to=pad_to)
+        epochs = batches(data, config.batch_size, seed=config.seed, epoch=epoch)
+        if static and isinstance(transformer, Transformer):
+            rows, limit = min(config.batch_size, len(data)), transformer.config.block_size
+            epochs = (b.padded(rows, bucket(b.idx.shape[1], limit)) for b in epochs)
         while micro_batches := list(islice(epochs, config.accumulate)):
             yield micro_batches
 

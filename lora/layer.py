@@ -18,7 +18,8 @@ from torch.func import functional_call  # pyright: ignore[reportUnknownVariableT
 from torch.nn import functional as F
 
 from lora.config import UpdateConfig
-from lora.fused import fused_linear
+from lora.dropout import drop
+from lora.fused import add_update, pays_wide, wide_linear
 from lora.layout import is_conv1d, out_in_view, why_not_adaptable, widest_float
 
 
@@ -89,7 +90,8 @@ class LowRankUpdate(nn.Module):
 
     def down(self, x: Tensor, a: Tensor) -> Tensor:
         """`drop(x) Aᵀ`, `(…, r)`."""
-        x = F.dropout(x, self.config.dropout, self.training)
+        if self.training and self.config.dropout:
+            x, _ = drop(x, self.config.dropout)
         return F.linear(x, a.to(x.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -150,9 +152,8 @@ class LoRALinear(nn.Module):
         self.updates = nn.ModuleDict()  # adapter name -> LowRankUpdate
         self.active: dict[str, float] = {}  # adapter name -> its weight in the sum
         self.enabled = True
-        self.fused = (
-            True  # take the fast path where it applies: once differentiable, same to rounding
-        )
+        # Take the fast path where it applies: once differentiable, the same to rounding.
+        self.fused = True
         self.routing: Callable[[Tensor], Tensor] | None = None  # set by `lora.routed`
         # Base parameters that were trainable before injection; one list for the whole model.
         self.thawed: list[nn.Parameter] = []
@@ -167,35 +168,40 @@ class LoRALinear(nn.Module):
             return self.base(x)
         if self.merged_weight is not None:
             return functional_call(self.base, {"weight": self.merged_weight}, (x,))
-        if self.fused and self._can_fuse(x):
-            return self._fused_forward(x)
-        y = self.base(x)
         if self.routing is not None:
+            y = self.base(x)
             return y + self.routing(x).to(y.dtype)
+        if self.fused and self._can_widen(x):
+            return self._wide_forward(x)
+        y = self.base(x)
         for update, weight in self.active_updates():
-            u = update(x).to(y.dtype)  # an embedding has no input dtype to follow
-            y = y + (u if weight == 1 else weight * u)
+            if self.fused and _can_fuse(x, y):
+                a, b = update.factors()
+                y = add_update(y, x, a, b, weight * update.config.scaling, _dropout(update))
+            else:
+                u = update(x).to(y.dtype)  # an embedding has no input dtype to follow
+                y = y + (u if weight == 1 else weight * u)
         return y
 
-    def _can_fuse(self, x: Tensor) -> bool:
-        """Whether `fused_linear` computes here what the formula above says."""
+    def _can_widen(self, x: Tensor) -> bool:
+        """Whether `wide_linear` computes here what `forward` says, and pays."""
         base = self.base
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         return (
             (type(base) is nn.Linear or is_conv1d(base))
             and len(self.active) == 1
-            and self.routing is None
             and not any(vars(base)[name] for name in hooks)
             and not any(p.requires_grad for p in base.parameters())
-            and not (x.device.type != "meta" and torch.is_autocast_enabled(x.device.type))
+            and _can_fuse(x, self.weight_out_in)
+            and all(pays_wide(x, update.factors()[1]) for update, _ in self.active_updates())
         )
 
-    def _fused_forward(self, x: Tensor) -> Tensor:
+    def _wide_forward(self, x: Tensor) -> Tensor:
         ((update, weight),) = self.active_updates()
         scaling = weight * update.config.scaling
-        dropout = update.config.dropout if update.training else 0.0
         bias = cast(Tensor | None, self.base.bias)
-        return fused_linear(x, self.weight_out_in, bias, *update.factors(), scaling, dropout)
+        a, b = update.factors()
+        return wide_linear(x, self.weight_out_in, bias, a, b, scaling, _dropout(update))
 
     def active_updates(self) -> Iterable[tuple[LowRankUpdate, float]]:
         """The updates in force, each with its weight in the sum."""
@@ -224,3 +230,13 @@ class LoRALinear(nn.Module):
     def weight_out_in(self) -> Tensor:
         """The base's own weight seen as `(out, in)`, whatever its layout."""
         return out_in_view(self.base, cast(Tensor, self.base.weight))
+
+
+def _can_fuse(x: Tensor, y: Tensor) -> bool:
+    """Whether the fast path takes this input, for an output like `y`: not ids, not autocast."""
+    device = x.device.type
+    return x.dtype == y.dtype and not (device != "meta" and torch.is_autocast_enabled(device))
+
+
+def _dropout(update: LowRankUpdate) -> float:
+    return update.config.dropout if update.training else 0.0

@@ -298,23 +298,34 @@ def test_padding_is_masked_by_length_never_by_id():
     batch_size=st.integers(1, 5),
     seed=st.integers(0, 2**32),
     epoch=st.integers(0, 9),
-    pad_to=st.sampled_from([1, 4]),
 )
-def test_an_epoch_has_every_example_once(texts, batch_size, seed, epoch, pad_to):
+def test_an_epoch_has_every_example_once(texts, batch_size, seed, epoch):
     data = encode(texts, Letters())
-    epochs = list(batches(data, batch_size, seed=seed, epoch=epoch, pad_to=pad_to))
+    epochs = list(batches(data, batch_size, seed=seed, epoch=epoch))
     assert [len(b.idx) for b in epochs[:-1]] == [batch_size] * (len(epochs) - 1)
-    assert all(b.idx.shape[1] % pad_to == 0 for b in epochs)
     seen: list[str] = []
     for batch in epochs:
         longest = int((batch.labels != IGNORE).sum(1).max())
-        assert batch.idx.shape[1] == -(-longest // pad_to) * pad_to
+        assert batch.idx.shape[1] == longest
         assert batch.n_tokens == int((batch.labels[:, 1:] != IGNORE).sum())
         for ids, labels in zip(batch.idx, batch.labels, strict=True):
             kept = labels[labels != IGNORE]
             assert torch.equal(kept, ids[: len(kept)])  # the padding is on the right
             seen.append(bytes(kept[:-1].tolist()).decode())
     assert sorted(seen) == sorted(texts)
+
+
+def test_a_padded_batch_learns_the_same():
+    (batch,) = batches(encode(["abc", "d"], Letters()), 2, seed=0, epoch=0)
+    padded = batch.padded(3, 7)
+    assert padded.idx.shape == padded.labels.shape == (3, 7)
+    assert torch.equal(padded.idx[:2, :4], batch.idx)
+    assert torch.equal(padded.labels[:2, :4], batch.labels)
+    assert (padded.labels[2:] == IGNORE).all()
+    assert (padded.labels[:, 4:] == IGNORE).all()
+    assert padded.n_tokens == batch.n_tokens
+    with pytest.raises(ValueError, match=r"A \(3, 7\) batch does not fit into \(3, 6\)"):
+        padded.padded(3, 6)
 
 
 LETTERS = [chr(97 + i) for i in range(20)]

@@ -1,4 +1,5 @@
 import math
+import shutil
 from copy import deepcopy
 
 import pytest
@@ -6,6 +7,7 @@ import reference
 import torch
 import transformers
 from torch import nn
+from toys import randomize
 from transformers.generation.logits_process import (
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -13,6 +15,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+import lora
 from gpt2.config import GPT2Config
 from gpt2.generate import generate, stream
 from gpt2.model import GPT2
@@ -319,3 +322,25 @@ def test_under_autocast():
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         GenerateConfig(**options)
+
+
+# --- compiled ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [{}, {"temperature": 0.8, "repetition_penalty": 1.3}])
+def test_compiling_changes_no_token(config):
+    """With an adapter beside the base too; and lengths that are near share their graphs."""
+    if not (shutil.which("c++") or shutil.which("g++")):
+        pytest.skip("torch.compile needs a C++ compiler here")
+    model = tiny()
+    lora.inject(model, r=2, targets=("c_attn", "mlp.c_proj"), seed=0)
+    randomize(model)
+    prompts = [[5, 6, 7], [8]]
+    options = GenerateConfig(max_new_tokens=12, eos=None, **config)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    want = generate(model, prompts, options)
+    assert generate(model, prompts, options, compile=True) == want
+    assert generate(model, [[9] * 9, [1]], options, compile=True) != want
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+    torch._dynamo.reset()

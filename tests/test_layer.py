@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 import gpt2
 import lora
+import lora.layer
+from lora.dropout import drop
 from tests.toys import dense, layer
 
 KINDS = ("linear", "conv1d")
@@ -71,7 +73,7 @@ def test_dropout_touches_the_update_only_and_only_in_training():
     torch.manual_seed(3)
     noisy = wrapper.train()(x)
     torch.manual_seed(3)
-    dropped = F.dropout(x, 0.5, True)
+    dropped, _ = drop(x, 0.5)
     torch.testing.assert_close(noisy, base + dropped @ update.A.T @ update.B.T * 1.5)
     torch.testing.assert_close(wrapper.eval()(x), base + x @ update.A.T @ update.B.T * 1.5)
 
@@ -156,8 +158,16 @@ def test_what_is_no_linear_layer_is_refused(module):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_the_fast_path_is_the_readable_one(kind, dtype, dropout):
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_fast_paths_are_the_readable_one(kind, dtype, dropout, wide, monkeypatch):
     """Outputs and all gradients, at the dtype's own rounding."""
+    monkeypatch.setattr(lora.layer, "pays_wide", lambda x, b: wide)
+    taken: list[str] = []
+    for name in ("add_update", "wide_linear"):
+        path = getattr(lora.layer, name)
+        monkeypatch.setattr(
+            lora.layer, name, lambda *a, name=name, path=path: (taken.append(name), path(*a))[1]
+        )
     torch.manual_seed(0)
     wrapper = adapted(kind, 32, 48, 4, dropout=dropout).to(dtype).train()
     wrapper.base.requires_grad_(False)
@@ -166,13 +176,30 @@ def test_the_fast_path_is_the_readable_one(kind, dtype, dropout):
     results = []
     for fused in (True, False):
         wrapper.fused = fused
-        assert wrapper._can_fuse(x)
         torch.manual_seed(5)
         y = wrapper(x)
         results.append((y, *torch.autograd.grad(y.float().square().sum(), (x, update.A, update.B))))
+    assert taken == ["wide_linear" if wide else "add_update"]
     for fast, readable in zip(*results, strict=True):
         error = (fast.double() - readable.double()).norm() / readable.double().norm()
         assert error < 4 * torch.finfo(dtype if dtype.itemsize < 8 else torch.float32).eps
+
+
+def test_a_mixture_takes_the_fast_path_too_and_trains_the_base_beside_it():
+    """Each update is added on its own, whatever else learns."""
+    torch.manual_seed(0)
+    wrapper = adapted("linear", 8, 6, 2)
+    wrapper.updates["other"] = adapted("linear", 8, 6, 3).updates["default"]
+    wrapper.activate({"default": 0.7, "other": -0.2})
+    x = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *wrapper.parameters()]
+    results = []
+    for fused in (True, False):
+        wrapper.fused = fused
+        y = wrapper(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
+    for fast, readable in zip(*results, strict=True):
+        torch.testing.assert_close(fast, readable, rtol=1e-12, atol=1e-12)
 
 
 def test_the_fast_path_keeps_the_input_once_and_dropout_as_bytes():

@@ -19,6 +19,7 @@ import gpt2
 import gpt2.loss
 import lora
 from gpt2 import TrainConfig, batches, encode, learning_rate, next_token_loss, total_steps, train
+from gpt2.graphs import bucket
 from gpt2.train import Stepper, StepRecord
 from tests.toys import TINY, raw, tiny_gpt2
 
@@ -203,16 +204,24 @@ def test_compiling_changes_no_loss():
     assert [r.grad_norm for r in got] == pytest.approx([r.grad_norm for r in want], rel=1e-4)
 
 
-def test_rounding_shapes_up_never_exceeds_the_context(monkeypatch):
-    """A compiled run has few shapes; a context that is no multiple of their step still holds."""
-    monkeypatch.setattr(gpt2.loss, "_compiled", lambda function: function)
-    model = gpt2.GPT2(replace(STILL, block_size=20))
-    data = encode(["a" * n for n in range(2, 20)], Letters())
-    widths: set[int] = set()
-    model.transformer.register_forward_pre_hook(lambda _, inputs: widths.add(inputs[0].shape[1]))
-    run(model, data, steps=len(data), compile=True)
-    assert max(widths) <= 20
-    assert len(widths) <= 10
+def test_a_compiled_run_has_few_shapes_and_never_exceeds_the_context(monkeypatch):
+    """Whatever the lengths and however many examples the last batch of an epoch has."""
+    for module in (gpt2.model, gpt2.loss):
+        monkeypatch.setattr(module, "compiled", lambda function: function)
+    model = gpt2.GPT2(replace(STILL, n_layer=1, n_embd=8, block_size=200))
+    data = encode(["a" * n for n in range(2, 200)], Letters())
+    shapes: set[tuple[int, ...]] = set()
+    model.transformer.h[0].register_forward_pre_hook(lambda _, inputs: shapes.add(inputs[0].shape))
+    run(model, data, steps=len(data), batch_size=4, compile=True)
+    assert (4, 200, 8) in shapes
+    assert shapes <= {(4, T, 8) for T in (32, 64, 96, 128, 192, 200)}
+
+
+@pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 96, 97, 129, 500, 513, 1000, 1024])
+def test_a_bucket_is_never_much_longer(length):
+    width = bucket(length, 1024)
+    assert length <= width
+    assert width < max(length + 32, 1.5 * length)
 
 
 # Records and the schedule

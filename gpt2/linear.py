@@ -1,0 +1,42 @@
+"""The product with a weight, on a CPU in the form that its matrix library is fastest at."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x Wᵀ + bias` as `F.linear`, from `(…, in)` to `(…, out)`.
+
+    On a CPU the weight is cut into as many slices as there are threads, one for each: MKL splits
+    a batch of small products better than a single one with few rows.
+
+    Args:
+        x: `(…, in)`.
+        weight: `(out, in)`, of any strides.
+        bias: `(out,)`.
+    """
+    slices = torch.get_num_threads() if _pays(x) else 1
+    n_out = weight.shape[0]
+    sliced = n_out // slices * slices
+    if slices == 1 or sliced == 0:
+        return F.linear(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    cut = weight[:sliced].view(slices, -1, weight.shape[1]).mT  # (slices, in, sliced / slices)
+    y = (rows.expand(slices, *rows.shape) @ cut).transpose(0, 1).flatten(1)
+    if sliced < n_out:
+        y = torch.cat([y, rows @ weight[sliced:].t()], 1)
+    y = y.view(*x.shape[:-1], n_out)
+    return y if bias is None else y + bias
+
+
+def _pays(x: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and x.dtype == torch.float32
+        and torch.backends.mkl.is_available()
+        and not torch.is_autocast_enabled("cpu")
+    )

@@ -1,0 +1,131 @@
+"""What only a GPU does: wide products, CUDA graphs and compiled steps against the readable path."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import gpt2
+import lora
+from gpt2.data import Batch
+from gpt2.train import Stepper
+from tests.toys import randomize
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+CONFIG = gpt2.GPT2Config(n_layer=2, n_head=2, n_embd=128, block_size=1024, vocab_size=1001)
+DRY = replace(CONFIG, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
+ALL = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+HOW = {
+    "eager": {"cuda_graph": False},
+    "graph": {"cuda_graph": True},
+    "compiled": {"compile": True, "cuda_graph": False},
+    "compiled graph": {"compile": True},
+    "checkpointing": {"checkpointing": True},
+    "compiled checkpointing": {"compile": True, "checkpointing": True},
+}
+
+
+def build(
+    config: gpt2.GPT2Config, dtype: torch.dtype, dropout: float = 0.0, fused: bool = True
+) -> gpt2.GPT2:
+    torch.manual_seed(0)
+    model = gpt2.GPT2(config).to("cuda", dtype).eval()
+    lora.inject(model, r=8, alpha=16, dropout=dropout, targets=ALL, seed=0)
+    randomize(model.cpu(), std=0.05)
+    for module in model.modules():
+        if isinstance(module, lora.LoRALinear):
+            module.fused = fused
+    return model.cuda()
+
+
+def batch(B: int = 4, T: int = 640) -> Batch:  # enough rows for the wide product
+    idx = torch.randint(CONFIG.vocab_size, (B, T), generator=torch.Generator().manual_seed(0))
+    return Batch(idx, idx.clone(), B * (T - 1)).to(torch.device("cuda"))
+
+
+def trained(model: gpt2.GPT2, steps: int = 3, **how) -> tuple[list[list[float]], torch.Tensor]:
+    """Losses and gradient norms of a few steps, and all factors after them."""
+    model.train()
+    model.transformer.checkpointing = bool(how.get("checkpointing"))
+    stepper = Stepper(model, gpt2.TrainConfig(steps=steps, **how))
+    figures = [stepper([batch()], 1e-3).tolist() for _ in range(steps)]
+    return figures, torch.cat([p.detach().flatten() for p in lora.trainable_parameters(model)])
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_every_way_to_step_gives_the_readable_steps_in_float32(how):
+    want, factors = trained(build(DRY, torch.float32, fused=False), cuda_graph=False)
+    got, others = trained(build(DRY, torch.float32), **HOW[how])
+    for figures, wanted in zip(got, want, strict=True):
+        assert figures == pytest.approx(wanted, rel=2e-5)
+    assert (others - factors).norm() < 2e-4 * factors.norm()
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_every_way_to_step_is_as_near_to_float32_in_bfloat16(how):
+    truth, _ = trained(build(DRY, torch.float32, fused=False), cuda_graph=False)
+    readable, _ = trained(build(DRY, torch.bfloat16, fused=False), cuda_graph=False)
+    got, _ = trained(build(DRY, torch.bfloat16), **HOW[how])
+    for mine, other, wanted in zip(got, readable, truth, strict=True):
+        assert mine == pytest.approx(wanted, rel=1e-2)
+        assert other == pytest.approx(wanted, rel=1e-2)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_wide_product_is_the_readable_sum(dropout):
+    layer = build(DRY, torch.float32, dropout).transformer.h[0].attn.c_attn.train()
+    x = torch.randn(4096, 128, device="cuda", requires_grad=True)
+    update = layer.updates["default"]
+    assert layer._can_widen(x)
+    results = []
+    for layer.fused in (True, False):
+        torch.cuda.manual_seed(5)
+        y = layer(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (x, update.A, update.B))))
+    for wide, readable in zip(*results, strict=True):
+        assert (wide - readable).norm() < 3e-6 * readable.norm()
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_dropout_is_drawn_anew_in_each_step_and_a_seed_fixes_it(how):
+    runs = []
+    for _ in range(2):
+        model = build(CONFIG, torch.float32, 0.5).train()
+        model.transformer.checkpointing = bool(HOW[how].get("checkpointing"))
+        stepper = Stepper(model, gpt2.TrainConfig(steps=3, **HOW[how]))
+        runs.append([stepper([batch()], 0.0).tolist() for _ in range(3)])
+    assert len({loss for loss, _ in runs[0]}) == 3
+    assert [x for x, _ in runs[1]] == pytest.approx([x for x, _ in runs[0]], rel=1e-6)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("config", [{}, {"temperature": 0.8, "repetition_penalty": 1.3}])
+def test_captured_decoding_gives_the_tokens_of_the_cpu(compile, rows, config):
+    model = build(DRY, torch.float32)
+    with torch.no_grad():
+        for p in model.transformer.h.parameters():  # far from uniform: no token is nearly a tie
+            p.mul_(6)
+    prompts = [[row + 1, 7, 9] for row in range(rows)]
+    options = gpt2.GenerateConfig(max_new_tokens=40, eos=None, **config)
+    got = gpt2.generate(model, prompts, options, compile=compile)
+    assert got == gpt2.generate(model.cpu(), prompts, options)
+
+
+def test_checkpointing_holds_little_compiled_or_not():
+    deep = replace(DRY, n_layer=12)
+    peaks = {}
+    for how in ("compiled", "checkpointing", "compiled checkpointing"):
+        model = build(deep, torch.bfloat16).train()
+        model.transformer.checkpointing = bool(HOW[how].get("checkpointing"))
+        stepper = Stepper(model, gpt2.TrainConfig(steps=1, **HOW[how]))
+        stepper([batch(16, 1024)], 1e-3)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        stepper([batch(16, 1024)], 1e-3)
+        peaks[how] = torch.cuda.max_memory_allocated() - before
+    assert peaks["checkpointing"] < peaks["compiled"] / 2
+    assert peaks["compiled checkpointing"] < peaks["compiled"] / 2
