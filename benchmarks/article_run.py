@@ -2,7 +2,7 @@
 
 Weights are random, since timing does not depend on them.
 
-    python -m benchmarks.article_run --steps 2500
+    python -m benchmarks.article_run --steps 2500 --against peft
 """
 
 from __future__ import annotations
@@ -26,26 +26,58 @@ last = [record for record in gpt2.train(model, data, config)][-1]
 lora.save(model, tempfile.mkdtemp())
 print(last.loss, last.seconds)
 """
+PEFT = """
+import sys, tempfile, time, torch, peft, gpt2
+from transformers import GPT2Config, GPT2LMHeadModel, get_linear_schedule_with_warmup
+device, steps = sys.argv[1], int(sys.argv[2])
+with torch.device(device):
+    base = GPT2LMHeadModel(GPT2Config())
+model = peft.get_peft_model(base, peft.LoraConfig(r=8, lora_alpha=16, lora_dropout=0.1,
+    target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")).train()
+data = gpt2.encode(gpt2.read_jsonl("scripts/data/article.jsonl"), gpt2.Tokenizer(), max_length=128)
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+schedule = get_linear_schedule_with_warmup(optimizer, 0, steps)
+began, step = time.perf_counter(), 0
+while step < steps:
+    for batch in gpt2.batches(data, 1, seed=42, epoch=step):
+        batch = batch.to(torch.device(device))
+        with torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
+            loss = model(input_ids=batch.idx, labels=batch.labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        step += 1
+loss = loss.item()
+seconds = time.perf_counter() - began
+model.save_pretrained(tempfile.mkdtemp())
+print(loss, seconds)
+"""
 
 
 def main() -> None:
-    a = harness.arguments(__doc__, steps=2500, dtype="bfloat16")
-    seconds: list[float] = []
-    training: list[float] = []
-    for _ in range(min(a.repeats, 3)):
-        began = time.perf_counter()
-        command = [sys.executable, "-c", CODE, a.device, str(a.steps), a.dtype]
-        ran = subprocess.run(command, capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - began)
-        training.append(float(ran.stdout.split()[-1]))
-    harness.emit(
-        "article_run",
-        a.out,
-        case=f"ours, {a.steps} steps",
-        dtype=a.dtype,
-        seconds=harness.spread(seconds),
-        training_seconds=harness.spread(training),
-    )
+    a = harness.arguments(__doc__, steps=2500, peft_steps=250, dtype="bfloat16")
+    cases = {f"ours, {a.steps} steps": (CODE, a.steps)}
+    if a.against:  # a tenth of the steps is enough to see the rate
+        cases[f"PEFT, {a.peft_steps} steps"] = (PEFT, a.peft_steps)
+    for name, (code, steps) in cases.items():
+        seconds: list[float] = []
+        training: list[float] = []
+        for _ in range(min(a.repeats, 3)):
+            began = time.perf_counter()
+            command = [sys.executable, "-c", code, a.device, str(steps), a.dtype]
+            ran = subprocess.run(command, capture_output=True, text=True, check=True)
+            seconds.append(time.perf_counter() - began)
+            training.append(float(ran.stdout.split()[-1]))
+        harness.emit(
+            "article_run",
+            a.out,
+            case=name,
+            dtype=a.dtype,
+            seconds=harness.spread(seconds),
+            training_seconds=harness.spread(training),
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Greedy decoding with a cache: new tokens a second, all rows together.
+"""Greedy decoding with a cache: from prompts to text, and token by token once it runs.
 
 python -m benchmarks.decode --B 32 --against peft
 """
@@ -14,6 +14,9 @@ import torch
 import gpt2
 import lora
 from benchmarks import harness, models
+from gpt2.generate import _Decoding
+
+STEADY = 32  # steps timed together
 
 
 def main() -> None:
@@ -22,7 +25,6 @@ def main() -> None:
     dtype = torch.bfloat16 if on_gpu else torch.float32
     model = models.ours(a.size, a.device, dtype, dropout=0.0)
     prompts: list[list[int]] = models.batch(model, a.B, a.prompt).idx.tolist()
-
     folded = copy.deepcopy(model)
     lora.merge(folded)
     config = gpt2.GenerateConfig(max_new_tokens=a.new, eos=None)
@@ -33,36 +35,22 @@ def main() -> None:
     runs: dict[str, Any] = {"ours": lambda: ours(model), "ours merged": lambda: ours(folded)}
     news: dict[str, int] = dict.fromkeys(runs, int(a.new))
     if a.against:
-        other = models.theirs(model, dtype)
-        ids = torch.tensor(prompts, device=a.device)
-
-        def peft() -> list[list[int]]:
-            out = other.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=a.peft_new,
-                min_new_tokens=a.peft_new,
-                do_sample=False,
-                pad_token_id=50256,
-            )
-            return out[:, ids.shape[1] :].tolist()
-
-        runs["PEFT"] = peft
-        news["PEFT"] = a.peft_new
-    texts: dict[str, list[list[int]]] = {}
-    for name, run in runs.items():
+        peft = _peft(model, prompts, dtype)
+        runs["PEFT"] = lambda: peft(a.peft_new)
+        runs["PEFT, a quarter"] = lambda: peft(a.peft_new // 4)
+        news |= {"PEFT": a.peft_new, "PEFT, a quarter": a.peft_new // 4}
+    for run in runs.values():
         run()
-        texts[name] = run()
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(a.repeats):
-        for name, run in runs.items():
-            began = time.perf_counter()
-            run()
-            if on_gpu:
-                torch.cuda.synchronize()
-            times[name].append((time.perf_counter() - began) * 1e3)
-    for name in runs:
-        ms = harness.spread(times[name])
+    texts = {name: run() for name, run in runs.items()}
+    times = harness.interleaved(runs, a.repeats, a.device)
+    steady = {
+        name: _steady(which, prompts, config, on_gpu)
+        for name, which in (("ours", model), ("ours merged", folded))
+    }
+    if a.against:
+        more = times["PEFT"]["median"] - times.pop("PEFT, a quarter")["median"]
+        steady["PEFT"] = more / (a.peft_new - a.peft_new // 4)
+    for name, ms in times.items():
         shared = min(news[name], news["ours"])
         same = sum(
             x == y
@@ -80,8 +68,48 @@ def main() -> None:
             dtype=str(dtype).removeprefix("torch."),
             ms=ms,
             tokens_per_s=round(a.B * news[name] / ms["median"] * 1e3),
+            steady_tokens_per_s=round(a.B / steady[name] * 1e3),
             same_tokens_as_ours=round(same / (a.B * shared), 4),
         )
+
+
+@torch.no_grad()
+def _steady(
+    model: gpt2.GPT2, prompts: list[list[int]], config: gpt2.GenerateConfig, on_gpu: bool
+) -> float:
+    """Milliseconds a token once the prompt is read and the step captured: the median of three."""
+    tokens = min(STEADY, (config.max_new_tokens - 2) // 3)
+    decoding = _Decoding(model.eval(), prompts, config, on_gpu)
+    decoding.step()
+    spans: list[float] = []
+    for _ in range(3):
+        if on_gpu:
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(tokens):
+            decoding.step()
+        if on_gpu:
+            torch.cuda.synchronize()
+        spans.append((time.perf_counter() - began) * 1e3 / tokens)
+    return sorted(spans)[1]
+
+
+def _peft(model: gpt2.GPT2, prompts: list[list[int]], dtype: torch.dtype) -> Any:
+    other = models.theirs(model, dtype)
+    ids = torch.tensor(prompts, device=model.lm_head.weight.device)
+
+    def generate(new: int) -> list[list[int]]:
+        out = other.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            pad_token_id=50256,
+        )
+        return out[:, ids.shape[1] :].tolist()
+
+    return generate
 
 
 if __name__ == "__main__":

@@ -27,9 +27,10 @@ def ours(
     r: int = 8,
     dropout: float = 0.1,
     base_dropout: bool = True,
+    config: gpt2.GPT2Config | None = None,
 ) -> gpt2.GPT2:
-    """A GPT-2 of a published size with random weights and a LoRA adapter."""
-    config = gpt2.SIZES[size]
+    """A GPT-2 of a published size, or of a config, with random weights and a LoRA adapter."""
+    config = config or gpt2.SIZES[size]
     if not base_dropout:
         config = dataclasses.replace(config, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
     torch.manual_seed(0)
@@ -101,6 +102,11 @@ class OurStep:
 
     def __call__(self) -> Tensor:
         return self.stepper([self.data], 1e-4)
+
+    def forget(self) -> None:
+        """Drop the CUDA graph: the next call captures one, and shows what memory a step takes."""
+        if self.stepper.graphs is not None:
+            self.stepper.graphs.captured.clear()
 
 
 class PeftStep:

@@ -1,4 +1,4 @@
-"""Make `RESULTS.md` from the JSON lines in `benchmarks/results/`.
+"""Make `RESULTS.md` and its plots from the JSON lines in `benchmarks/results/`.
 
 python -m benchmarks.results
 """
@@ -6,12 +6,19 @@ python -m benchmarks.results
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 HERE = Path(__file__).parent
 MATMUL = 790e12  # FLOP/s of a large bf16 product measured on an H200
-NEEDED = 4 * 124e6  # FLOP a token of a LoRA step on GPT-2 124M: forward, and gradients of inputs
+PARAMETERS = {"gpt2": 124e6, "gpt2-medium": 355e6, "gpt2-large": 774e6, "gpt2-xl": 1558e6}
+AXES = {"B": "rows (T=1024)", "T": "tokens a row (B=16)", "r": "rank", "size": "model (B=8)"}
+
+Row = dict[str, Any]
+Cell = Callable[[Row, Sequence[Row]], str]
 
 
 def main() -> None:
@@ -21,59 +28,151 @@ def main() -> None:
         parts += ["", f"## {file.stem}", "", _machine(records[-1])]
         for name in dict.fromkeys(record["benchmark"] for record in records):
             rows = [record for record in records if record["benchmark"] == name]
-            parts += ["", f"### {name}", "", *_table(rows)]
+            if name == "growth" and "gpu" in rows[0]:
+                parts += ["", *_plots(rows)]
+            parts += ["", f"### {name}", "", *_table(rows, COLUMNS.get(name, TIMED))]
     (HERE / "RESULTS.md").write_text("\n".join(parts) + "\n")
 
 
-def _machine(record: dict[str, Any]) -> str:
+def _machine(record: Row) -> str:
     keys = ("gpu", "cpu", "torch", "transformers", "peft", "python", "date")
     return " · ".join(f"{key} {record[key]}" for key in keys if key in record)
 
 
-def _table(rows: list[dict[str, Any]]) -> list[str]:
-    """One line a case; the ratio is PEFT's time over ours at the same work, best against best."""
-    lines = [
-        "| work | case | median (p10–p90) | tokens/s | of the limit | peak GiB | note |",
-        "|---|---|---|---|---|---|---|",
-    ]
+# --- tables: a heading and a cell for each column -------------------------------------------------
+
+
+def _table(
+    rows: Sequence[Row], columns: dict[str, Callable[[Row, Sequence[Row]], str]]
+) -> list[str]:
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in rows:
-        unit, time = ("ms", row["ms"]) if "ms" in row else ("s", row["seconds"])
-        took = f"{time['median']:.4g} ({time['p10']:.4g}–{time['p90']:.4g}) {unit}" if time else "—"
-        speed = row.get("tokens_per_s")
-        step_on_gpu = row["benchmark"] == "train_step" and "gpu" in row
-        limit = f"{speed * NEEDED / MATMUL:.2f}" if speed and step_on_gpu else "—"
-        peak = row.get("peak_gib")
-        note = row.get("failed") or _note(row, rows)
-        cells = [_work(row), row["case"], took, f"{speed:,}" if speed else "—", limit]
-        lines.append(
-            f"| {' | '.join([*cells, f'{peak:.2f}' if peak and peak > 0 else '—', note])} |"
-        )
+        lines.append(f"| {' | '.join(cell(row, rows) or '—' for cell in columns.values())} |")
     return lines
 
 
-def _work(row: dict[str, Any]) -> str:
-    words = [f"{key}={row[key]}" for key in ("B", "T", "new", "targets") if key in row]
+def _work(row: Row, _: Sequence[Row]) -> str:
+    words = [row["size"]] if row.get("size", "gpt2") != "gpt2" else []
+    words += [f"{key}={row[key]}" for key in ("B", "T", "new", "targets", "r") if key in row]
     if row.get("base_dropout") is False:
         words.append("base dropouts off")
-    return " ".join(words) or "—"
+    return " ".join(words)
 
 
-def _note(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+def _took(row: Row, _: Sequence[Row]) -> str:
+    unit, time = ("ms", row["ms"]) if "ms" in row else ("s", row["seconds"])
+    if not time:
+        return ""
+    return f"{time['median']:.4g} ({time['p10']:.4g}–{time['p90']:.4g}) {unit}"
+
+
+def _limit(row: Row, _: Sequence[Row]) -> str:
+    """Of 790 TFLOP/s, at 4 FLOP a parameter and token: forward, and the gradients of inputs."""
+    if "gpu" not in row or not row.get("tokens_per_s"):
+        return ""
+    return f"{row['tokens_per_s'] * 4 * PARAMETERS[row['size']] / MATMUL:.2f}"
+
+
+def _note(row: Row, rows: Sequence[Row]) -> str:
+    if "failed" in row:
+        return row["failed"]
     if "against_one" in row:
         return f"{row['against_one']:.2f} × one adapter"
-    if row["case"].startswith("PEFT") or "tokens_per_s" not in row:
-        return ""
+    notes: list[str] = []
+    if row["case"].endswith("compiled") and row.get("targets") == "all":
+        one = [r for r in rows if r["case"] == "ours compiled, c_attn" and _same(r, row)]
+        notes += [f"{_median(row) / _median(r):.2f} × c_attn's time" for r in one]
+        notes += [f"{row['peak_gib'] / r['peak_gib']:.2f} × its memory" for r in one]
+    if not row["case"].startswith("PEFT"):
+        notes += _ratios(row, rows, "tokens_per_s")
+    return ", ".join(notes)
+
+
+def _ratios(row: Row, rows: Sequence[Row], key: str) -> list[str]:
+    checkpointing = "checkpointing" in row["case"]
     peers = [r for r in rows if r["case"].startswith("PEFT") and _same(r, row)]
-    speeds = [r["tokens_per_s"] for r in peers if r.get("tokens_per_s")]
-    if not speeds or not row["tokens_per_s"]:
-        return ""
-    ratios = sorted(row["tokens_per_s"] / speed for speed in speeds)
-    return f"{' and '.join(f'{r:.2f}' for r in ratios)} × PEFT"
+    return [
+        f"{row[key] / r[key]:.2f} × {r['case']}"
+        for r in peers
+        if r.get(key) and row.get(key) and checkpointing == ("checkpointing" in r["case"])
+    ]
 
 
-def _same(peer: dict[str, Any], row: dict[str, Any]) -> bool:
+def _median(row: Row) -> float:
+    return row["ms"]["median"]
+
+
+def _same(peer: Row, row: Row) -> bool:
     keys = ("B", "T", "size", "targets", "r", "base_dropout", "prompt")
     return all(peer.get(key) == row.get(key) for key in keys)
+
+
+def _number(key: str, form: str = ",") -> Cell:
+    return lambda row, _: f"{row[key]:{form}}" if row.get(key) else ""
+
+
+def _case(row: Row, _: Sequence[Row]) -> str:
+    return row["case"]
+
+
+TIMED = {
+    "work": _work,
+    "case": _case,
+    "median (p10–p90)": _took,
+    "tokens/s": _number("tokens_per_s"),
+    "of the limit": _limit,
+    "peak GiB": _number("peak_gib", ".2f"),
+    "loss": _number("loss"),
+    "note": _note,
+}
+COLUMNS: dict[str, dict[str, Cell]] = {
+    "routing": {"work": _work, "case": _case, "median (p10–p90)": _took, "note": _note},
+    "startup": {"case": _case, "median (p10–p90)": _took},
+    "article_run": {"case": _case, "median (p10–p90)": _took},
+    "decode": {
+        "work": _work,
+        "case": _case,
+        "whole call": _took,
+        "its tokens/s": _number("tokens_per_s"),
+        "tokens/s once it runs": _number("steady_tokens_per_s"),
+        "same tokens": _number("same_tokens_as_ours", ".0%"),
+        "note": lambda row, rows: (
+            "" if row["case"] == "PEFT" else ", ".join(_ratios(row, rows, "steady_tokens_per_s"))
+        ),
+    },
+    "memory": {"work": _work, "case": _case, "kept for backward, MiB": _number("kept_mib")},
+    "kernels": {
+        "work": _work,
+        "case": _case,
+        "ms": _number("kernel_ms", ".2f"),
+        "kernels": _number("kernels"),
+    },
+    "curve": {
+        "base": _case,
+        "mean loss of each tenth of the run": lambda row, _: " · ".join(map(str, row["curve"])),
+        "last 100 steps": _number("end"),
+        "after it, without dropout": _number("end_without_dropout"),
+    },
+}
+
+
+# --- plots ----------------------------------------------------------------------------------------
+
+
+def _plots(rows: Sequence[Row]) -> list[str]:
+    """Speed and memory over batch, length, rank and model size."""
+    links: list[str] = []
+    for key, label in (("tokens_per_s", "tokens/s"), ("peak_gib", "peak memory, GiB")):
+        figure = Figure(figsize=(11, 2.8), layout="constrained")
+        for axes, (axis, title) in zip(figure.subplots(1, len(AXES)), AXES.items(), strict=True):
+            points = [row for row in rows if row["axis"] == axis]
+            names = [str(row[axis]).removeprefix("gpt2-") for row in points]
+            axes.plot(names, [row[key] for row in points], "o-")
+            axes.set(xlabel=title, ylabel=label, ylim=(0, None))
+        path = HERE.parent / "docs" / f"growth-{key}.png"
+        figure.savefig(path, dpi=110)
+        links.append(f"![{label}](../docs/{path.name})")
+    return links
 
 
 if __name__ == "__main__":

@@ -20,13 +20,13 @@ def main() -> None:
     on_gpu = a.device != "cpu"
     dtype = torch.bfloat16 if on_gpu else torch.float32
 
-    def our_model() -> Any:
+    def our_model(targets: str = a.targets) -> Any:
         return models.ours(
-            a.size, a.device, dtype, targets=a.targets, r=a.r, base_dropout=bool(a.base_dropout)
+            a.size, a.device, dtype, targets=targets, r=a.r, base_dropout=bool(a.base_dropout)
         )
 
-    def build_ours(**config: Any) -> Callable[[], Any]:
-        model = our_model()
+    def build_ours(targets: str = a.targets, **config: Any) -> Callable[[], Any]:
+        model = our_model(targets)
         return models.OurStep(model, models.batch(model, a.B, a.T), **config)
 
     def build_peft(kind: torch.dtype, checkpointing: bool = False, **how: Any) -> Any:
@@ -43,6 +43,8 @@ def main() -> None:
             "ours compiled": lambda: build_ours(compile=True),
             "ours compiled, checkpointing": lambda: build_ours(compile=True, checkpointing=True),
         }
+        if a.targets != "c_attn":
+            cases["ours compiled, c_attn"] = lambda: build_ours("c_attn", compile=True)
     if a.against:
         cases["PEFT"] = lambda: build_peft(torch.float32, autocast=on_gpu)
         if on_gpu:
@@ -62,6 +64,8 @@ def main() -> None:
             for _ in range(a.warmup - 1):
                 step()
             last = step()
+            if isinstance(step, models.OurStep):
+                step.forget()
             peak = harness.peak_gib(step, a.device, resident)
             facts[name] = {"peak_gib": peak, "loss": round(float(last.flatten()[0]), 4)}
         except Exception as error:  # a case that cannot run is a result too
