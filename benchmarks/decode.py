@@ -6,7 +6,6 @@ python -m benchmarks.decode --B 32 --against peft
 from __future__ import annotations
 
 import copy
-import time
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ import lora
 from benchmarks import harness, models
 from gpt2.generate import _Decoding
 
-STEADY = 32  # steps timed together
+SPANS = 5  # timed stretches of up to 32 tokens
 
 
 def main() -> None:
@@ -43,9 +42,14 @@ def main() -> None:
         run()
     texts = {name: run() for name, run in runs.items()}
     times = harness.interleaved(runs, a.repeats, a.device)
-    steady = {
-        name: _steady(which, prompts, config, on_gpu)
+    tokens = min(32, (a.new - 2) // SPANS)
+    spans = {
+        name: _steps(which, prompts, config, on_gpu, tokens)
         for name, which in (("ours", model), ("ours merged", folded))
+    }
+    steady = {
+        name: ms["median"] / tokens
+        for name, ms in harness.interleaved(spans, SPANS, a.device).items()
     }
     if a.against:
         more = times["PEFT"]["median"] - times.pop("PEFT, a quarter")["median"]
@@ -73,25 +77,24 @@ def main() -> None:
         )
 
 
-@torch.no_grad()
-def _steady(
-    model: gpt2.GPT2, prompts: list[list[int]], config: gpt2.GenerateConfig, on_gpu: bool
-) -> float:
-    """Milliseconds a token once the prompt is read and the step captured: the median of three."""
-    tokens = min(STEADY, (config.max_new_tokens - 2) // 3)
-    decoding = _Decoding(model.eval(), prompts, config, on_gpu)
-    decoding.step()
-    spans: list[float] = []
-    for _ in range(3):
-        if on_gpu:
-            torch.cuda.synchronize()
-        began = time.perf_counter()
+def _steps(
+    model: gpt2.GPT2,
+    prompts: list[list[int]],
+    config: gpt2.GenerateConfig,
+    on_gpu: bool,
+    tokens: int,
+) -> Any:
+    """So many tokens a row, with the prompt read and the step captured."""
+    with torch.no_grad():
+        decoding = _Decoding(model.eval(), prompts, config, on_gpu)
+        decoding.step()
+
+    @torch.no_grad()
+    def run() -> None:
         for _ in range(tokens):
             decoding.step()
-        if on_gpu:
-            torch.cuda.synchronize()
-        spans.append((time.perf_counter() - began) * 1e3 / tokens)
-    return sorted(spans)[1]
+
+    return run
 
 
 def _peft(model: gpt2.GPT2, prompts: list[list[int]], dtype: torch.dtype) -> Any:

@@ -29,20 +29,17 @@ def main() -> None:
     elif a.axis == "size":
         usual |= {"B": 8}
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    runs: dict[str, Any] = {}
-    peaks: dict[str, float | None] = {}
     for value in (GPU if on_gpu else CPU)[a.axis]:
         case = usual | {a.axis: value}
-        resident = torch.cuda.memory_allocated() if on_gpu else 0
         model = models.ours(case["size"], a.device, dtype, r=case["r"])
         step = models.OurStep(model, models.batch(model, case["B"], case["T"]), compile=on_gpu)
         for _ in range(a.warmup):
             step()
         step.forget()
-        peaks[str(value)], runs[str(value)] = harness.peak_gib(step, a.device, resident), step
-    times = harness.interleaved(runs, a.repeats, a.device)
-    for value, ms in times.items():
-        case = usual | {a.axis: value}
+        peak = harness.peak_gib(step, a.device)
+        ms = harness.interleaved({"ours": step}, a.repeats, a.device)["ours"]
+        del model, step
+        harness.free()
         harness.emit(
             "growth",
             a.out,
@@ -50,8 +47,8 @@ def main() -> None:
             axis=a.axis,
             **case,
             ms=ms,
-            tokens_per_s=round(int(case["B"]) * int(case["T"]) / ms["median"] * 1e3),
-            peak_gib=peaks[value],
+            tokens_per_s=round(case["B"] * case["T"] / ms["median"] * 1e3),
+            peak_gib=peak,
         )
 
 

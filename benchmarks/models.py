@@ -12,6 +12,7 @@ from torch import Tensor
 import gpt2
 import lora
 from gpt2.data import Batch
+from gpt2.graphs import GraphedCalls
 from gpt2.train import Stepper, TrainConfig
 
 ALL = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
@@ -106,7 +107,7 @@ class OurStep:
     def forget(self) -> None:
         """Drop the CUDA graph: the next call captures one, and shows what memory a step takes."""
         if self.stepper.graphs is not None:
-            self.stepper.graphs.captured.clear()
+            self.stepper.graphs = GraphedCalls()
 
 
 class PeftStep:

@@ -127,7 +127,14 @@ class _Decoding:
         graphed = device.type == "cuda" and config.max_new_tokens >= GRAPHED
         self.fixed = compile or graphed
         self._add(logits)
-        self.step = GraphedCalls(self._step, self._state) if graphed else self._step
+        self.graphs = GraphedCalls() if graphed else None
+
+    def step(self) -> None:
+        """Add a token to each row."""
+        if self.graphs is None:
+            self._step()
+        else:
+            self.graphs(self._step, self._state)
 
     def _step(self) -> Tensor:
         if self.fixed:  # the same shapes each time: the mask hides the slots not yet filled

@@ -74,44 +74,58 @@ class RandomState:
 
 
 class GraphedCalls:
-    """A function of tensors that is captured once a set of shapes and replayed from then on.
+    """Calls of one function that are captured once a set of shapes and replayed from then on.
 
-    Args:
-        function: of tensors, to a tensor; it must ask nothing of the device.
-        state: gives the tensors that the function changes, so that capturing can undo what its
-            trial runs did to them. Tensors that appear in the course of a trial begin as zeros.
+    Nothing of the function is kept, so that an owner who is dropped takes the graphs along at once:
+    CUDA refuses to destroy a graph, as a garbage collector would, while another is being captured.
     """
 
-    def __init__(self, function: Callable[..., Tensor], state: Callable[[], list[Tensor]]) -> None:
-        self.function, self.state = function, state
+    def __init__(self) -> None:
         self.captured: dict[tuple[Any, ...], tuple[Any, tuple[Tensor, ...], Tensor]] = {}
         self.pool: Any = None  # memory that all graphs share, since one runs at a time
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        """What the function gives for these inputs; it lasts until the next call."""
+    def __call__(
+        self,
+        function: Callable[..., Tensor],
+        state: Callable[[], list[Tensor]],
+        *inputs: Tensor,
+    ) -> Tensor:
+        """What the function gives for these inputs; it lasts until the next call.
+
+        Args:
+            function: of tensors, to a tensor; it must ask nothing of the device.
+            state: gives the tensors that the function changes, so that capturing can undo what its
+                trial runs did to them. Tensors that appear in the course of a trial begin as zeros.
+            inputs: what the function is given.
+        """
         key = tuple((*t.shape, t.dtype) for t in inputs)
         if key not in self.captured:
-            self.captured[key] = self._capture(inputs)
+            self.captured[key] = self._capture(function, state, inputs)
         graph, held, output = self.captured[key]
         for slot, value in zip(held, inputs, strict=True):
             slot.copy_(value)
         graph.replay()
         return output
 
-    def _capture(self, inputs: tuple[Tensor, ...]) -> tuple[Any, tuple[Tensor, ...], Tensor]:
+    def _capture(
+        self,
+        function: Callable[..., Tensor],
+        state: Callable[[], list[Tensor]],
+        inputs: tuple[Tensor, ...],
+    ) -> tuple[Any, tuple[Tensor, ...], Tensor]:
         held = tuple(t.clone() for t in inputs)
-        before = [t.clone() for t in self.state()]
+        before = [t.clone() for t in state()]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARMUPS):
-                self.function(*held)
+                function(*held)
         torch.cuda.current_stream().wait_stream(stream)
         graph: Any = cast(Any, torch.cuda).CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
-            output = self.function(*held)
+            output = function(*held)
         self.pool = graph.pool()
-        after = self.state()
+        after = state()
         with torch.no_grad():
             for tensor, value in zip(after, before, strict=False):
                 tensor.copy_(value)

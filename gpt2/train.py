@@ -128,7 +128,7 @@ class Stepper:
         self.optimizer.zero_grad()  # of what the caller, or a run that was cut short, left
         self.failed = torch.zeros((), device=self.device)  # 1 after a step that is not finite
         self.randomness = RandomState(config.seed, self.device)
-        self.graphs = GraphedCalls(self._step, self._state) if on_gpu else None
+        self.graphs = GraphedCalls() if on_gpu else None
 
     def __call__(self, batches: Sequence[Batch], lr: float) -> Tensor:
         """Take a step; returns its loss and gradient norm, `(2,)`, still on the device.
@@ -144,7 +144,7 @@ class Stepper:
         inputs = [share, *(t for batch in moved for t in (batch.idx, batch.labels))]
         with self.randomness:
             if self.graphs is not None and self._graphed(batches):
-                return self.graphs(*inputs).clone()
+                return self.graphs(self._step, self._state, *inputs).clone()
             return self._step(*inputs)
 
     def _step(self, share: Tensor, *ids_and_labels: Tensor) -> Tensor:
