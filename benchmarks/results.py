@@ -78,7 +78,7 @@ def _note(row: Row, rows: Sequence[Row]) -> str:
         return row["failed"]
     if "against_one" in row:
         return f"{row['against_one']:.2f} × one adapter"
-    notes: list[str] = []
+    notes = ["earlier commit"] if row.get("earlier") else []
     if row["case"].endswith("compiled") and row.get("targets") == "all":
         one = [r for r in rows if r["case"] == "ours compiled, c_attn" and _same(r, row)]
         notes += [f"{_median(row) / _median(r):.2f} × c_attn's time" for r in one]
@@ -168,7 +168,14 @@ def _plots(rows: Sequence[Row]) -> list[str]:
             points = [row for row in rows if row["axis"] == axis]
             names = [str(row[axis]).removeprefix("gpt2-") for row in points]
             axes.plot(names, [row[key] for row in points], "o-")
-            axes.set(xlabel=title, ylabel=label, ylim=(0, None))
+            if key == "tokens_per_s":  # from the 10th to the 90th percentile of the time
+                spread = [
+                    [row[key] * row["ms"]["median"] / row["ms"][end] for row in points]
+                    for end in ("p90", "p10")
+                ]
+                axes.fill_between(names, *spread, alpha=0.25)
+            axes.set(xlabel=title, ylabel=label)
+            axes.set_ylim(0, 1.1 * axes.dataLim.y1)
         path = HERE.parent / "docs" / f"growth-{key}.png"
         figure.savefig(path, dpi=110)
         links.append(f"![{label}](../docs/{path.name})")

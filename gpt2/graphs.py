@@ -122,8 +122,13 @@ class GraphedCalls:
                 function(*held)
         torch.cuda.current_stream().wait_stream(stream)
         graph: Any = cast(Any, torch.cuda).CUDAGraph()
+        # The scratch memory of cuBLAS then comes from this graph's pool, not from an earlier one's,
+        # which may be gone before this graph is.
+        forget_scratch: Any = cast(Any, torch)._C._cuda_clearCublasWorkspaces
+        forget_scratch()
         with torch.cuda.graph(graph, pool=self.pool):
             output = function(*held)
+        forget_scratch()
         self.pool = graph.pool()
         after = state()
         with torch.no_grad():

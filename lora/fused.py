@@ -132,10 +132,14 @@ def _up(
     dh: Tensor, rows: Tensor, keep: Tensor | None, a: Tensor, p: float, needs_dx: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of A and of the input from that of `drop(x) Aᵀ`, `(N, r)`."""
-    scale = None if keep is None else keep.to(dh.dtype) * (1 / (1 - p))
-    da = dh.t() @ (rows if scale is None else rows * scale)
-    dx = dh @ a.to(dh.dtype) if needs_dx else None
-    return da.to(a.dtype), dx if dx is None or scale is None else dx * scale
+    da = dh.t() @ _masked(rows, keep, p)
+    dx = _masked(dh @ a.to(dh.dtype), keep, p) if needs_dx else None
+    return da.to(a.dtype), dx
+
+
+def _masked(x: Tensor, keep: Tensor | None, p: float) -> Tensor:
+    """What dropout did to the input, done to `x`."""
+    return x if keep is None else torch.where(keep, x * (1 / (1 - p)), 0)
 
 
 def _rows(x: Tensor) -> Tensor:
