@@ -20,10 +20,14 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
     On a CPU `p` is rounded to a multiple of 2⁻¹⁶, in compiled code for a GPU to one of 2⁻³².
     """
-    compiling = torch.compiler.is_compiling()
-    if p == 0 or (x.is_cuda and not compiling):
+    if p == 0:
+        return x
+    if x.device.type == "cpu":
+        keep = drawn_mask(x, p)
+    elif x.is_cuda and torch.compiler.is_compiling():
+        keep = hashed_mask(x, p)
+    else:
         return F.dropout(x, p)
-    keep = hashed_mask(x, p) if x.is_cuda else drawn_mask(x, p)
     return torch.where(keep, x * (1 / (1 - p)), 0)
 
 

@@ -11,8 +11,6 @@ from torch import Tensor
 
 WARMUPS = 2  # runs before a capture, in which libraries and caches settle
 VARIANTS = 64  # graphs that may be compiled of one function: a shape and a kind of layer each
-
-
 PADDED = 32  # lengths of compiled and captured work are multiples of this at least
 
 

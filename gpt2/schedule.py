@@ -78,8 +78,8 @@ class TrainConfig:
             faults.append(f"warmup_ratio must be in [0, 1], got {self.warmup_ratio!r}")
         if self.schedule not in SCHEDULES:
             faults.append(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
-        if self.cuda_graph and self.accumulate > 1:
-            faults.append("cuda_graph=True takes accumulate=1")
+        if self.cuda_graph and (self.accumulate > 1 or self.checkpointing):
+            faults.append("cuda_graph=True takes accumulate=1 and no checkpointing")
         if faults:
             raise ValueError("TrainConfig: " + "; ".join(faults) + ".")
 

@@ -16,9 +16,12 @@ def drop(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
     Returns:
         The outcome, and booleans that say which elements were kept.
     """
-    if x.is_cuda and not torch.compiler.is_compiling():
+    if x.device.type == "cpu":
+        keep = _drawn_mask(x, p)
+    elif x.is_cuda and torch.compiler.is_compiling():
+        keep = _hashed_mask(x, p)
+    else:
         return cast(Any, torch).native_dropout(x, p, True)
-    keep = _hashed_mask(x, p) if x.is_cuda else _drawn_mask(x, p)
     return torch.where(keep, x * (1 / (1 - p)), 0), keep
 
 

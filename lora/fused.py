@@ -66,11 +66,10 @@ class _AddUpdate(torch.autograd.Function):
         return dy, None if dx is None else dx.view(*dy.shape[:-1], -1), da, db, None, None
 
 
-def pays_wide(x: Tensor, b: Tensor) -> bool:
+def pays_wide(x: Tensor, rank: int) -> bool:
     """Whether `wide_linear` is worth it: in a large training step on a GPU, if well aligned."""
-    rows, width = x.numel() // x.shape[-1], x.shape[-1] + b.shape[1]
-    training = torch.is_grad_enabled() and b.requires_grad
-    return training and x.is_cuda and rows >= WIDE and width % 8 == 0
+    width = x.shape[-1] + rank
+    return x.is_cuda and torch.is_grad_enabled() and len(_rows(x)) >= WIDE and width % 8 == 0
 
 
 def wide_linear(

@@ -193,7 +193,11 @@ class LoRALinear(nn.Module):
             and not any(vars(base)[name] for name in hooks)
             and not any(p.requires_grad for p in base.parameters())
             and _can_fuse(x, self.weight_out_in)
-            and all(pays_wide(x, update.factors()[1]) for update, _ in self.active_updates())
+            and all(
+                # A frozen update is inference, which at birth is the base's to the bit.
+                update.A.requires_grad and pays_wide(x, update.plain_config().r)
+                for update, _ in self.active_updates()
+            )
         )
 
     def _wide_forward(self, x: Tensor) -> Tensor:

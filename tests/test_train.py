@@ -629,6 +629,7 @@ def test_any_map_from_ids_to_logits_can_be_trained():
         ({"steps": 1, "warmup_ratio": math.nan}, r"warmup_ratio must be in \[0, 1\]"),
         ({"steps": 1, "schedule": "step"}, "schedule must be one of linear, cosine, constant"),
         ({"steps": 1, "cuda_graph": True, "accumulate": 2}, "cuda_graph=True takes accumulate=1"),
+        ({"steps": 1, "cuda_graph": True, "checkpointing": True}, "and no checkpointing"),
     ],
     ids=str,
 )
