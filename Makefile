@@ -26,11 +26,10 @@ lint: $(VENV)/.check
 bench: $(VENV)/.test
 	rm -f $(CPU)
 	$(BIN)/python -m benchmarks.train_step --B 1 --T 22 --repeats 9 $(BENCH)
-	$(BIN)/python -m benchmarks.train_step --B 4 --T 128 --repeats 5 --warmup 1 $(BENCH)
+	$(BIN)/python -m benchmarks.train_step --B 4 --T 128 --repeats 4 --warmup 1 $(BENCH)
 	$(BIN)/python -m benchmarks.decode --new 24 --peft_new 24 --repeats 4 $(BENCH)
-	$(BIN)/python -m benchmarks.routing --repeats 5 $(BENCH)
+	$(BIN)/python -m benchmarks.routing --repeats 3 $(BENCH)
 	$(BIN)/python -m benchmarks.memory $(BENCH)
-	$(BIN)/python -m benchmarks.growth --axis T --repeats 2 $(BENCH)
 	$(BIN)/python -m benchmarks.startup --repeats 3 $(BENCH)
 	$(BIN)/python -m benchmarks.results
 
