@@ -65,6 +65,11 @@ class LowRankUpdate(nn.Module):
         """A `(r, in)` and B `(out, r)` as they stand in the formula."""
         return self.A, self.B
 
+    @property
+    def drop_rate(self) -> float:
+        """The probability of dropout in the mode that the update is in."""
+        return self.config.dropout if self.training else 0.0
+
     def plain_config(self) -> UpdateConfig:
         """The config that goes with `factors()`."""
         return self.config
@@ -90,8 +95,8 @@ class LowRankUpdate(nn.Module):
 
     def down(self, x: Tensor, a: Tensor) -> Tensor:
         """`drop(x) Aᵀ`, `(…, r)`."""
-        if self.training and self.config.dropout:
-            x, _ = drop(x, self.config.dropout)
+        if self.drop_rate:
+            x, _ = drop(x, self.drop_rate)
         return F.linear(x, a.to(x.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -177,7 +182,7 @@ class LoRALinear(nn.Module):
         for update, weight in self.active_updates():
             if self.fused and _can_fuse(x, y):
                 a, b = update.factors()
-                y = add_update(y, x, a, b, weight * update.config.scaling, _dropout(update))
+                y = add_update(y, x, a, b, weight * update.config.scaling, update.drop_rate)
             else:
                 u = update(x).to(y.dtype)  # an embedding has no input dtype to follow
                 y = y + (u if weight == 1 else weight * u)
@@ -205,7 +210,7 @@ class LoRALinear(nn.Module):
         scaling = weight * update.config.scaling
         bias = cast(Tensor | None, self.base.bias)
         a, b = update.factors()
-        return wide_linear(x, self.weight_out_in, bias, a, b, scaling, _dropout(update))
+        return wide_linear(x, self.weight_out_in, bias, a, b, scaling, update.drop_rate)
 
     def active_updates(self) -> Iterable[tuple[LowRankUpdate, float]]:
         """The updates in force, each with its weight in the sum."""
@@ -240,7 +245,3 @@ def _can_fuse(x: Tensor, y: Tensor) -> bool:
     """Whether the fast path takes this input, for an output like `y`: not ids, not autocast."""
     device = x.device.type
     return x.dtype == y.dtype and not (device != "meta" and torch.is_autocast_enabled(device))
-
-
-def _dropout(update: LowRankUpdate) -> float:
-    return update.config.dropout if update.training else 0.0

@@ -191,7 +191,7 @@ def _agreement(unmerged: Tensor, merged: Tensor) -> Agreement:
 
 
 def _drops(layer: LoRALinear) -> bool:
-    return any(u.training and u.config.dropout > 0 for u, _ in layer.active_updates())
+    return any(update.drop_rate > 0 for update, _ in layer.active_updates())
 
 
 def _where_not_finite(path: str, layer: LoRALinear, merged: Tensor) -> str:
