@@ -12,7 +12,7 @@ import torch
 import gpt2
 import lora
 from benchmarks import harness
-from gpt2.data import collate
+from gpt2.data.batches import collate
 
 END = 100  # steps whose mean loss counts as the end
 

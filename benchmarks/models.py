@@ -11,9 +11,10 @@ from torch import Tensor
 
 import gpt2
 import lora
-from gpt2.data import Batch
-from gpt2.graphs import GraphedCalls
-from gpt2.train import Stepper, TrainConfig
+from gpt2.data.batches import Batch
+from gpt2.fast.graphs import GraphedCalls
+from gpt2.training.config import TrainConfig
+from gpt2.training.step import Stepper
 
 ALL = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 TARGETS = {"c_attn": ("attn.c_attn",), "all": ALL}

@@ -2,14 +2,17 @@
 
 from gpt2.cache import KVCache
 from gpt2.config import SIZES, GPT2Config
-from gpt2.data import Batch, Dataset, Example, batches, encode, from_texts, read_jsonl
-from gpt2.generate import generate, stream
-from gpt2.loss import IGNORE, next_token_loss, summed_loss
+from gpt2.data.batches import Batch, batches
+from gpt2.data.examples import Example, from_texts, read_jsonl
+from gpt2.data.tokens import Dataset, encode
+from gpt2.generation import generate, stream
 from gpt2.model import GPT2, Conv1D
 from gpt2.sampling import GenerateConfig
-from gpt2.schedule import TrainConfig, learning_rate, total_steps
 from gpt2.tokenizer import Tokenizer
-from gpt2.train import StepRecord, train
+from gpt2.training.config import TrainConfig
+from gpt2.training.loop import StepRecord, train
+from gpt2.training.loss import IGNORE, next_token_loss, summed_loss
+from gpt2.training.schedule import learning_rate, total_steps
 
 __all__ = [
     "GPT2",

@@ -18,9 +18,9 @@ from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVa
 
 from gpt2.cache import KVCache, LayerCache, Place
 from gpt2.config import GPT2Config
-from gpt2.dropout import Dropout, dropout
-from gpt2.graphs import compiled
-from gpt2.linear import linear
+from gpt2.fast.compiling import compiled
+from gpt2.fast.dropout import Dropout, dropout
+from gpt2.fast.products import linear
 
 FEW = 64  # rows up to which a GPU makes logits faster as (V, rows), since V is odd
 

@@ -18,8 +18,8 @@ from torch.func import functional_call  # pyright: ignore[reportUnknownVariableT
 from torch.nn import functional as F
 
 from lora.config import UpdateConfig
-from lora.dropout import drop
-from lora.fused import add_update, pays_wide, wide_linear
+from lora.fast.dropout import drop
+from lora.fast.forms import add_update, pays_wide, wide_linear
 from lora.layout import is_conv1d, out_in_view, why_not_adaptable, widest_float
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora.adapters import Mixture, adapter_names, as_mixture
+from lora.bank import Mixture, adapter_names, as_mixture
 from lora.layer import EmbeddingUpdate, LoRALinear, LowRankUpdate
 from lora.layout import widest_float
 from lora.targets import refuse_merged, require_layers

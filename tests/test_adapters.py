@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import sys
 
 import pytest
 import torch
 
 import lora
+from lora import merging
 from tests.toys import TINY, randomize, raw, snapshot, tiny_gpt2
 
-merging = sys.modules["lora.merge"]  # `lora.merge` is the function
 IDX = torch.randint(0, TINY.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
@@ -66,7 +65,7 @@ def test_only_active_adapters_require_grad():
 @pytest.mark.parametrize("mixture", [{"legal": 0.7, "poet": 0.3}, {"legal": -2}, {"poet": 0.0}, {}])
 def test_a_mixture_is_the_weighted_sum_merged_or_not(mixture):
     model = bank()
-    parts = [(w, lora.deltas(lora.factors(model, n))) for n, w in mixture.items()]
+    parts = [(w, lora.algebra.deltas(lora.algebra.factors(model, n))) for n, w in mixture.items()]
     lora.activate(model, mixture)
     want = dense(parts)
     torch.testing.assert_close(model(IDX), want, rtol=1e-11, atol=1e-11)
@@ -115,7 +114,7 @@ def test_remove_keeps_the_others_and_gives_bases_back():
 def test_what_would_go_stale_is_refused(state, tmp_path):
     model = bank()
     lora.save(model, tmp_path, adapter="legal")
-    value = lora.factors(model, "legal")
+    value = lora.algebra.factors(model, "legal")
     context = {
         "merged": lora.merged(model),
         "routed": lora.routed(model, ["legal", None]),
@@ -124,7 +123,7 @@ def test_what_would_go_stale_is_refused(state, tmp_path):
     adding = [
         lambda: lora.inject(model, r=1, adapter="new"),
         lambda: lora.load(model, tmp_path, adapter="new"),
-        lambda: lora.implant(model, value, "new"),
+        lambda: lora.algebra.implant(model, value, "new"),
     ]
     changing = [
         lambda: lora.activate(model, "legal"),
@@ -231,7 +230,7 @@ def test_names_that_are_refused(name):
 def test_the_report_is_the_rounding_error_of_each_layer(dtype):
     model = bank(dtype)
     lora.activate(model, {"legal": 0.5, "poet": 2.0})
-    values = {n: lora.deltas(lora.factors(model, n)) for n in ("legal", "poet")}
+    values = {n: lora.algebra.deltas(lora.algebra.factors(model, n)) for n in ("legal", "poet")}
     report = lora.merge(model)
     assert report.agreement is None
     assert set(report.layers) == set(values["poet"])

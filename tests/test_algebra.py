@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lora
-from lora import Factors
+from lora import algebra
+from lora.algebra import Factors
 from tests.test_peft import peft_model, theirs_of
 from tests.toys import MLP, TINY, randomize, raw, snapshot, tiny_gpt2
 
@@ -36,7 +37,7 @@ def values(draw) -> dict[str, Factors]:
 
 
 def same(got: dict[str, Factors], want: dict[str, torch.Tensor], **tolerance) -> None:
-    deltas = lora.deltas(got)
+    deltas = algebra.deltas(got)
     assert deltas.keys() == want.keys()
     for path, delta in want.items():
         torch.testing.assert_close(deltas[path], delta, **(tolerance or EXACT))
@@ -56,32 +57,35 @@ weights = st.floats(-3, 3)
 
 @given(values(), values(), values(), weights)
 def test_the_identities(a, b, c, w):
-    same(lora.add(a, b), summed((a, 1), (b, 1)))
-    same(lora.add(b, a), lora.deltas(lora.add(a, b)))
-    same(lora.add(lora.add(a, b), c), lora.deltas(lora.add(a, lora.add(b, c))))
-    same(lora.scale(lora.add(a, b), w), lora.deltas(lora.add(lora.scale(a, w), lora.scale(b, w))))
-    same(lora.scale(lora.scale(a, w), 0.5), summed((a, w / 2)))
-    same(lora.subtract(a, b), summed((a, 1), (b, -1)))
-    same(lora.subtract(a, a), summed((a, 0)))
-    same(lora.subtract(lora.add(a, b), b), summed((a, 1), (b, 0)))
-    same(lora.combine([(a, w), (b, 0.3), (c, -1)]), summed((a, w), (b, 0.3), (c, -1)))
-    same(lora.scale(a, 1), lora.deltas(a))
+    same(algebra.add(a, b), summed((a, 1), (b, 1)))
+    same(algebra.add(b, a), algebra.deltas(algebra.add(a, b)))
+    same(algebra.add(algebra.add(a, b), c), algebra.deltas(algebra.add(a, algebra.add(b, c))))
+    same(
+        algebra.scale(algebra.add(a, b), w),
+        algebra.deltas(algebra.add(algebra.scale(a, w), algebra.scale(b, w))),
+    )
+    same(algebra.scale(algebra.scale(a, w), 0.5), summed((a, w / 2)))
+    same(algebra.subtract(a, b), summed((a, 1), (b, -1)))
+    same(algebra.subtract(a, a), summed((a, 0)))
+    same(algebra.subtract(algebra.add(a, b), b), summed((a, 1), (b, 0)))
+    same(algebra.combine([(a, w), (b, 0.3), (c, -1)]), summed((a, w), (b, 0.3), (c, -1)))
+    same(algebra.scale(a, 1), algebra.deltas(a))
 
 
 @given(values(), values())
 def test_arguments_are_left_alone_and_nothing_is_shared_by_change(a, b):
     before = {p: (raw(q.A), raw(q.B)) for p, q in a.items()}
-    lora.add(a, b)
-    lora.scale(a, 3)
-    lora.compress(a, 1)
-    lora.ties([a, b], 0.5)
-    lora.dare([a, b], 0.5, seed=0)
+    algebra.add(a, b)
+    algebra.scale(a, 3)
+    algebra.compress(a, 1)
+    algebra.ties([a, b], 0.5)
+    algebra.dare([a, b], 0.5, seed=0)
     assert {p: (raw(q.A), raw(q.B)) for p, q in a.items()} == before
 
 
 @given(values(), st.integers(1, 8))
 def test_compress_is_the_best_of_its_rank_and_says_the_error(value, r):
-    small = lora.compress(value, r)
+    small = algebra.compress(value, r)
     for path, pair in value.items():
         delta = pair.delta()
         u, s, vt = torch.linalg.svd(delta, full_matrices=False)
@@ -98,22 +102,22 @@ def test_compress_is_the_best_of_its_rank_and_says_the_error(value, r):
 def test_compress_forms_no_dense_delta():
     """A delta of these sizes would take 80 GB."""
     big = {"x": Factors(torch.randn(4, 100_000).double(), torch.randn(100_000, 4).double())}
-    small = lora.compress(big, 2)
+    small = algebra.compress(big, 2)
     assert small.adapter["x"].A.shape == (2, 100_000)
-    twice = lora.compress(lora.add(big, big), 4)
+    twice = algebra.compress(algebra.add(big, big), 4)
     assert twice.errors["x"] < 1e-7
 
 
 def test_the_error_of_nothing_is_nothing():
     zero = {"up": Factors(torch.zeros(2, 4).double(), torch.zeros(5, 2).double())}
-    assert lora.compress(zero, 1).errors == {"up": 0.0}
-    assert not lora.compress(zero, 1).adapter["up"].delta().any()
+    assert algebra.compress(zero, 1).errors == {"up": 0.0}
+    assert not algebra.compress(zero, 1).adapter["up"].delta().any()
 
 
 @pytest.mark.parametrize("r", [0, -1, 2.0, True, None, "2"])
 def test_ranks_that_are_refused(r):
     with pytest.raises(ValueError, match="r must be an integer of at least 1"):
-        lora.compress({"up": Factors(torch.ones(1, 4), torch.ones(5, 1))}, r)
+        algebra.compress({"up": Factors(torch.ones(1, 4), torch.ones(5, 1))}, r)
 
 
 def test_layers_of_other_shapes_are_refused_by_name():
@@ -125,7 +129,7 @@ def test_layers_of_other_shapes_are_refused_by_name():
         "up": Factors(torch.ones(1, 5), torch.ones(5, 1)),
         "x": Factors(torch.ones(1, 2), torch.ones(3, 1)),
     }
-    for call in (lora.add, lora.subtract, lambda *v: lora.ties(v, 0.5)):
+    for call in (algebra.add, algebra.subtract, lambda *v: algebra.ties(v, 0.5)):
         with pytest.raises(
             ValueError, match=r"up: \(5, 4\) and \(5, 5\); x: \(2, 2\) and \(3, 2\)"
         ):
@@ -148,28 +152,30 @@ def bank(dtype: torch.dtype = torch.float64) -> nn.Module:
 @pytest.mark.parametrize("uniform", [False, True])
 def test_saved_and_live_adapters_have_one_value(tmp_path, name, uniform):
     model = bank()
-    live = lora.factors(model, name)
+    live = algebra.factors(model, name)
     lora.save(model, tmp_path, adapter=name, uniform=uniform)
-    same(lora.read(tmp_path), lora.deltas(live))
+    same(algebra.read(tmp_path), algebra.deltas(live))
 
 
 def test_implanting_a_combination_is_activating_the_mixture():
     model = bank()
-    value = lora.combine([(lora.factors(model, "a"), 0.7), (lora.factors(model, "b"), -0.3)])
+    value = algebra.combine(
+        [(algebra.factors(model, "a"), 0.7), (algebra.factors(model, "b"), -0.3)]
+    )
     lora.activate(model, {"a": 0.7, "b": -0.3})
     want = model(IDX)
-    lora.implant(model, value, "both")
+    algebra.implant(model, value, "both")
     assert lora.active(model) == {"both": 1.0}
     torch.testing.assert_close(model(IDX), want, rtol=1e-10, atol=1e-10)
-    same(lora.factors(model, "both"), lora.deltas(value))
+    same(algebra.factors(model, "both"), algebra.deltas(value))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_implant_rounds_to_the_dtype_of_the_factors_and_no_more(dtype):
-    value = lora.factors(bank(), "b")
+    value = algebra.factors(bank(), "b")
     model = tiny_gpt2(dtype=dtype)
-    lora.implant(model, value)
-    back = lora.factors(model)  # float32 factors beside a 16-bit base
+    algebra.implant(model, value)
+    back = algebra.factors(model)  # float32 factors beside a 16-bit base
     for path, pair in value.items():
         assert torch.equal(back[path].A, pair.A.float().double())
         assert torch.equal(back[path].B, pair.B.float().double())
@@ -205,7 +211,7 @@ def test_values_that_cannot_be_implanted(value, words):
     model = tiny_gpt2()
     before = snapshot(model)
     with pytest.raises(ValueError, match=words):
-        lora.implant(model, value)
+        algebra.implant(model, value)
     assert snapshot(model) == before
 
 
@@ -218,14 +224,14 @@ def test_extract_recovers_a_low_rank_fine_tune(kind):
     lora.inject(tuned, r=3, targets="all-linear")
     randomize(tuned)
     x = torch.randn(4, 6).double() if kind == "mlp" else IDX
-    want, deltas = tuned(x), lora.deltas(lora.factors(tuned))
+    want, deltas = tuned(x), algebra.deltas(algebra.factors(tuned))
     lora.eject(tuned, merge=True)
-    found = lora.extract(base, tuned, 3)
+    found = algebra.extract(base, tuned, 3)
     assert max(found.errors.values()) < 1e-12
     same(found.adapter, deltas, rtol=1e-9, atol=1e-9)
-    lora.implant(base, found.adapter)
+    algebra.implant(base, found.adapter)
     torch.testing.assert_close(base(x), want, rtol=1e-8, atol=1e-8)
-    assert min(lora.extract(lora_free(base), tuned, 2).errors.values()) > 1e-3
+    assert min(algebra.extract(lora_free(base), tuned, 2).errors.values()) > 1e-3
 
 
 def lora_free(model: nn.Module) -> nn.Module:
@@ -235,13 +241,13 @@ def lora_free(model: nn.Module) -> nn.Module:
 
 def test_what_cannot_be_extracted():
     with pytest.raises(ValueError, match="The tuned model has no"):
-        lora.extract(tiny_gpt2(), MLP(), 2)
+        algebra.extract(tiny_gpt2(), MLP(), 2)
     with pytest.raises(ValueError, match=r"up: \(6, 6\) and \(9, 6\)"):
-        lora.extract(MLP(), MLP(6, 9), 2)
+        algebra.extract(MLP(), MLP(6, 9), 2)
     with pytest.raises(ValueError, match="Slices cannot be extracted"):
-        lora.extract(tiny_gpt2(), tiny_gpt2(), 2, targets="c_attn[q]")
+        algebra.extract(tiny_gpt2(), tiny_gpt2(), 2, targets="c_attn[q]")
     with pytest.raises(ValueError, match="r must be"):
-        lora.extract(MLP(), MLP(), 0)
+        algebra.extract(MLP(), MLP(), 0)
 
 
 def test_half_a_pair_cannot_be_read(tmp_path):
@@ -251,7 +257,7 @@ def test_half_a_pair_cannot_be_read(tmp_path):
     lora.save(model, tmp_path, adapter="a")
     edit(tmp_path, lambda t: t.pop(f"base_model.model.{A_PATH}.lora_B.weight"))
     with pytest.raises(ValueError, match=f"without a partner: {A_PATH}"):
-        lora.read(tmp_path)
+        algebra.read(tmp_path)
 
 
 # Recipes
@@ -267,16 +273,16 @@ def column(*entries: float) -> dict[str, Factors]:
 def test_ties_trims_elects_and_averages():
     """By hand: keep the 2 largest of 4; the sign with more mass wins; mean over its followers."""
     a, b = column(4, -3, 1, 0.5), column(2, 5, 0.1, -6)
-    merged = lora.ties([a, b], 0.5)["x"].flatten()
+    merged = algebra.ties([a, b], 0.5)["x"].flatten()
     assert merged.tolist() == [4, 5, 0, -6]
-    assert lora.ties([a, b], 1.0)["x"].flatten().tolist() == [3, 5, 0.55, -6]
-    weighted = lora.ties([a, b], 1.0, [1.0, 0.5])["x"].flatten()
+    assert algebra.ties([a, b], 1.0)["x"].flatten().tolist() == [3, 5, 0.55, -6]
+    weighted = algebra.ties([a, b], 1.0, [1.0, 0.5])["x"].flatten()
     assert weighted.tolist() == [2.5, -3, 0.525, -3]
 
 
 @given(values(), st.floats(0.01, 1))
 def test_ties_of_one_keeps_the_largest_entries(value, density):
-    for path, merged in lora.ties([value], density).items():
+    for path, merged in algebra.ties([value], density).items():
         delta = value[path].delta()
         kept = math.ceil(density * delta.numel())
         assert merged.count_nonzero() == kept
@@ -288,28 +294,28 @@ def test_ties_of_one_keeps_the_largest_entries(value, density):
 
 @given(values(), values())
 def test_at_full_density_ties_of_equals_and_dare_are_the_sum(a, b):
-    for path, merged in lora.ties([a, a, a], 1.0).items():
+    for path, merged in algebra.ties([a, a, a], 1.0).items():
         torch.testing.assert_close(merged, a[path].delta(), **EXACT)
     sums = summed((a, 2), (b, -1))
-    for path, merged in lora.dare([a, b], 1.0, [2, -1], seed=0).items():
+    for path, merged in algebra.dare([a, b], 1.0, [2, -1], seed=0).items():
         torch.testing.assert_close(merged, sums[path], **EXACT)
 
 
 def test_dare_keeps_the_mean_and_follows_its_seed():
     value = column(*range(1, 9))
-    drawn = torch.stack([lora.dare([value], 0.25, seed=s)["x"] for s in range(2000)])
+    drawn = torch.stack([algebra.dare([value], 0.25, seed=s)["x"] for s in range(2000)])
     want = value["x"].delta()
     assert ((drawn == 0) | torch.isclose(drawn, 4 * want)).all()
     share = (drawn != 0).double().mean().item()
     assert share == pytest.approx(0.25, abs=0.02)
     torch.testing.assert_close(drawn.mean(0), want, rtol=0.2, atol=0)  # 2000 draws: sd 4 %
-    assert torch.equal(lora.dare([value], 0.25, seed=7)["x"], drawn[7])
+    assert torch.equal(algebra.dare([value], 0.25, seed=7)["x"], drawn[7])
     before = torch.get_rng_state()
-    lora.dare([value], 0.25, seed=7)
+    algebra.dare([value], 0.25, seed=7)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("recipe", [lora.ties, lambda *a: lora.dare(*a, seed=0)])
+@pytest.mark.parametrize("recipe", [algebra.ties, lambda *a: algebra.dare(*a, seed=0)])
 def test_recipes_refuse(recipe):
     value = column(1, 2)
     for density in (0, -1, 1.01, float("nan"), "x", None, True):
@@ -324,10 +330,10 @@ def test_recipes_refuse(recipe):
 
 def test_a_recipe_ends_as_an_adapter():
     model = bank()
-    dense = lora.ties([lora.factors(model, "a"), lora.factors(model, "b")], 0.3)
-    best = lora.approximate(dense, 16)
+    dense = algebra.ties([algebra.factors(model, "a"), algebra.factors(model, "b")], 0.3)
+    best = algebra.approximate(dense, 16)
     assert max(best.errors.values()) < 1e-12
-    lora.implant(model, best.adapter, "ties")
+    algebra.implant(model, best.adapter, "ties")
     assert lora.active(model) == {"ties": 1.0}
 
 
@@ -349,9 +355,11 @@ def test_combine_is_pefts_cat_where_it_is_exact(tmp_path_factory, scale, ranks):
     theirs.load_adapter(folder / "b", "b")
     theirs.add_weighted_adapter(["a", "b"], list(scale), "both", combination_type="cat")
     theirs.set_adapter("both")
-    both = lora.combine([(lora.read(folder / n), w) for n, w in zip("ab", scale, strict=True)])
+    both = algebra.combine(
+        [(algebra.read(folder / n), w) for n, w in zip("ab", scale, strict=True)]
+    )
     plain = tiny_gpt2()
-    lora.implant(plain, both)
+    algebra.implant(plain, both)
     torch.testing.assert_close(plain(IDX), theirs.eval()(IDX).logits, rtol=1e-4, atol=1e-4)
 
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import nn
 
 import lora
-from lora import checkpoint
+from lora.disk import checkpoint
 from tests.toys import MLP, TINY, randomize, raw, snapshot, tiny_gpt2
 
 IDX = torch.randint(0, TINY.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2 import IGNORE, Batch, Dataset, Example, batches, encode, from_texts, read_jsonl
-from gpt2.data import collate
+from gpt2.data.batches import collate
 
 TEXTS = [
     "Q: How do transformers work?\nA: Transformers process sequences using self-attention.",

@@ -7,15 +7,15 @@ import math
 import pytest
 import torch
 
-import gpt2.dropout
-import lora.dropout
-from gpt2.dropout import Dropout
+import gpt2.fast.dropout
+import lora.fast.dropout
+from gpt2.fast.dropout import Dropout
 
 MASKS = {
-    "gpt2 drawn": gpt2.dropout.drawn_mask,
-    "gpt2 hashed": gpt2.dropout.hashed_mask,
-    "lora drawn": lora.dropout._drawn_mask,
-    "lora hashed": lora.dropout._hashed_mask,
+    "gpt2 drawn": gpt2.fast.dropout.drawn_mask,
+    "gpt2 hashed": gpt2.fast.dropout.hashed_mask,
+    "lora drawn": lora.fast.dropout._drawn_mask,
+    "lora hashed": lora.fast.dropout._hashed_mask,
 }
 
 
@@ -78,7 +78,7 @@ def test_what_is_kept_is_scaled_so_that_the_mean_stays(p):
     (gradient,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(gradient, (y.detach() != 0) / (1 - p))
     torch.manual_seed(0)
-    dropped, keep = lora.dropout.drop(x, p)  # the same draws: each package has its own copy
+    dropped, keep = lora.fast.dropout.drop(x, p)  # the same draws: each package has its own copy
     assert torch.equal(dropped, y)
     assert torch.equal(keep, y != 0)
 

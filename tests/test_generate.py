@@ -17,7 +17,7 @@ from transformers.generation.logits_process import (
 
 import lora
 from gpt2.config import GPT2Config
-from gpt2.generate import generate, stream
+from gpt2.generation import generate, stream
 from gpt2.model import GPT2
 from gpt2.sampling import (
     GenerateConfig,

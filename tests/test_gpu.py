@@ -9,8 +9,8 @@ import torch
 
 import gpt2
 import lora
-from gpt2.data import Batch
-from gpt2.train import Stepper
+from gpt2.data.batches import Batch
+from gpt2.training.step import Stepper
 from tests.toys import randomize
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

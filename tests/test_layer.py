@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import gpt2
 import lora
 import lora.layer
-from lora.dropout import drop
+from lora.fast.dropout import drop
 from tests.toys import dense, layer
 
 KINDS = ("linear", "conv1d")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from gpt2.linear import linear
+from gpt2.fast.products import linear
 
 sizes = st.integers(1, 9)
 

@@ -164,7 +164,7 @@ def test_transformers_generates_under_routing():
 
 def test_on_the_meta_device(tmp_path):
     lora.save(bank(tiny_gpt2), tmp_path, adapter="a")
-    value = lora.factors(bank(tiny_gpt2), "a")
+    value = lora.algebra.factors(bank(tiny_gpt2), "a")
     with torch.device("meta"):
         model = gpt2.GPT2(TINY)
     real = tiny_gpt2()
@@ -178,7 +178,7 @@ def test_on_the_meta_device(tmp_path):
     lora.activate(model, "first")
     lora.eject(model)
     assert all(p.requires_grad for p in model.parameters())
-    for call in (lambda: lora.load(model, tmp_path), lambda: lora.implant(model, value)):
+    for call in (lambda: lora.load(model, tmp_path), lambda: lora.algebra.implant(model, value)):
         with pytest.raises(ValueError, match="on the meta device, which holds no values"):
             call()  # values put there would be gone in silence
     assert not any(isinstance(m, lora.LoRALinear) for m in model.modules())
@@ -286,7 +286,7 @@ def test_through_data_parallel_and_compile_wrappers(tmp_path):
     want = logits(model)
     lora.remove(wrapped, "a")
     lora.load(wrapped, tmp_path, adapter="a")
-    lora.implant(wrapped, lora.factors(wrapped, "a"), "b")
+    lora.algebra.implant(wrapped, lora.algebra.factors(wrapped, "a"), "b")
     torch.testing.assert_close(logits(model), want)
     lora.activate(wrapped, {"a": 1.0, "b": -1.0})
     lora.merge(wrapped)
@@ -355,11 +355,11 @@ def test_a_fault_at_any_tensor_changes_nothing(call, tmp_path):
     lora.inject(donor, r=2, targets=("up", "down", "2"), untie=True, seed=0)
     randomize(donor)
     lora.save(donor, tmp_path)
-    value = {p: f for p, f in lora.factors(donor).items() if p != "2"}
+    value = {p: f for p, f in lora.algebra.factors(donor).items() if p != "2"}
     calls = {
         "inject": lambda m: lora.inject(m, r=1, targets=("up", "down", "2"), untie=True, seed=0),
         "load": lambda m: lora.load(m, tmp_path, untie=True),
-        "implant": lambda m: lora.implant(m, value),
+        "implant": lambda m: lora.algebra.implant(m, value),
         "merge": lora.merge,
         "verify": lambda m: lora.merge(m, verify=seen),
         "eject": lora.eject,

@@ -432,8 +432,8 @@ class Machine(RuleBasedStateMachine):
                 lambda m: lora.activate(m, {"legal": float("nan")}),
                 lambda m: lora.remove(m, "nobody"),
                 lambda m: lora.load(m, "/nowhere"),
-                lambda m: lora.implant(
-                    m, {"first": lora.Factors(torch.ones(1, 9), torch.ones(6, 1))}
+                lambda m: lora.algebra.implant(
+                    m, {"first": lora.algebra.Factors(torch.ones(1, 9), torch.ones(6, 1))}
                 ),
                 lambda m: lora.routed(m, []).__enter__(),
                 lambda m: lora.routed(m, ["nobody"]).__enter__(),

@@ -15,7 +15,7 @@ from torch import nn
 
 import gpt2
 import lora
-from lora import checkpoint
+from lora.disk import checkpoint
 from tests.test_checkpoint import edit, edit_config, refuses
 from tests.test_peft import theirs_of
 from tests.toys import MLP, TINY, layer, randomize, raw, snapshot, tiny_gpt2
@@ -70,7 +70,7 @@ def test_slices_train_only_their_blocks():
     optimizer = torch.optim.SGD(lora.trainable_parameters(model), lr=0.1)
     model(IDX).square().mean().backward()
     optimizer.step()
-    delta = lora.deltas(lora.factors(model))[f"{H}.0.attn.c_attn"]
+    delta = lora.algebra.deltas(lora.algebra.factors(model))[f"{H}.0.attn.c_attn"]
     assert not delta[16:32].any()
     assert delta[:16].any()
     assert delta[32:].any()

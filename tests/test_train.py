@@ -16,11 +16,12 @@ import transformers
 from torch import nn
 
 import gpt2
-import gpt2.loss
+import gpt2.training.loss
 import lora
 from gpt2 import TrainConfig, batches, encode, learning_rate, next_token_loss, total_steps, train
-from gpt2.graphs import bucket
-from gpt2.train import Stepper, StepRecord
+from gpt2.fast.compiling import bucket
+from gpt2.training.loop import StepRecord
+from gpt2.training.step import Stepper
 from tests.toys import TINY, raw, tiny_gpt2
 
 STILL = replace(TINY, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
@@ -206,7 +207,7 @@ def test_compiling_changes_no_loss():
 
 def test_a_compiled_run_has_few_shapes_and_never_exceeds_the_context(monkeypatch):
     """Whatever the lengths and however many examples the last batch of an epoch has."""
-    for module in (gpt2.model, gpt2.loss):
+    for module in (gpt2.model, gpt2.training.loss):
         monkeypatch.setattr(module, "compiled", lambda function: function)
     model = gpt2.GPT2(replace(STILL, n_layer=1, n_embd=8, block_size=200))
     data = encode(["a" * n for n in range(2, 200)], Letters())

@@ -17,9 +17,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lora.checkpoint import open_folder
 from lora.config import UpdateConfig
-from lora.inject import attach, make_update
+from lora.disk.checkpoint import open_folder
+from lora.injection import attach, make_update
 from lora.layer import LowRankUpdate
 from lora.layout import why_not_adaptable
 from lora.targets import base_modules, require_layers, unwrap

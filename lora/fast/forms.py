@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lora.dropout import drop
+from lora.fast.dropout import drop
 
 FEW = 64  # rows up to which compiled inference writes the products as sums
 WIDE = 2048  # rows from which widening the weight by B costs less than products of B's own

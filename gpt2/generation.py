@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from gpt2.cache import KVCache
-from gpt2.graphs import GraphedCalls, bucket, compiled
+from gpt2.fast.compiling import bucket, compiled
+from gpt2.fast.graphs import GraphedCalls
 from gpt2.model import GPT2
 from gpt2.sampling import GenerateConfig, apply_repetition_penalty, sample
 

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora import files, peft_config, probes
 from lora.config import UpdateConfig
-from lora.inject import attach, make_update
+from lora.disk import files, peft_config, probes
+from lora.disk.peft_config import PeftConfig
+from lora.injection import attach, make_update
 from lora.layer import EmbeddingUpdate, LowRankUpdate
 from lora.layout import is_fan_in_fan_out, out_in_view, why_not_adaptable
-from lora.peft_config import PeftConfig
 from lora.slices import SlicedUpdate
 from lora.targets import base_modules, require_layers, unwrap
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from lora.algebra import Adapter, Factors, by_path, check_shapes, scale
+from lora.algebra.sums import Adapter, Factors, by_path, check_shapes, scale
 from lora.config import is_finite
 from lora.layout import out_in_view
 from lora.targets import Targets, base_modules, find_targets

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.config import UpdateConfig
-from lora.inject import attach, make_update
+from lora.injection import attach, make_update
 from lora.layer import LowRankUpdate
 from lora.layout import why_not_adaptable
 from lora.slices import spans_of

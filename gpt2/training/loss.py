@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gpt2.graphs import compiled
+from gpt2.fast.compiling import compiled
 from gpt2.model import LMHead, Transformer
 
 IGNORE = -100

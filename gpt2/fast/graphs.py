@@ -1,74 +1,14 @@
-"""Running the same work again and again: compiled, as CUDA graphs, on random numbers of its own."""
+"""Running the same work again and again as CUDA graphs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, wraps
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 WARMUPS = 2  # runs before a capture, in which libraries and caches settle
-VARIANTS = 64  # graphs that may be compiled of one function: a shape and a kind of layer each
-PADDED = 32  # lengths of compiled and captured work are multiples of this at least
-
-
-def bucket(length: int, limit: int) -> int:
-    """The length to pad to, at most `limit`.
-
-    Few occur, since each is compiled; none is half as long again as it must be, or 32 longer.
-    """
-    step = max(PADDED, 2 ** (length - 1).bit_length() // 4)
-    return min(limit, -(-length // step) * step)
-
-
-@cache
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function through torch.compile, one graph for each set of shapes that it meets."""
-    run = cast(Any, torch).compile(function, dynamic=False)
-
-    @wraps(function)
-    def call(*arguments: Any) -> Any:
-        # Past its own limit of 8 torch would run the rest uncompiled.
-        with cast(Any, torch)._dynamo.config.patch(recompile_limit=VARIANTS):
-            return run(*arguments)
-
-    return call
-
-
-class RandomState:
-    """A context in which torch's global generators are the run's own, and outside the caller's.
-
-    Args:
-        seed: where the run's own begin.
-        device: whose generator is swapped beside the CPU's.
-    """
-
-    def __init__(self, seed: int, device: torch.device) -> None:
-        self.device = device
-        devices = ["cpu", device] if device.type == "cuda" else ["cpu"]
-        self.inside = [torch.Generator(d).manual_seed(seed).get_state() for d in devices]
-        self.outside = self._get()
-
-    def __enter__(self) -> None:
-        self.outside = self._get()
-        self._set(self.inside)
-
-    def __exit__(self, *_: object) -> None:
-        self.inside = self._get()
-        self._set(self.outside)
-
-    def _get(self) -> list[Tensor]:
-        states = [torch.get_rng_state()]
-        if self.device.type == "cuda":
-            states.append(torch.cuda.get_rng_state(self.device))
-        return states
-
-    def _set(self, states: list[Tensor]) -> None:
-        torch.set_rng_state(states[0])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(states[1], self.device)
 
 
 class GraphedCalls:

@@ -13,8 +13,8 @@ from torch import nn
 from lora.config import UpdateConfig
 from lora.layer import EmbeddingUpdate, LoRALinear, LowRankUpdate
 from lora.layout import out_in_view
-from lora.merge import is_merged
-from lora.merge import merge as fold
+from lora.merging import is_merged
+from lora.merging import merge as fold
 from lora.slices import SlicedUpdate, Slices, spans_of
 from lora.targets import (
     Targets,

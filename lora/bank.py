@@ -9,9 +9,9 @@ from typing import cast
 from torch import nn
 
 from lora.config import UpdateConfig, is_finite
-from lora.inject import detach
+from lora.injection import detach
 from lora.layer import LoRALinear, LowRankUpdate
-from lora.merge import is_merged, merge, unmerge
+from lora.merging import is_merged, merge, unmerge
 from lora.targets import lora_layers, require_layers, require_settled
 
 Mixture = str | Mapping[str, float]

@@ -1,0 +1,1 @@
+"""Text to batches: examples (text), tokens (ids), batches (order and padding)."""

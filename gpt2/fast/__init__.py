@@ -1,0 +1,1 @@
+"""What makes it fast, equal to the plain form: compiling, CUDA graphs, products, dropout masks."""

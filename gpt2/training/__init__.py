@@ -1,0 +1,1 @@
+"""The loop: config, schedule, loss, step, loop."""

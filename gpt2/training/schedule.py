@@ -1,0 +1,39 @@
+"""How many steps a run makes, and each step's learning rate."""
+
+from __future__ import annotations
+
+import math
+
+from gpt2.training.config import TrainConfig
+
+
+def total_steps(n_examples: int, config: TrainConfig) -> int:
+    """The optimiser steps of a run over so many examples.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if n_examples < 1:
+        raise ValueError("There is no example to train on.")
+    if config.steps is not None:
+        return config.steps
+    return (config.epochs or 0) * steps_an_epoch(n_examples, config)
+
+
+def learning_rate(step: int, total: int, config: TrainConfig) -> float:
+    """The learning rate of step 1, 2, …, `total`.
+
+    Source: transformers' `get_linear_schedule_with_warmup` and its cosine sibling.
+    """
+    done, warmup = step - 1, math.ceil(total * config.warmup_ratio)
+    if done < warmup:
+        return config.lr * done / warmup
+    progress = (done - warmup) / max(1, total - warmup)
+    if config.schedule == "cosine":
+        return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    return config.lr * (1 - progress if config.schedule == "linear" else 1)
+
+
+def steps_an_epoch(n_examples: int, config: TrainConfig) -> int:
+    """The optimiser steps of one pass over so many examples; the last may be a smaller one."""
+    return math.ceil(n_examples / (config.batch_size * config.accumulate))
