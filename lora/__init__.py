@@ -2,7 +2,7 @@
 
 from lora import algebra
 from lora.bank import activate, activated, active, adapters, disabled, remove
-from lora.config import UpdateConfig
+from lora.config import LoRAConfig, UpdateConfig
 from lora.disk.checkpoint import load, save
 from lora.disk.loralib import load_loralib
 from lora.injection import eject, inject
@@ -18,6 +18,7 @@ from lora.parameters import (
 from lora.routing import routed
 
 __all__ = [
+    "LoRAConfig",
     "LoRALinear",
     "LowRankUpdate",
     "MergeReport",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import cast
 
@@ -10,9 +10,9 @@ from torch import nn
 
 from lora.config import UpdateConfig, is_finite
 from lora.injection import detach
-from lora.layer import LoRALinear, LowRankUpdate
-from lora.merging import is_merged, merge, unmerge
-from lora.targets import lora_layers, require_layers, require_settled
+from lora.layer import LowRankUpdate
+from lora.merging import refold
+from lora.tree import Tree, all_or_nothing, survey, survey_adapted
 
 Mixture = str | Mapping[str, float]
 """An adapter's name, or names with the weights of their updates in the sum."""
@@ -20,24 +20,27 @@ Mixture = str | Mapping[str, float]
 
 def adapters(model: nn.Module) -> dict[str, dict[str, UpdateConfig]]:
     """Every adapter by name, with the config of each of its layers by dotted path."""
-    layers = require_layers(model)
+    tree = survey_adapted(model)
     return {
         name: {
             path: cast(LowRankUpdate, layer.updates[name]).config
-            for path, layer in layers.items()
+            for path, layer in tree.layers.items()
             if name in layer.updates
         }
-        for name in adapter_names(layers)
+        for name in tree.adapters
     }
 
 
 def active(model: nn.Module) -> dict[str, float]:
     """The adapters in force, each with the weight of its updates in the sum."""
-    return {n: w for layer in require_layers(model).values() for n, w in layer.active.items()}
+    return active_in(survey_adapted(model))
 
 
 def activate(model: nn.Module, mixture: Mixture) -> None:
     """Put one adapter, or a weighted sum of several, in force; only these require grad.
+
+    What was frozen in an adapter stays frozen: `requires_grad` is put back as it was when the
+    adapter was last in force.
 
     Args:
         model: a model with adapters.
@@ -47,34 +50,45 @@ def activate(model: nn.Module, mixture: Mixture) -> None:
     Raises:
         ValueError: a name that the model does not carry, or a weight that is not finite.
         RuntimeError: no adapter here, or the model is merged or routed.
+        The model is as it was after any error, Ctrl-C included.
     """
-    layers = require_layers(model)
-    require_settled(layers)
-    weights = as_mixture(mixture, layers)
-    for layer in layers.values():
-        layer.activate(weights)
+    tree = survey_adapted(model)
+    tree.require_settled()
+    weights = as_mixture(mixture, tree)
+    with all_or_nothing(_parts(tree)):
+        for module in tree.adapted.values():
+            module.activate(weights)
 
 
 @contextmanager
 def activated(model: nn.Module, mixture: Mixture) -> Generator[None]:
     """Within the context the mixture is in force; after it, what was before.
 
+    A loss made within must have its backward pass within; later it is an error.
+
     Raises:
         ValueError, RuntimeError: as `activate`.
     """
-    before = active(model)
-    activate(model, mixture)
+    tree = survey_adapted(model)
+    tree.require_settled()
+    weights, before = as_mixture(mixture, tree), active_in(tree)
+
+    def restore() -> None:
+        tree = survey(model)  # the body may have injected, or ejected all
+        for module in tree.adapted.values():
+            module.activate(before)
+        if tree.is_merged:
+            refold(tree)  # what is restored must be folded in its place
+
     try:
-        yield
+        try:
+            for module in tree.adapted.values():
+                module.activate(weights)
+            yield
+        finally:
+            restore()
     finally:
-        layers = lora_layers(model)  # the body may have injected, or ejected all
-        folded = bool(layers) and is_merged(model)  # what is restored must be folded in its place
-        if folded:
-            unmerge(model)
-        for layer in layers.values():
-            layer.activate(before)
-        if folded:
-            merge(model)
+        restore()  # once more: Ctrl-C may have cut it short
 
 
 def remove(model: nn.Module, adapter: str) -> list[str]:
@@ -90,16 +104,15 @@ def remove(model: nn.Module, adapter: str) -> list[str]:
     Raises:
         ValueError: the model carries no such adapter.
         RuntimeError: no adapter here, or the model is merged or routed.
+        The model is as it was after any error, Ctrl-C included.
     """
-    layers = require_layers(model)
-    require_settled(layers)
-    if adapter not in (names := adapter_names(layers)):
-        raise ValueError(f"no adapter {adapter!r} here (there are: {', '.join(names)}).")
-    carrying = {path: layer for path, layer in layers.items() if adapter in layer.updates}
-    for layer in carrying.values():
-        layer.activate({n: w for n, w in layer.active.items() if n != adapter})
-        del layer.updates[adapter]
-    detach(model, {p: layer for p, layer in carrying.items() if not len(layer.updates)})
+    tree = survey_adapted(model)
+    tree.require_settled()
+    carrying = tree.carrying(adapter)
+    with all_or_nothing(tree.root.modules()):
+        for module in carrying.values():
+            module.drop(adapter)
+        detach(tree, {p: module for p, module in carrying.items() if not len(module.updates)})
     return list(carrying)
 
 
@@ -107,44 +120,63 @@ def remove(model: nn.Module, adapter: str) -> list[str]:
 def disabled(model: nn.Module) -> Generator[None]:
     """Within the context the model computes exactly what its base does, merged, routed or not.
 
+    Contexts may overlap in any order; the model is enabled when the last one ends.
+
     Raises:
         RuntimeError: no adapter here.
     """
-    before = [(layer, layer.enabled) for layer in require_layers(model).values()]
-    for layer, _ in before:
-        layer.enabled = False
+    modules = list(survey_adapted(model).adapted.values())
+    pause = object()
+
+    def restore() -> None:
+        for module in modules:
+            module.pauses = tuple(p for p in module.pauses if p is not pause)
+
     try:
-        yield
+        try:
+            for module in modules:
+                module.pauses = (*module.pauses, pause)
+            yield
+        finally:
+            restore()
     finally:
-        for layer, enabled in before:
-            layer.enabled = enabled
+        restore()  # once more: Ctrl-C may have cut it short
 
 
-def adapter_names(layers: Mapping[str, LoRALinear]) -> list[str]:
-    """Every adapter's name, in the order in which layers first carry them."""
-    return list(dict.fromkeys(name for layer in layers.values() for name in layer.updates))
+def active_in(tree: Tree) -> dict[str, float]:
+    """As `active`, of a model that has been surveyed."""
+    return {n: w for module in tree.adapted.values() for n, w in module.active.items()}
 
 
-def as_mixture(mixture: Mixture, layers: Mapping[str, LoRALinear]) -> dict[str, float]:
+def as_mixture(mixture: Mixture, tree: Tree) -> dict[str, float]:
     """The mixture as names with weights.
 
     Raises:
-        ValueError: listing each name that the layers do not carry, and each weight that is not a
+        ValueError: listing each name that the model does not carry, and each weight that is not a
             finite number.
     """
     if not isinstance(cast(object, mixture), str | Mapping):
-        raise ValueError(f"Give an adapter's name, or names with weights, not {mixture!r}.")
+        shown = repr(mixture)[:80]
+        raise ValueError(f"Give an adapter's name, or names with weights, not {shown}.")
     weights = {mixture: 1.0} if isinstance(mixture, str) else dict(mixture)
+    names = tree.adapters
     faults = [
-        f"no adapter {name!r} here (there are: {', '.join(adapter_names(layers))})"
+        f"no adapter {str(name)[:80]!r} here (there are: {', '.join(names)})"
         for name in weights
-        if not any(name in layer.updates for layer in layers.values())
+        if name not in names
     ]
     faults += [
-        f"the weight of {name!r} must be a finite number, got {weight!r}"
+        f"the weight of {str(name)[:80]!r} must be a finite number, got {repr(weight)[:80]}"
         for name, weight in weights.items()
         if not is_finite(weight)
     ]
     if faults:
-        raise ValueError("; ".join(faults) + ".")
+        raise ValueError("; ".join(faults[:5]) + ".")
     return weights
+
+
+def _parts(tree: Tree) -> Iterator[nn.Module]:
+    """All that switching changes."""
+    for module in tree.adapted.values():
+        yield module
+        yield from module.updates.modules()

@@ -1,52 +1,34 @@
-"""Updates onto a model and off it: inject, eject."""
+"""Adapters onto a model and off it: inject and eject; build and attach, which loading uses too."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
-from typing import cast
+from typing import Unpack, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lora.config import UpdateConfig
+from lora.adapted import Adapted, Origin
+from lora.config import LoRAConfig, LoRASettings, UpdateConfig, config_of
 from lora.layer import EmbeddingUpdate, LoRALinear, LowRankUpdate
 from lora.layout import out_in_view
-from lora.merging import is_merged
-from lora.merging import merge as fold
-from lora.slices import SlicedUpdate, Slices, spans_of
-from lora.targets import (
-    Targets,
-    base_modules,
-    by_pattern,
-    find_targets,
-    lora_layers,
-    named_modules,
-    require_layers,
-    require_settled,
-    shared_weights,
-    unwrap,
-)
+from lora.merging import fold, keep_folded
+from lora.slices import SlicedUpdate, spans_of
+from lora.targets import by_pattern, find_targets
+from lora.tree import Tree, all_or_nothing, survey, survey_adapted
+
+Spans = Mapping[str, tuple[int, int]]
 
 
 def inject(
     model: nn.Module,
+    config: LoRAConfig | None = None,
     *,
-    r: int = 8,
-    alpha: float = 16,
-    dropout: float = 0.0,
-    targets: Targets = ("c_attn",),
-    exclude: Targets = (),
-    layers: Iterable[int] | None = None,
-    rank_pattern: Mapping[str, int] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None,
-    slices: Slices | None = None,
-    rslora: bool = False,
-    untie: bool = False,
     adapter: str = "default",
-    seed: int | None = None,
-    dtype: torch.dtype | None = None,
+    untie: bool = False,
+    **settings: Unpack[LoRASettings],
 ) -> list[str]:
     """Freeze the model and put a new, trainable low-rank update beside each target layer.
 
@@ -55,55 +37,26 @@ def inject(
 
     Args:
         model: any module that holds `nn.Linear`, Conv1D or `nn.Embedding` layers below it.
-        r: rank of every update; at most the smaller side of its layer.
-        alpha: scaling numerator; an update counts `alpha / r` times.
-        dropout: probability in [0, 1) on the input of the updates, in training mode.
-        targets: dotted suffixes of module paths, matched on whole segments; `"c_attn[q,v]"` for
-            slices of an output; `"all-linear"` for every linear layer but the output head.
-        exclude: suffixes of target layers to leave out.
-        layers: numbers of the blocks to adapt, the first number in a path; None for all.
-        rank_pattern, alpha_pattern: other ranks and alphas for targets by suffix.
-        slices: names of the equal parts of a fused projection, or a mapping from each part's name
-            to its outputs, for layers that do not name theirs.
-        rslora: scale by `alpha / √r`.
-        untie: give a target whose weight is shared, such as a tied head, a weight of its own.
+        config: what the adapter is made of; or its fields as keywords, as in
+            `inject(model, r=8, alpha=16)`. See `lora.LoRAConfig` for them and their defaults.
         adapter: the new adapter's name; a model can carry several.
-        seed: fixes the adapter, in whatever order layers are found; None draws one from torch's
-            global generator.
-        dtype: of A and B; by default the base layer's, but float32 beside a 16-bit base.
+        untie: give a target whose weight is shared, such as a tied head, a weight of its own.
+        settings: the fields of `lora.LoRAConfig`.
 
     Returns:
         The dotted paths of the adapted layers. A module that stands under several paths is
         adapted once, and each of its paths is given.
 
     Raises:
+        TypeError: a keyword that is no field of `lora.LoRAConfig`.
         ValueError: an argument out of range, a target that matches no layer, a rank too large, a
             name that is taken, a shared weight.
         RuntimeError: the model is merged or routed.
-        The model is as it was after any error.
+        The model is as it was after any error, Ctrl-C included.
     """
-    model = unwrap(model)
-    UpdateConfig(r=r, alpha=alpha, dropout=dropout, rslora=rslora)
-    found = find_targets(model, targets, exclude, layers)
-    if slices is not None and not any(found.values()):
-        raise ValueError("slices are given, but no target names any, such as 'c_attn[q,v]'.")
-    ranks = by_pattern(rank_pattern, found, r, "rank_pattern")
-    alphas = by_pattern(alpha_pattern, found, alpha, "alpha_pattern")
-    if seed is None:
-        seed = int(torch.randint(2**63 - 1, ()))
-    modules = base_modules(model)
-    updates: dict[str, LowRankUpdate] = {}
-    for path, names in found.items():
-        config = UpdateConfig(r=ranks[path], alpha=alphas[path], dropout=dropout, rslora=rslora)
-        try:
-            spans = spans_of(modules[path], names, slices)
-            update = make_update(modules[path], config, dtype=dtype, spans=spans)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}.") from None
-        if not update.A.is_meta:
-            update.reset(_generator(seed, path))
-        updates[path] = update
-    return attach(model, adapter, updates, untie=untie)
+    config = config_of(config, settings)
+    tree = survey(model)
+    return attach(tree, adapter, _drawn_updates(tree, config), untie=untie)
 
 
 def eject(model: nn.Module, *, merge: bool = False) -> list[str]:
@@ -120,141 +73,214 @@ def eject(model: nn.Module, *, merge: bool = False) -> list[str]:
     Raises:
         RuntimeError: no adapter here, or the model is merged (unmerge it, or pass `merge=True`).
         ValueError: with `merge=True`, as `lora.merge`.
+        The model is as it was after any error, Ctrl-C included.
     """
-    layers = require_layers(model)
-    if not (merged := is_merged(model)):
-        require_settled(layers)
+    tree = survey_adapted(model)
+    if not tree.is_merged:
+        tree.require_settled()
     elif not merge:
         raise RuntimeError("The model is merged. Unmerge it first, or keep it with merge=True.")
-    if merge and not merged:
-        fold(model)
-    for layer in layers.values():
-        if layer.merged_weight is not None:
-            layer.base.get_parameter("weight").data.copy_(layer.merged_weight)
-    paths = list(lora_layers(model, every_path=True))
-    detach(model, layers, retie=not merge)
-    return paths
+    with all_or_nothing(tree.root.modules()):
+        if merge:
+            if not tree.is_merged:
+                fold(tree)
+            keep_folded(tree)
+        detach(tree, tree.adapted, retie=not merge)
+    return tree.paths(tree.adapted.values())
 
 
-def make_update(
+def build(
     base: nn.Module,
     config: UpdateConfig,
+    a: Tensor,
+    b: Tensor,
     *,
+    spans: Spans | None = None,
     dtype: torch.dtype | None = None,
-    spans: Mapping[str, tuple[int, int]] | None = None,
-    any_rank: bool = False,
 ) -> LowRankUpdate:
-    """A new update that fits `base`, or the given slices of its output; not drawn yet.
+    """An update of `base` with these factors; nothing is allocated before their shapes fit.
 
-    A saved one may have `any_rank`: PEFT's may exceed a layer's side, and so may padded ones.
+    Args:
+        base: the layer that it is for.
+        config: what describes the factors.
+        a, b: `(r, in)` and `(out, r)`.
+        spans: `(start, stop)` of each slice of the output that it adapts, by name; None for all.
+        dtype: of A and B; by default as `lora.inject` chooses it.
 
     Raises:
-        ValueError: the rank is above the smaller side of what it adapts, or a dtype of no floats.
+        ValueError: listing what does not fit.
     """
+    out_features, in_features = out_in_view(base, base.get_parameter("weight")).shape
+    wanted = {"A": (config.r, in_features), "B": (out_features, config.r)}
+    if faults := [
+        f"lora_{name} is {tuple(given.shape)}, this layer takes {wanted[name]}"
+        for name, given in (("A", a), ("B", b))
+        if tuple(given.shape) != wanted[name]
+    ]:
+        raise ValueError(", ".join(faults))
+    update = _empty_update(base, config, spans, dtype)
+    update.set_factors(a, b)
+    return update
+
+
+def attach(
+    tree: Tree, adapter: str, updates: Mapping[str, LowRankUpdate], *, untie: bool = False
+) -> list[str]:
+    """Freeze the model, commit the updates to the layers at their paths, and activate them.
+
+    Returns:
+        Every path of the layers.
+
+    Raises:
+        ValueError: a name that is taken or cannot be one, or listing each layer whose weight is
+            shared.
+        RuntimeError: the model is merged, routed or disabled.
+        Nothing is changed then.
+    """
+    _check_name(adapter, tree)
+    tree.require_settled()
+    if not all(module.enabled for module in tree.adapted.values()):
+        raise RuntimeError("The model is disabled. Leave the lora.disabled context first.")
+    new = [path for path in updates if path not in tree.adapted]
+    tied = tree.shared_weights(new)
+    if tied and not untie:
+        raise ValueError(f"{shared_message(tied)}. Pass untie=True to give the target its own.")
+    adapted = {path: tree.adapted.get(path) or LoRALinear(tree.bases[path]) for path in updates}
+    own = {p: tree.bases[p].get_parameter("weight").detach().clone() for p in tied}
+    with all_or_nothing(tree.root.modules()):
+        origin = _freeze(tree, tied)
+        for path, weight in own.items():
+            tree.bases[path].weight = nn.Parameter(weight, requires_grad=False)
+        tree.replace({tree.bases[path]: adapted[path] for path in new})
+        for path, update in updates.items():
+            adapted[path].updates[adapter] = update
+        for module in {**tree.adapted, **adapted}.values():
+            module.origin = origin
+            module.activate({adapter: 1.0})
+    return tree.paths([adapted[p] if p in tree.adapted else tree.bases[p] for p in updates])
+
+
+def detach(tree: Tree, which: Mapping[str, Adapted], *, retie: bool = True) -> None:
+    """Put the bases of these modules back in their places; after the last one, thaw the base."""
+    modules = list(which.values())
+    bases = {id(module.base) for module in modules}
+    origin = modules[0].origin if modules else Origin()
+    if retie:
+        for base, owner, name in origin.tied:
+            if id(base) in bases:
+                base.weight = owner.get_parameter(name)
+    if "" in which:
+        raise RuntimeError("The model is itself an adapted layer: its base is model.base.")
+    tree.replace({module: module.base for module in modules})
+    if len(modules) == len(tree.adapted):
+        for module, name in origin.thawed:
+            parameter = dict(module.named_parameters(recurse=False)).get(name)
+            if parameter is not None:
+                parameter.requires_grad_(True)
+
+
+def shared_message(shared: Mapping[str, list[tuple[str, nn.Module, str]]]) -> str:
+    """What a message says of layers whose weight others have too."""
+    return "; ".join(
+        f"{path}.weight is shared: {' and '.join(name for name, *_ in owners)} are one tensor"
+        for path, owners in shared.items()
+    )
+
+
+def require_rank(base: nn.Module, r: int, spans: Spans | None = None) -> None:
+    """Raise a ValueError where a rank is above the smaller side of what it adapts."""
+    sides = [stop - start for start, stop in (spans or {}).values()]
+    smaller = min(*base.get_parameter("weight").shape, *sides)
+    if r > smaller:
+        raise ValueError(
+            f"r {r} is above {smaller}, its smaller side; choose less, or leave it out (exclude=)"
+        )
+
+
+def _drawn_updates(tree: Tree, config: LoRAConfig) -> dict[str, LowRankUpdate]:
+    """The new updates that a config asks for, by path."""
+    found = find_targets(tree, config)
+    if config.slices is not None and not any(found.values()):
+        raise ValueError("slices are given, but no target names any, such as 'c_attn[q,v]'.")
+    ranks = by_pattern(config.rank_pattern, found, config.r, "rank_pattern")
+    alphas = by_pattern(config.alpha_pattern, found, config.alpha, "alpha_pattern")
+    seed = int(torch.randint(2**63 - 1, (), device="cpu")) if config.seed is None else config.seed
+    updates: dict[str, LowRankUpdate] = {}
+    faults: list[str] = []
+    for path, names in found.items():
+        base = tree.bases[path]
+        try:
+            spans = spans_of(base, names, config.slices)
+            one = UpdateConfig(
+                r=ranks[path], alpha=alphas[path], dropout=config.dropout, rslora=config.rslora
+            )
+            require_rank(base, one.r, spans)
+            update = _empty_update(base, one.stacked(max(1, len(spans))), spans, config.dtype)
+        except ValueError as error:
+            faults.append(f"{path}: {str(error).removesuffix('.')}")
+            continue
+        if not update.A.is_meta:
+            update.reset(_generator(seed, path))
+        updates[path] = update
+    if faults:
+        more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise ValueError("; ".join(faults[:5]) + more + ".")
+    return updates
+
+
+def _empty_update(
+    base: nn.Module, config: UpdateConfig, spans: Spans | None, dtype: torch.dtype | None
+) -> LowRankUpdate:
+    """An update that fits `base`, or the given slices of its output; its A is not drawn yet."""
     weight = out_in_view(base, base.get_parameter("weight"))
-    out_features, in_features = weight.shape
-    if not _is_float(dtype):
-        raise ValueError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
     if dtype is None:
         dtype = weight.dtype if weight.dtype.itemsize > 2 else torch.float32
-    smaller = min(
-        in_features, out_features, *(stop - start for start, stop in (spans or {}).values())
-    )
-    if config.r > smaller and not any_rank:
-        raise ValueError(f"r {config.r} is above {smaller}, its smaller side; choose less")
-    kind = EmbeddingUpdate if isinstance(base, nn.Embedding) else LowRankUpdate
-    if spans:
+    if not config.scaling <= torch.finfo(dtype).max:
+        raise ValueError(f"its scaling {config.scaling:.3g} is more than {dtype} holds")
+    out_features, in_features = weight.shape
+    if isinstance(base, nn.Embedding):
+        kind = partial(EmbeddingUpdate, padding_idx=base.padding_idx)
+    elif spans:
         kind = partial(SlicedUpdate, slices=spans)
+    else:
+        kind = LowRankUpdate
     update = kind(in_features, out_features, config, dtype=dtype, device=weight.device)
     return update.train(base.training)
 
 
-def attach(
-    model: nn.Module, adapter: str, updates: Mapping[str, LowRankUpdate], *, untie: bool = False
-) -> list[str]:
-    """Freeze the model, commit the updates to the layers at their paths, and activate them.
-
-    Raises:
-        ValueError: a name that is taken or cannot be one, or listing each layer whose weight is
-            shared; nothing is changed.
-        RuntimeError: the model is merged, routed or disabled; nothing is changed.
-    """
-    present = lora_layers(model)
-    _check_name(adapter, present)
-    require_settled(present)
-    if not all(layer.enabled for layer in present.values()):
-        raise RuntimeError("The model is disabled. Leave the lora.disabled context first.")
-    new = [path for path in updates if path not in present]
-    tied = shared_weights(model, new)
-    if tied and not untie:
-        raise ValueError("; ".join(tied.values()) + ". Pass untie=True to give the target its own.")
-    modules = base_modules(model)
-    wrappers = {modules[path]: LoRALinear(modules[path]) for path in new}
-    own = {p: modules[p].get_parameter("weight").detach().clone() for p in tied}
-    thawed = _freeze(model, present)
-    _replace(model, wrappers)
-    layers = lora_layers(model)
-    for path, update in updates.items():
-        layers[path].updates[adapter] = update
-        layers[path].thawed = thawed
-        if path in tied:
-            layers[path].untie(nn.Parameter(own[path], requires_grad=False))
-            if any(layers[path].tied[-1] is parameter for parameter in thawed):
-                thawed.append(layers[path].base.get_parameter("weight"))
-    for layer in layers.values():
-        layer.activate({adapter: 1.0})
-    every = lora_layers(model, every_path=True)
-    return [path for path, layer in every.items() if adapter in layer.updates]
-
-
-def detach(model: nn.Module, layers: Mapping[str, LoRALinear], *, retie: bool = True) -> None:
-    """Put the bases of these layers back in their places; after the last one, thaw the base."""
-    thawed = [p for layer in layers.values() for p in layer.thawed]
-    if retie:
-        for layer in layers.values():
-            layer.retie()
-    _replace(unwrap(model), {layer: layer.base for layer in layers.values()})
-    if not lora_layers(model):
-        for parameter in thawed:
-            parameter.requires_grad_(True)
-
-
-def _is_float(dtype: object) -> bool:
-    return dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)
-
-
-def _check_name(adapter: str, present: Mapping[str, LoRALinear]) -> None:
+def _check_name(adapter: str, tree: Tree) -> None:
     is_text = isinstance(cast(object, adapter), str)
     if not is_text or not adapter or "." in adapter or hasattr(nn.ModuleDict(), adapter):
         raise ValueError(
-            f"{adapter!r} cannot name an adapter: it is no text, empty, has a dot, or is taken by "
-            "torch.nn.ModuleDict. Choose another."
+            f"{str(adapter)[:80]!r} cannot name an adapter: it is no text, empty, has a dot, or is "
+            "taken by torch.nn.ModuleDict. Choose another."
         )
-    names = sorted({name for layer in present.values() for name in layer.updates})
-    if adapter in names:
+    if adapter in tree.adapters:
         raise ValueError(
-            f"The model carries an adapter {adapter!r} already; here are: "
-            f"{', '.join(names)}. Choose another name, or remove or eject it first."
+            f"The model carries an adapter {adapter!r} already; {tree.named()}. "
+            "Choose another name, or remove or eject it first."
         )
 
 
-def _freeze(model: nn.Module, present: Mapping[str, LoRALinear]) -> list[nn.Parameter]:
-    """Freeze the base; the list of what was trainable is shared by all adapted layers."""
-    thawed = next(iter(present.values())).thawed if present else []
-    ours = {id(p) for layer in present.values() for p in layer.updates.parameters()}
-    for parameter in model.parameters():
-        if parameter.requires_grad and id(parameter) not in ours:
-            parameter.requires_grad_(False)
-            thawed.append(parameter)
-    return thawed
-
-
-def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
-    """Put each value of `new` wherever its key stands."""
-    for path, module in named_modules(model, every_path=True):
-        if module in new:
-            parent, _, name = path.rpartition(".")
-            model.get_submodule(parent).register_module(name, new[module])
+def _freeze(tree: Tree, tied: Mapping[str, list[tuple[str, nn.Module, str]]]) -> Origin:
+    """Freeze the base, and say what `eject` is to put back."""
+    before = next((module.origin for module in tree.adapted.values()), Origin())
+    ours = {m for adapted in tree.adapted.values() for m in adapted.updates.modules()}
+    trainable = [
+        (module, name, parameter)
+        for module in tree.root.modules()
+        if module not in ours
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.requires_grad and not parameter.is_inference()  # that can never train
+    ]
+    for _, _, parameter in trainable:
+        parameter.requires_grad_(False)
+    thawed = before.thawed + tuple((module, name) for module, name, _ in trainable)
+    others = tuple(
+        (tree.bases[path], *next(o[1:] for o in owners if o[1] is not tree.bases[path]))
+        for path, owners in tied.items()
+    )
+    return Origin(thawed, before.tied + others)
 
 
 def _generator(seed: int, path: str) -> torch.Generator:

@@ -9,18 +9,20 @@ Shapes: in, out features of the base layer · r rank · … any leading axes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import cast
+from collections.abc import Iterable
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call  # pyright: ignore[reportUnknownVariableType]
 from torch.nn import functional as F
 
+from lora.adapted import Adapted
 from lora.config import UpdateConfig
+from lora.fast import forms
 from lora.fast.dropout import drop
-from lora.fast.forms import add_update, pays_wide, wide_linear
-from lora.layout import is_conv1d, out_in_view, why_not_adaptable, widest_float
+from lora.layout import call_with, is_plain, out_in_view, why_not_adaptable, widest_float
+from lora.untyped import after_load
+from lora.vigil import Vigil
 
 
 class LowRankUpdate(nn.Module):
@@ -65,14 +67,17 @@ class LowRankUpdate(nn.Module):
         """A `(r, in)` and B `(out, r)` as they stand in the formula."""
         return self.A, self.B
 
-    @property
-    def drop_rate(self) -> float:
-        """The probability of dropout in the mode that the update is in."""
-        return self.config.dropout if self.training else 0.0
+    @torch.no_grad()
+    def set_factors(self, a: Tensor, b: Tensor) -> None:
+        """Take over values of the shapes of `factors()`.
 
-    def plain_config(self) -> UpdateConfig:
-        """The config that goes with `factors()`."""
-        return self.config
+        Raises:
+            ValueError: listing what does not fit: a shape, values that are not finite.
+        """
+        if faults := self.misfits(a, b):
+            raise ValueError(", ".join(faults))
+        self.A.copy_(a)
+        self.B.copy_(b)
 
     def misfits(self, a: Tensor, b: Tensor) -> list[str]:
         """What keeps these from being values of `factors()`."""
@@ -81,29 +86,30 @@ class LowRankUpdate(nn.Module):
             if given.shape != own.shape:
                 shapes = tuple(given.shape), tuple(own.shape)
                 faults.append("lora_{} is {}, this layer takes {}".format(name, *shapes))
-            elif not torch.isfinite(given).all():
-                faults.append(f"lora_{name} has NaN or infinite values")
+            elif not given.is_floating_point():
+                faults.append(f"lora_{name} is {given.dtype}, which holds no floats")
+            elif not torch.isfinite(given.to(own.dtype)).all():  # as it will be, not as it comes
+                faults.append(f"lora_{name} has NaN or infinite values in {own.dtype}")
         if self.A.is_meta:
             faults.append("the layer is on the meta device, which holds no values")
         return faults
 
-    @torch.no_grad()
-    def set_factors(self, a: Tensor, b: Tensor) -> None:
-        """Take over values of the shapes of `factors()`."""
-        self.A.copy_(a)
-        self.B.copy_(b)
+    @property
+    def drop_rate(self) -> float:
+        """The probability of dropout in the mode that the update is in."""
+        return self.config.dropout if self.training else 0.0
+
+    def forward(self, x: Tensor, weight: float = 1.0) -> Tensor:
+        """Map `(…, in)` to `(…, out)`, in the dtype of `x`: `weight` times the update."""
+        a, b = self.factors()
+        h = self.down(x, a)  # (…, r)
+        return F.linear(h, (b * (weight * self.config.scaling)).to(h.dtype))
 
     def down(self, x: Tensor, a: Tensor) -> Tensor:
         """`drop(x) Aᵀ`, `(…, r)`."""
         if self.drop_rate:
             x, _ = drop(x, self.drop_rate)
         return F.linear(x, a.to(x.dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `(…, in)` to `(…, out)`, in the dtype of `x`."""
-        a, b = self.factors()
-        h = self.down(x, a) * self.config.scaling
-        return F.linear(h, b.to(h.dtype))
 
     def delta(self) -> Tensor:
         """What the update adds to the weight: `s · B A`, `(out, in)`, in the widest float."""
@@ -122,21 +128,47 @@ class EmbeddingUpdate(LowRankUpdate):
 
     Here A starts at zero and B is drawn, since a looked-up row of a small A would learn slowly.
 
+    Args:
+        in_features, out_features, config, dtype, device: as for `LowRankUpdate`.
+        padding_idx: the id whose row the base never trains; the update does not either.
+
     Source: loralib's `Embedding`, which PEFT follows too.
     """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        config: UpdateConfig,
+        *,
+        padding_idx: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, config, dtype=dtype, device=device)
+        self.padding_idx = padding_idx
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
         """Set A to zero and draw B from a standard normal."""
         self.A.zero_()
-        self.B.copy_(torch.randn(self.B.shape, generator=generator))
+        drawn = torch.randn(self.B.shape, generator=generator, dtype=torch.float32, device="cpu")
+        self.B.copy_(drawn)
 
     def down(self, x: Tensor, a: Tensor) -> Tensor:
         """The rows of Aᵀ that the token ids `x` `(…)` select, `(…, r)`."""
-        return F.embedding(x, a.t())
+        return F.embedding(x, a.t(), self.padding_idx)
 
 
-class LoRALinear(nn.Module):
+class Routing(Protocol):
+    """What the updates of each row's own adapters add; see `lora.routing`."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map `(B, …, in)` to `(B, …, out)`."""
+        ...
+
+
+class LoRALinear(Adapted):
     """A frozen linear layer with the updates of any number of adapters beside it.
 
     The base is the very module it replaces, and its weight is never written: a merged weight lives
@@ -149,99 +181,108 @@ class LoRALinear(nn.Module):
         ValueError: `base` is none of them.
     """
 
+    fused = True
+    """Whether the fast forms are taken where they apply; False is for comparing with them."""
+
     def __init__(self, base: nn.Module) -> None:
-        super().__init__()
         if reason := why_not_adaptable(base):
             raise ValueError(f"{type(base).__name__} cannot carry an update: {reason}.")
-        self.base = base
-        self.updates = nn.ModuleDict()  # adapter name -> LowRankUpdate
-        self.active: dict[str, float] = {}  # adapter name -> its weight in the sum
-        self.enabled = True
-        # Take the fast path where it applies: once differentiable, the same to rounding.
-        self.fused = True
-        self.routing: Callable[[Tensor], Tensor] | None = None  # set by `lora.routed`
-        # Base parameters that were trainable before injection; one list for the whole model.
-        self.thawed: list[nn.Parameter] = []
-        self.tied: list[nn.Parameter] = []  # the shared weight that this layer had, if untied
-        self.merged_weight: Tensor | None  # in the base's layout; None when not merged
+        super().__init__(base)
+        self.routing: Routing | None = None  # `lora.routed` writes
+        self.vigil = Vigil()  # sees to it that backward runs under what forward ran under
+        self.merged_weight: Tensor | None  # in the base's layout. `lora.merging` writes
         self.register_buffer("merged_weight", None, persistent=False)
-        self.train(base.training)
+        after_load(self, _fold_again)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(…, in)` to `(…, out)`."""
-        if not self.enabled:
+        if self.pauses:
             return self.base(x)
         if self.merged_weight is not None:
-            return functional_call(self.base, {"weight": self.merged_weight}, (x,))
+            return call_with(self.base, {"weight": self.merged_weight}, x)
+        self.vigil.begin(self.active, self.routing)
         if self.routing is not None:
+            y = plus(self.base(x), self.routing(x))
+        elif not is_plain(self.base):
+            y = self._own_forward(x)
+        elif (fast := self._fast_forward(x)) is not None:
+            y = fast
+        else:
             y = self.base(x)
-            return y + self.routing(x).to(y.dtype)
-        if self.fused and self._can_widen(x):
-            return self._wide_forward(x)
-        y = self.base(x)
-        for update, weight in self.active_updates():
-            if self.fused and _can_fuse(x, y):
-                a, b = update.factors()
-                y = add_update(y, x, a, b, weight * update.config.scaling, update.drop_rate)
-            else:
-                u = update(x).to(y.dtype)  # an embedding has no input dtype to follow
-                y = y + (u if weight == 1 else weight * u)
-        return y
+            for update, weight in self.active_updates():
+                y = plus(y, update(x, weight))
+        return self.vigil.over(y, self.updates)
 
-    def _can_widen(self, x: Tensor) -> bool:
-        """Whether `wide_linear` computes here what `forward` says, and pays."""
-        base = self.base
-        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        return (
-            (type(base) is nn.Linear or is_conv1d(base))
-            and len(self.active) == 1
-            and not any(vars(base)[name] for name in hooks)
-            and not any(p.requires_grad for p in base.parameters())
-            and _can_fuse(x, self.weight_out_in)
-            and all(
-                # A frozen update is inference, which at birth is the base's to the bit.
-                update.A.requires_grad and pays_wide(x, update.plain_config().r)
-                for update, _ in self.active_updates()
+    def _fast_forward(self, x: Tensor) -> Tensor | None:
+        """The same by the wing, or None where that has no form for it."""
+        if not self.fused or not forms.applies(x):
+            return None
+        terms = [
+            forms.Term(*update.factors(), weight * update.config.scaling, update.drop_rate)
+            for update, weight in self.active_updates()
+        ]
+        return forms.linear(self.base, x, self.weight_out_in, terms)
+
+    def _own_forward(self, x: Tensor) -> Tensor:
+        """Where the base computes more than its class's formula: that, on the weight in force."""
+        if any(update.drop_rate for update, _ in self.active_updates()) and x.is_floating_point():
+            raise RuntimeError(
+                f"{type(self.base).__name__} has a forward of its own, in which the input of an "
+                "update cannot be dropped. Inject it with dropout=0, or exclude it."
             )
-        )
-
-    def _wide_forward(self, x: Tensor) -> Tensor:
-        ((update, weight),) = self.active_updates()
-        scaling = weight * update.config.scaling
-        bias = cast(Tensor | None, self.base.bias)
-        a, b = update.factors()
-        return wide_linear(x, self.weight_out_in, bias, a, b, scaling, update.drop_rate)
+        return call_with(self.base, {"weight": self.weight}, x)
 
     def active_updates(self) -> Iterable[tuple[LowRankUpdate, float]]:
         """The updates in force, each with its weight in the sum."""
         return [(cast(LowRankUpdate, self.updates[n]), w) for n, w in self.active.items()]
 
-    def activate(self, weights: Mapping[str, float]) -> None:
-        """Put those of the named updates that this layer has in force; only they require grad."""
-        for name in self.active:
-            self.updates[name].requires_grad_(False)
-        # In the order of names: the sum is then the same bits however the mixture was written.
-        self.active = {n: weights[n] for n in sorted(weights) if n in self.updates}
-        for name in self.active:
-            self.updates[name].requires_grad_(True)
+    @property
+    def weight(self) -> Tensor:
+        """The weight in force, in the base's layout: whoever reads it computes the adapted layer.
 
-    def untie(self, weight: nn.Parameter) -> None:
-        """Give the base this weight of its own instead of the one that it shares."""
-        self.tied.append(self.base.get_parameter("weight"))
-        self.base.weight = weight
+        Raises:
+            RuntimeError: the model is routed, so that each row has a weight of its own.
+        """
+        if self.routing is not None and not self.pauses:
+            raise RuntimeError("A routed layer has no one weight. Leave the lora.routed context.")
+        if self.pauses or (self.merged_weight is None and not self.active):
+            return self.base.get_parameter("weight")
+        return self.fold() if self.merged_weight is None else self.merged_weight
 
-    def retie(self) -> None:
-        """Undo `untie`."""
-        if self.tied:
-            self.base.weight = self.tied.pop()
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias."""
+        return cast(Tensor | None, getattr(self.base, "bias", None))
 
     @property
     def weight_out_in(self) -> Tensor:
         """The base's own weight seen as `(out, in)`, whatever its layout."""
-        return out_in_view(self.base, cast(Tensor, self.base.weight))
+        return out_in_view(self.base, self.base.get_parameter("weight"))
+
+    def ideal(self) -> Tensor:
+        """`W + Σ w·s·B A` of the active updates, `(out, in)`, in the widest float, unrounded."""
+        ideal = self.weight_out_in.to(widest_float(self.weight_out_in.device))
+        for update, weight in self.active_updates():
+            ideal = ideal + weight * update.delta()
+        return ideal
+
+    def fold(self) -> Tensor:
+        """The ideal weight, rounded once to the base's dtype, in the base's layout."""
+        dtype = self.base.get_parameter("weight").dtype
+        return out_in_view(self.base, self.ideal()).to(dtype).contiguous()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "routing": None, "vigil": Vigil()}
 
 
-def _can_fuse(x: Tensor, y: Tensor) -> bool:
-    """Whether the fast path takes this input, for an output like `y`: not ids, not autocast."""
-    device = x.device.type
-    return x.dtype == y.dtype and not (device != "meta" and torch.is_autocast_enabled(device))
+def plus(y: Tensor, u: Tensor) -> Tensor:
+    """`y + u` in the dtype of `y`, but where u is zero y to the bit: -0.0 + 0.0 would be 0.0."""
+    u = u.to(y.dtype)
+    unchanged = y - (u.detach() - u)  # y - 0.0, through which u still learns
+    return torch.where(u.detach() == 0, unchanged, y + u)
+
+
+def _fold_again(layer: nn.Module, _: object) -> None:
+    """After `load_state_dict` into a merged layer: fold what was loaded."""
+    if isinstance(layer, LoRALinear) and layer.merged_weight is not None:
+        layer.merged_weight = layer.fold().detach()

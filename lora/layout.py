@@ -1,4 +1,4 @@
-"""How base layers store their weights, so that nothing else has to ask.
+"""How base layers store their weights and compute with them, so that nothing else has to ask.
 
 An update always speaks of `(out, in)`. `nn.Linear` stores that; Conv1D and `nn.Embedding` (a linear
 map of one-hot rows) store `(in, out)`.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call  # pyright: ignore[reportUnknownVariableType]
 
 
 def out_in_view(base: nn.Module, weight: Tensor) -> Tensor:
@@ -22,7 +23,39 @@ def is_fan_in_fan_out(base: nn.Module) -> bool:
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether this is GPT-2's Conv1D, ours or transformers' (not `nn.Conv1d`)."""
-    return any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)
+    named_so = any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)
+    return named_so and not isinstance(module, nn.Linear | nn.Embedding)
+
+
+def is_plain(base: nn.Module) -> bool:
+    """Whether the layer computes its class's formula, and not one of its own, such as a scaled one.
+
+    Beside any other forward no update can be added: only the layer's own forward on the weight in
+    force is right there.
+    """
+    if "forward" in vars(base):
+        return False
+    kind = type(base)
+    return kind.__name__ == "Conv1D" or kind.forward in (nn.Linear.forward, nn.Embedding.forward)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its forward."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(vars(module)[name] for name in hooks)
+
+
+def call_with(base: nn.Module, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
+    """The layer's own forward on `x`, with these tensors in the place of its parameters.
+
+    The layer is never written, so that any number of threads may share it.
+    """
+    if torch.compiler.is_compiling():  # which traces the replacement instead of making it
+        return functional_call(base, tensors, (x,))
+    double = type(base).__new__(type(base))
+    others = {n: p for n, p in vars(base)["_parameters"].items() if n not in tensors}
+    vars(double).update({**vars(base), "_parameters": others, **tensors})
+    return double(x)
 
 
 def why_not_adaptable(module: nn.Module) -> str | None:

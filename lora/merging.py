@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lora.layer import LoRALinear
-from lora.layout import out_in_view, widest_float
-from lora.targets import lora_layers, require_layers, require_settled, shared_weights, unwrap
+from lora.layout import out_in_view
+from lora.tree import Tree, all_or_nothing, survey, survey_adapted
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,11 @@ class MergeReport:
     agreement: Agreement | None
 
 
-@torch.no_grad()
 def merge(model: nn.Module, *, verify: Tensor | None = None) -> MergeReport:
     """Fold the active updates into the weights, so that a forward pass costs what the base's does.
+
+    The model's state dict still holds the base's weights and the adapters; `lora.eject(model,
+    merge=True)` makes the merged weights the model's own.
 
     Args:
         model: a model with adapters, in eval mode if they have dropout.
@@ -64,39 +66,15 @@ def merge(model: nn.Module, *, verify: Tensor | None = None) -> MergeReport:
             more than the dtype explains.
         ValueError: listing each layer whose weight another module shares, or whose base weight or
             factors are not finite, or whose merged weight overflows.
-        The model is as it was after any error.
+        The model is as it was after any error, Ctrl-C included.
     """
-    layers = require_layers(model)
-    require_settled(layers)
-    if dropping := [path for path, layer in layers.items() if _drops(layer)]:
-        raise RuntimeError(
-            f"{dropping[0]} is in training mode with dropout on, which a merged weight cannot "
-            "show. Call model.eval() first."
-        )
-    if faults := shared_weights(unwrap(model), layers):
-        raise ValueError(
-            "; ".join(faults.values()) + ". Merging would change both; leave them unmerged."
-        )
-    weights = {path: merged_weight(layer) for path, layer in layers.items()}
-    if faults := [
-        _where_not_finite(path, layers[path], weight)
-        for path, weight in weights.items()
-        if not torch.isfinite(weight).all()
-    ]:
-        raise ValueError("; ".join(faults) + ".")
-    report = {path: _rounding(layer, weights[path]) for path, layer in layers.items()}
-    if off := [path for path, cost in report.items() if not cost.max_error <= cost.bound]:
-        raise RuntimeError(f"Merged weights are out of their rounding bound: {', '.join(off)}.")
-    before = None if verify is None else _logits(model, verify)
-    for path, layer in layers.items():
-        layer.merged_weight = weights[path]
-    if verify is None or before is None:
-        return MergeReport(report, None)
-    try:
+    tree = survey_adapted(model)
+    if verify is None:
+        return MergeReport(fold(tree), None)
+    with torch.no_grad(), all_or_nothing(tree.layers.values()):
+        before = _logits(model, verify)
+        report = fold(tree)
         return MergeReport(report, _agreement(before, _logits(model, verify)))
-    except BaseException:
-        unmerge(model)
-        raise
 
 
 def unmerge(model: nn.Module) -> None:
@@ -105,11 +83,11 @@ def unmerge(model: nn.Module) -> None:
     Raises:
         RuntimeError: no adapter here, or the model is not merged.
     """
-    layers = require_layers(model)
-    if not is_merged(model):
+    tree = survey_adapted(model)
+    if not tree.is_merged:
         raise RuntimeError("The model is not merged.")
-    for layer in layers.values():
-        layer.merged_weight = None
+    with all_or_nothing(tree.layers.values()):
+        _unfold(tree)
 
 
 def is_merged(model: nn.Module) -> bool:
@@ -118,7 +96,7 @@ def is_merged(model: nn.Module) -> bool:
     Raises:
         RuntimeError: no adapter here.
     """
-    return any(layer.merged_weight is not None for layer in require_layers(model).values())
+    return survey_adapted(model).is_merged
 
 
 @contextmanager
@@ -128,38 +106,97 @@ def merged(model: nn.Module) -> Generator[None]:
     Raises:
         RuntimeError, ValueError: as `merge`.
     """
-    before = is_merged(model)
-    if not before:
-        merge(model)
+    before = survey_adapted(model).is_merged
+
+    def restore() -> None:
+        tree = survey(model)  # the body may have ejected all
+        if before:
+            refold(tree)  # without the checks of `merge`: no error here hides the body's
+        else:
+            _unfold(tree)
+
     try:
-        yield
+        try:
+            if not before:
+                merge(model)
+            yield
+        finally:
+            restore()
     finally:
-        if lora_layers(model) and is_merged(model) != before:  # the body may have ejected all
-            (merge if before else unmerge)(model)
+        restore()  # once more: Ctrl-C may have cut it short
 
 
-def ideal_weight(layer: LoRALinear) -> Tensor:
-    """`W + Σ w·s·B A` of the active updates, `(out, in)`, in the widest float, unrounded."""
-    weight = layer.weight_out_in
-    ideal = weight.detach().to(widest_float(weight.device))
-    for update, factor in layer.active_updates():
-        ideal = ideal + factor * update.delta()
-    return ideal
+@torch.no_grad()
+def fold(tree: Tree) -> dict[str, Rounding]:
+    """Merge a model that has been surveyed: by layer, what it cost.
+
+    Raises:
+        RuntimeError, ValueError: as `merge`; nothing is changed then.
+    """
+    tree.require_settled()
+    layers = tree.layers
+    if dropping := [path for path, layer in layers.items() if _drops(layer)]:
+        raise RuntimeError(
+            f"{dropping[0]} is in training mode with dropout on, which a merged weight cannot "
+            "show. Call model.eval() first."
+        )
+    if shared := tree.shared_weights(layers):
+        faults = [f"{' and '.join(n for n, *_ in o)} are one tensor" for o in shared.values()]
+        raise ValueError("; ".join(faults) + ". Merging would change both; leave them unmerged.")
+    weights: dict[str, Tensor] = {}
+    report: dict[str, Rounding] = {}
+    faults: list[str] = []
+    for path, layer in layers.items():
+        ideal = layer.ideal()
+        weights[path] = _rounded(layer, ideal)
+        report[path] = _rounding(layer, ideal, weights[path])
+        if not torch.isfinite(weights[path]).all():
+            faults.append(_where_not_finite(path, layer, weights[path]))
+    if faults:
+        more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise ValueError("; ".join(faults[:5]) + more + ".")
+    if off := [path for path, cost in report.items() if not cost.max_error <= cost.bound]:
+        raise RuntimeError(f"Merged weights are out of their rounding bound: {', '.join(off)}.")
+    with all_or_nothing(layers.values()):
+        for path, layer in layers.items():
+            layer.merged_weight = weights[path]
+    return report
 
 
-def merged_weight(layer: LoRALinear) -> Tensor:
-    """The ideal weight rounded once to the base's dtype, in the base's layout."""
-    weight = layer.base.get_parameter("weight")
-    return out_in_view(layer.base, ideal_weight(layer)).to(weight.dtype).contiguous()
+@torch.no_grad()
+def refold(tree: Tree) -> None:
+    """Fold what is in force, whatever was folded before and without looking at it."""
+    for layer in tree.layers.values():
+        layer.merged_weight = _rounded(layer, layer.ideal())
 
 
-def _rounding(layer: LoRALinear, weight: Tensor) -> Rounding:
-    ideal = ideal_weight(layer)
+@torch.no_grad()
+def keep_folded(tree: Tree) -> None:
+    """Make the merged weights the bases' own."""
+    for layer in tree.layers.values():
+        if layer.merged_weight is not None:
+            layer.base.get_parameter("weight").data = layer.merged_weight
+
+
+def _rounded(layer: LoRALinear, ideal: Tensor) -> Tensor:
+    """The ideal weight `(out, in)` rounded once, in the base's layout; never the base's own."""
+    base = layer.base.get_parameter("weight")
+    weight = out_in_view(layer.base, ideal).to(base.dtype).contiguous()
+    return weight.clone() if weight.data_ptr() == base.data_ptr() else weight
+
+
+def _rounding(layer: LoRALinear, ideal: Tensor, weight: Tensor) -> Rounding:
+    """How far a merged weight, in the base's layout, is from the ideal, `(out, in)`."""
     error = (out_in_view(layer.base, weight).to(ideal.dtype) - ideal).abs()
     limits = torch.finfo(weight.dtype)
     # A 16-bit weight passes through float32 on its way: a hair more than half a unit.
     bound = 0.5001 * limits.eps * float(ideal.abs().max()) + limits.smallest_normal * limits.eps
     return Rounding(float(error.max()), float(error.square().mean().sqrt()), bound)
+
+
+def _unfold(tree: Tree) -> None:
+    for layer in tree.layers.values():
+        layer.merged_weight = None
 
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:

@@ -7,9 +7,11 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from lora.adapted import Adapted
 from lora.config import is_finite
 from lora.layer import LowRankUpdate
-from lora.targets import lora_layers, require_layers, unwrap
+from lora.tree import survey_adapted, unwrap
+from lora.untyped import named_modules
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -35,8 +37,9 @@ def parameter_groups(model: nn.Module, lr: float, *, b_ratio: float = 16.0) -> l
     """
     if not (is_finite(lr) and is_finite(b_ratio) and lr > 0 and b_ratio > 0):
         raise ValueError(f"lr and b_ratio must be finite and above 0, got {lr!r} and {b_ratio!r}.")
-    updates = [u for layer in require_layers(model).values() for u in layer.updates.values()]
-    late = {id(cast(LowRankUpdate, update).B) for update in updates}
+    layers = survey_adapted(model).layers.values()
+    updates = [cast(LowRankUpdate, u) for layer in layers for u in layer.updates.values()]
+    late = {id(update.B) for update in updates}
     trainable = trainable_parameters(model)
     return [
         {"params": [p for p in trainable if id(p) not in late], "lr": lr},
@@ -69,10 +72,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict that the model would have had it never been injected, merged or not."""
-    state: dict[str, Tensor] = unwrap(model).state_dict()
-    for path in lora_layers(model, every_path=True):
-        for key in [k for k in state if k.startswith(f"{path}.")]:
-            tensor = state.pop(key)
-            if key.startswith(f"{path}.base."):
-                state[path + key.removeprefix(f"{path}.base")] = tensor
-    return state
+    root = unwrap(model)
+    adapted = [path for path, module in named_modules(root) if isinstance(module, Adapted)]
+    own = tuple(f"{path}.updates." if path else "updates." for path in adapted)
+    return {key: t for key, t in root.state_dict().items() if not key.startswith(own)}

@@ -8,9 +8,7 @@ Source: Hu et al. 2021, section 4.2, which adapts query and value only; loralib'
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import accumulate
 from typing import Any, cast
 
@@ -18,12 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora.config import UpdateConfig
+from lora.config import Slices, UpdateConfig
 from lora.layer import LowRankUpdate
 from lora.layout import out_in_view
-
-Slices = Sequence[str] | Mapping[str, int]
-"""Names of the equal parts of a layer's output, or its parts' sizes by name."""
 
 
 class SlicedUpdate(LowRankUpdate):
@@ -31,7 +26,7 @@ class SlicedUpdate(LowRankUpdate):
 
     Args:
         in_features, out_features: of the base layer.
-        config: of each slice; `r` is a slice's own rank.
+        config: of all k together; a slice's own rank is `config.r / k`.
         slices: `(start, stop)` of each adapted slice of the output, by name.
         dtype, device: of A and B.
     """
@@ -52,12 +47,11 @@ class SlicedUpdate(LowRankUpdate):
         rows = torch.cat([torch.arange(*span, device=device) for span in slices.values()])
         self.rows: Tensor  # the adapted rows of the output
         self.register_buffer("rows", rows, persistent=False)
-        self.A = nn.Parameter(self.A.new_empty(len(slices) * config.r, in_features))
-        self.B = nn.Parameter(self.B.new_zeros(len(rows), config.r))
+        self.B = nn.Parameter(self.B.new_zeros(len(rows), config.r // len(slices)))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A `(k·r, in)`, and the block-structured B `(out, k·r)`."""
-        r, columns, first = self.config.r, self.A.shape[0], 0
+        r, columns, first = self.B.shape[1], self.config.r, 0
         blocks: list[Tensor] = []
         for i, (start, stop) in enumerate(self.slices.values()):
             part = self.B[first : first + stop - start]
@@ -66,16 +60,12 @@ class SlicedUpdate(LowRankUpdate):
         b = self.B.new_zeros(self.out_features, columns)
         return self.A, b.index_copy(0, self.rows, torch.cat(blocks))
 
-    def plain_config(self) -> UpdateConfig:
-        """Rank k·r with the same scaling."""
-        k = len(self.slices)
-        grown = self.config.alpha * (math.sqrt(k) if self.config.rslora else k)
-        return replace(self.config, r=self.config.r * k, alpha=grown)
-
     @torch.no_grad()
     def set_factors(self, a: Tensor, b: Tensor) -> None:
         """As for a plain update; B must be zero outside its blocks, else ValueError."""
-        r = self.config.r
+        if faults := self.misfits(a, b):
+            raise ValueError(", ".join(faults))
+        r = self.B.shape[1]
         spans = list(self.slices.values())
         blocks = [b[start:stop, i * r : (i + 1) * r] for i, (start, stop) in enumerate(spans)]
         if sum(int(block.count_nonzero()) for block in blocks) != int(b.count_nonzero()):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import gpt2
 import lora
-import lora.layer
+from lora.fast import forms
 from lora.fast.dropout import drop
 from tests.toys import dense, layer
 
@@ -161,12 +161,12 @@ def test_what_is_no_linear_layer_is_refused(module):
 @pytest.mark.parametrize("wide", [False, True])
 def test_the_fast_paths_are_the_readable_one(kind, dtype, dropout, wide, monkeypatch):
     """Outputs and all gradients, at the dtype's own rounding."""
-    monkeypatch.setattr(lora.layer, "pays_wide", lambda x, b: wide)
+    monkeypatch.setattr(forms, "pays_wide", lambda x, b: wide)
     taken: list[str] = []
     for name in ("add_update", "wide_linear"):
-        path = getattr(lora.layer, name)
+        path = getattr(forms, name)
         monkeypatch.setattr(
-            lora.layer, name, lambda *a, name=name, path=path: (taken.append(name), path(*a))[1]
+            forms, name, lambda *a, name=name, path=path: (taken.append(name), path(*a))[1]
         )
     torch.manual_seed(0)
     wrapper = adapted(kind, 32, 48, 4, dropout=dropout).to(dtype).train()

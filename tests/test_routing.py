@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpt2
 import lora
-from lora.routing import Routing
 from tests.test_peft import theirs_of
 from tests.toys import TINY, layer, randomize, snapshot, tiny_gpt2
 
@@ -157,14 +156,30 @@ def test_contexts_nest_and_survive_exceptions():
 @pytest.mark.parametrize("where", ["A", "B"])
 def test_a_factor_changed_inside_the_context_is_followed(where):
     model, twin = bank(), bank()
-    with torch.no_grad(), lora.routed(model, ["a", None]), lora.routed(twin, ["a", None]):
+    with lora.routed(model, ["a", None]), lora.routed(twin, ["a", None]), torch.no_grad():
         before = model(IDX[:2])
         for m in (model, twin):
-            getattr(m.transformer.h[1].attn.c_attn.updates["a"], where).mul_(1.5)
+            factor = getattr(m.transformer.h[1].attn.c_attn.updates["a"], where)
+            factor.data = factor * 1.5  # which no version counter tells
         after = model(IDX[:2])
         torch.testing.assert_close(after, twin(IDX[:2]), **EXACT)
         assert not torch.equal(before[0], after[0])
         assert torch.equal(before[1], after[1])
+
+
+def test_entered_without_gradients_it_keeps_the_factors_of_that_moment_until_one_trains():
+    model = bank()
+    factor = model.transformer.h[1].attn.c_attn.updates["a"].A
+    with torch.no_grad(), lora.routed(model, ["a", None]):
+        before = model(IDX[:2])
+        factor.mul_(1.5)
+        assert torch.equal(model(IDX[:2]), before)
+        with torch.enable_grad():
+            after = model(IDX[:2])
+        assert not torch.equal(after[0], before[0])
+        assert torch.equal(model(IDX[:2]), after)
+    with torch.no_grad(), lora.routed(model, ["a", None]):
+        assert torch.equal(model(IDX[:2]), after)
 
 
 def test_inference_mode_throughout():
@@ -173,7 +188,8 @@ def test_inference_mode_throughout():
         want = torch.cat([alone(model, row, IDX) for row in range(5)])
         with lora.routed(model, ROWS):
             torch.testing.assert_close(model(IDX), want, **EXACT)
-            model.transformer.h[0].attn.c_attn.updates["a"].A.zero_()
+        model.transformer.h[0].attn.c_attn.updates["a"].A.zero_()
+        with lora.routed(model, ROWS):
             assert not torch.allclose(model(IDX), want)
 
 
@@ -282,10 +298,12 @@ def test_compiled_without_recompiling_when_the_routing_changes(grad):
     torch._dynamo.reset()
 
 
-def test_a_copy_made_inside_the_context_is_routed_on_its_own():
+def test_a_copy_made_inside_the_contexts_is_outside_of_them():
+    """Nobody could lead it out: it would be routed or disabled for good, and never be ejected."""
     model = bank()
-    with lora.routed(model, ROWS):
+    want = model(IDX)
+    with lora.routed(model, ROWS), lora.disabled(model):
         twin = copy.deepcopy(model)
-        want = model(IDX)
-    assert isinstance(twin.transformer.h[0].attn.c_attn.routing, Routing)
-    torch.testing.assert_close(twin(IDX), want, **EXACT)
+    assert torch.equal(twin(IDX), want)
+    lora.eject(twin)
+    assert not any(isinstance(module, lora.LoRALinear) for module in twin.modules())

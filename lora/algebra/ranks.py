@@ -8,15 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lora.algebra.sums import Adapter, Factors, by_path, check_shapes, scale
-from lora.config import is_finite
+from lora.config import LoRAConfig, Names, is_finite
 from lora.layout import out_in_view
-from lora.targets import Targets, base_modules, find_targets
+from lora.targets import find_targets
+from lora.tree import survey
+from lora.untyped import qr, svd
 
 Deltas = Mapping[str, Tensor]
 """Dense weight changes `(out, in)` by the dotted path of their layer."""
@@ -41,9 +43,9 @@ def compress(value: Adapter, r: int) -> Approximation:
     """
 
     def nearest(pair: Factors) -> tuple[Factors, float]:
-        q_out, r_out = _qr(pair.B)  # (out, r)(r, r)
-        q_in, r_in = _qr(pair.A.T)  # (in, r)(r, r)
-        u, s, vt = _svd(r_out @ r_in.T)
+        q_out, r_out = qr(pair.B)  # (out, r)(r, r)
+        q_in, r_in = qr(pair.A.T)  # (in, r)(r, r)
+        u, s, vt = svd(r_out @ r_in.T)
         return _truncate(q_out @ u, s, vt @ q_in.T, r)
 
     return _approximate(value, nearest, r)
@@ -55,11 +57,11 @@ def approximate(changes: Deltas, r: int) -> Approximation:
     Raises:
         ValueError: `r` is not a positive integer.
     """
-    return _approximate(changes, lambda delta: _truncate(*_svd(delta.double()), r), r)
+    return _approximate(changes, lambda delta: _truncate(*svd(delta.double()), r), r)
 
 
 def extract(
-    base: nn.Module, tuned: nn.Module, r: int, targets: Targets = "all-linear"
+    base: nn.Module, tuned: nn.Module, r: int, targets: Names = "all-linear"
 ) -> Approximation:
     """The adapter that turns `base` into a fully fine-tuned `tuned`, as well as rank `r` can.
 
@@ -71,8 +73,9 @@ def extract(
     Raises:
         ValueError: a target that matches nothing or names slices, or layers of other shapes.
     """
-    before, after = base_modules(base), base_modules(tuned)
-    found = find_targets(base, targets)
+    tree, after = survey(base), survey(tuned).bases
+    before = tree.bases
+    found = find_targets(tree, LoRAConfig(targets=targets))
     paths = list(found)
     if sliced := [path for path in paths if found[path]]:
         raise ValueError(f"Slices cannot be extracted, only whole layers: {', '.join(sliced)}.")
@@ -181,11 +184,3 @@ def _truncate(u: Tensor, s: Tensor, vt: Tensor, r: int) -> tuple[Factors, float]
 
 def _weight(base: nn.Module) -> Tensor:
     return out_in_view(base, base.get_parameter("weight")).detach().cpu().double()
-
-
-def _qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    return cast(Any, torch.linalg).qr(matrix)  # PyTorch leaves torch.linalg without types
-
-
-def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return cast(Any, torch.linalg).svd(matrix, full_matrices=False)

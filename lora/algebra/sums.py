@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from lora.config import UpdateConfig
 from lora.disk.checkpoint import open_folder
-from lora.injection import attach, make_update
+from lora.injection import attach, build, require_rank
 from lora.layer import LowRankUpdate
 from lora.layout import why_not_adaptable
-from lora.targets import base_modules, require_layers, unwrap
+from lora.tree import survey, survey_adapted
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,8 @@ def factors(model: nn.Module, adapter: str = "default") -> dict[str, Factors]:
     Raises:
         RuntimeError: no adapter here. ValueError: none of this name.
     """
-    layers = require_layers(model)
-    updates = {p: la.updates[adapter] for p, la in layers.items() if adapter in la.updates}
-    if not updates:
-        raise ValueError(f"The model carries no adapter {adapter!r}.")
-    return {path: _value(cast(LowRankUpdate, update)) for path, update in updates.items()}
+    carrying = survey_adapted(model).carrying(adapter)
+    return {p: _value(cast(LowRankUpdate, a.updates[adapter])) for p, a in carrying.items()}
 
 
 def read(folder: str | Path) -> dict[str, Factors]:
@@ -102,17 +99,17 @@ def implant(model: nn.Module, value: Adapter, adapter: str = "default") -> list[
             to that).
         RuntimeError: the model is merged or routed.
     """
-    modules = base_modules(model)
+    tree = survey(model)
     updates: dict[str, LowRankUpdate] = {}
     faults: list[str] = [] if value else ["the adapter is empty"]
     for path, pair in value.items():
         try:
-            updates[path] = _implanted(modules.get(path), pair)
+            updates[path] = _implanted(tree.bases.get(path), pair)
         except ValueError as error:
             faults.append(f"{path}: {error}")
     if faults:
         raise ValueError(f"The adapter does not fit this model: {'; '.join(faults)}.")
-    return attach(unwrap(model), adapter, updates)
+    return attach(tree, adapter, updates)
 
 
 def scale(value: Adapter, factor: float) -> dict[str, Factors]:
@@ -158,11 +155,9 @@ def by_path(values: Sequence[Adapter]) -> dict[str, list[Factors]]:
 def _implanted(base: nn.Module | None, pair: Factors) -> LowRankUpdate:
     if reason := "no such layer here" if base is None else why_not_adaptable(base):
         raise ValueError(reason)
-    update = make_update(cast(nn.Module, base), UpdateConfig(r=pair.r, alpha=pair.r, dropout=0.0))
-    if faults := update.misfits(pair.A, pair.B):
-        raise ValueError(", ".join(faults))
-    update.set_factors(pair.A, pair.B)
-    return update
+    base = cast(nn.Module, base)
+    require_rank(base, pair.r)
+    return build(base, UpdateConfig(r=pair.r, alpha=pair.r, dropout=0.0), pair.A, pair.B)
 
 
 def _value(update: LowRankUpdate) -> Factors:

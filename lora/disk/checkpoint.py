@@ -20,11 +20,11 @@ from torch.nn import functional as F
 from lora.config import UpdateConfig
 from lora.disk import files, peft_config, probes
 from lora.disk.peft_config import PeftConfig
-from lora.injection import attach, make_update
+from lora.injection import attach, build
 from lora.layer import EmbeddingUpdate, LowRankUpdate
 from lora.layout import is_fan_in_fan_out, out_in_view, why_not_adaptable
 from lora.slices import SlicedUpdate
-from lora.targets import base_modules, require_layers, unwrap
+from lora.tree import survey, survey_adapted
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SLICES = "lora_slices"  # key in the metadata: which slices' blocks a plain B holds
@@ -61,25 +61,23 @@ def save(
         ValueError: none of this name, or NaN or infinity in its factors.
         OSError: the folder cannot be written.
     """
-    layers = {p: la for p, la in require_layers(model).items() if adapter in la.updates}
-    if not layers:
-        raise ValueError(f"The model carries no adapter {adapter!r}.")
+    tree = survey_adapted(model)
+    layers = tree.carrying(adapter)
     updates = {path: cast(LowRankUpdate, la.updates[adapter]) for path, la in layers.items()}
-    configs = {path: update.plain_config() for path, update in updates.items()}
+    configs = {path: update.config for path, update in updates.items()}
     factors = {path: _on_cpu(*update.factors()) for path, update in updates.items()}
     bad = [p for p, pair in factors.items() if not all(torch.isfinite(f).all() for f in pair)]
     if bad:
         raise ValueError(f"Not saved: NaN or infinity in A or B of {', '.join(bad)}.")
     if uniform:
         configs, factors = _uniform(configs, factors)
-    modules = base_modules(model)
     bases = {path: layer.base for path, layer in layers.items()}
     config = peft_config.dumps(
         configs,
-        linear_paths=[path for path, m in modules.items() if not why_not_adaptable(m)],
+        linear_paths=[path for path, m in tree.bases.items() if not why_not_adaptable(m)],
         fan_in_fan_out=any(is_fan_in_fan_out(base) for base in bases.values()),
-        causal_lm=hasattr(unwrap(model), "lm_head"),
-        base_name=getattr(unwrap(model), "name_or_path", None),
+        causal_lm=hasattr(tree.root, "lm_head"),
+        base_name=getattr(tree.root, "name_or_path", None),
     )
     metadata = {"format": "pt", **probes.describe(bases, factors)}
     slices = {p: u.slices for p, u in updates.items() if isinstance(u, SlicedUpdate)}
@@ -123,7 +121,8 @@ def load(
         The model is as it was after any error.
     """
     saved = open_folder(Path(folder))
-    modules = base_modules(model)
+    tree = survey(model)
+    modules = tree.bases
     wanted = {p for p, m in modules.items() if saved.config.matches(p) and not why_not_adaptable(m)}
     faults = [f"{key}: left over" for key in saved.left_over]
     faults += [f"{path}: no tensors in the file" for path in sorted(wanted - saved.factors.keys())]
@@ -142,7 +141,7 @@ def load(
         faults = probes.faults(saved.metadata, bases, factors, allow_base_mismatch)
     if faults:
         raise ValueError(f"{folder} does not fit this model: {'; '.join(faults)}.")
-    return attach(unwrap(model), adapter, updates, untie=untie)
+    return attach(tree, adapter, updates, untie=untie)
 
 
 def open_folder(folder: Path) -> SavedAdapter:
@@ -171,17 +170,10 @@ def _rebuild(
     """The saved update of one layer; ValueError lists what does not fit."""
     config = saved.config.update_config(path)
     spans = _spans(saved.metadata, path, base)
-    if k := len(spans):
-        config = replace(config, r=config.r // k)
-        config = replace(config, alpha=config.alpha / (k**0.5 if config.rslora else k))
-    update = make_update(base, config, dtype=dtype, spans=spans, any_rank=True)
     factors = saved.factors[path]
     if missing := [f"lora_{name} is missing" for name in "AB" if name not in factors]:
         raise ValueError(", ".join(missing))
-    if faults := update.misfits(factors["A"], factors["B"]):
-        raise ValueError(", ".join(faults))
-    update.set_factors(factors["A"], factors["B"])
-    return update
+    return build(base, config, factors["A"], factors["B"], spans=spans, dtype=dtype)
 
 
 def _spans(metadata: Mapping[str, str], path: str, base: nn.Module) -> dict[str, tuple[int, int]]:

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from lora.config import UpdateConfig
-from lora.injection import attach, make_update
+from lora.injection import attach, build
 from lora.layer import LowRankUpdate
-from lora.layout import why_not_adaptable
+from lora.layout import out_in_view, why_not_adaptable
 from lora.slices import spans_of
-from lora.targets import base_modules, unwrap
+from lora.tree import survey
 
 _KEY = re.compile(r"(?:module\.)?(.+\.c_attn)\.lora_([AB])")
 
@@ -65,7 +65,8 @@ def load_loralib(
             factors.setdefault(match[1], {})[match[2]] = tensor
         elif "lora_" in key:
             strange.append(f"{key}: left over")
-    modules = base_modules(model)
+    tree = survey(model)
+    modules = tree.bases
     updates: dict[str, LowRankUpdate] = {}
     faults = strange if factors else [*strange, "it holds no c_attn.lora_A and lora_B"]
     faults += [
@@ -80,7 +81,7 @@ def load_loralib(
             faults.append(f"{path}: {error}")
     if faults:
         raise ValueError(f"{file} does not fit this model: {'; '.join(faults)}.")
-    return attach(unwrap(model), adapter, updates)
+    return attach(tree, adapter, updates)
 
 
 def _rebuild(base: nn.Module | None, pair: Mapping[str, Tensor], alpha: float) -> LowRankUpdate:
@@ -91,14 +92,14 @@ def _rebuild(base: nn.Module | None, pair: Mapping[str, Tensor], alpha: float) -
         raise ValueError(", ".join(missing))
     base, a, b = cast(nn.Module, base), pair["A"], pair["B"]
     b = b.squeeze(-1) if b.dim() == 3 else b
-    config = UpdateConfig(r=len(a) // 2 if a.dim() else 0, alpha=alpha, dropout=0.0)
-    update = make_update(base, config, spans=spans_of(base, ("q", "v"), ("q", "k", "v")))
-    found, wanted = (tuple(tuple(t.shape) for t in ts) for ts in ((a, b), (update.A, update.B)))
-    if found != wanted:
+    spans = spans_of(base, ("q", "v"), ("q", "k", "v"))
+    out_features, in_features = out_in_view(base, base.get_parameter("weight")).shape
+    r = len(a) // 2 if a.dim() else 0
+    config = UpdateConfig(r=r, alpha=alpha, dropout=0.0).stacked(2)
+    third = out_features // 3
+    wanted = (2 * r, in_features), (2 * third, r)
+    if (found := (tuple(a.shape), tuple(b.shape))) != wanted:
         raise ValueError(f"A and B are {found}, this layer takes {wanted}")
-    if update.A.is_meta or not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-        raise ValueError("NaN or infinite values, or a layer on the meta device, which holds none")
-    with torch.no_grad():
-        update.A.copy_(a)
-        update.B.copy_(b)
-    return update
+    whole = b.new_zeros(out_features, 2 * r)
+    whole[:third, :r], whole[2 * third :, r:] = b[:third], b[third:]
+    return build(base, config, a, whole, spans=spans)

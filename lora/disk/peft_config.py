@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from lora.layer import UpdateConfig
+from lora.config import UpdateConfig
 
 # Fields that say nothing about what the adapter computes. Any other field that is set and is not
 # read below is refused, so that a feature this library lacks is never dropped in silence.

@@ -1,48 +1,86 @@
-"""The formula as single differentiable functions: the fast path of `LoRALinear`.
+"""The formula as single differentiable functions: the fast forms of `LoRALinear`.
 
-They keep the input once, in its own dtype, and of dropout a byte an element at most. `add_update`
-serves any base layer; in large steps on a GPU `wide_linear` computes base and update in the same
-matrix products. `LoRALinear.forward` spells out what both compute.
+`lora.layer` asks here once a call. The forms keep the input once, in its own dtype, and of dropout
+a byte an element at most. `add_update` serves any base layer; in large steps on a GPU `wide_linear`
+computes base and update in the same matrix products. Their backward passes are differentiable
+themselves, so that second derivatives are right.
 
 Shapes: N rows of the input, all leading axes flattened · in, out · r rank.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora.fast.dropout import drop
+from lora.layout import has_hooks, is_conv1d
+from lora.untyped import apply, in_transform, unsafe_view
 
 FEW = 64  # rows up to which compiled inference writes the products as sums
 WIDE = 2048  # rows from which widening the weight by B costs less than products of B's own
 
 
-def add_update(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, p: float) -> Tensor:
-    """`y + scaling · drop(x) Aᵀ Bᵀ`, differentiable once in y, x, A and B.
+class Term(NamedTuple):
+    """What one update adds: `scaling · drop(x) Aᵀ Bᵀ`.
 
     Args:
-        y: `(…, out)`.
-        x: `(…, in)`, of y's dtype.
-        a, b: `(r, in)` and `(out, r)`, used in the dtype of `x`.
-        scaling: factor of the update.
+        a, b: `(r, in)` and `(out, r)`, used in the dtype of the input.
+        scaling: factor of the update, its weight in the sum included.
         p: probability of dropout in [0, 1), for this call.
     """
-    inferring = p == 0 and not torch.is_grad_enabled()
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+    p: float
+
+
+def applies(x: Tensor) -> bool:
+    """Whether the forms take this input: no ids, no autocast, no transform of torch.func."""
+    device = x.device.type
+    return (
+        x.is_floating_point()
+        and not (device != "meta" and torch.is_autocast_enabled(device))
+        and not in_transform()
+    )
+
+
+def linear(base: nn.Module, x: Tensor, weight: Tensor, terms: Sequence[Term]) -> Tensor:
+    """`base(x)` and the terms.
+
+    Args:
+        base: a layer that computes `x Wᵀ + bias`.
+        x: `(…, in)`.
+        weight: of the base, seen as `(out, in)`.
+        terms: at most one for each adapter in force.
+    """
+    if len(terms) == 1 and _widens(base, x, weight, terms[0]):
+        return wide_linear(x, weight, cast(Tensor | None, base.bias), terms[0])
+    y = base(x)
+    for term in terms:
+        y = add_update(y, x.to(y.dtype), term)
+    return y
+
+
+def add_update(y: Tensor, x: Tensor, term: Term) -> Tensor:
+    """`y` `(…, out)` and the term for `x` `(…, in)`."""
+    inferring = term.p == 0 and not torch.is_grad_enabled()
     if torch.compiler.is_compiling() and inferring and len(_rows(x)) <= FEW:
-        return _add_update_in_one_kernel(y, x, a, b, scaling)
-    return cast(Any, _AddUpdate).apply(y, x, a, b, scaling, p)
+        return _add_in_one_kernel(y, x, term)
+    return apply(_AddUpdate, y, x, *term)
 
 
-def _add_update_in_one_kernel(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+def _add_in_one_kernel(y: Tensor, x: Tensor, term: Term) -> Tensor:
     """The products as sums, which a compiler fuses with what is around them.
 
     On few rows, starting a kernel takes longer than running it.
     """
-    h = (_rows(x)[:, None] * a).sum(-1) * scaling  # (N, r), in the dtype of A if that is wider
-    return y + (h[:, None] * b).sum(-1).view(y.shape).to(y.dtype)
+    h = (_rows(x)[:, None] * term.a).sum(-1) * term.scaling  # (N, r), in A's dtype if wider
+    return y + (h[:, None] * term.b).sum(-1).view(y.shape).to(y.dtype)
 
 
 class _AddUpdate(torch.autograd.Function):
@@ -50,20 +88,39 @@ class _AddUpdate(torch.autograd.Function):
     def forward(
         ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, p: float
     ) -> Tensor:
-        rows, keep, h = _down(x, a, scaling, p)
-        ctx.save_for_backward(rows, keep, h, a, b)
+        h, keep = _down(x, a, p)
+        ctx.save_for_backward(x, keep, h, a, b)
         ctx.scaling, ctx.p = scaling, p
-        return torch.addmm(_rows(y), h, b.to(x.dtype).t()).view(y.shape)
+        up = _scaled(b, scaling, x.dtype).t()  # (r, out)
+        out = torch.addmm(_rows(y), h, up)
+        if y.device.type == "cpu" and not torch.compiler.is_compiling() and not out.all():
+            # y + 0.0, which makes a -0.0 of the base 0.0: at birth nothing may change, no sign.
+            out = torch.where((out == 0) & (_rows(y) == 0), _rows(y), out)
+        return unsafe_view(out, y.shape)  # a view could not be changed in place
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        rows, keep, h, a, b = ctx.saved_tensors
+        x, keep, h, a, b = ctx.saved_tensors
         (dy,) = grad_outputs
-        flat = _rows(dy)  # (N, out)
-        dh = (flat @ b.to(dy.dtype)) * ctx.scaling
-        da, dx = _up(dh, rows, keep, a, ctx.p, ctx.needs_input_grad[1])
-        db = (flat.t() @ h).to(b.dtype)
-        return dy, None if dx is None else dx.view(*dy.shape[:-1], -1), da, db, None, None
+        _, needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
+        dh = _rows(dy) @ _scaled(b, ctx.scaling, dy.dtype)
+        dx = _masked((dh @ a.to(dh.dtype)).view(x.shape), keep, ctx.p) if needs_x else None
+        da = _grad_of_a(dh, x, keep, a, ctx.p) if needs_a else None
+        db = _grad_of_b(dy, _again(h, x, keep, a, ctx.p), b, ctx.scaling) if needs_b else None
+        return dy, dx, da, db, None, None
+
+
+def _widens(base: nn.Module, x: Tensor, weight: Tensor, term: Term) -> bool:
+    """Whether `wide_linear` computes here what the base and the term do, and pays."""
+    return (
+        x.dtype == weight.dtype
+        and (type(base) is nn.Linear or is_conv1d(base))
+        # A frozen update is inference, which at birth is the base's to the bit.
+        and term.a.requires_grad
+        and pays_wide(x, len(term.a))
+        and not has_hooks(base)
+        and not any(p.requires_grad for p in base.parameters())
+    )
 
 
 def pays_wide(x: Tensor, rank: int) -> bool:
@@ -72,17 +129,15 @@ def pays_wide(x: Tensor, rank: int) -> bool:
     return x.is_cuda and torch.is_grad_enabled() and len(_rows(x)) >= WIDE and width % 8 == 0
 
 
-def wide_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, p: float
-) -> Tensor:
-    """`x Wᵀ + bias + scaling · drop(x) Aᵀ Bᵀ` as one product `[x | h] [W | B]ᵀ`.
+def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None, term: Term) -> Tensor:
+    """`x Wᵀ + bias` and the term, as one product `[x | h] [W | sB]ᵀ`.
 
     Args:
         x: `(…, in)`, in the dtype of `weight`.
         weight, bias: `(out, in)`, of any strides, and `(out,)`, both frozen.
-        a, b, scaling, p: as for `add_update`.
+        term: what the update adds.
     """
-    return cast(Any, _WideLinear).apply(x, weight, bias, a, b, scaling, p)
+    return apply(_WideLinear, x, weight, bias, *term)
 
 
 class _WideLinear(torch.autograd.Function):
@@ -97,43 +152,50 @@ class _WideLinear(torch.autograd.Function):
         scaling: float,
         p: float,
     ) -> Tensor:
-        rows, keep, h = _down(x, a, scaling, p)
-        wide, widened = torch.cat([rows, h], 1), _widened(weight, b)
+        h, keep = _down(x, a, p)
+        wide, widened = torch.cat([_rows(x), h], 1), _widened(weight, b, scaling)
         y = wide @ widened if bias is None else torch.addmm(bias, wide, widened)
-        ctx.save_for_backward(rows, keep, h, weight, a, b)
+        ctx.save_for_backward(x, keep, h, weight, a, b)
         ctx.scaling, ctx.p = scaling, p
-        return y.view(*x.shape[:-1], len(b))
+        return unsafe_view(y, (*x.shape[:-1], len(b)))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        rows, keep, h, weight, a, b = ctx.saved_tensors
-        flat = _rows(grad_outputs[0])  # (N, out)
+        x, keep, h, weight, a, b = ctx.saved_tensors
+        (dy,) = grad_outputs
+        needs_x, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
         dx: Tensor | None = None
-        if ctx.needs_input_grad[0]:
-            d = flat @ _widened(weight, b).t()  # (N, in + r)
-            dx, dh = d[:, : rows.shape[1]], d[:, rows.shape[1] :] * ctx.scaling
+        if needs_x:
+            d = _rows(dy) @ _widened(weight, b, ctx.scaling).t()  # (N, in + r)
+            through, dh = d[:, : x.shape[-1]], d[:, x.shape[-1] :]
+            dx = through.view(x.shape) + _masked((dh @ a.to(dh.dtype)).view(x.shape), keep, ctx.p)
         else:
-            dh = (flat @ b.to(flat.dtype)) * ctx.scaling
-        da, through = _up(dh, rows, keep, a, ctx.p, dx is not None)
-        if dx is not None and through is not None:
-            dx = (dx + through).view(*grad_outputs[0].shape[:-1], -1)
-        return dx, None, None, da, (flat.t() @ h).to(b.dtype), None, None
+            dh = _rows(dy) @ _scaled(b, ctx.scaling, dy.dtype)
+        da = _grad_of_a(dh, x, keep, a, ctx.p) if needs_a else None
+        db = _grad_of_b(dy, _again(h, x, keep, a, ctx.p), b, ctx.scaling) if needs_b else None
+        return dx, None, None, da, db, None, None
 
 
-def _down(x: Tensor, a: Tensor, scaling: float, p: float) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The input's rows `(N, in)`, what dropout kept of them, and `h = scaling · drop(x) Aᵀ`."""
-    rows = _rows(x)
-    dropped, keep = drop(rows, p) if p else (rows, None)
-    return rows, keep, (dropped @ a.to(x.dtype).t()) * scaling
+def _down(x: Tensor, a: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
+    """`h = drop(x) Aᵀ` `(N, r)`, and what dropout kept."""
+    dropped, keep = drop(x, p) if p else (x, None)
+    return _rows(dropped) @ a.to(x.dtype).t(), keep
 
 
-def _up(
-    dh: Tensor, rows: Tensor, keep: Tensor | None, a: Tensor, p: float, needs_dx: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of A and of the input from that of `drop(x) Aᵀ`, `(N, r)`."""
-    da = dh.t() @ _masked(rows, keep, p)
-    dx = _masked(dh @ a.to(dh.dtype), keep, p) if needs_dx else None
-    return da.to(a.dtype), dx
+def _again(h: Tensor, x: Tensor, keep: Tensor | None, a: Tensor, p: float) -> Tensor:
+    """`h`; for second derivatives made again from x and A, on which it depends."""
+    if not torch.is_grad_enabled():
+        return h
+    return _rows(_masked(x, keep, p)) @ a.to(x.dtype).t()
+
+
+def _grad_of_a(dh: Tensor, x: Tensor, keep: Tensor | None, a: Tensor, p: float) -> Tensor:
+    """From the gradient of `drop(x) Aᵀ`, `(N, r)`."""
+    return (dh.t() @ _rows(_masked(x, keep, p))).to(a.dtype)
+
+
+def _grad_of_b(dy: Tensor, h: Tensor, b: Tensor, scaling: float) -> Tensor:
+    return (_rows(dy).t() @ h).to(b.dtype) * scaling
 
 
 def _masked(x: Tensor, keep: Tensor | None, p: float) -> Tensor:
@@ -142,12 +204,17 @@ def _masked(x: Tensor, keep: Tensor | None, p: float) -> Tensor:
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.reshape(x.numel() // x.shape[-1], x.shape[-1])
+    return x.reshape(x.numel() // max(x.shape[-1], 1), x.shape[-1])
 
 
-def _widened(weight: Tensor, b: Tensor) -> Tensor:
-    """`[W | B]ᵀ`, `(in + r, out)`, copied along W's own layout."""
-    b = b.to(weight.dtype)
+def _scaled(b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """`s B`: scaled in B's own dtype, so that a B of zeros stays zero whatever the scaling."""
+    return (b * scaling).to(dtype)
+
+
+def _widened(weight: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """`[W | sB]ᵀ`, `(in + r, out)`, copied along W's own layout."""
+    b = _scaled(b, scaling, weight.dtype)
     if weight.stride(0) == 1:  # a Conv1D's
         return torch.cat([weight.t(), b.t()])
     return torch.cat([weight, b], 1).t()

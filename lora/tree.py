@@ -1,0 +1,257 @@
+"""One survey of a model: what it is made of, which layers are adapted, what shares memory.
+
+A verb surveys the model once and hands the `Tree` on; nothing asks the model again.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple, cast
+
+from torch import Tensor, nn
+
+from lora.adapted import Adapted
+from lora.layer import LoRALinear
+
+
+class Place(NamedTuple):
+    """Where a module stands: as the child `name` of `parent`, at the dotted `path`."""
+
+    path: str
+    parent: nn.Module
+    name: str
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A model as one walk found it.
+
+    Args:
+        root: the model, without the wrappers around it.
+        bases: every module as if the model had never been injected, by its first path.
+        adapted: the adapted modules by their first path.
+        places: every place of each module, by the module's id.
+        order: every path, in the order of the walk.
+    """
+
+    root: nn.Module
+    bases: dict[str, nn.Module]
+    adapted: dict[str, Adapted]
+    places: dict[int, list[Place]]
+    order: list[str]
+
+    @cached_property
+    def layers(self) -> dict[str, LoRALinear]:
+        """The adapted linear layers by their first path."""
+        return {path: a for path, a in self.adapted.items() if isinstance(a, LoRALinear)}
+
+    @property
+    def adapters(self) -> list[str]:
+        """Every adapter's name, in the order in which modules first carry them."""
+        return list(dict.fromkeys(name for a in self.adapted.values() for name in a.updates))
+
+    def carrying(self, adapter: str) -> dict[str, Adapted]:
+        """The adapted modules that carry this adapter.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if adapter not in self.adapters:
+            raise ValueError(f"There is no adapter {str(adapter)[:80]!r} here ({self.named()}).")
+        return {path: a for path, a in self.adapted.items() if adapter in a.updates}
+
+    def named(self) -> str:
+        """What a message says of the adapters that are there."""
+        return f"there are: {', '.join(self.adapters)}" if self.adapters else "there is none"
+
+    def paths(self, modules: Iterable[nn.Module]) -> list[str]:
+        """Every path of these modules, in the order of the walk."""
+        wanted = {place.path for module in modules for place in self.places[id(module)]}
+        return [path for path in self.order if path in wanted]
+
+    def replace(self, new: Mapping[nn.Module, nn.Module]) -> None:
+        """Put each value of `new` wherever its key stands."""
+        for old, module in new.items():
+            for place in self.places[id(old)]:
+                place.parent.register_module(place.name, module)
+
+    def require_settled(self) -> None:
+        """Raise where a change would leave a merged weight or a routing stale."""
+        self.refuse_merged()
+        if any(layer.routing is not None for layer in self.layers.values()):
+            raise RuntimeError("The model is routed. Leave the lora.routed context first.")
+
+    def refuse_merged(self) -> None:
+        """Raise where a merged weight would go stale."""
+        if self.is_merged:
+            raise RuntimeError("The model is merged. Call lora.unmerge first.")
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether a weight is folded."""
+        return any(layer.merged_weight is not None for layer in self.layers.values())
+
+    def shared_weights(self, paths: Iterable[str]) -> dict[str, list[tuple[str, nn.Module, str]]]:
+        """For each layer at `paths` whose weight shares memory: who has it, as (name, owner, key).
+
+        A layer that shares with none is left out.
+        """
+        owners = self._owners
+        found: dict[str, list[tuple[str, nn.Module, str]]] = {}
+        for path in paths:
+            start, stop = _span(self.bases[path].get_parameter("weight"))
+            sharing = [entry for (a, b), entry in owners if a < stop and start < b]
+            if len(sharing) > 1:
+                found[path] = sharing
+        return found
+
+    @cached_property
+    def _owners(self) -> list[tuple[tuple[int, int], tuple[str, nn.Module, str]]]:
+        return [
+            (_span(tensor), (f"{prefix}.{name}" if prefix else name, module, name))
+            for prefix, module in self.bases.items()
+            for name, tensor in _own_tensors(module)
+        ]
+
+
+def survey(model: nn.Module) -> Tree:
+    """Walk a model once; the walk stops at an adapted module, whatever hangs below it.
+
+    Raises:
+        ValueError: it is no module, or a module contains itself.
+    """
+    root = unwrap(model)
+    bases: dict[str, nn.Module] = {}
+    adapted: dict[str, Adapted] = {}
+    places: dict[int, list[Place]] = defaultdict(list[Place])
+    order: list[str] = []
+    for module, place, first in _walk(root):
+        if place is not None:
+            places[id(module)].append(place)
+        path = "" if place is None else place.path
+        order.append(path)
+        if not first:
+            continue
+        if isinstance(module, Adapted):
+            adapted[path] = module
+            module = module.base
+        bases[path] = module  # what a compiled wrapper holds stands under the wrapper's path
+    return Tree(root, bases, adapted, places, order)
+
+
+def survey_adapted(model: nn.Module) -> Tree:
+    """As `survey`, but a model without any adapter is a RuntimeError."""
+    tree = survey(model)
+    if not tree.adapted:
+        raise RuntimeError("The model carries no adapter. Call lora.inject or lora.load first.")
+    return tree
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside torch.compile's, DataParallel's or DistributedDataParallel's wrapper."""
+    if not isinstance(cast(object, model), nn.Module):
+        raise ValueError(f"The model must be a torch.nn.Module, got {type(model).__name__}.")
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        if isinstance(model, parallel):
+            model = cast(nn.Module, model.module)
+        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
+            model = compiled
+        else:
+            return model
+
+
+@contextmanager
+def all_or_nothing(modules: Iterable[nn.Module]) -> Generator[None]:
+    """Whatever stops the block, Ctrl-C too, these modules are then as they were before it."""
+    undo = remember(modules)
+    try:
+        yield
+    except BaseException:
+        undo()
+        raise
+
+
+def remember(modules: Iterable[nn.Module]) -> Callable[[], None]:
+    """A function that gives modules back the children, parameters, flags and state of this moment.
+
+    Values are remembered, not copied: all that is kept in a module is replaced and never changed
+    in place.
+    """
+    states = [(module, _state(module)) for module in modules]
+    flags = [(p, p.data, p.requires_grad) for module, _ in states for _, p in _parameters(module)]
+
+    def undo() -> None:
+        for module, state in states:
+            vars(module).update(_state_of(state))
+        for parameter, data, flag in flags:
+            if parameter.data_ptr() != data.data_ptr():
+                parameter.data = data
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
+
+    return undo
+
+
+def _state(module: nn.Module) -> dict[str, object]:
+    return _state_of(vars(module))
+
+
+def _state_of(state: Mapping[str, object]) -> dict[str, object]:
+    """A copy that shares no dictionary with the original, so that either may change."""
+    return {k: {**cast(Any, v)} if type(v) is dict else v for k, v in state.items()}
+
+
+def _parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return list(module.named_parameters(recurse=False))
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(recurse=False)
+    yield from module.named_buffers(recurse=False)
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The addresses that a tensor takes; one on the meta device has none but its own identity."""
+    start = tensor.data_ptr()
+    if not start or not tensor.numel():
+        return -id(tensor), -id(tensor) + 1
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (last + 1) * tensor.element_size()
+
+
+def _walk(root: nn.Module) -> Iterator[tuple[nn.Module, Place | None, bool]]:
+    """Every place of every module, parents first, and whether it is the module's first.
+
+    A stack of its own: a model may be deeper than Python's.
+    """
+    seen: set[int] = set()
+    stack: list[tuple[nn.Module, Place | None, tuple[int, ...]]] = [(root, None, ())]
+    while stack:
+        module, place, above = stack.pop()
+        first = id(module) not in seen
+        seen.add(id(module))
+        yield module, place, first
+        if isinstance(module, Adapted):
+            continue
+        path, above = "" if place is None else place.path, (*above, id(module))
+        for name, child in reversed(_children(module)):
+            if id(child) in above:
+                raise ValueError(f"{path or 'The model'} contains itself as {name!r}.")
+            stack.append((child, Place(_joined(path, name), module, name), above))
+
+
+def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    children = module._modules  # pyright: ignore[reportPrivateUsage]  # with duplicates
+    return [(name, child) for name, child in children.items() if child is not None]
+
+
+def _joined(path: str, name: str) -> str:
+    """A module that is compiled in its place keeps its path: keys are those of the plain model."""
+    if name == "_orig_mod":
+        return path
+    return f"{path}.{name}" if path else name
