@@ -6,7 +6,7 @@ from lora.config import LoRAConfig, UpdateConfig
 from lora.disk.checkpoint import load, save
 from lora.disk.loralib import load_loralib
 from lora.injection import eject, inject
-from lora.layer import LoRALinear, LowRankUpdate
+from lora.layer import LoRALinear
 from lora.merging import MergeReport, is_merged, merge, merged, unmerge
 from lora.parameters import (
     ParameterCount,
@@ -16,6 +16,7 @@ from lora.parameters import (
     trainable_parameters,
 )
 from lora.routing import routed
+from lora.updates import LowRankUpdate
 
 __all__ = [
     "LoRAConfig",

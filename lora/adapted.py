@@ -41,15 +41,11 @@ class Adapted(nn.Module):
         self.updates = nn.ModuleDict()  # by the adapter's name
         self.active: Mapping[str, float] = {}  # by name: the weight in the sum. `activate` writes
         self.resting: Mapping[str, tuple[str, ...]] = {}  # what trains again. `train_only` writes
-        self.pauses: tuple[object, ...] = ()  # open contexts of `lora.disabled`, which writes
+        self.pauses: tuple[object, ...] = ()  # open contexts of `lora.disabled`. `pause` writes
+        self.enabled = True  # whether there is none; compiled code looks at nothing else
         self.origin = Origin()  # written when an adapter is attached
         on_state_dict(self, after=_with_the_bases_keys, before_load=_from_the_bases_keys)
         self.train(base.training)
-
-    @property
-    def enabled(self) -> bool:
-        """Whether no context of `lora.disabled` is open."""
-        return not self.pauses
 
     def activate(self, weights: Mapping[str, float]) -> None:
         """Put those of the named adapters that this module has in force; only they train."""
@@ -72,6 +68,12 @@ class Adapted(nn.Module):
                 self.resting = {**self.resting, name: trained}
                 update.requires_grad_(False)
 
+    def pause(self, context: object, *, begins: bool) -> None:
+        """Begin or end a context of `lora.disabled`; contexts may overlap in any order."""
+        others = tuple(pause for pause in self.pauses if pause is not context)
+        self.pauses = (*others, context) if begins else others
+        self.enabled = not self.pauses
+
     def drop(self, name: str) -> None:
         """Forget an adapter."""
         self.activate({n: w for n, w in self.active.items() if n != name})
@@ -80,7 +82,7 @@ class Adapted(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies are outside of the contexts that this module is in."""
-        return {**vars(self), "pauses": ()}
+        return {**vars(self), "pauses": (), "enabled": True}
 
 
 def _with_the_bases_keys(

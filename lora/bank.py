@@ -10,9 +10,10 @@ from torch import nn
 
 from lora.config import UpdateConfig, is_finite
 from lora.injection import detach
-from lora.layer import LowRankUpdate
 from lora.merging import refold
-from lora.tree import Tree, all_or_nothing, survey, survey_adapted
+from lora.tree import Tree, survey, survey_adapted
+from lora.undo import all_or_nothing
+from lora.updates import LowRankUpdate
 
 Mixture = str | Mapping[str, float]
 """An adapter's name, or names with the weights of their updates in the sum."""
@@ -126,16 +127,16 @@ def disabled(model: nn.Module) -> Generator[None]:
         RuntimeError: no adapter here.
     """
     modules = list(survey_adapted(model).adapted.values())
-    pause = object()
+    context = object()
 
     def restore() -> None:
         for module in modules:
-            module.pauses = tuple(p for p in module.pauses if p is not pause)
+            module.pause(context, begins=False)
 
     try:
         try:
             for module in modules:
-                module.pauses = (*module.pauses, pause)
+                module.pause(context, begins=True)
             yield
         finally:
             restore()
@@ -170,6 +171,10 @@ def as_mixture(mixture: Mixture, tree: Tree) -> dict[str, float]:
         for name, weight in weights.items()
         if not is_finite(weight)
     ]
+    for path, module in tree.copies.items():
+        having = [name for name in weights if name in module.updates]
+        if len(having) > 1 or any(weights[name] != 1 for name in having):
+            faults.append(f"{' and '.join(having)} train copies of {path}, which have no mixture")
     if faults:
         raise ValueError("; ".join(faults[:5]) + ".")
     return weights

@@ -1,25 +1,21 @@
-"""Adapters onto a model and off it: inject and eject; build and attach, which loading uses too."""
+"""Adapters onto a model and off it: inject and eject; attach and detach, on which others stand."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
-from functools import partial
 from typing import Unpack, cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora.adapted import Adapted, Origin
-from lora.config import LoRAConfig, LoRASettings, UpdateConfig, config_of
-from lora.layer import EmbeddingUpdate, LoRALinear, LowRankUpdate
-from lora.layout import out_in_view
+from lora.building import draw
+from lora.config import LoRAConfig, LoRASettings, config_of
+from lora.copies import ModuleCopy
+from lora.layer import LoRALinear
 from lora.merging import fold, keep_folded
-from lora.slices import SlicedUpdate, spans_of
-from lora.targets import by_pattern, find_targets
-from lora.tree import Tree, all_or_nothing, survey, survey_adapted
-
-Spans = Mapping[str, tuple[int, int]]
+from lora.tree import Owner, Tree, survey, survey_adapted
+from lora.undo import all_or_nothing
+from lora.updates import LowRankUpdate
 
 
 def inject(
@@ -56,7 +52,7 @@ def inject(
     """
     config = config_of(config, settings)
     tree = survey(model)
-    return attach(tree, adapter, _drawn_updates(tree, config), untie=untie)
+    return attach(tree, adapter, draw(tree, config), untie=untie)
 
 
 def eject(model: nn.Module, *, merge: bool = False) -> list[str]:
@@ -89,44 +85,12 @@ def eject(model: nn.Module, *, merge: bool = False) -> list[str]:
     return tree.paths(tree.adapted.values())
 
 
-def build(
-    base: nn.Module,
-    config: UpdateConfig,
-    a: Tensor,
-    b: Tensor,
-    *,
-    spans: Spans | None = None,
-    dtype: torch.dtype | None = None,
-) -> LowRankUpdate:
-    """An update of `base` with these factors; nothing is allocated before their shapes fit.
-
-    Args:
-        base: the layer that it is for.
-        config: what describes the factors.
-        a, b: `(r, in)` and `(out, r)`.
-        spans: `(start, stop)` of each slice of the output that it adapts, by name; None for all.
-        dtype: of A and B; by default as `lora.inject` chooses it.
-
-    Raises:
-        ValueError: listing what does not fit.
-    """
-    out_features, in_features = out_in_view(base, base.get_parameter("weight")).shape
-    wanted = {"A": (config.r, in_features), "B": (out_features, config.r)}
-    if faults := [
-        f"lora_{name} is {tuple(given.shape)}, this layer takes {wanted[name]}"
-        for name, given in (("A", a), ("B", b))
-        if tuple(given.shape) != wanted[name]
-    ]:
-        raise ValueError(", ".join(faults))
-    update = _empty_update(base, config, spans, dtype)
-    update.set_factors(a, b)
-    return update
-
-
 def attach(
-    tree: Tree, adapter: str, updates: Mapping[str, LowRankUpdate], *, untie: bool = False
+    tree: Tree, adapter: str, updates: Mapping[str, nn.Module], *, untie: bool = False
 ) -> list[str]:
     """Freeze the model, commit the updates to the layers at their paths, and activate them.
+
+    What is no `LowRankUpdate` is a copy of the module at its path.
 
     Returns:
         Every path of the layers.
@@ -141,23 +105,23 @@ def attach(
     tree.require_settled()
     if not all(module.enabled for module in tree.adapted.values()):
         raise RuntimeError("The model is disabled. Leave the lora.disabled context first.")
+    wrapped = {path: _wrapped(tree, path, update) for path, update in updates.items()}
     new = [path for path in updates if path not in tree.adapted]
-    tied = tree.shared_weights(new)
+    tied = tree.shared_weights(p for p in new if isinstance(wrapped[p], LoRALinear))
     if tied and not untie:
-        raise ValueError(f"{shared_message(tied)}. Pass untie=True to give the target its own.")
-    adapted = {path: tree.adapted.get(path) or LoRALinear(tree.bases[path]) for path in updates}
-    own = {p: tree.bases[p].get_parameter("weight").detach().clone() for p in tied}
+        raise ValueError(f"{_shared(tied)}. Pass untie=True to give the target its own.")
+    own = {path: tree.bases[path].get_parameter("weight").detach().clone() for path in tied}
     with all_or_nothing(tree.root.modules()):
         origin = _freeze(tree, tied)
         for path, weight in own.items():
             tree.bases[path].weight = nn.Parameter(weight, requires_grad=False)
-        tree.replace({tree.bases[path]: adapted[path] for path in new})
+        tree.replace({tree.bases[path]: wrapped[path] for path in new})
         for path, update in updates.items():
-            adapted[path].updates[adapter] = update
-        for module in {**tree.adapted, **adapted}.values():
+            wrapped[path].updates[adapter] = update
+        for module in {**tree.adapted, **wrapped}.values():
             module.origin = origin
             module.activate({adapter: 1.0})
-    return tree.paths([adapted[p] if p in tree.adapted else tree.bases[p] for p in updates])
+    return tree.paths([wrapped[p] if p in tree.adapted else tree.bases[p] for p in updates])
 
 
 def detach(tree: Tree, which: Mapping[str, Adapted], *, retie: bool = True) -> None:
@@ -179,73 +143,21 @@ def detach(tree: Tree, which: Mapping[str, Adapted], *, retie: bool = True) -> N
                 parameter.requires_grad_(True)
 
 
-def shared_message(shared: Mapping[str, list[tuple[str, nn.Module, str]]]) -> str:
+def _shared(owners: Mapping[str, list[Owner]]) -> str:
     """What a message says of layers whose weight others have too."""
     return "; ".join(
-        f"{path}.weight is shared: {' and '.join(name for name, *_ in owners)} are one tensor"
-        for path, owners in shared.items()
+        f"{path}.weight is shared: {' and '.join(o.path for o in having)} are one tensor"
+        for path, having in owners.items()
     )
 
 
-def require_rank(base: nn.Module, r: int, spans: Spans | None = None) -> None:
-    """Raise a ValueError where a rank is above the smaller side of what it adapts."""
-    sides = [stop - start for start, stop in (spans or {}).values()]
-    smaller = min(*base.get_parameter("weight").shape, *sides)
-    if r > smaller:
-        raise ValueError(
-            f"r {r} is above {smaller}, its smaller side; choose less, or leave it out (exclude=)"
-        )
-
-
-def _drawn_updates(tree: Tree, config: LoRAConfig) -> dict[str, LowRankUpdate]:
-    """The new updates that a config asks for, by path."""
-    found = find_targets(tree, config)
-    if config.slices is not None and not any(found.values()):
-        raise ValueError("slices are given, but no target names any, such as 'c_attn[q,v]'.")
-    ranks = by_pattern(config.rank_pattern, found, config.r, "rank_pattern")
-    alphas = by_pattern(config.alpha_pattern, found, config.alpha, "alpha_pattern")
-    seed = int(torch.randint(2**63 - 1, (), device="cpu")) if config.seed is None else config.seed
-    updates: dict[str, LowRankUpdate] = {}
-    faults: list[str] = []
-    for path, names in found.items():
-        base = tree.bases[path]
-        try:
-            spans = spans_of(base, names, config.slices)
-            one = UpdateConfig(
-                r=ranks[path], alpha=alphas[path], dropout=config.dropout, rslora=config.rslora
-            )
-            require_rank(base, one.r, spans)
-            update = _empty_update(base, one.stacked(max(1, len(spans))), spans, config.dtype)
-        except ValueError as error:
-            faults.append(f"{path}: {str(error).removesuffix('.')}")
-            continue
-        if not update.A.is_meta:
-            update.reset(_generator(seed, path))
-        updates[path] = update
-    if faults:
-        more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise ValueError("; ".join(faults[:5]) + more + ".")
-    return updates
-
-
-def _empty_update(
-    base: nn.Module, config: UpdateConfig, spans: Spans | None, dtype: torch.dtype | None
-) -> LowRankUpdate:
-    """An update that fits `base`, or the given slices of its output; its A is not drawn yet."""
-    weight = out_in_view(base, base.get_parameter("weight"))
-    if dtype is None:
-        dtype = weight.dtype if weight.dtype.itemsize > 2 else torch.float32
-    if not config.scaling <= torch.finfo(dtype).max:
-        raise ValueError(f"its scaling {config.scaling:.3g} is more than {dtype} holds")
-    out_features, in_features = weight.shape
-    if isinstance(base, nn.Embedding):
-        kind = partial(EmbeddingUpdate, padding_idx=base.padding_idx)
-    elif spans:
-        kind = partial(SlicedUpdate, slices=spans)
-    else:
-        kind = LowRankUpdate
-    update = kind(in_features, out_features, config, dtype=dtype, device=weight.device)
-    return update.train(base.training)
+def _wrapped(tree: Tree, path: str, update: nn.Module) -> Adapted:
+    """The adapted module at a path that takes this update: the one that is there, or a new one."""
+    kind = LoRALinear if isinstance(update, LowRankUpdate) else ModuleCopy
+    present = tree.adapted.get(path)
+    if present is not None and not isinstance(present, kind):
+        raise ValueError(f"{path} carries another kind of update: low-rank, or a whole copy.")
+    return present or kind(tree.bases[path])
 
 
 def _check_name(adapter: str, tree: Tree) -> None:
@@ -262,7 +174,7 @@ def _check_name(adapter: str, tree: Tree) -> None:
         )
 
 
-def _freeze(tree: Tree, tied: Mapping[str, list[tuple[str, nn.Module, str]]]) -> Origin:
+def _freeze(tree: Tree, tied: Mapping[str, list[Owner]]) -> Origin:
     """Freeze the base, and say what `eject` is to put back."""
     before = next((module.origin for module in tree.adapted.values()), Origin())
     ours = {m for adapted in tree.adapted.values() for m in adapted.updates.modules()}
@@ -277,13 +189,7 @@ def _freeze(tree: Tree, tied: Mapping[str, list[tuple[str, nn.Module, str]]]) ->
         parameter.requires_grad_(False)
     thawed = before.thawed + tuple((module, name) for module, name, _ in trainable)
     others = tuple(
-        (tree.bases[path], *next(o[1:] for o in owners if o[1] is not tree.bases[path]))
+        (tree.bases[path], *next(o[1:] for o in owners if o.module is not tree.bases[path]))
         for path, owners in tied.items()
     )
     return Origin(thawed, before.tied + others)
-
-
-def _generator(seed: int, path: str) -> torch.Generator:
-    """A generator of the layer's own, so that the order of injection does not matter."""
-    digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))

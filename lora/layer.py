@@ -1,163 +1,26 @@
 """One adapted layer: `y = x W + b + s · drop(x) Aᵀ Bᵀ`, with `s = alpha / r`. Read this first.
 
-`LowRankUpdate` is one adapter's share of the formula, `LoRALinear` the frozen base layer with its
-updates beside it. Everything else in this package is bookkeeping around these two.
+`LoRALinear` is the frozen base layer `x W + b` with its updates beside it; an update, one adapter's
+`s · drop(x) Aᵀ Bᵀ`, is in `lora.updates`. Everything else in this package is bookkeeping around
+these two.
 
 Shapes: in, out features of the base layer · r rank · … any leading axes.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lora.adapted import Adapted
-from lora.config import UpdateConfig
 from lora.fast import forms
-from lora.fast.dropout import drop
 from lora.layout import call_with, is_plain, out_in_view, why_not_adaptable, widest_float
 from lora.untyped import after_load
+from lora.updates import LowRankUpdate
 from lora.vigil import Vigil
-
-
-class LowRankUpdate(nn.Module):
-    """`s · drop(x) Aᵀ Bᵀ`: A is `(r, in)`, B is `(out, r)`, whatever the base layer's layout.
-
-    A and B are used in the dtype of `x`, so float32 factors beside a 16-bit base cost no 32-bit
-    copy of the activations.
-
-    Args:
-        in_features, out_features: of the base layer.
-        config: rank, alpha and dropout.
-        dtype, device: of A and B.
-
-    Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        config: UpdateConfig,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-    ) -> None:
-        super().__init__()
-        self.config = config
-        self.A = nn.Parameter(torch.empty(config.r, in_features, dtype=dtype, device=device))
-        self.B = nn.Parameter(torch.zeros(out_features, config.r, dtype=dtype, device=device))
-
-    @torch.no_grad()
-    def reset(self, generator: torch.Generator) -> None:
-        """Draw A from U(±1/√in), that is Kaiming-uniform with a = √5, and set B to zero.
-
-        A is drawn in float32 on the CPU, so that a seed gives the same adapter on every device.
-        """
-        a = torch.empty(self.A.shape, dtype=torch.float32, device="cpu")
-        self.A.copy_(nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator))
-        self.B.zero_()
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """A `(r, in)` and B `(out, r)` as they stand in the formula."""
-        return self.A, self.B
-
-    @torch.no_grad()
-    def set_factors(self, a: Tensor, b: Tensor) -> None:
-        """Take over values of the shapes of `factors()`.
-
-        Raises:
-            ValueError: listing what does not fit: a shape, values that are not finite.
-        """
-        if faults := self.misfits(a, b):
-            raise ValueError(", ".join(faults))
-        self.A.copy_(a)
-        self.B.copy_(b)
-
-    def misfits(self, a: Tensor, b: Tensor) -> list[str]:
-        """What keeps these from being values of `factors()`."""
-        faults: list[str] = []
-        for name, given, own in zip("AB", (a, b), self.factors(), strict=True):
-            if given.shape != own.shape:
-                shapes = tuple(given.shape), tuple(own.shape)
-                faults.append("lora_{} is {}, this layer takes {}".format(name, *shapes))
-            elif not given.is_floating_point():
-                faults.append(f"lora_{name} is {given.dtype}, which holds no floats")
-            elif not torch.isfinite(given.to(own.dtype)).all():  # as it will be, not as it comes
-                faults.append(f"lora_{name} has NaN or infinite values in {own.dtype}")
-        if self.A.is_meta:
-            faults.append("the layer is on the meta device, which holds no values")
-        return faults
-
-    @property
-    def drop_rate(self) -> float:
-        """The probability of dropout in the mode that the update is in."""
-        return self.config.dropout if self.training else 0.0
-
-    def forward(self, x: Tensor, weight: float = 1.0) -> Tensor:
-        """Map `(…, in)` to `(…, out)`, in the dtype of `x`: `weight` times the update."""
-        a, b = self.factors()
-        h = self.down(x, a)  # (…, r)
-        return F.linear(h, (b * (weight * self.config.scaling)).to(h.dtype))
-
-    def down(self, x: Tensor, a: Tensor) -> Tensor:
-        """`drop(x) Aᵀ`, `(…, r)`."""
-        if self.drop_rate:
-            x, _ = drop(x, self.drop_rate)
-        return F.linear(x, a.to(x.dtype))
-
-    def delta(self) -> Tensor:
-        """What the update adds to the weight: `s · B A`, `(out, in)`, in the widest float."""
-        dtype = widest_float(self.A.device)
-        a, b = self.factors()
-        return b.to(dtype) @ a.to(dtype) * self.config.scaling
-
-    def extra_repr(self) -> str:
-        """Shown by `print(model)`."""
-        c = self.config
-        return f"in={self.A.shape[1]}, out={self.B.shape[0]}, r={c.r}, alpha={c.alpha:g}"
-
-
-class EmbeddingUpdate(LowRankUpdate):
-    """The update of an `nn.Embedding`: its input is a token id, so `x Aᵀ` is a row of Aᵀ.
-
-    Here A starts at zero and B is drawn, since a looked-up row of a small A would learn slowly.
-
-    Args:
-        in_features, out_features, config, dtype, device: as for `LowRankUpdate`.
-        padding_idx: the id whose row the base never trains; the update does not either.
-
-    Source: loralib's `Embedding`, which PEFT follows too.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        config: UpdateConfig,
-        *,
-        padding_idx: int | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, config, dtype=dtype, device=device)
-        self.padding_idx = padding_idx
-
-    @torch.no_grad()
-    def reset(self, generator: torch.Generator) -> None:
-        """Set A to zero and draw B from a standard normal."""
-        self.A.zero_()
-        drawn = torch.randn(self.B.shape, generator=generator, dtype=torch.float32, device="cpu")
-        self.B.copy_(drawn)
-
-    def down(self, x: Tensor, a: Tensor) -> Tensor:
-        """The rows of Aᵀ that the token ids `x` `(…)` select, `(…, r)`."""
-        return F.embedding(x, a.t(), self.padding_idx)
 
 
 class Routing(Protocol):
@@ -190,16 +53,18 @@ class LoRALinear(Adapted):
         super().__init__(base)
         self.routing: Routing | None = None  # `lora.routed` writes
         self.vigil = Vigil()  # sees to it that backward runs under what forward ran under
-        self.merged_weight: Tensor | None  # in the base's layout. `lora.merging` writes
+        self.merged_weight: Tensor | None  # in the base's layout. `lora.merging` writes, as this:
+        self.merged_bias: Tensor | None  # None where adapters train no bias
         self.register_buffer("merged_weight", None, persistent=False)
+        self.register_buffer("merged_bias", None, persistent=False)
         after_load(self, _fold_again)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(…, in)` to `(…, out)`."""
-        if self.pauses:
+        if not self.enabled:
             return self.base(x)
         if self.merged_weight is not None:
-            return call_with(self.base, {"weight": self.merged_weight}, x)
+            return self._base_with(x, self.merged_weight, self.merged_bias)
         self.vigil.begin(self.active, self.routing)
         if self.routing is not None:
             y = plus(self.base(x), self.routing(x))
@@ -208,14 +73,14 @@ class LoRALinear(Adapted):
         elif (fast := self._fast_forward(x)) is not None:
             y = fast
         else:
-            y = self.base(x)
+            y = self._base_with(x, None, self.trained_bias())
             for update, weight in self.active_updates():
                 y = plus(y, update(x, weight))
         return self.vigil.over(y, self.updates)
 
     def _fast_forward(self, x: Tensor) -> Tensor | None:
         """The same by the wing, or None where that has no form for it."""
-        if not self.fused or not forms.applies(x):
+        if not self.fused or not forms.applies(x) or self.trained_bias() is not None:
             return None
         terms = [
             forms.Term(*update.factors(), weight * update.config.scaling, update.drop_rate)
@@ -230,7 +95,13 @@ class LoRALinear(Adapted):
                 f"{type(self.base).__name__} has a forward of its own, in which the input of an "
                 "update cannot be dropped. Inject it with dropout=0, or exclude it."
             )
-        return call_with(self.base, {"weight": self.weight}, x)
+        return self._base_with(x, self.weight, self.trained_bias())
+
+    def _base_with(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """The base, with these in the place of its own where they are given."""
+        given = {"weight": weight, "bias": bias}
+        tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
+        return call_with(self.base, tensors, x) if tensors else self.base(x)
 
     def active_updates(self) -> Iterable[tuple[LowRankUpdate, float]]:
         """The updates in force, each with its weight in the sum."""
@@ -243,16 +114,29 @@ class LoRALinear(Adapted):
         Raises:
             RuntimeError: the model is routed, so that each row has a weight of its own.
         """
-        if self.routing is not None and not self.pauses:
+        if self.routing is not None and self.enabled:
             raise RuntimeError("A routed layer has no one weight. Leave the lora.routed context.")
-        if self.pauses or (self.merged_weight is None and not self.active):
+        if not self.enabled or (self.merged_weight is None and not self.active):
             return self.base.get_parameter("weight")
         return self.fold() if self.merged_weight is None else self.merged_weight
 
     @property
     def bias(self) -> Tensor | None:
-        """The base's bias."""
-        return cast(Tensor | None, getattr(self.base, "bias", None))
+        """The bias in force: the base's, or what the active adapters trained in its place."""
+        trained = self.trained_bias() if self.enabled else None
+        return cast(Tensor | None, getattr(self.base, "bias", None)) if trained is None else trained
+
+    def trained_bias(self) -> Tensor | None:
+        """`b + Σ w·(bᵢ - b)` of the active adapters that train a bias; None where none does."""
+        trained = [(u.bias, w) for u, w in self.active_updates() if u.bias is not None]
+        if len(trained) == 1 and trained[0][1] == 1:
+            return trained[0][0]
+        if not trained:
+            return None
+        bias = base = self.base.get_parameter("bias")
+        for own, weight in trained:
+            bias = bias + weight * (own - base)
+        return bias
 
     @property
     def weight_out_in(self) -> Tensor:
@@ -285,4 +169,5 @@ def plus(y: Tensor, u: Tensor) -> Tensor:
 def _fold_again(layer: nn.Module, _: object) -> None:
     """After `load_state_dict` into a merged layer: fold what was loaded."""
     if isinstance(layer, LoRALinear) and layer.merged_weight is not None:
-        layer.merged_weight = layer.fold().detach()
+        layer.merged_weight, bias = layer.fold().detach(), layer.trained_bias()
+        layer.merged_bias = None if bias is None else bias.detach()

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from lora.layer import LoRALinear
 from lora.layout import out_in_view
-from lora.tree import Tree, all_or_nothing, survey, survey_adapted
+from lora.tree import Tree, survey, survey_adapted
+from lora.undo import all_or_nothing
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,9 @@ def fold(tree: Tree) -> dict[str, Rounding]:
             "show. Call model.eval() first."
         )
     if shared := tree.shared_weights(layers):
-        faults = [f"{' and '.join(n for n, *_ in o)} are one tensor" for o in shared.values()]
+        faults = [
+            f"{' and '.join(o.path for o in having)} are one tensor" for having in shared.values()
+        ]
         raise ValueError("; ".join(faults) + ". Merging would change both; leave them unmerged.")
     weights: dict[str, Tensor] = {}
     report: dict[str, Rounding] = {}
@@ -159,7 +162,7 @@ def fold(tree: Tree) -> dict[str, Rounding]:
         raise RuntimeError(f"Merged weights are out of their rounding bound: {', '.join(off)}.")
     with all_or_nothing(layers.values()):
         for path, layer in layers.items():
-            layer.merged_weight = weights[path]
+            layer.merged_weight, layer.merged_bias = weights[path], _bias(layer)
     return report
 
 
@@ -167,15 +170,29 @@ def fold(tree: Tree) -> dict[str, Rounding]:
 def refold(tree: Tree) -> None:
     """Fold what is in force, whatever was folded before and without looking at it."""
     for layer in tree.layers.values():
-        layer.merged_weight = _rounded(layer, layer.ideal())
+        layer.merged_weight, layer.merged_bias = _rounded(layer, layer.ideal()), _bias(layer)
 
 
 @torch.no_grad()
 def keep_folded(tree: Tree) -> None:
-    """Make the merged weights the bases' own."""
+    """Make the merged weights, and the copies in force, the bases' own.
+
+    Raises:
+        ValueError: a copied module shares a weight with another.
+    """
+    if shared := tree.shared_weights(tree.copies):
+        names = " and ".join(owner.path for owner in next(iter(shared.values())))
+        raise ValueError(f"{names} are one tensor. Keeping a copy would change both.")
     for layer in tree.layers.values():
         if layer.merged_weight is not None:
             layer.base.get_parameter("weight").data = layer.merged_weight
+        if layer.merged_bias is not None:
+            layer.base.get_parameter("bias").data = layer.merged_bias
+    for module in tree.copies.values():
+        for (_, own), (_, trained) in zip(
+            module.base.named_parameters(), module.in_force.named_parameters(), strict=True
+        ):
+            own.data = trained.detach()
 
 
 def _rounded(layer: LoRALinear, ideal: Tensor) -> Tensor:
@@ -183,6 +200,11 @@ def _rounded(layer: LoRALinear, ideal: Tensor) -> Tensor:
     base = layer.base.get_parameter("weight")
     weight = out_in_view(layer.base, ideal).to(base.dtype).contiguous()
     return weight.clone() if weight.data_ptr() == base.data_ptr() else weight
+
+
+def _bias(layer: LoRALinear) -> Tensor | None:
+    bias = layer.trained_bias()
+    return None if bias is None else bias.detach().clone()
 
 
 def _rounding(layer: LoRALinear, ideal: Tensor, weight: Tensor) -> Rounding:
@@ -196,7 +218,7 @@ def _rounding(layer: LoRALinear, ideal: Tensor, weight: Tensor) -> Rounding:
 
 def _unfold(tree: Tree) -> None:
     for layer in tree.layers.values():
-        layer.merged_weight = None
+        layer.merged_weight = layer.merged_bias = None
 
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:

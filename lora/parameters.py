@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from lora.adapted import Adapted
 from lora.config import is_finite
-from lora.layer import LowRankUpdate
 from lora.tree import survey_adapted, unwrap
 from lora.untyped import named_modules
+from lora.updates import LowRankUpdate
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:

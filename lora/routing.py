@@ -20,9 +20,10 @@ from torch.nn import functional as F
 
 from lora.bank import Mixture, as_mixture
 from lora.fast.dropout import drop
-from lora.layer import EmbeddingUpdate, LoRALinear, LowRankUpdate
+from lora.layer import LoRALinear
 from lora.layout import is_plain, widest_float
-from lora.tree import survey_adapted
+from lora.tree import Tree, survey_adapted
+from lora.updates import EmbeddingUpdate, LowRankUpdate
 
 
 @contextmanager
@@ -51,6 +52,8 @@ def routed(model: nn.Module, rows: Sequence[Mixture | None]) -> Generator[None]:
         raise ValueError("rows must give an adapter (or None) for each row of the batch.")
     if own := [path for path, layer in tree.layers.items() if not is_plain(layer.base)]:
         raise RuntimeError(f"{own[0]} has a forward of its own, so its rows cannot be routed.")
+    if whole := [*tree.copies, *_with_biases(tree)]:
+        raise RuntimeError(f"Adapters train a copy of {whole[0]}, so rows cannot be routed.")
     names = tree.adapters
     mixtures = [{} if row is None else as_mixture(row, tree) for row in rows]
     routings = [_routing(layer, names, mixtures) for layer in tree.layers.values()]
@@ -139,6 +142,14 @@ class BankRouting:
     def _padded(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         missing = self.rank - a.shape[0]
         return F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))
+
+
+def _with_biases(tree: Tree) -> list[str]:
+    return [
+        f"{path}.bias"
+        for path, layer in tree.layers.items()
+        if any(cast(LowRankUpdate, update).bias is not None for update in layer.updates.values())
+    ]
 
 
 def _routing(

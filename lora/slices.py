@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora.config import Slices, UpdateConfig
-from lora.layer import LowRankUpdate
 from lora.layout import out_in_view
+from lora.updates import LowRankUpdate
 
 
 class SlicedUpdate(LowRankUpdate):

@@ -6,15 +6,15 @@ A verb surveys the model once and hands the `Tree` on; nothing asks the model ag
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 from torch import Tensor, nn
 
 from lora.adapted import Adapted
+from lora.copies import ModuleCopy
 from lora.layer import LoRALinear
 
 
@@ -23,6 +23,14 @@ class Place(NamedTuple):
 
     path: str
     parent: nn.Module
+    name: str
+
+
+class Owner(NamedTuple):
+    """Who has a tensor: `module`, as `name`; `path` is the tensor's own."""
+
+    path: str
+    module: nn.Module
     name: str
 
 
@@ -48,6 +56,11 @@ class Tree:
     def layers(self) -> dict[str, LoRALinear]:
         """The adapted linear layers by their first path."""
         return {path: a for path, a in self.adapted.items() if isinstance(a, LoRALinear)}
+
+    @cached_property
+    def copies(self) -> dict[str, ModuleCopy]:
+        """The modules of which adapters train copies, by their first path."""
+        return {path: a for path, a in self.adapted.items() if isinstance(a, ModuleCopy)}
 
     @property
     def adapters(self) -> list[str]:
@@ -95,24 +108,29 @@ class Tree:
         """Whether a weight is folded."""
         return any(layer.merged_weight is not None for layer in self.layers.values())
 
-    def shared_weights(self, paths: Iterable[str]) -> dict[str, list[tuple[str, nn.Module, str]]]:
-        """For each layer at `paths` whose weight shares memory: who has it, as (name, owner, key).
+    def shared_weights(self, paths: Iterable[str]) -> dict[str, list[Owner]]:
+        """For each module at `paths` whose weights share memory with another's: who has them.
 
-        A layer that shares with none is left out.
+        A module that shares with none is left out.
         """
-        owners = self._owners
-        found: dict[str, list[tuple[str, nn.Module, str]]] = {}
+        found: dict[str, list[Owner]] = {}
         for path in paths:
-            start, stop = _span(self.bases[path].get_parameter("weight"))
-            sharing = [entry for (a, b), entry in owners if a < stop and start < b]
-            if len(sharing) > 1:
+            base = self.bases[path]
+            inside = set(base.modules())
+            spans = [_span(parameter) for parameter in base.parameters() if parameter.dim() > 1]
+            sharing = [
+                owner
+                for (start, stop), owner in self._owners
+                if any(start < b and a < stop for a, b in spans)
+            ]
+            if any(owner.module not in inside for owner in sharing):
                 found[path] = sharing
         return found
 
     @cached_property
-    def _owners(self) -> list[tuple[tuple[int, int], tuple[str, nn.Module, str]]]:
+    def _owners(self) -> list[tuple[tuple[int, int], Owner]]:
         return [
-            (_span(tensor), (f"{prefix}.{name}" if prefix else name, module, name))
+            (_span(tensor), Owner(f"{prefix}.{name}" if prefix else name, module, name))
             for prefix, module in self.bases.items()
             for name, tensor in _own_tensors(module)
         ]
@@ -163,51 +181,6 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = compiled
         else:
             return model
-
-
-@contextmanager
-def all_or_nothing(modules: Iterable[nn.Module]) -> Generator[None]:
-    """Whatever stops the block, Ctrl-C too, these modules are then as they were before it."""
-    undo = remember(modules)
-    try:
-        yield
-    except BaseException:
-        undo()
-        raise
-
-
-def remember(modules: Iterable[nn.Module]) -> Callable[[], None]:
-    """A function that gives modules back the children, parameters, flags and state of this moment.
-
-    Values are remembered, not copied: all that is kept in a module is replaced and never changed
-    in place.
-    """
-    states = [(module, _state(module)) for module in modules]
-    flags = [(p, p.data, p.requires_grad) for module, _ in states for _, p in _parameters(module)]
-
-    def undo() -> None:
-        for module, state in states:
-            vars(module).update(_state_of(state))
-        for parameter, data, flag in flags:
-            if parameter.data_ptr() != data.data_ptr():
-                parameter.data = data
-            if parameter.requires_grad != flag:
-                parameter.requires_grad_(flag)
-
-    return undo
-
-
-def _state(module: nn.Module) -> dict[str, object]:
-    return _state_of(vars(module))
-
-
-def _state_of(state: Mapping[str, object]) -> dict[str, object]:
-    """A copy that shares no dictionary with the original, so that either may change."""
-    return {k: {**cast(Any, v)} if type(v) is dict else v for k, v in state.items()}
-
-
-def _parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return list(module.named_parameters(recurse=False))
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

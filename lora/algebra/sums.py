@@ -17,12 +17,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from lora.building import build, require_rank
 from lora.config import UpdateConfig
 from lora.disk.checkpoint import open_folder
-from lora.injection import attach, build, require_rank
-from lora.layer import LowRankUpdate
+from lora.injection import attach
 from lora.layout import why_not_adaptable
 from lora.tree import survey, survey_adapted
+from lora.updates import LowRankUpdate
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,10 @@ def factors(model: nn.Module, adapter: str = "default") -> dict[str, Factors]:
         RuntimeError: no adapter here. ValueError: none of this name.
     """
     carrying = survey_adapted(model).carrying(adapter)
-    return {p: _value(cast(LowRankUpdate, a.updates[adapter])) for p, a in carrying.items()}
+    updates = {path: module.updates[adapter] for path, module in carrying.items()}
+    if whole := [p for p, u in updates.items() if len(dict(u.named_parameters())) != 2]:
+        raise ValueError(f"{adapter!r} trains more than factors: a copy or a bias of {whole[0]}.")
+    return {path: _value(cast(LowRankUpdate, update)) for path, update in updates.items()}
 
 
 def read(folder: str | Path) -> dict[str, Factors]:

@@ -17,14 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora.building import build
 from lora.config import UpdateConfig
 from lora.disk import files, peft_config, probes
 from lora.disk.peft_config import PeftConfig
-from lora.injection import attach, build
-from lora.layer import EmbeddingUpdate, LowRankUpdate
+from lora.injection import attach
 from lora.layout import is_fan_in_fan_out, out_in_view, why_not_adaptable
 from lora.slices import SlicedUpdate
 from lora.tree import survey, survey_adapted
+from lora.updates import EmbeddingUpdate, LowRankUpdate
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SLICES = "lora_slices"  # key in the metadata: which slices' blocks a plain B holds

@@ -16,12 +16,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lora.building import build
 from lora.config import UpdateConfig
-from lora.injection import attach, build
-from lora.layer import LowRankUpdate
+from lora.injection import attach
 from lora.layout import out_in_view, why_not_adaptable
 from lora.slices import spans_of
 from lora.tree import survey
+from lora.updates import LowRankUpdate
 
 _KEY = re.compile(r"(?:module\.)?(.+\.c_attn)\.lora_([AB])")
 

@@ -1,0 +1,80 @@
+"""What an adapter is made of, as a value and as keywords."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+
+import pytest
+import torch
+
+import lora
+from lora.config import LoRASettings
+from tests.toys import snapshot, tiny_gpt2
+
+
+def test_the_keywords_of_inject_are_the_fields_of_the_config():
+    fields = typing.get_type_hints(lora.LoRAConfig)
+    assert fields == typing.get_type_hints(LoRASettings)
+
+
+def test_a_config_and_its_fields_as_keywords_are_the_same():
+    ours, theirs = tiny_gpt2(), tiny_gpt2()
+    config = lora.LoRAConfig(r=3, alpha=5, targets=("c_attn[q,v]", "c_fc"), seed=7)
+    assert lora.inject(ours, config, adapter="a") == lora.inject(
+        theirs, adapter="a", **dataclasses.asdict(config)
+    )
+    assert lora.adapters(ours) == lora.adapters(theirs)
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"lora_alpha": 16}, "'lora_alpha' is PEFT's name: here it is alpha"),
+        ({"target_modules": ["c_attn"]}, "'target_modules' is PEFT's name: here it is targets"),
+        ({"fan_in_fan_out": True}, "told by the layer's class"),
+        ({"rnak": 3, "lora_dropout": 0.1}, "no argument 'rnak'.*here it is dropout"),
+        ({"rs_lora": True}, "did you mean rslora"),
+        ({"config": lora.LoRAConfig(), "r": 4}, "Give a config or r, not both"),
+        ({"config": {"r": 4}}, "config must be a lora.LoRAConfig"),
+    ],
+)
+def test_unknown_keywords_are_told_ours(arguments, words):
+    model = tiny_gpt2()
+    before = snapshot(model)
+    with pytest.raises(TypeError, match=words):
+        lora.inject(model, **arguments)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"targets": ()}, "targets must name at least one layer"),
+        ({"targets": 3}, "targets must be a name or several"),
+        ({"targets": ["c_attn", None]}, "targets must be a name or several"),
+        ({"exclude": {"a": 1}}, "exclude must be a name or several"),
+        ({"layers": "01"}, "layers must be several block numbers"),
+        ({"layers": [0.5]}, "layers must be several block numbers"),
+        ({"rank_pattern": [1]}, "rank_pattern must map suffixes"),
+        ({"alpha_pattern": {"c_attn": -1}}, "alpha_pattern must map suffixes"),
+        ({"seed": 2**70}, "seed must be"),
+        ({"dtype": torch.int8}, "dtype must be"),
+        ({"dtype": torch.float8_e4m3fn}, "dtype must be"),
+        ({"rslora": "yes"}, "rslora must be"),
+        ({"r": 0, "alpha": -1, "seed": "x"}, "r must be.*alpha must be.*seed must be"),
+    ],
+)
+def test_what_is_out_of_range_is_named_at_once(arguments, words):
+    with pytest.raises(ValueError, match=words) as refusal:
+        lora.LoRAConfig(**arguments)
+    assert len(str(refusal.value)) < 500
+
+
+def test_an_iterator_is_as_good_as_a_list():
+    config = lora.LoRAConfig(targets=(t for t in ["c_attn"]), layers=iter([0, 1]))
+    assert config.targets == ("c_attn",)
+    assert config.layers == (0, 1)
+    assert config == lora.LoRAConfig(targets=["c_attn"], layers=range(2))

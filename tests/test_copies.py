@@ -1,0 +1,202 @@
+"""What adapters train whole: copies of modules, and biases."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import lora
+from tests.toys import randomize, raw, snapshot
+
+
+class Classifier(nn.Module):
+    """A body with a LayerNorm, and a head of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(4, 6)
+        self.norm = nn.LayerNorm(6)
+        self.score = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3, bias=False))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.score(self.norm(torch.tanh(self.up(x))))
+
+
+def classifier() -> Classifier:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Classifier().double().eval()
+        for parameter in model.parameters():
+            nn.init.normal_(parameter)
+    return model
+
+
+X = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def shift(model: nn.Module, adapter: str, by: float) -> None:
+    """Train, in a way, all that an adapter trains."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if f"updates.{adapter}." in name and parameter.requires_grad:
+                parameter.add_(by)
+
+
+def test_an_adapter_trains_a_copy_of_a_head_and_the_base_keeps_its_own():
+    model, base = classifier(), raw(classifier()(X))
+    before = {key: raw(tensor) for key, tensor in model.state_dict().items()}
+    paths = lora.inject(model, r=2, targets="up", modules_to_save="score", seed=0)
+    assert paths == ["up", "score"]
+    assert raw(model(X)) == base
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {
+        "up.updates.default.A",
+        "up.updates.default.B",
+        "score.updates.default.0.weight",
+        "score.updates.default.0.bias",
+        "score.updates.default.1.weight",
+    }
+    model(X).square().sum().backward()
+    assert all(p.grad is not None for p in lora.trainable_parameters(model))
+    shift(model, "default", 0.5)
+    assert raw(model(X)) != base
+    with lora.disabled(model):
+        assert raw(model(X)) == base
+    assert {k: raw(t) for k, t in lora.base_state_dict(model).items()} == before
+    head = model.score
+    lora.eject(model)
+    assert model.score is head.base
+    assert raw(model(X)) == base
+
+
+def test_each_adapter_has_its_own_copy_and_copies_have_no_mixture():
+    model = classifier()
+    for name in "ab":
+        lora.inject(model, r=1, targets="up", modules_to_save="score", adapter=name, seed=0)
+        shift(model, name, 0.1 if name == "a" else 0.2)
+    alone = {}
+    for name in "ab":
+        lora.activate(model, name)
+        alone[name] = raw(model(X))
+    assert alone["a"] != alone["b"]
+    lora.inject(model, r=1, targets="up", adapter="c", seed=0)
+    lora.activate(model, {"a": 1.0, "c": 0.5})  # one copy, and any mixture beside it
+    before = snapshot(model)
+    for mixture in ({"a": 0.5, "b": 0.5}, {"a": 1.0, "b": 1.0}, {"a": 0.5}):
+        with pytest.raises(ValueError, match="train copies of score, which have no mixture"):
+            lora.activate(model, mixture)
+    with pytest.raises(RuntimeError, match="train a copy of score"), lora.routed(model, ["a"] * 3):
+        pass
+    assert snapshot(model) == before
+    with lora.activated(model, "b"):
+        assert raw(model(X)) == alone["b"]
+    lora.remove(model, "b")
+    lora.activate(model, "a")
+    assert raw(model(X)) == alone["a"]
+    twin = copy.deepcopy(model)
+    assert raw(twin(X)) == alone["a"]
+
+
+@pytest.mark.parametrize("arguments", [{"modules_to_save": "score"}, {"bias": "all"}])
+def test_merging_for_good_keeps_the_copies(arguments):
+    model = classifier()
+    lora.inject(model, r=2, targets="up", seed=0, **arguments)
+    randomize(model)
+    shift(model, "default", 0.3)
+    want = model(X)
+    with lora.merged(model):
+        torch.testing.assert_close(model(X), want, rtol=1e-12, atol=1e-12)
+    assert torch.equal(model(X), want)
+    lora.eject(model, merge=True)
+    torch.testing.assert_close(model(X), want, rtol=1e-12, atol=1e-12)
+    assert set(model.state_dict()) == set(classifier().state_dict())
+
+
+@pytest.mark.parametrize(
+    ("bias", "trained"),
+    [
+        ("none", set()),
+        ("lora_only", {"up"}),
+        ("all", {"up", "norm", "score.0"}),
+    ],
+)
+def test_biases_train_beside_the_updates(bias, trained):
+    model, base = classifier(), raw(classifier()(X))
+    lora.inject(model, r=2, targets="up", bias=bias, seed=0)
+    assert raw(model(X)) == base
+    names = {n for n, p in model.named_parameters() if p.requires_grad and n.endswith("bias")}
+    assert names == {f"{path}.updates.default.bias" for path in trained}
+    model(X).square().sum().backward()
+    assert not any(p.grad is not None for n, p in model.named_parameters() if ".base." in n)
+    shift(model, "default", 0.25)
+    if trained:
+        dense = classifier()
+        with torch.no_grad():
+            for path in trained:
+                dense.get_submodule(path).bias.add_(0.25)
+            a, b = model.up.updates["default"].factors()
+            dense.up.weight.add_(8.0 * b @ a)
+        torch.testing.assert_close(model(X), dense(X), rtol=1e-10, atol=1e-10)
+    with lora.disabled(model):
+        assert raw(model(X)) == base
+    lora.eject(model)
+    assert raw(model(X)) == base
+
+
+def test_a_mixture_moves_the_bias_by_its_weights():
+    model = classifier()
+    base = model.up.bias.detach().clone()
+    for name, by in (("a", 0.5), ("b", -2.0)):
+        lora.inject(model, r=1, targets="up", bias="lora_only", adapter=name, seed=0)
+        with torch.no_grad():
+            model.up.updates[name].bias.add_(by)
+    lora.activate(model, {"a": 0.4, "b": 0.1})
+    torch.testing.assert_close(model.up.bias, base + 0.4 * 0.5 + 0.1 * -2.0)
+    want = model(X)
+    with lora.merged(model):
+        torch.testing.assert_close(model(X), want, rtol=1e-12, atol=1e-12)
+    with lora.disabled(model):
+        assert model.up.bias is model.up.base.bias
+
+
+def test_the_state_dict_has_the_bases_own_keys_and_loads_back():
+    model, plain = classifier(), classifier()
+    lora.inject(model, r=2, targets="up", modules_to_save="score", bias="all", seed=0)
+    keys = list(model.state_dict())
+    assert [key for key in keys if ".updates." not in key] == list(plain.state_dict())
+    shift(model, "default", 1.0)
+    twin = classifier()
+    lora.inject(twin, r=2, targets="up", modules_to_save="score", bias="all", seed=3)
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(twin(X), model(X))
+    missing, left_over = plain.load_state_dict(model.state_dict(), strict=False)
+    assert not missing
+    assert all(".updates." in key for key in left_over)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"modules_to_save": "nothing"}, "No module matches modules_to_save 'nothing'"),
+        ({"modules_to_save": "up"}, "up is a target and in modules_to_save"),
+        ({"targets": ("up", "score.0"), "modules_to_save": "score"}, "score.0 is a target and in"),
+        ({"bias": "some"}, "bias must be one of none, lora_only, all"),
+        ({"modules_to_save": 3}, "modules_to_save must be a name or several"),
+    ],
+)
+def test_what_cannot_be_copied_changes_nothing(arguments, words):
+    model = classifier()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=words):
+        lora.inject(model, **{"r": 1, "targets": "up"} | arguments)
+    assert snapshot(model) == before
+
+
+def test_factors_alone_are_not_the_value_of_an_adapter_that_trains_more():
+    model = classifier()
+    lora.inject(model, r=1, targets="up", modules_to_save="score")
+    with pytest.raises(ValueError, match="trains more than factors: a copy or a bias of score"):
+        lora.algebra.factors(model)
