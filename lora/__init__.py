@@ -7,7 +7,7 @@ from lora.disk.checkpoint import load, save
 from lora.disk.loralib import load_loralib
 from lora.injection import eject, inject
 from lora.layer import LoRALinear
-from lora.merging import MergeReport, is_merged, merge, merged, unmerge
+from lora.merging import is_merged, merge, merged, unmerge
 from lora.parameters import (
     ParameterCount,
     base_state_dict,
@@ -15,6 +15,7 @@ from lora.parameters import (
     parameter_groups,
     trainable_parameters,
 )
+from lora.rounding import MergeReport
 from lora.routing import routed
 from lora.updates import LowRankUpdate
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
-from typing import Any, TypedDict, TypeGuard, cast
+from dataclasses import dataclass, replace
+from typing import Any, TypeGuard, cast
 
 import torch
 
@@ -16,16 +15,6 @@ Slices = Sequence[str] | Mapping[str, int]
 """Names of the equal parts of a layer's output, or its parts' sizes by name."""
 
 BIASES = ("none", "lora_only", "all")
-# What PEFT calls the arguments of its LoraConfig, and what they are here.
-PEFT_NAMES = {
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "target_modules": "targets",
-    "exclude_modules": "exclude",
-    "layers_to_transform": "layers",
-    "use_rslora": "rslora",
-    "adapter_name": "adapter",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,78 +104,36 @@ class LoRAConfig:
         faults = update_faults(self)
         for name in ("targets", "exclude", "modules_to_save"):
             if not _are_names(getattr(self, name)):
-                faults.append(
-                    f"{name} must be a name or several, got {_short(getattr(self, name))}"
-                )
+                faults.append(f"{name} must be a name or several, got {short(getattr(self, name))}")
         if not _names_something(self.targets) and not _names_something(self.modules_to_save):
-            faults.append(f"targets must name at least one layer, got {_short(self.targets)}")
+            faults.append(f"targets must name at least one layer, got {short(self.targets)}")
         if self.layers is not None and not _are_numbers(self.layers):
-            faults.append(f"layers must be several block numbers, got {_short(self.layers)}")
+            faults.append(f"layers must be several block numbers, got {short(self.layers)}")
         for name in ("rank_pattern", "alpha_pattern"):
             if not _is_pattern(getattr(self, name)):
-                value = _short(getattr(self, name))
+                value = short(getattr(self, name))
                 faults.append(f"{name} must map suffixes to numbers above 0, got {value}")
         if self.bias not in BIASES:
-            faults.append(f"bias must be one of {', '.join(BIASES)}, got {_short(self.bias)}")
+            faults.append(f"bias must be one of {', '.join(BIASES)}, got {short(self.bias)}")
         if self.seed is not None and (type(self.seed) is not int or abs(self.seed) >= 2**63):
-            faults.append(f"seed must be a 64-bit integer or None, got {_short(self.seed)}")
+            faults.append(f"seed must be a 64-bit integer or None, got {short(self.seed)}")
         if not is_float(self.dtype):
-            faults.append(f"dtype must be a floating-point torch.dtype, got {_short(self.dtype)}")
+            faults.append(f"dtype must be a floating-point torch.dtype, got {short(self.dtype)}")
         if faults:
             raise ValueError("; ".join(faults) + ".")
-
-
-class LoRASettings(TypedDict, total=False):
-    """The fields of `LoRAConfig` as keywords of `lora.inject`; a test holds the two together."""
-
-    r: int
-    alpha: float
-    dropout: float
-    targets: Names
-    exclude: Names
-    layers: Iterable[int] | None
-    rank_pattern: Mapping[str, int] | None
-    alpha_pattern: Mapping[str, float] | None
-    slices: Slices | None
-    rslora: bool
-    modules_to_save: Names
-    bias: str
-    seed: int | None
-    dtype: torch.dtype | None
-
-
-def config_of(config: LoRAConfig | None, settings: LoRASettings) -> LoRAConfig:
-    """The config given as one, or as keywords.
-
-    Raises:
-        TypeError: both are given, or a keyword that `LoRAConfig` does not have.
-        ValueError: as `LoRAConfig`.
-    """
-    known = [field.name for field in fields(LoRAConfig)]
-    if strange := [name for name in settings if name not in known]:
-        raise TypeError("; ".join(_no_such_argument(name, known) for name in strange) + ".")
-    if config is None:
-        return LoRAConfig(**settings)
-    if not isinstance(cast(object, config), LoRAConfig):
-        raise TypeError(f"config must be a lora.LoRAConfig, got {_short(config)}.")
-    if settings:
-        raise TypeError(
-            f"Give a config or {', '.join(settings)}, not both; see dataclasses.replace."
-        )
-    return config
 
 
 def update_faults(config: UpdateConfig | LoRAConfig) -> list[str]:
     """What is out of range of the fields that both configs have."""
     faults: list[str] = []
     if type(config.r) is not int or not 1 <= config.r < 2**31:
-        faults.append(f"r must be an integer of at least 1, got {_short(config.r)}")
+        faults.append(f"r must be an integer of at least 1, got {short(config.r)}")
     if not is_finite(config.alpha) or config.alpha <= 0:
-        faults.append(f"alpha must be a finite number above 0, got {_short(config.alpha)}")
+        faults.append(f"alpha must be a finite number above 0, got {short(config.alpha)}")
     if not is_finite(config.dropout) or not 0 <= config.dropout < 1:
-        faults.append(f"dropout must be in [0, 1), got {_short(config.dropout)}")
+        faults.append(f"dropout must be in [0, 1), got {short(config.dropout)}")
     if type(config.rslora) is not bool:
-        faults.append(f"rslora must be True or False, got {_short(config.rslora)}")
+        faults.append(f"rslora must be True or False, got {short(config.rslora)}")
     return faults
 
 
@@ -241,16 +188,7 @@ def _is_pattern(value: object) -> bool:
     return all(isinstance(k, str) and k and is_finite(v) and v > 0 for k, v in pairs)
 
 
-def _no_such_argument(name: str, known: Sequence[str]) -> str:
-    if name in PEFT_NAMES:
-        return f"{name!r} is PEFT's name: here it is {PEFT_NAMES[name]}"
-    if name == "fan_in_fan_out":
-        return "'fan_in_fan_out' is not needed: the layout is told by the layer's class"
-    near = get_close_matches(name, known, 1)
-    return f"there is no argument {name!r}" + (f"; did you mean {near[0]}?" if near else "")
-
-
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     """How a message shows a value: never more than a line."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}…"

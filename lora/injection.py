@@ -9,10 +9,11 @@ from torch import nn
 
 from lora.adapted import Adapted, Origin
 from lora.building import draw
-from lora.config import LoRAConfig, LoRASettings, config_of
+from lora.config import LoRAConfig
 from lora.copies import ModuleCopy
 from lora.layer import LoRALinear
 from lora.merging import fold, keep_folded
+from lora.settings import LoRASettings, config_of
 from lora.tree import Owner, Tree, survey, survey_adapted
 from lora.undo import all_or_nothing
 from lora.updates import LowRankUpdate

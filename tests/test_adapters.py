@@ -280,12 +280,12 @@ def test_a_merged_weight_out_of_bound_is_an_error_and_changes_nothing(monkeypatc
 def test_logits_out_of_bound_are_an_error_and_change_nothing(monkeypatch, value):
     model = bank(torch.float32)
     before = snapshot(model)
-    right = merging._logits
+    right = merging.logits
 
     def wrong(m, ids):
         return right(m, ids) + (value if lora.is_merged(m) else 0)
 
-    monkeypatch.setattr(merging, "_logits", wrong)
+    monkeypatch.setattr(merging, "logits", wrong)
     with pytest.raises(RuntimeError, match="Merged and unmerged logits differ"):
         lora.merge(model, verify=IDX)
     assert snapshot(model) == before

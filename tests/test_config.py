@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lora
-from lora.config import LoRASettings
+from lora.settings import LoRASettings
 from tests.toys import snapshot, tiny_gpt2
 
 
