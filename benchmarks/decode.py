@@ -13,7 +13,7 @@ import torch
 import gpt2
 import lora
 from benchmarks import harness, models
-from gpt2.generation import _Decoding
+from gpt2.generation import Decoder
 
 SPANS = 5  # timed stretches of up to 32 tokens
 
@@ -85,14 +85,12 @@ def _steps(
     tokens: int,
 ) -> Any:
     """So many tokens a row, with the prompt read and the step captured."""
-    with torch.no_grad():
-        decoding = _Decoding(model.eval(), prompts, config, on_gpu)
-        decoding.step()
+    decoder = Decoder(model.eval(), prompts, config, compile=on_gpu)
+    decoder.step()
 
-    @torch.no_grad()
     def run() -> None:
         for _ in range(tokens):
-            decoding.step()
+            decoder.step()
 
     return run
 

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+COLDEST = 1e-20
+"""The lowest temperature but 0: logits up to 10¹⁸ may be divided by it in float32."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
@@ -18,7 +21,8 @@ class GenerateConfig:
 
     Args:
         max_new_tokens: tokens per prompt at most.
-        temperature: divides the logits; 0 is greedy, the most likely token each time.
+        temperature: divides the logits; 0 is greedy, the most likely token each time. Below
+            1e-20 the quotients would not be finite, so nothing between is taken.
         top_k: sample among the k most likely tokens only.
         top_p: sample among the most likely tokens that together reach this probability.
         repetition_penalty: above 1 makes tokens that a row already holds less likely.
@@ -46,12 +50,16 @@ class GenerateConfig:
             if (value := getattr(self, name)) is not None or name not in optional
             if type(value) is not int or value < low
         ]
-        if not 0 <= self.temperature < math.inf:
-            faults.append(f"temperature must be 0 (greedy) or above, got {self.temperature!r}")
+        if self.temperature != 0 and not COLDEST <= self.temperature < math.inf:
+            faults.append(
+                f"temperature must be 0 (greedy) or at least {COLDEST}, got {self.temperature!r}"
+            )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             faults.append(f"top_p must be in (0, 1], got {self.top_p!r}")
         if not 0 < self.repetition_penalty < math.inf:
             faults.append(f"repetition_penalty must be above 0, got {self.repetition_penalty!r}")
+        if type(self.seed) is int and self.seed >= 2**62:
+            faults.append(f"seed must be below 2**62, got {self.seed!r}")
         if faults:
             raise ValueError("GenerateConfig: " + "; ".join(faults) + ".")
 
@@ -92,17 +100,28 @@ def apply_top_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(ruled_out.scatter(-1, order, ruled_out), -math.inf)
 
 
+def greedy(logits: Tensor) -> Tensor:
+    """The most likely token `(B,)` of each row; -1 where `sample` gives -1."""
+    return _or_none(logits, logits.argmax(-1))
+
+
 def sample(logits: Tensor, config: GenerateConfig, uniform: Tensor) -> Tensor:
-    """The next token `(B,)` of each row.
+    """The next token `(B,)` of each row; -1 where its logits hold NaN or +inf, or are all -inf.
+
+    Nothing is asked of the device, so that this can run in a CUDA graph: the caller looks for -1.
 
     Args:
         logits: `(B, V)`, after the repetition penalty.
         config: temperature, top-k and top-p, applied in this order as transformers does.
-        uniform: `(B,)` float64 random numbers in [0, 1), one a row; greedy takes no notice.
+        uniform: `(B,)` float64 random numbers in [0, 1), one a row, on the logits' device or on
+            the CPU: where they lie the token is drawn. Greedy takes no notice.
     """
     if config.temperature == 0:
-        return logits.argmax(-1)
-    logits = apply_temperature(logits.float(), config.temperature)
+        return greedy(logits)
+    device = logits.device
+    # A device without float64 has its logits drawn from on the CPU; elsewhere nothing moves.
+    logits = apply_temperature(logits.to(uniform.device).float(), config.temperature)
+    whole = logits
     if config.top_k is not None:
         logits = apply_top_k(logits, config.top_k)
     if config.top_p is not None:
@@ -111,4 +130,10 @@ def sample(logits: Tensor, config: GenerateConfig, uniform: Tensor) -> Tensor:
     # uniform is at most 1 - 2**-53, the product stays below the total.
     cumulative = logits.double().softmax(-1).cumsum(-1)
     drawn = uniform[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, drawn, right=True)[:, 0]
+    tokens = torch.searchsorted(cumulative, drawn, right=True)[:, 0]
+    return _or_none(whole, tokens).to(device)
+
+
+def _or_none(logits: Tensor, tokens: Tensor) -> Tensor:
+    """The tokens `(B,)`, or -1 for the rows whose greatest logit is not finite; NaN is greatest."""
+    return torch.where(logits.amax(-1).isfinite(), tokens, -1)
