@@ -13,7 +13,7 @@ def listed(faults: Sequence[str]) -> str:
     shown: list[str] = []
     room = TOTAL
     for fault in faults:
-        text = fault if len(fault) <= LONGEST else f"{fault[: LONGEST - 1]}…"
+        text = fault if len(fault) <= LONGEST else f"{fault[: LONGEST - 51]}…{fault[-50:]}"
         room -= len(text) + 2
         if room < 0:
             break

@@ -32,14 +32,15 @@ def token_rows(prompts: Prompts) -> list[list[int]]:
                 "A single prompt is prompt[None]."
             )
         return _listed_ids(prompts)
-    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
+    given: Any = prompts  # callers need not keep to the types
+    if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
         raise ValueError(
-            f"Prompts must be a list of token id lists, got {type(prompts).__name__}. "
+            f"Prompts must be a list of token id lists, got {type(given).__name__}. "
             "Pass [tokenizer.encode(text)]."
         )
     rows: list[list[int]] = []
     faults: list[str] = []
-    for i, prompt in enumerate(cast(Iterable[Any], prompts)):
+    for i, prompt in enumerate(cast(Iterable[Any], given)):
         if isinstance(prompt, Integral):
             raise ValueError("One prompt was given where a list of prompts is due: pass [prompt].")
         try:
