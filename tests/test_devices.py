@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,15 +11,20 @@ from torch import Tensor, nn
 
 import gpt2
 import lora
-from gpt2.data.batches import Batch
+from benchmarks import device_check
 from gpt2.generation import Decoder
-from gpt2.training.step import Stepper
 from tests.devices import OnDevice, pretended_device
-from tests.toys import TINY, randomize, tiny_gpt2
+from tests.toys import randomize, tiny_gpt2
 
 SAMPLED = {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "repetition_penalty": 1.2}
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11]]
 IDX = torch.arange(24).view(2, 12)
+
+# What still fails; the marks go as it is mended.
+UNTIL_TRAINING_IS_MERGED = pytest.mark.xfail(reason="Batch.to copies without waiting")
+UNTIL_LOADING_IS_MENDED = pytest.mark.xfail(
+    strict=True, reason="lora.disk.probes takes a norm in float64 on the device"
+)
 
 
 @pytest.fixture
@@ -144,32 +150,23 @@ def test_the_decoders_tensors_are_on_the_device_but_for_the_random_numbers(devic
     assert (decoder.uniform.device.type, decoder.uniform.dtype) == ("cpu", torch.float64)
 
 
-def batch() -> Batch:
-    idx = torch.randint(TINY.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
-    return Batch(idx, idx.clone(), 22)
-
-
-@pytest.mark.xfail(reason="Batch.to copies without waiting; the training wing mends it")
+@UNTIL_TRAINING_IS_MERGED
 @pytest.mark.parametrize("full", [True, False])
-def test_training(device, full):
-    figures, factors = [], []
+def test_training(device, full, tmp_path):
+    letters = SimpleNamespace(encode=lambda text: [ord(letter) % 32 for letter in text], eos=60)
+    data = gpt2.encode(gpt2.from_texts(["one two three", "four"]), letters)
+    figures, tuned = [], []
     for where in ("cpu", device):
-        model = tiny_gpt2()
+        tiny_gpt2().save_pretrained(tmp_path)
+        model = gpt2.GPT2.from_pretrained(tmp_path, dropout=0.0, device=where)
         if not full:
             lora.inject(model, r=2, targets=("c_attn", "mlp.c_proj"), seed=0)
-            randomize(model)
-        for module in model.modules():
-            if hasattr(module, "p"):
-                module.p = 0.0
-            if hasattr(module, "attn_pdrop"):
-                module.attn_pdrop = 0.0
-        model.to(where).train()
-        stepper = Stepper(model, gpt2.TrainConfig(steps=3))
-        figures.append([stepper([batch()], 1e-3).tolist() for _ in range(3)])
-        factors.append([p for p in model.parameters() if p.requires_grad])
+        records = list(gpt2.train(model, data, gpt2.TrainConfig(steps=4, lr=1e-3, batch_size=2)))
+        figures.append([number for r in records for number in (r.loss, r.grad_norm)])
+        tuned.append(model)
     assert figures[1] == pytest.approx(figures[0], rel=1e-5)
-    for mine, theirs in zip(*factors, strict=True):
-        torch.testing.assert_close(theirs.detach().cpu(), mine.detach(), rtol=1e-4, atol=1e-6)
+    assert figures[1][0] > figures[1][-2]
+    assert near(tuned[1](IDX.to(device)), tuned[0](IDX))
 
 
 # --- lora ----------------------------------------------------------------------------------------
@@ -224,9 +221,7 @@ def test_save(device, tmp_path, options):
         assert (tmp_path / "there" / file.name).read_bytes() == file.read_bytes()
 
 
-@pytest.mark.xfail(
-    strict=True, raises=ValueError, reason="lora.disk.probes takes the norm in float64 where it is"
-)
+@UNTIL_LOADING_IS_MENDED
 def test_load(device, tmp_path):
     model = adapted()
     randomize(model)
@@ -267,7 +262,7 @@ def test_merge_says_how_near_it_is(device):
     randomize(model)
     twin = on(device, model)
     report = lora.merge(twin, verify=IDX.to(device))
-    assert report.agreement is not None
+    assert report.agreement.flips == 0
 
 
 def test_adapters_as_values(device):
@@ -289,3 +284,46 @@ def test_low_rank_of_a_dense_change(device):
     change = {"x": torch.randn(6, 5)}
     found = lora.algebra.approximate({"x": change["x"].to(device)}, 5)
     assert near(lora.algebra.deltas(found.value)["x"].float(), change["x"])
+
+
+# --- the script for owners of a device -----------------------------------------------------------
+
+
+def test_device_check_says_what_works_differs_and_fails(device, capsys):
+    def fail(where):
+        raise NotImplementedError("no such operation\nand much more")
+
+    def differ(where):
+        return torch.ones(3) + (where.type == "mps") * 0.5
+
+    checks = {
+        "logits": device_check.CHECKS["logits"],
+        "sampled text": device_check.CHECKS["sampled text"],
+    }
+    assert device_check.main("mps", checks) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert "device mps" in head
+    assert [line.split("  ")[0] for line in lines] == list(checks)
+    assert all(" works" in line for line in lines)
+    spoiled = {"a": lambda where: fail(where) if where.type == "mps" else torch.ones(1)}
+    spoiled |= {"b": differ, "c": lambda where: differ(where).bool().long() + (where.type == "mps")}
+    assert device_check.main("mps", spoiled) == 1
+    _, a, b, c = (line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert a == ["a", "fails with NotImplementedError: no such operation"]
+    assert b == ["b", "differs by 5.0e-01 of the largest number"]
+    assert c == ["c", "differs in 3 of 3 tokens"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "text with a repetition penalty",
+        "an adapter at birth",
+        "merge and unmerge",
+        "rows under different adapters",
+        pytest.param("training an adapter", marks=UNTIL_TRAINING_IS_MERGED),
+        pytest.param("save and load", marks=UNTIL_LOADING_IS_MENDED),
+    ],
+)
+def test_the_checks_find_nothing_where_nothing_is_wrong(device, name):
+    assert device_check.outcome(device_check.CHECKS[name], device)[1].startswith("works")
