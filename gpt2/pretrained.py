@@ -71,8 +71,8 @@ def load(
     Source: the files of openai-community/gpt2 on the Hub.
     """
     dtype = torch.float32 if dtype is None else dtype
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype must be floating-point, got {dtype}.")
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise ValueError(f"dtype must be 16, 32 or 64 bits of floating-point, got {dtype}.")
     config, tensors = _checked(build, os.fspath(name), dropout)
     state = {key: t.to(device=device, dtype=dtype, copy=not mmap) for key, t in tensors.items()}
     read = [key for key, tensor in state.items() if tensor is not tensors[key]]
@@ -183,7 +183,8 @@ def _read(weight_files: Sequence[Path]) -> tuple[dict[str, Tensor], list[str]]:
         try:
             found = load_file(file)
         except SafetensorError as error:
-            raise ValueError(f"{file} is damaged or no safetensors file: {error}.") from None
+            why = listed([str(error)])
+            raise ValueError(f"{file} is damaged or no safetensors file: {why}.") from None
         for key, tensor in found.items():
             name = key if key.startswith("transformer.") or key == _HEAD else f"transformer.{key}"
             if re.fullmatch(r"transformer\.h\.\d+\.attn\.(masked_)?bias", name):

@@ -136,4 +136,4 @@ def sample(logits: Tensor, config: GenerateConfig, uniform: Tensor) -> Tensor:
 
 def _or_none(logits: Tensor, tokens: Tensor) -> Tensor:
     """The tokens `(B,)`, or -1 for the rows whose greatest logit is not finite; NaN is greatest."""
-    return torch.where(logits.amax(-1).isfinite(), tokens, -1)
+    return tokens.masked_fill(~logits.amax(-1).isfinite(), -1)

@@ -111,9 +111,10 @@ def test_dtype(demo, dtype):
     assert torch.equal(model.transformer.h[3].mlp.c_fc.weight, expected)
 
 
-def test_a_dtype_that_is_not_for_weights():
-    with pytest.raises(ValueError, match=r"floating-point, got torch\.int8"):
-        GPT2.from_pretrained("demo", dtype=torch.int8)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e4m3fn])
+def test_a_dtype_that_is_not_for_weights(dtype):
+    with pytest.raises(ValueError, match=rf"floating-point, got {dtype}"):
+        GPT2.from_pretrained("demo", dtype=dtype)
 
 
 # --- layouts -------------------------------------------------------------------------------------
