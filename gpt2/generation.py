@@ -185,7 +185,7 @@ def prefill(model: GPT2, rows: Sequence[Sequence[int]], slots: int) -> tuple[Ten
 
 def step(model: GPT2, tokens: Tensor, cache: KVCache) -> Tensor:
     """Append one token `(B,)` to each row of the cache: logits `(B, V)` of the next."""
-    return model(tokens[:, None], cache)[:, -1]
+    return model(tokens[:, None], cache=cache)[:, -1]
 
 
 def _stream(
