@@ -22,7 +22,14 @@ from gpt2.fast.decoding import Repeated, burst, draws_on
 from gpt2.faults import listed
 from gpt2.model import GPT2
 from gpt2.prompts import Prompts, check, token_rows
-from gpt2.sampling import GenerateConfig, apply_repetition_penalty, greedy, sample
+from gpt2.sampling import (
+    GenerateConfig,
+    apply_repetition_penalty,
+    greedy,
+    sample,
+    tokens_seen,
+    uniform_numbers,
+)
 
 GREEDY = GenerateConfig()
 """The defaults: greedy, 40 tokens, until the end of the text."""
@@ -123,8 +130,8 @@ class Decoder:
         self._repeated = Repeated(device, new, compile)
         slots = self._repeated.slots(max(map(len, rows)) + new, model.config.block_size)
         logits, self.cache = prefill(model, rows, slots)
-        self.seen = _seen(rows, logits) if config.repetition_penalty != 1 else None
-        self.uniform = _random_numbers(len(rows), config).to(draws_on(device))
+        self.seen = tokens_seen(rows, logits) if config.repetition_penalty != 1 else None
+        self.uniform = uniform_numbers(len(rows), config).to(draws_on(device))
         self.text = torch.zeros(new, len(rows), dtype=torch.long, device=device)
         self.n = torch.zeros(1, dtype=torch.long, device=device)
         self.tokens = torch.zeros(len(rows), dtype=torch.long, device=device)
@@ -245,19 +252,3 @@ def _evaluating(model: nn.Module) -> Generator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _random_numbers(rows: int, config: GenerateConfig) -> Tensor:
-    """Uniform numbers `(tokens, B)` from each row's own generator, the same for every device."""
-    generators = [torch.Generator("cpu").manual_seed(config.seed + row) for row in range(rows)]
-    size, kind = config.max_new_tokens, torch.double
-    draws = [torch.rand(size, dtype=kind, device="cpu", generator=g) for g in generators]
-    return torch.stack(draws, 1)
-
-
-def _seen(rows: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
-    """Which tokens each prompt holds, `(B, V)` booleans like `logits`."""
-    seen = torch.zeros_like(logits, dtype=torch.bool)
-    for row, ids in zip(seen, rows, strict=True):
-        row[torch.tensor(ids, device=logits.device)] = True
-    return seen

@@ -6,6 +6,7 @@ Shapes: B rows · V vocab.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +63,25 @@ class GenerateConfig:
             faults.append(f"seed must be below 2**62, got {self.seed!r}")
         if faults:
             raise ValueError("GenerateConfig: " + "; ".join(faults) + ".")
+
+
+def uniform_numbers(rows: int, config: GenerateConfig) -> Tensor:
+    """Random numbers `(max_new_tokens, rows)` in [0, 1), float64 on the CPU.
+
+    Each row has a generator of its own, so that it draws what it draws alone, on any device.
+    """
+    generators = [torch.Generator("cpu").manual_seed(config.seed + row) for row in range(rows)]
+    size, kind = config.max_new_tokens, torch.double
+    draws = [torch.rand(size, dtype=kind, device="cpu", generator=g) for g in generators]
+    return torch.stack(draws, 1)
+
+
+def tokens_seen(rows: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
+    """Which tokens each row of ids holds, `(B, V)` booleans beside `logits`."""
+    seen = torch.zeros_like(logits, dtype=torch.bool)
+    for row, ids in zip(seen, rows, strict=True):
+        row[torch.tensor(ids, device=logits.device)] = True
+    return seen
 
 
 def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
