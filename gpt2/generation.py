@@ -135,11 +135,19 @@ class Decoder:
         self.text = torch.zeros(new, len(rows), dtype=torch.long, device=device)
         self.n = torch.zeros(1, dtype=torch.long, device=device)
         self.tokens = torch.zeros(len(rows), dtype=torch.long, device=device)
+        self._left = new - 1  # counted here too: asking the device for `n` would make it wait
         self._append(logits)
 
     @torch.no_grad()
     def step(self) -> None:
-        """Add a token to each row."""
+        """Add a token to each row.
+
+        Raises:
+            RuntimeError: all `max_new_tokens` are made.
+        """
+        if not self._left:
+            raise RuntimeError(f"All {len(self.text)} new tokens that were asked for are made.")
+        self._left -= 1
         self._repeated(self._step, self._changed)
 
     def fetched(self, start: int, stop: int) -> list[list[int]]:

@@ -410,6 +410,8 @@ def test_a_decoder_makes_the_text_a_token_a_step():
         if made < 6:
             decoder.step()
     assert decoder.text.T.tolist() == generate(model, PROMPTS, config)
+    with pytest.raises(RuntimeError, match="All 6 new tokens"):
+        decoder.step()
     assert not decoder.text.requires_grad
 
 

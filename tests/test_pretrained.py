@@ -503,6 +503,12 @@ def test_weights_that_are_not_finite_are_found_where_they_are_read(folder, value
         generate(GPT2.from_pretrained(folder), [[1]], GenerateConfig(max_new_tokens=3))
 
 
+def test_large_weights_whose_sum_overflows_are_fine(folder):
+    rewrite(folder, lambda t: t | {"ln_f.weight": torch.full((128,), 6e4)})
+    model = GPT2.from_pretrained(folder, dtype=torch.float16)
+    assert model.transformer.ln_f.weight.sum().isinf()
+
+
 def test_a_cast_that_overflows(folder):
     rewrite(folder, lambda t: t | {"ln_f.weight": torch.full((128,), 1e6)})
     with pytest.raises(ValueError, match=r"as torch\.float16: transformer\.ln_f\.weight"):
