@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -54,10 +55,10 @@ class GPT2Config:
         faults += [
             f"{name} must be in [0, 1), got {value!r}"
             for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")
-            if not (_is_number(value := getattr(self, name)) and 0 <= value < 1)
+            if not (is_number(value := getattr(self, name)) and 0 <= value < 1)
         ]
         epsilon = self.layer_norm_epsilon
-        if not (_is_number(epsilon) and 0 < epsilon < math.inf):
+        if not (is_number(epsilon) and 0 < epsilon < math.inf):
             faults.append(f"layer_norm_epsilon must be above 0 and finite, got {epsilon!r}")
         if not faults and self.n_embd % self.n_head:
             faults.append(f"n_head {self.n_head} must divide n_embd {self.n_embd}")
@@ -65,8 +66,9 @@ class GPT2Config:
             raise ValueError(f"GPT2Config: {listed(faults)}.")
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def is_number(value: object) -> bool:
+    """Whether a config may compare it with numbers; True and "0.5" are no numbers."""
+    return not isinstance(value, bool) and isinstance(value, Real)
 
 
 SIZES = MappingProxyType(

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gpt2.config import is_number
+from gpt2.faults import listed
+
 COLDEST = 1e-20
 """The lowest temperature but 0: logits up to 10¹⁸ may be divided by it in float32."""
 
@@ -51,18 +54,20 @@ class GenerateConfig:
             if (value := getattr(self, name)) is not None or name not in optional
             if type(value) is not int or value < low
         ]
-        if self.temperature != 0 and not COLDEST <= self.temperature < math.inf:
+        temperature, top_p, penalty = self.temperature, self.top_p, self.repetition_penalty
+        warm = is_number(temperature) and COLDEST <= temperature < math.inf
+        if not warm and (temperature != 0 or isinstance(temperature, bool)):
             faults.append(
-                f"temperature must be 0 (greedy) or at least {COLDEST}, got {self.temperature!r}"
+                f"temperature must be 0 (greedy) or at least {COLDEST}, got {temperature!r}"
             )
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            faults.append(f"top_p must be in (0, 1], got {self.top_p!r}")
-        if not 0 < self.repetition_penalty < math.inf:
-            faults.append(f"repetition_penalty must be above 0, got {self.repetition_penalty!r}")
+        if top_p is not None and not (is_number(top_p) and 0 < top_p <= 1):
+            faults.append(f"top_p must be in (0, 1], got {top_p!r}")
+        if not (is_number(penalty) and 0 < penalty < math.inf):
+            faults.append(f"repetition_penalty must be above 0, got {penalty!r}")
         if type(self.seed) is int and self.seed >= 2**62:
             faults.append(f"seed must be below 2**62, got {self.seed!r}")
         if faults:
-            raise ValueError("GenerateConfig: " + "; ".join(faults) + ".")
+            raise ValueError(f"GenerateConfig: {listed(faults)}.")
 
 
 def uniform_numbers(rows: int, config: GenerateConfig) -> Tensor:

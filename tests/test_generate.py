@@ -513,6 +513,8 @@ def test_under_autocast():
         ({"temperature": math.nan}, "temperature"),
         ({"temperature": 1e-40}, "temperature must be 0 .* at least 1e-20, got 1e-40"),
         ({"seed": 2**62}, "seed must be below"),
+        ({"temperature": "0.5", "top_p": True}, "temperature must .* got '0.5'; top_p .* got True"),
+        ({"repetition_penalty": None}, "repetition_penalty must be above 0, got None"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
