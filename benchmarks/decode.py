@@ -13,7 +13,7 @@ import torch
 import gpt2
 import lora
 from benchmarks import harness, models
-from gpt2.generation import _Decoding
+from gpt2.generation import Decoder
 
 SPANS = 5  # timed stretches of up to 32 tokens
 
@@ -42,25 +42,11 @@ def main() -> None:
         run()
     texts = {name: run() for name, run in runs.items()}
     times = harness.interleaved(runs, a.repeats, a.device)
-    tokens = min(32, (a.new - 2) // SPANS)
-    spans = {
-        name: _steps(which, prompts, config, on_gpu, tokens)
-        for name, which in (("ours", model), ("ours merged", folded))
-    }
-    steady = {
-        name: ms["median"] / tokens
-        for name, ms in harness.interleaved(spans, SPANS, a.device).items()
-    }
+    steady = _steady({"ours": model, "ours merged": folded}, prompts, config, a.device)
     if a.against:
         more = times["PEFT"]["median"] - times.pop("PEFT, a quarter")["median"]
         steady["PEFT"] = more / (a.peft_new - a.peft_new // 4)
     for name, ms in times.items():
-        shared = min(news[name], news["ours"])
-        same = sum(
-            x == y
-            for mine, other in zip(texts["ours"], texts[name], strict=True)
-            for x, y in zip(mine[:shared], other[:shared], strict=True)
-        )
         harness.emit(
             "decode",
             a.out,
@@ -73,28 +59,34 @@ def main() -> None:
             ms=ms,
             tokens_per_s=round(a.B * news[name] / ms["median"] * 1e3),
             steady_tokens_per_s=round(a.B / steady[name] * 1e3),
-            same_tokens_as_ours=round(same / (a.B * shared), 4),
+            same_tokens_as_ours=_shared(texts["ours"], texts[name]),
         )
 
 
-def _steps(
-    model: gpt2.GPT2,
+def _shared(ours: list[list[int]], others: list[list[int]]) -> float:
+    """The share of equal tokens, up to where the shorter texts end."""
+    rows = zip(ours, others, strict=True)
+    same = [x == y for mine, other in rows for x, y in zip(mine, other, strict=False)]
+    return round(sum(same) / len(same), 4)
+
+
+def _steady(
+    cases: dict[str, gpt2.GPT2],
     prompts: list[list[int]],
     config: gpt2.GenerateConfig,
-    on_gpu: bool,
-    tokens: int,
-) -> Any:
-    """So many tokens a row, with the prompt read and the step captured."""
-    with torch.no_grad():
-        decoding = _Decoding(model.eval(), prompts, config, on_gpu)
-        decoding.step()
+    device: str,
+) -> dict[str, float]:
+    """Milliseconds a token and row, once the prompts are read and the step is captured."""
+    tokens = min(32, (config.max_new_tokens - 2) // SPANS)
 
-    @torch.no_grad()
-    def run() -> None:
-        for _ in range(tokens):
-            decoding.step()
+    def steps(model: gpt2.GPT2) -> harness.Run:
+        decoder = Decoder(model.eval(), prompts, config, compile=device != "cpu")
+        decoder.step()
+        return lambda: [decoder.step() for _ in range(tokens)]
 
-    return run
+    runs = {name: steps(model) for name, model in cases.items()}
+    times = harness.interleaved(runs, SPANS, device)
+    return {name: ms["median"] / tokens for name, ms in times.items()}
 
 
 def _peft(model: gpt2.GPT2, prompts: list[list[int]], dtype: torch.dtype) -> Any:

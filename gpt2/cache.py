@@ -81,6 +81,13 @@ class KVCache:
         # filled part of the buffers only and asks the device nothing.
         self.filled = 0
 
+    def widen(self) -> None:
+        """Let the next token attend over all slots; the mask hides those that are not filled.
+
+        Every step then has the same shapes, as compiled and captured ones must.
+        """
+        self.filled = self.slots - 1
+
     def advance(self, positions: Tensor) -> Place:
         """Make room for tokens at `positions` `(B, T)`, which continue the rows."""
         T = positions.shape[1]

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
 from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from gpt2.faults import listed
+from gpt2.files import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,21 +48,27 @@ class GPT2Config:
 
     def __post_init__(self) -> None:
         faults = [
-            f"{name} must be a positive integer, got {value!r}"
+            f"{name} must be a positive integer of at most 2**24, got {value!r}"
             for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
-            if type(value := getattr(self, name)) is not int or value < 1
+            if type(value := getattr(self, name)) is not int or not 1 <= value <= 2**24
         ]
         faults += [
             f"{name} must be in [0, 1), got {value!r}"
             for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")
-            if not 0 <= (value := getattr(self, name)) < 1
+            if not (is_number(value := getattr(self, name)) and 0 <= value < 1)
         ]
-        if not self.layer_norm_epsilon > 0:
-            faults.append(f"layer_norm_epsilon must be above 0, got {self.layer_norm_epsilon!r}")
+        epsilon = self.layer_norm_epsilon
+        if not (is_number(epsilon) and 0 < epsilon < math.inf):
+            faults.append(f"layer_norm_epsilon must be above 0 and finite, got {epsilon!r}")
         if not faults and self.n_embd % self.n_head:
             faults.append(f"n_head {self.n_head} must divide n_embd {self.n_embd}")
         if faults:
-            raise ValueError("GPT2Config: " + "; ".join(faults) + ".")
+            raise ValueError(f"GPT2Config: {listed(faults)}.")
+
+
+def is_number(value: object) -> bool:
+    """Whether a config may compare it with numbers; True and "0.5" are no numbers."""
+    return not isinstance(value, bool) and isinstance(value, Real)
 
 
 SIZES = MappingProxyType(
@@ -64,3 +80,60 @@ SIZES = MappingProxyType(
     }
 )
 """The four published sizes by their names on the Hub."""
+
+# GPT2Config's fields by their names in config.json.
+_FIELDS = {
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+    "n_positions": "block_size",
+    "vocab_size": "vocab_size",
+    "layer_norm_epsilon": "layer_norm_epsilon",
+    "embd_pdrop": "embd_pdrop",
+    "attn_pdrop": "attn_pdrop",
+    "resid_pdrop": "resid_pdrop",
+}
+# What else config.json may ask for, with the values that this model answers to.
+_ACCEPTED: dict[str, tuple[Any, ...]] = {
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "reorder_and_upcast_attn": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+}
+_END_OF_TEXT = 50256  # the id that begins and ends a text
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """GPT2Config's fields that config.json states.
+
+    Raises:
+        ValueError: listing what it asks for that this model does not do.
+    """
+    stated = read_json(file)
+    width = stated.get("n_embd")
+    accepted = {**_ACCEPTED, "n_inner": (None, 4 * width if type(width) is int else None)}
+    if faults := [
+        f"{key} {stated[key]!r} (supported: {' or '.join(map(repr, values))})"
+        for key, values in accepted.items()
+        if stated.get(key, values[0]) not in values
+    ]:
+        raise ValueError(f"{file} asks for what this GPT-2 does not do: {listed(faults)}.")
+    return {field: stated[key] for key, field in _FIELDS.items() if key in stated}
+
+
+def dump_config(config: GPT2Config, dtype: torch.dtype) -> str:
+    """config.json, byte for byte the same for the same model."""
+    stated = {key: getattr(config, field) for key, field in _FIELDS.items()}
+    stated |= {key: values[0] for key, values in _ACCEPTED.items()}
+    end = _END_OF_TEXT if config.vocab_size > _END_OF_TEXT else None
+    stated |= {
+        "architectures": ["GPT2LMHeadModel"],
+        "bos_token_id": end,
+        "dtype": str(dtype).removeprefix("torch."),
+        "eos_token_id": end,
+        "n_ctx": config.block_size,
+    }
+    return json.dumps(stated, indent=2, sort_keys=True) + "\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from importlib.resources import files
@@ -10,9 +9,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from gpt2.config import SIZES
+from gpt2.faults import listed
+from gpt2.files import read_json
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
+_PLAIN = re.compile(r"\w[\w.-]*")  # a file's name without a folder: "..", "/" and "\" are not in it
 Fetch = Callable[[str], Path | None]
 """The path of one of a source's files, or None where the source has no such file."""
 
@@ -26,7 +28,7 @@ def locate(name: str) -> tuple[Path | None, list[Path]]:
     Raises:
         FileNotFoundError: there is no such path or repository, or it holds no safetensors weights.
         ConnectionError: the Hub is out of reach and its cache does not have the files.
-        ValueError: the index of a sharded checkpoint is damaged.
+        ValueError: the index of a sharded checkpoint is damaged, or names files elsewhere.
     """
     fetch = _source(name)
     config = fetch(CONFIG)
@@ -38,21 +40,6 @@ def locate(name: str) -> tuple[Path | None, list[Path]]:
         f"{name} has neither {WEIGHTS} nor {INDEX}. Nothing but safetensors is read: convert a "
         "pytorch_model.bin first."
     )
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object that a JSON file holds.
-
-    Raises:
-        ValueError: it holds none.
-    """
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise ValueError(f"{file} is not JSON: {error}.") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} must hold a JSON object, found {type(found).__name__}.")
-    return cast(dict[str, Any], found)
 
 
 def _source(name: str) -> Fetch:
@@ -113,7 +100,12 @@ def _shards(fetch: Fetch, index: Path) -> list[Path]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map, so its shards are unknown.")
     names = sorted({str(shard) for shard in cast(dict[str, Any], weight_map).values()})
+    if strange := [repr(name) for name in names if not _PLAIN.fullmatch(name)]:
+        raise ValueError(
+            f"{index} names shards that are no files of its own folder, and they are not read: "
+            f"{listed(strange)}."
+        )
     shards = {name: fetch(name) for name in names}
     if missing := [name for name, path in shards.items() if path is None]:
-        raise FileNotFoundError(f"{index} lists files that are missing: {', '.join(missing)}.")
+        raise FileNotFoundError(f"{index} lists files that are missing: {listed(missing)}.")
     return [path for path in shards.values() if path]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
+from gpt2 import pretrained
 from gpt2.cache import KVCache, LayerCache, Place
 from gpt2.config import GPT2Config
 from gpt2.fast.compiling import compiled
@@ -239,14 +240,14 @@ class GPT2(nn.Module):
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        dropout: float | None = None,
+        mmap: bool = True,
     ) -> Self:
         """Load published weights; see `gpt2.pretrained.load` for names, layouts and errors."""
-        from gpt2 import pretrained  # it builds this class, so it cannot be imported above
-
-        return pretrained.load(cls, name, dtype=dtype, device=device)
+        model = pretrained.load(cls, name, dtype=dtype, device=device, dropout=dropout, mmap=mmap)
+        model.name_or_path = str(name)
+        return model
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors`; see `gpt2.pretrained.save`."""
-        from gpt2 import pretrained
-
-        pretrained.save(self, folder)
+        pretrained.save(self, self.config, folder)

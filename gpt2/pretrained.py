@@ -8,75 +8,62 @@ that training them never changes the file.
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gpt2.config import GPT2Config
-from gpt2.hub import CONFIG, WEIGHTS, locate, read_json
-from gpt2.model import GPT2
+from gpt2.config import GPT2Config, dump_config, read_config
+from gpt2.faults import listed
+from gpt2.files import written
+from gpt2.hub import CONFIG, WEIGHTS, locate
 
 _HEAD, _TOKENS, _POSITIONS = "lm_head.weight", "transformer.wte.weight", "transformer.wpe.weight"
-# GPT2Config's fields by their names in config.json.
-_FIELDS = {
-    "n_layer": "n_layer",
-    "n_head": "n_head",
-    "n_embd": "n_embd",
-    "n_positions": "block_size",
-    "vocab_size": "vocab_size",
-    "layer_norm_epsilon": "layer_norm_epsilon",
-    "embd_pdrop": "embd_pdrop",
-    "attn_pdrop": "attn_pdrop",
-    "resid_pdrop": "resid_pdrop",
-}
-# What else config.json may ask for, with the values that this model answers to.
-_ACCEPTED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "reorder_and_upcast_attn": (False,),
-    "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
-}
-_END_OF_TEXT = 50256  # the id that begins and ends a text
+_DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 _HEAD_WIDTH = 64  # in all published sizes
 
-Model = TypeVar("Model", bound=GPT2)
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def load(
-    cls: type[Model],
+    build: Callable[[GPT2Config], Model],
     name: str | Path,
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    dropout: float | None = None,
+    mmap: bool = True,
 ) -> Model:
     """Build a GPT-2 from published weights: in eval mode, every parameter trainable.
 
+    Parameters of the file's own dtype on the CPU are the mapped file: whoever writes into that file
+    (as `cp` onto it does) changes the model, and whoever shortens it ends the process. Replacing
+    the file by renaming another, as `save` and downloads do, is harmless. `mmap=False` copies.
+
     Args:
-        cls: `GPT2` or a subclass.
+        build: makes the model from its config: `GPT2` or a subclass.
         name: "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl" from the Hub; "demo", the bundled
             small base; a folder, or a .safetensors file, whose config.json lies beside it; else
             "org/repo" on the Hub. A folder called like a published size is "./gpt2".
         dtype: of the parameters; None means float32, whatever the file's.
         device: of the parameters; None means the CPU.
+        dropout: in [0, 1), instead of config.json's three (embedding, attention, residual).
+        mmap: take the mapped file for the parameters where dtype and device allow it.
 
     Raises:
         FileNotFoundError: there is no such path or repository, or it holds no safetensors weights.
         ConnectionError: the Hub is out of reach and its cache does not have the files.
         ValueError: listing all faults: a damaged file, tensors missing, left over or mis-shaped,
-            a config.json that contradicts the tensors or asks for another architecture.
+            a config.json that contradicts the tensors or asks for another architecture. Weights
+            that are not finite are found where each is read anyway: copied, cast or moved.
 
     Without a config.json the sizes are the tensors', dropouts the defaults, and heads 64 wide, as
     in all published sizes.
@@ -84,30 +71,21 @@ def load(
     Source: the files of openai-community/gpt2 on the Hub.
     """
     dtype = torch.float32 if dtype is None else dtype
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype must be floating-point, got {dtype}.")
-    config_file, weight_files = locate(os.fspath(name))
-    tensors, faults = _read(weight_files)
-    sizes = _sizes(tensors)
-    stated = _read_config(config_file) if config_file else _heads(sizes, name)
-    faults += [
-        f"config.json says {field} {stated[field]}, the tensors say {size}"
-        for field, size in sizes.items()
-        if stated.get(field, size) != size
-    ]
-    model = _unfilled(cls, _config({**stated, **sizes}, name))
-    faults += _faults(model.state_dict(), tensors)
-    if faults:
-        raise ValueError(f"{name} does not hold a GPT-2 as it should: {'; '.join(faults)}.")
-    tensors[_HEAD] = tensors[_TOKENS]
-    state = {key: tensor.to(device=device, dtype=dtype) for key, tensor in tensors.items()}
-    model.load_state_dict(state, assign=True)
-    model.lm_head.weight = model.transformer.wte.weight
-    model.name_or_path = os.fspath(name)
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise ValueError(f"dtype must be 16, 32 or 64 bits of floating-point, got {dtype}.")
+    config, tensors = _checked(build, os.fspath(name), dropout)
+    state = {key: t.to(device=device, dtype=dtype, copy=not mmap) for key, t in tensors.items()}
+    read = [key for key, tensor in state.items() if tensor is not tensors[key]]
+    if spoiled := [key for key in read if not _is_finite(state[key])]:
+        raise ValueError(f"{name} holds weights that are not finite as {dtype}: {listed(spoiled)}.")
+    model = _unfilled(build, config)
+    model.load_state_dict(state | {_HEAD: state[_TOKENS]}, assign=True)
+    head, tokens = model.get_submodule("lm_head"), model.get_parameter(_TOKENS)
+    head.register_parameter("weight", tokens)
     return model.eval()
 
 
-def save(model: GPT2, folder: str | Path) -> None:
+def save(model: nn.Module, config: GPT2Config, folder: str | Path) -> None:
     """Write `config.json` and `model.safetensors` for transformers, or for `load`.
 
     The same weights give the same bytes. Both files are written beside their places and then
@@ -115,6 +93,7 @@ def save(model: GPT2, folder: str | Path) -> None:
 
     Args:
         model: a GPT-2 without anything added to its layers.
+        config: the model's.
         folder: created if missing.
 
     Raises:
@@ -122,23 +101,44 @@ def save(model: GPT2, folder: str | Path) -> None:
         OSError: the folder cannot be written.
     """
     tensors = {key: t.detach().cpu().contiguous() for key, t in model.state_dict().items()}
-    if faults := _faults(_unfilled(type(model), model.config).state_dict(), tensors):
+    if faults := _faults(_expected(type(model), config), tensors):
         raise RuntimeError(
-            f"Not saved, since the model is no plain GPT-2: {'; '.join(faults)}. "
+            f"Not saved, since the model is no plain GPT-2: {listed(faults)}. "
             "Fold in or take off what was added to its layers first."
         )
     del tensors[_HEAD]  # it is the embedding once more
-    config = _dump_config(model.config, tensors[_TOKENS].dtype)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as beside:
+    with written(folder) as beside:
         try:
-            save_file(tensors, Path(beside, WEIGHTS), metadata={"format": "pt"})
+            save_file(tensors, beside / WEIGHTS, metadata={"format": "pt"})
         except SafetensorError as error:
-            raise OSError(f"{folder / WEIGHTS} cannot be written: {error}.") from None
-        Path(beside, CONFIG).write_text(config, encoding="utf-8")
-        for file in (WEIGHTS, CONFIG):
-            os.replace(Path(beside, file), folder / file)
+            raise OSError(f"{Path(folder, WEIGHTS)} cannot be written: {error}.") from None
+        stated = dump_config(config, tensors[_TOKENS].dtype)
+        (beside / CONFIG).write_text(stated, encoding="utf-8")
+
+
+def _checked(
+    build: Callable[[GPT2Config], nn.Module], name: str, dropout: float | None
+) -> tuple[GPT2Config, dict[str, Tensor]]:
+    """The config and the tensors that `name` stands for, but the head's, if all is well."""
+    config_file, weight_files = locate(name)
+    tensors, faults = _read(weight_files)
+    sizes, missing = _sizes(tensors)
+    stated = read_config(config_file) if config_file else _heads(sizes, name)
+    faults += missing + [
+        f"config.json says {field} {stated[field]}, the tensors say {size}"
+        for field, size in sizes.items()
+        if stated.get(field, size) != size
+    ]
+    dropped: dict[str, Any] = {} if dropout is None else dict.fromkeys(_DROPOUTS, dropout)
+    try:
+        config = GPT2Config(**{**stated, **sizes, **dropped})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from None
+    faults += _faults(_expected(build, config), tensors)
+    if faults:
+        raise ValueError(f"{name} does not hold a GPT-2 as it should: {listed(faults)}.")
+    tensors.pop(_HEAD, None)
+    return config, tensors
 
 
 class _WithoutInit(TorchFunctionMode):
@@ -156,10 +156,23 @@ class _WithoutInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _unfilled(cls: type[Model], config: GPT2Config) -> Model:
+def _unfilled(build: Callable[[GPT2Config], Model], config: GPT2Config) -> Model:
     """A model without memory for its parameters."""
     with torch.device("meta"), _WithoutInit():
-        return cls(config)
+        return build(config)
+
+
+def _expected(build: Callable[[GPT2Config], nn.Module], config: GPT2Config) -> dict[str, Tensor]:
+    """The tensors of such a model, without memory. One block is built: all are alike."""
+    alone = _unfilled(build, replace(config, n_layer=1)).state_dict()
+    first = "transformer.h.0."
+    blocks = {
+        key.replace(first, f"transformer.h.{i}."): tensor
+        for i in range(config.n_layer)
+        for key, tensor in alone.items()
+        if key.startswith(first)
+    }
+    return {key: tensor for key, tensor in alone.items() if not key.startswith(first)} | blocks
 
 
 def _read(weight_files: Sequence[Path]) -> tuple[dict[str, Tensor], list[str]]:
@@ -170,7 +183,8 @@ def _read(weight_files: Sequence[Path]) -> tuple[dict[str, Tensor], list[str]]:
         try:
             found = load_file(file)
         except SafetensorError as error:
-            raise ValueError(f"{file} is damaged or no safetensors file: {error}.") from None
+            why = listed([str(error)])
+            raise ValueError(f"{file} is damaged or no safetensors file: {why}.") from None
         for key, tensor in found.items():
             name = key if key.startswith("transformer.") or key == _HEAD else f"transformer.{key}"
             if re.fullmatch(r"transformer\.h\.\d+\.attn\.(masked_)?bias", name):
@@ -181,17 +195,23 @@ def _read(weight_files: Sequence[Path]) -> tuple[dict[str, Tensor], list[str]]:
     return tensors, twice
 
 
-def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """As many of GPT2Config's fields as the tensors tell."""
+def _sizes(tensors: Mapping[str, Tensor]) -> tuple[dict[str, int], list[str]]:
+    """As many of GPT2Config's fields as the tensors tell, and what the blocks lack.
+
+    Blocks are counted, not believed: a tensor called h.999999999 makes no model of a thousand
+    million blocks.
+    """
     sizes: dict[str, int] = {}
     if _TOKENS in tensors and tensors[_TOKENS].dim() == 2:
         sizes["vocab_size"], sizes["n_embd"] = tensors[_TOKENS].shape
     if _POSITIONS in tensors and tensors[_POSITIONS].dim() == 2:
         sizes["block_size"] = tensors[_POSITIONS].shape[0]
-    layers = [re.match(r"transformer\.h\.(\d+)\.", key) for key in tensors]
-    if found := [int(match[1]) for match in layers if match]:
-        sizes["n_layer"] = max(found) + 1
-    return sizes
+    matches = [re.match(r"transformer\.h\.([0-9]{1,9})\.", key) for key in tensors]
+    found = {int(match[1]) for match in matches if match}
+    sizes["n_layer"] = len(found) or 1
+    if missing := sorted(set(range(len(found) or 1)) - found):
+        return sizes, [f"block transformer.h.{i} is missing" for i in missing]
+    return sizes, []
 
 
 def _heads(sizes: Mapping[str, int], name: str | Path) -> dict[str, int]:
@@ -205,43 +225,11 @@ def _heads(sizes: Mapping[str, int], name: str | Path) -> dict[str, int]:
     return {"n_head": heads}
 
 
-def _config(fields: Mapping[str, Any], name: str | Path) -> GPT2Config:
-    try:
-        return GPT2Config(**fields)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: {error}") from None
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    """GPT2Config's fields that config.json states.
-
-    Raises:
-        ValueError: listing what it asks for that this model does not do.
-    """
-    stated = read_json(file)
-    accepted = {**_ACCEPTED, "n_inner": (None, 4 * (stated.get("n_embd") or 0))}
-    if faults := [
-        f"{key} {stated[key]!r} (supported: {' or '.join(map(repr, values))})"
-        for key, values in accepted.items()
-        if stated.get(key, values[0]) not in values
-    ]:
-        raise ValueError(f"{file} asks for what this GPT-2 does not do: {'; '.join(faults)}.")
-    return {field: stated[key] for key, field in _FIELDS.items() if key in stated}
-
-
-def _dump_config(config: GPT2Config, dtype: torch.dtype) -> str:
-    """config.json, byte for byte the same for the same model."""
-    stated = {key: getattr(config, field) for key, field in _FIELDS.items()}
-    stated |= {key: values[0] for key, values in _ACCEPTED.items()}
-    end = _END_OF_TEXT if config.vocab_size > _END_OF_TEXT else None
-    stated |= {
-        "architectures": ["GPT2LMHeadModel"],
-        "bos_token_id": end,
-        "dtype": str(dtype).removeprefix("torch."),
-        "eos_token_id": end,
-        "n_ctx": config.block_size,
-    }
-    return json.dumps(stated, indent=2, sort_keys=True) + "\n"
+def _is_finite(tensor: Tensor) -> bool:
+    """Found without memory for a mask as large as the tensor."""
+    if tensor.sum().isfinite():  # the fastest look; finite numbers may have a sum that is not
+        return True
+    return bool(torch.stack([tensor.amin(), tensor.amax()]).isfinite().all())  # NaN is both
 
 
 def _faults(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:

@@ -6,10 +6,17 @@ Shapes: B rows · V vocab.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from gpt2.config import is_number
+from gpt2.faults import listed
+
+COLDEST = 1e-20
+"""The lowest temperature but 0: logits up to 10¹⁸ may be divided by it in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +25,8 @@ class GenerateConfig:
 
     Args:
         max_new_tokens: tokens per prompt at most.
-        temperature: divides the logits; 0 is greedy, the most likely token each time.
+        temperature: divides the logits; 0 is greedy, the most likely token each time. Below
+            1e-20 the quotients would not be finite, so nothing between is taken.
         top_k: sample among the k most likely tokens only.
         top_p: sample among the most likely tokens that together reach this probability.
         repetition_penalty: above 1 makes tokens that a row already holds less likely.
@@ -46,14 +54,39 @@ class GenerateConfig:
             if (value := getattr(self, name)) is not None or name not in optional
             if type(value) is not int or value < low
         ]
-        if not 0 <= self.temperature < math.inf:
-            faults.append(f"temperature must be 0 (greedy) or above, got {self.temperature!r}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            faults.append(f"top_p must be in (0, 1], got {self.top_p!r}")
-        if not 0 < self.repetition_penalty < math.inf:
-            faults.append(f"repetition_penalty must be above 0, got {self.repetition_penalty!r}")
+        temperature, top_p, penalty = self.temperature, self.top_p, self.repetition_penalty
+        warm = is_number(temperature) and COLDEST <= temperature < math.inf
+        if not warm and (temperature != 0 or isinstance(temperature, bool)):
+            faults.append(
+                f"temperature must be 0 (greedy) or at least {COLDEST}, got {temperature!r}"
+            )
+        if top_p is not None and not (is_number(top_p) and 0 < top_p <= 1):
+            faults.append(f"top_p must be in (0, 1], got {top_p!r}")
+        if not (is_number(penalty) and 0 < penalty < math.inf):
+            faults.append(f"repetition_penalty must be above 0, got {penalty!r}")
+        if type(self.seed) is int and self.seed >= 2**62:
+            faults.append(f"seed must be below 2**62, got {self.seed!r}")
         if faults:
-            raise ValueError("GenerateConfig: " + "; ".join(faults) + ".")
+            raise ValueError(f"GenerateConfig: {listed(faults)}.")
+
+
+def uniform_numbers(rows: int, config: GenerateConfig) -> Tensor:
+    """Random numbers `(max_new_tokens, rows)` in [0, 1), float64 on the CPU.
+
+    Each row has a generator of its own, so that it draws what it draws alone, on any device.
+    """
+    generators = [torch.Generator("cpu").manual_seed(config.seed + row) for row in range(rows)]
+    size, kind = config.max_new_tokens, torch.double
+    draws = [torch.rand(size, dtype=kind, device="cpu", generator=g) for g in generators]
+    return torch.stack(draws, 1)
+
+
+def tokens_seen(rows: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
+    """Which tokens each row of ids holds, `(B, V)` booleans beside `logits`."""
+    seen = torch.zeros_like(logits, dtype=torch.bool)
+    for row, ids in zip(seen, rows, strict=True):
+        row[torch.tensor(ids, device=logits.device)] = True
+    return seen
 
 
 def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -92,17 +125,28 @@ def apply_top_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(ruled_out.scatter(-1, order, ruled_out), -math.inf)
 
 
+def greedy(logits: Tensor) -> Tensor:
+    """The most likely token `(B,)` of each row; -1 where `sample` gives -1."""
+    return _or_none(logits, logits.argmax(-1))
+
+
 def sample(logits: Tensor, config: GenerateConfig, uniform: Tensor) -> Tensor:
-    """The next token `(B,)` of each row.
+    """The next token `(B,)` of each row; -1 where its logits hold NaN or +inf, or are all -inf.
+
+    Nothing is asked of the device, so that this can run in a CUDA graph: the caller looks for -1.
 
     Args:
         logits: `(B, V)`, after the repetition penalty.
         config: temperature, top-k and top-p, applied in this order as transformers does.
-        uniform: `(B,)` float64 random numbers in [0, 1), one a row; greedy takes no notice.
+        uniform: `(B,)` float64 random numbers in [0, 1), one a row, on the logits' device or on
+            the CPU: where they lie the token is drawn. Greedy takes no notice.
     """
     if config.temperature == 0:
-        return logits.argmax(-1)
-    logits = apply_temperature(logits.float(), config.temperature)
+        return greedy(logits)
+    device = logits.device
+    # A device without float64 has its logits drawn from on the CPU; elsewhere nothing moves.
+    logits = apply_temperature(logits.to(uniform.device).float(), config.temperature)
+    whole = logits
     if config.top_k is not None:
         logits = apply_top_k(logits, config.top_k)
     if config.top_p is not None:
@@ -111,4 +155,10 @@ def sample(logits: Tensor, config: GenerateConfig, uniform: Tensor) -> Tensor:
     # uniform is at most 1 - 2**-53, the product stays below the total.
     cumulative = logits.double().softmax(-1).cumsum(-1)
     drawn = uniform[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, drawn, right=True)[:, 0]
+    tokens = torch.searchsorted(cumulative, drawn, right=True)[:, 0]
+    return _or_none(whole, tokens).to(device)
+
+
+def _or_none(logits: Tensor, tokens: Tensor) -> Tensor:
+    """The tokens `(B,)`, or -1 for the rows whose greatest logit is not finite; NaN is greatest."""
+    return tokens.masked_fill(~logits.amax(-1).isfinite(), -1)

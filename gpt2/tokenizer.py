@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 from collections.abc import Iterable
 from importlib.resources import files
+from pathlib import Path
 
 import tiktoken
+
+from gpt2.faults import listed
+from gpt2.files import written
 
 _SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 # How GPT-2 cuts text before merging: contractions, words and numbers with the space before them,
@@ -34,6 +39,7 @@ class Tokenizer:
             )
         pairs = (line.split() for line in data.splitlines())
         ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
+        self._ranks = ranks
         self.eos = len(ranks)
         """The id that ends a text, 50256; no text encodes to it."""
         self.vocab_size = len(ranks) + 1
@@ -57,5 +63,59 @@ class Tokenizer:
         """
         ids = list(ids)
         if bad := [i for i in ids if not 0 <= i < self.vocab_size]:
-            raise ValueError(f"Token ids must be in 0..{self.vocab_size - 1}, got {bad}.")
+            found = f"[{listed([str(i) for i in bad])}]"
+            raise ValueError(f"Token ids must be in 0..{self.vocab_size - 1}, got {found}.")
         return self._encoding.decode(ids, errors="replace")
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the files from which transformers makes the same tokenizer.
+
+        They are `vocab.json`, `merges.txt` and `tokenizer_config.json`; the same bytes each time.
+        In a text that holds `<|endoftext|>`, transformers takes it for the id that ends a text.
+
+        Args:
+            folder: created if missing; beside a model's files, the whole is what transformers'
+                `pipeline` opens.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        glyphs = _glyphs()
+        shown = {token: "".join(glyphs[byte] for byte in token) for token in self._ranks}
+        vocabulary = {shown[token]: rank for token, rank in self._ranks.items()}
+        vocabulary[_END_OF_TEXT] = self.eos
+        merges = ["#version: 0.2"]
+        merges += [f"{shown[a]} {shown[b]}" for a, b in map(self._merged, self._ranks) if b]
+        special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), _END_OF_TEXT)
+        config = {"add_prefix_space": False, "tokenizer_class": "GPT2Tokenizer", **special}
+        contents = {
+            "vocab.json": json.dumps(vocabulary, ensure_ascii=False),
+            "merges.txt": "\n".join(merges),
+            "tokenizer_config.json": json.dumps(config, indent=2, sort_keys=True),
+        }
+        with written(folder) as beside:
+            for name, text in contents.items():
+                (beside / name).write_text(text + "\n", encoding="utf-8", newline="\n")
+
+    def _merged(self, token: bytes) -> tuple[bytes, bytes]:
+        """The two tokens that were merged into this one; the second is empty for a single byte.
+
+        A token ranks after all that it was made by, so merging its bytes again, in the order of
+        the ranks but without its own, leaves these two.
+        """
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            pairs = [parts[i] + parts[i + 1] for i in range(len(parts) - 1)]
+            first = min(range(len(pairs)), key=lambda i: self._ranks.get(pairs[i], self.eos))
+            parts[first : first + 2] = [pairs[first]]
+        return parts[0], parts[1] if len(parts) == 2 else b""
+
+
+def _glyphs() -> list[str]:
+    """A character for each byte, none of them white space: what GPT-2's files write bytes with.
+
+    Source: Radford et al. 2019, the published code's `bytes_to_unicode`.
+    """
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = (chr(code) for code in range(256, 512))
+    return [chr(byte) if byte in printable else next(others) for byte in range(256)]

@@ -1,23 +1,18 @@
+import importlib
 import math
 import shutil
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import reference
 import torch
-import transformers
 from torch import nn
 from toys import randomize
-from transformers.generation.logits_process import (
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 import lora
 from gpt2.config import GPT2Config
-from gpt2.generation import generate, stream
+from gpt2.generation import Decoder, generate, stream
 from gpt2.model import GPT2
 from gpt2.sampling import (
     GenerateConfig,
@@ -43,6 +38,16 @@ def tiny(**changes) -> GPT2:
 PROMPTS = [[7, 8, 9, 10, 11], [3], [50, 4, 50, 4, 50, 4, 2, 1], [12, 13]]
 
 
+@pytest.fixture
+def transformers():
+    return pytest.importorskip("transformers", reason="compares with transformers (extra: peers)")
+
+
+@pytest.fixture
+def theirs(transformers):
+    return importlib.import_module("transformers.generation.logits_process")
+
+
 # --- choosing a token ----------------------------------------------------------------------------
 
 
@@ -55,40 +60,41 @@ def logits_with_ties() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.7, 1.5])
-def test_temperature_is_transformers_own(temperature):
+def test_temperature_is_transformers_own(theirs, temperature):
     logits = logits_with_ties()
     assert torch.equal(
-        apply_temperature(logits, temperature), TemperatureLogitsWarper(temperature)(None, logits)
+        apply_temperature(logits, temperature),
+        theirs.TemperatureLogitsWarper(temperature)(None, logits),
     )
 
 
 @pytest.mark.parametrize("k", [1, 7, 20, 200, 1000])
-def test_top_k_is_transformers_own(k):
+def test_top_k_is_transformers_own(theirs, k):
     logits = logits_with_ties()
-    assert torch.equal(apply_top_k(logits, k), TopKLogitsWarper(k)(None, logits))
+    assert torch.equal(apply_top_k(logits, k), theirs.TopKLogitsWarper(k)(None, logits))
 
 
 @pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 0.9, 0.999, 1.0])
-def test_top_p_is_transformers_own(p):
+def test_top_p_is_transformers_own(theirs, p):
     logits = logits_with_ties()
     if p < 1:
-        assert torch.equal(apply_top_p(logits, p), TopPLogitsWarper(p)(None, logits))
+        assert torch.equal(apply_top_p(logits, p), theirs.TopPLogitsWarper(p)(None, logits))
     assert apply_top_p(logits, p).isfinite().any(-1).all()
 
 
 @pytest.mark.parametrize("penalty", [0.7, 1.3, 2.0])
-def test_repetition_penalty_is_transformers_own(penalty):
+def test_repetition_penalty_is_transformers_own(theirs, penalty):
     logits = logits_with_ties()
     ids = torch.randint(200, (5, 12), generator=torch.Generator().manual_seed(1))
     ids[:, 6:] = ids[:, :6]  # a token that comes twice counts once
     seen = torch.zeros(5, 200, dtype=torch.bool).scatter(1, ids, True)
     assert torch.equal(
         apply_repetition_penalty(logits, seen, penalty),
-        RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone()),
+        theirs.RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone()),
     )
 
 
-def test_the_order_is_transformers_own():
+def test_the_order_is_transformers_own(transformers, theirs):
     config = transformers.GenerationConfig(do_sample=True, **SAMPLED)
     bare = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
@@ -97,10 +103,10 @@ def test_the_order_is_transformers_own():
     )
     processors = bare._get_logits_processor(config, input_ids_seq_length=1)
     assert [type(p) for p in processors] == [
-        RepetitionPenaltyLogitsProcessor,
-        TemperatureLogitsWarper,
-        TopKLogitsWarper,
-        TopPLogitsWarper,
+        theirs.RepetitionPenaltyLogitsProcessor,
+        theirs.TemperatureLogitsWarper,
+        theirs.TopKLogitsWarper,
+        theirs.TopPLogitsWarper,
     ]
 
 
@@ -143,7 +149,7 @@ def test_greedy_is_what_an_independent_implementation_writes(demo, tokenizer, de
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_greedy_is_transformers_own(demo, penalty):
+def test_greedy_is_transformers_own(transformers, demo, penalty):
     theirs = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(n_layer=8, n_head=4, n_embd=256, pad_token_id=0)
     ).eval()
@@ -247,6 +253,201 @@ def test_no_prompts():
     assert list(stream(tiny(), [])) == []
 
 
+# --- what prompts may be -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        ((7, 8, 9), (3, 4, 5)),
+        torch.tensor([[7, 8, 9], [3, 4, 5]]),
+        torch.tensor([[7, 8, 9], [3, 4, 5]], dtype=torch.int32),
+        [torch.tensor([7, 8, 9]), torch.tensor([3, 4, 5])],
+        np.array([[7, 8, 9], [3, 4, 5]]),
+        [[np.int64(7), np.int32(8), torch.tensor(9)], range(3, 6)],
+    ],
+    ids=["tuples", "tensor", "int32", "tensors", "array", "scalars"],
+)
+def test_prompts_in_every_form_of_integers(prompts):
+    model, config = tiny(), GenerateConfig(max_new_tokens=6, eos=None)
+    expected = generate(model, [[7, 8, 9], [3, 4, 5]], config)
+    assert generate(model, prompts, config) == expected
+    assert [list(row) for row in zip(*stream(model, prompts, config), strict=True)] == expected
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ("hello", r"list of token id lists, got str.*\[tokenizer\.encode"),
+        (["hello"], "prompt 0 is text .*tokenizer.encode"),
+        ([1, 2, 3], r"One prompt .*pass \[prompt\]"),
+        (np.array([1, 2, 3]), r"One prompt .*pass \[prompt\]"),
+        (torch.tensor([1, 2, 3]), r"\(B, T\) integers, got \(3,\) torch.int64.*prompt\[None\]"),
+        (torch.tensor([[1.0]]), r"got \(1, 1\) torch.float32"),
+        (torch.tensor([[True]]), r"got \(1, 1\) torch.bool"),
+        ([[1, 2.0]], "prompt 0 holds 2.0, which is no token id"),
+        ([[1, True]], "prompt 0 holds True, which"),
+        ([[1, "2"]], "prompt 0 holds '2', which"),
+        ([[[1, 2]]], r"prompt 0 holds \[1, 2\], which"),
+        ([torch.tensor([[1]])], r"prompt 0 is a tensor \(1, 1\) torch.int64"),
+        ([[1], None], "prompt 1 is a NoneType"),
+        (None, "list of token id lists, got NoneType"),
+        (5, "list of token id lists, got int"),
+    ],
+)
+def test_other_prompts_are_told_what_to_be(prompts, message):
+    with pytest.raises(ValueError, match=message):
+        generate(tiny(), prompts)
+
+
+def test_very_many_bad_prompts_make_one_short_error():
+    with pytest.raises(ValueError, match=r"prompt 0 .*; and \d+ more") as caught:
+        generate(tiny(), [[]] * 5_000)
+    assert len(str(caught.value)) <= 2_000
+    with pytest.raises(ValueError, match="prompt 0 holds 'xxx") as caught:
+        generate(tiny(), [["x" * 100_000]])
+    assert len(str(caught.value)) <= 2_000
+
+
+@pytest.mark.parametrize(
+    "model", [nn.Linear(2, 2), nn.DataParallel(nn.Linear(2, 2)), None], ids=lambda m: str(type(m))
+)
+def test_what_is_no_gpt2(model):
+    with pytest.raises(ValueError, match=r"takes a gpt2\.GPT2, got"):
+        generate(model, [[1]])
+
+
+def test_a_model_without_weights():
+    with torch.device("meta"):
+        model = GPT2(GPT2Config(n_layer=1, n_head=1, n_embd=8))
+    with pytest.raises(ValueError, match="meta device"):
+        generate(model, [[1]])
+
+
+# --- logits that are not finite ------------------------------------------------------------------
+
+
+def spoiled(value: float, tokens: int, row: int = 1) -> GPT2:
+    """A model whose logits hold `value` in one row, once that row has read so many tokens."""
+    model, calls = tiny(), []
+
+    def spoil(module, args, logits):
+        calls.append(1)
+        if len(calls) == tokens:
+            logits[row, ..., 5] = value
+        return logits
+
+    model.lm_head.register_forward_hook(spoil)
+    return model
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("options", [{}, SAMPLED, {"temperature": 1.0}])
+@pytest.mark.parametrize("burst", [1, 16])
+def test_logits_that_are_not_finite_stop_the_text(value, options, burst, monkeypatch):
+    monkeypatch.setattr("gpt2.generation.burst", lambda device: burst)  # as a GPU looks
+    config = GenerateConfig(max_new_tokens=12, eos=None, **options)
+    with pytest.raises(RuntimeError, match="not finite: prompt 1 after its 1 tokens and 3 new"):
+        generate(spoiled(value, 4), PROMPTS, config)
+    tokens = stream(spoiled(value, 4), PROMPTS, config)
+    assert [next(tokens) for _ in range(3)]
+    with pytest.raises(RuntimeError, match="prompt 1 after its 1 tokens and 3 new"):
+        next(tokens)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}])
+def test_a_row_without_any_possible_token(options):
+    model = tiny()
+    model.lm_head.register_forward_hook(lambda module, args, logits: logits - math.inf)
+    with pytest.raises(RuntimeError, match="prompt 0 after its 1 tokens and 0 new ones"):
+        generate(model, [[1]], GenerateConfig(max_new_tokens=9, **options))
+
+
+def test_logits_of_a_row_that_has_ended_do_not_matter():
+    free = generate(tiny(), PROMPTS, GenerateConfig(max_new_tokens=12, eos=None))
+    eos = free[1][2]
+    assert eos not in free[1][:2]
+    config = GenerateConfig(max_new_tokens=12, eos=eos)
+    assert generate(spoiled(math.nan, 6), PROMPTS, config) == generate(tiny(), PROMPTS, config)
+
+
+def test_forbidden_tokens_may_be_minus_infinity():
+    model = tiny()
+    ban = torch.zeros(60).index_fill(0, torch.arange(30), -math.inf)
+    model.lm_head.register_forward_hook(lambda module, args, logits: logits + ban)
+    for options in ({}, {"temperature": 2.0}):
+        [text] = generate(model, [[1]], GenerateConfig(max_new_tokens=12, eos=None, **options))
+        assert min(text) >= 30
+
+
+@pytest.mark.parametrize("temperature", [1e-20, 1e-6])
+def test_the_lowest_temperatures_are_greedy(temperature):
+    config = GenerateConfig(max_new_tokens=12, eos=None, temperature=temperature)
+    greedy = GenerateConfig(max_new_tokens=12, eos=None)
+    assert generate(tiny(), PROMPTS, config) == generate(tiny(), PROMPTS, greedy)
+
+
+def test_no_token_is_drawn_from_logits_that_are_not_finite():
+    logits = torch.zeros(4, 9)
+    logits[1, 3], logits[2, 0], logits[3] = math.nan, math.inf, -math.inf
+    uniform = torch.full((4,), 0.5, dtype=torch.double)
+    for options in ({}, {"temperature": 1.0}, SAMPLED):
+        token, *others = sample(logits, GenerateConfig(**options), uniform).tolist()
+        assert 0 <= token < 9
+        assert others == [-1, -1, -1]
+
+
+# --- the decoder ---------------------------------------------------------------------------------
+
+
+def test_a_decoder_makes_the_text_a_token_a_step():
+    model, config = tiny(), GenerateConfig(max_new_tokens=6, eos=None)
+    decoder = Decoder(model, PROMPTS, config)
+    for made in range(1, 7):
+        assert decoder.n.item() == made
+        assert decoder.fetched(made - 1, made) == [decoder.tokens.tolist()]
+        assert decoder.cache.lengths.tolist() == [len(row) + made - 1 for row in PROMPTS]
+        if made < 6:
+            decoder.step()
+    assert decoder.text.T.tolist() == generate(model, PROMPTS, config)
+    with pytest.raises(RuntimeError, match="All 6 new tokens"):
+        decoder.step()
+    assert not decoder.text.requires_grad
+
+
+# --- defaults of PyTorch that a user may set -----------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLED])
+def test_a_default_dtype_or_device_changes_no_token(options):
+    model, config = tiny(), GenerateConfig(max_new_tokens=8, eos=None, **options)
+    expected = generate(model, PROMPTS, config)
+    with torch.device("meta"):
+        assert generate(model, PROMPTS, config) == expected
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert generate(model, PROMPTS, config) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+# --- rows and rounding ---------------------------------------------------------------------------
+
+
+def test_sixteen_bits_keep_the_promise_that_is_made():
+    """The same call gives the same, and each text is one that rounding alone can explain."""
+    model = tiny().to(torch.bfloat16)
+    prompts = [[i % 60, (7 * i) % 60] for i in range(16)]
+    config = GenerateConfig(max_new_tokens=20, eos=None)
+    together = generate(model, prompts, config)
+    assert generate(model, prompts, config) == together
+    for prompt, text in zip(prompts, together, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + text]))[0, len(prompt) - 1 : -1].float()
+        chosen = logits[torch.arange(20), torch.tensor(text)]
+        assert (chosen >= logits.amax(-1) - 0.05 * logits.abs().amax(-1)).all()
+
+
 # --- the model is left as it was -----------------------------------------------------------------
 
 
@@ -310,6 +511,10 @@ def test_under_autocast():
         ({"max_new_tokens": 2.0}, "max_new_tokens must be an integer"),
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": math.nan}, "temperature"),
+        ({"temperature": 1e-40}, "temperature must be 0 .* at least 1e-20, got 1e-40"),
+        ({"seed": 2**62}, "seed must be below"),
+        ({"temperature": "0.5", "top_p": True}, "temperature must .* got '0.5'; top_p .* got True"),
+        ({"repetition_penalty": None}, "repetition_penalty must be above 0, got None"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),

@@ -143,6 +143,31 @@ def test_sharded_and_without_config_also_from_the_cache(hub, files, tmp_path):
     assert weights(GPT2.from_pretrained("org/sharded")) == weights(model)
 
 
+@pytest.mark.parametrize("how", ["local", "hub"])
+@pytest.mark.parametrize(
+    "shard",
+    ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "C:\\x", 5 * "../"],
+)
+def test_shards_of_another_folder_are_not_read(hub, files, tmp_path, how, shard):
+    folder = tmp_path / "made"
+    (folder / "model.safetensors").rename(tmp_path / "secret.safetensors")
+    index = {"weight_map": {"wte.weight": shard}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    hub.repos["org/evil"] = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(ValueError, match="no files of its own folder.*: '"):
+        GPT2.from_pretrained(folder if how == "local" else "org/evil")
+
+
+def test_an_index_of_very_many_missing_shards(files, tmp_path):
+    folder = tmp_path / "made"
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {f"{i}": f"{i}.safetensors" for i in range(5_000)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FileNotFoundError, match=r"missing: 0.*; and \d+ more") as caught:
+        GPT2.from_pretrained(folder)
+    assert len(str(caught.value)) < 2_000
+
+
 @pytest.mark.parametrize("how", ["stopped", "offline"])
 def test_out_of_reach(hub, files, monkeypatch, how):
     hub.repos["openai-community/gpt2"] = files

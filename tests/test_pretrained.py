@@ -6,13 +6,14 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import reference
 import torch
-import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -20,10 +21,17 @@ from torch.nn import functional as F
 
 from gpt2 import pretrained
 from gpt2.config import GPT2Config
+from gpt2.generation import generate
 from gpt2.model import GPT2
+from gpt2.sampling import GenerateConfig
 
 DEMO = Path(__file__).parent.parent / "gpt2" / "assets" / "demo"
 TINY = GPT2Config(n_layer=2, n_head=2, n_embd=128, block_size=16, vocab_size=50, attn_pdrop=0.25)
+
+
+@pytest.fixture
+def transformers():
+    return pytest.importorskip("transformers", reason="compares with transformers (extra: peers)")
 
 
 @pytest.fixture
@@ -103,9 +111,10 @@ def test_dtype(demo, dtype):
     assert torch.equal(model.transformer.h[3].mlp.c_fc.weight, expected)
 
 
-def test_a_dtype_that_is_not_for_weights():
-    with pytest.raises(ValueError, match=r"floating-point, got torch\.int8"):
-        GPT2.from_pretrained("demo", dtype=torch.int8)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e4m3fn])
+def test_a_dtype_that_is_not_for_weights(dtype):
+    with pytest.raises(ValueError, match=rf"floating-point, got {dtype}"):
+        GPT2.from_pretrained("demo", dtype=dtype)
 
 
 # --- layouts -------------------------------------------------------------------------------------
@@ -366,12 +375,153 @@ print(seconds, peak() - before, total)
     assert memory < 1.2 * size
 
 
+@pytest.mark.parametrize("how", [{"mmap": False}, {"dtype": torch.float64}])
+def test_a_copy_does_not_care_what_becomes_of_the_file(folder, how):
+    model = GPT2.from_pretrained(folder, **how)
+    expected = deepcopy(model)
+    file = folder / "model.safetensors"
+    with file.open("r+b") as f:  # as `cp` does: the same file, other bytes
+        f.seek(4096)
+        f.write(b"\x01" * (file.stat().st_size - 4096))
+    assert same_weights(model, expected)
+    os.truncate(file, 100)  # whoever reads a mapped file now is ended by the system
+    assert same_weights(model, expected)
+
+
+def test_a_mapped_file_that_is_replaced_does_not_matter(folder, tmp_path):
+    model = GPT2.from_pretrained(folder)
+    (tmp_path / "other").write_bytes(b"\x01" * 100)
+    os.replace(tmp_path / "other", folder / "model.safetensors")
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert model.transformer.wte.weight.abs().max() < 1
+
+
+# --- dropout -------------------------------------------------------------------------------------
+
+
+def test_dropout_overrides_all_three(tiny, folder):
+    model = GPT2.from_pretrained(folder, dropout=0.0)
+    assert model.config == replace(TINY, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
+    idx = torch.arange(9)[None]
+    assert torch.equal(model.train()(idx), tiny(idx))
+    assert GPT2.from_pretrained(folder, dropout=0.3).transformer.h[1].mlp.dropout.p == 0.3
+    with pytest.raises(ValueError, match=r"attn_pdrop must be in \[0, 1\), got 1"):
+        GPT2.from_pretrained(folder, dropout=1)
+
+
+# --- defaults of PyTorch that a user may set -----------------------------------------------------
+
+
+def test_a_default_dtype_or_device_changes_nothing(tiny, folder):
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            model = GPT2.from_pretrained(folder)
+            model.save_pretrained(folder / "again")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {(p.dtype, p.device.type) for p in model.parameters()} == {(torch.float32, "cpu")}
+    assert same_weights(model, tiny)
+    assert same_weights(GPT2.from_pretrained(folder / "again"), tiny)
+
+
+# --- files that would mislead or exhaust ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "fault"),
+    [
+        ("h.999999999.ln_1.weight", "block transformer.h.2 is missing"),
+        (f"h.{'9' * 5000}.ln_1.weight", r"999…9+\.ln_1\.weight is left over"),
+        ("h.20000.ln_1.weight", "transformer.h.20000.ln_1.weight is left over"),
+        ("h.2.ln_1.weight", "transformer.h.2.ln_2.weight is missing"),
+    ],
+)
+def test_a_tensor_of_a_far_block_builds_nothing(folder, key, fault):
+    rewrite(folder, lambda t: t | {key: torch.zeros(1)})
+    for config in (True, False):
+        if not config:
+            (folder / "config.json").unlink()
+        start = time.perf_counter()
+        with pytest.raises(ValueError, match=fault) as caught:
+            GPT2.from_pretrained(folder)
+        assert time.perf_counter() - start < 2
+        assert len(str(caught.value)) < 2_000
+
+
+def test_many_strange_tensors_make_one_short_error(folder):
+    rewrite(folder, lambda t: t | {f"score.{i}": torch.zeros(1) for i in range(5_000)})
+    with pytest.raises(ValueError, match=r"score.0 is left over; .*; and \d+ more\.$") as caught:
+        GPT2.from_pretrained(folder)
+    assert len(str(caught.value)) < 2_000
+
+
+def test_a_config_may_not_ask_for_what_the_file_has_not(folder):
+    rewrite(folder, lambda t: {"score": torch.zeros(1)})
+    reconfigure(folder, n_layer=10**9, n_embd=10**12, vocab_size=10**15)
+    with pytest.raises(ValueError, match=r"at most 2\*\*24, got 10+; vocab_size"):
+        GPT2.from_pretrained(folder)
+    reconfigure(folder, n_layer=10**6, n_embd=2**20, vocab_size=2**24)
+    with pytest.raises(ValueError, match="block transformer.h.0 is missing"):
+        GPT2.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"n_head": 2, "n_head": 1}', "is not JSON: the key 'n_head' comes twice"),
+        ('{"n_head": 2, "a": {"b": 1, "c": 2, "b": 1}}', "the key 'b' comes twice"),
+        ('{"n_head": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deep|is not JSON"),
+        ('{"n_head": 2, "layer_norm_epsilon": NaN}', "NaN is no number of JSON's"),
+        ('{"n_head": 2, "layer_norm_epsilon": 1e999}', "above 0 and finite, got inf"),
+        ('{"n_head": 2, "layer_norm_epsilon": true}', "above 0 and finite, got True"),
+        ('{"n_head": 2, "n_embd": {"a": 1}}', "says n_embd {'a': 1}, the tensors say 128"),
+        ('{"n_head": 2, "model_type": "' + "x" * 10**6 + '"}', "model_type 'xxx"),
+        ('{"n_head": ' + "9" * 5_000 + "}", "is not JSON"),
+    ],
+    ids=range(9),
+)
+def test_a_config_that_misleads(folder, text, message):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        GPT2.from_pretrained(folder)
+    assert len(str(caught.value)) < 2_000
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("how", [{"mmap": False}, {"dtype": torch.bfloat16}])
+def test_weights_that_are_not_finite_are_found_where_they_are_read(folder, value, how):
+    def change(tensors):
+        tensors["h.1.ln_2.bias"][3] = value
+        return tensors
+
+    rewrite(folder, change)
+    with pytest.raises(ValueError, match=r"not finite as .*: transformer\.h\.1\.ln_2\.bias\."):
+        GPT2.from_pretrained(folder, **how)
+    GPT2.from_pretrained(folder)  # a mapped file is not read at all
+    with pytest.raises(RuntimeError, match="logits are not finite"):
+        generate(GPT2.from_pretrained(folder), [[1]], GenerateConfig(max_new_tokens=3))
+
+
+def test_large_weights_whose_sum_overflows_are_fine(folder):
+    rewrite(folder, lambda t: t | {"ln_f.weight": torch.full((128,), 6e4)})
+    model = GPT2.from_pretrained(folder, dtype=torch.float16)
+    assert model.transformer.ln_f.weight.sum().isinf()
+
+
+def test_a_cast_that_overflows(folder):
+    rewrite(folder, lambda t: t | {"ln_f.weight": torch.full((128,), 1e6)})
+    with pytest.raises(ValueError, match=r"as torch\.float16: transformer\.ln_f\.weight"):
+        GPT2.from_pretrained(folder, dtype=torch.float16)
+    GPT2.from_pretrained(folder, dtype=torch.bfloat16)
+
+
 # --- saving --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_transformers_loads_what_is_saved(demo, tmp_path, caplog, recwarn, dtype):
+def test_transformers_loads_what_is_saved(transformers, demo, tmp_path, caplog, recwarn, dtype):
     model = deepcopy(demo).to(dtype)
     model.save_pretrained(tmp_path)
     logger = logging.getLogger("transformers")
@@ -400,6 +550,13 @@ def test_saving_keeps_everything_and_gives_the_same_bytes(tiny, tmp_path):
         assert f.metadata() == {"format": "pt"}  # older releases of transformers want it
     stated = json.loads((tmp_path / "a" / "config.json").read_text())
     assert list(stated) == sorted(stated)
+
+
+def test_files_get_the_modes_that_the_umask_says(tiny, tmp_path):
+    tiny.save_pretrained(tmp_path / "made")
+    (tmp_path / "plain").touch()
+    wanted = (tmp_path / "plain").stat().st_mode
+    assert {file.stat().st_mode for file in (tmp_path / "made").iterdir()} == {wanted}
 
 
 class Wrapper(nn.Module):

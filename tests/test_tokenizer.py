@@ -1,10 +1,13 @@
 import importlib.resources
+import json
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt2 import tokenizer as tokenizer_module
+from gpt2.generation import generate
+from gpt2.sampling import GenerateConfig
 from gpt2.tokenizer import Tokenizer
 
 
@@ -42,6 +45,12 @@ def test_half_a_character_decodes_to_the_replacement_character(tokenizer):
     assert "�" in tokenizer.decode(tokenizer.encode("😀")[:1])
 
 
+def test_very_many_bad_ids_make_one_short_error(tokenizer):
+    with pytest.raises(ValueError, match=r"got \[-1; .*more\]") as caught:
+        tokenizer.decode([-1] * 100_000)
+    assert len(str(caught.value)) < 2_000
+
+
 @pytest.mark.parametrize("bad", [-1, 50257, 2**70])
 def test_ids_out_of_range(tokenizer, bad):
     with pytest.raises(ValueError, match=rf"0\.\.50256, got \[{bad}\]"):
@@ -62,3 +71,77 @@ def test_opening_reads_no_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     Tokenizer()
     assert not list(tmp_path.iterdir())
+
+
+# --- for transformers ----------------------------------------------------------------------------
+
+TEXTS = [
+    "Hello, world! It's  2024\n\n\tand 😀 naïve — façade… '' \u00a0\u200b\x00\x7f\xad",
+    "日本語のテキスト、Ελληνικά، العربية, हिन्दी",
+    "".join(map(chr, range(1, 0x250))),
+    "    def f(x):\n        return x  # 12345678901234567890\r\n",
+    "",
+]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer") / "new"
+    Tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    return pytest.importorskip("transformers", reason="compares with transformers (extra: peers)")
+
+
+@pytest.fixture(scope="module")
+def theirs(transformers, saved):
+    return transformers.AutoTokenizer.from_pretrained(saved)
+
+
+def test_the_same_bytes_each_time_and_nothing_else(saved, tokenizer, tmp_path):
+    names = ["merges.txt", "tokenizer_config.json", "vocab.json"]
+    assert sorted(file.name for file in saved.iterdir()) == names
+    tokenizer.save_pretrained(tmp_path)
+    for name in names:
+        assert (tmp_path / name).read_bytes() == (saved / name).read_bytes()
+
+
+def test_every_token_but_the_bytes_is_one_merge(saved, tokenizer):
+    vocabulary = json.loads((saved / "vocab.json").read_text("utf-8"))
+    assert sorted(vocabulary.values()) == list(range(50257))
+    first, *merges = (saved / "merges.txt").read_text("utf-8").splitlines()
+    assert first.startswith("#version")
+    assert merges[:3] == ["Ġ t", "Ġ a", "h e"]  # as published
+    assert len(merges) == 50_000
+    assert [vocabulary[merge.replace(" ", "")] for merge in merges] == list(range(256, 50256))
+
+
+@pytest.mark.parametrize("name", ["AutoTokenizer", "GPT2Tokenizer", "GPT2TokenizerFast"])
+def test_transformers_reads_the_same_tokenizer(transformers, tokenizer, saved, name):
+    theirs = getattr(transformers, name).from_pretrained(saved)
+    assert len(theirs) == tokenizer.vocab_size
+    assert theirs.eos_token_id == theirs.bos_token_id == tokenizer.eos
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        assert theirs(text)["input_ids"] == ids
+        assert theirs.decode(ids) == text
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text())
+def test_any_text_has_the_same_ids_in_transformers(tokenizer, theirs, text):
+    assert theirs(text)["input_ids"] == tokenizer.encode(text)
+
+
+def test_a_pipeline_opens_the_model_with_its_tokenizer(transformers, demo, tokenizer, tmp_path):
+    demo.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    prompt = "In the beginning"
+    pipe = transformers.pipeline("text-generation", model=str(tmp_path), device="cpu")
+    [made] = pipe(prompt, max_new_tokens=12, do_sample=False)
+    config = GenerateConfig(max_new_tokens=12)
+    [ids] = generate(demo, [tokenizer.encode(prompt)], config)
+    assert made["generated_text"] == prompt + tokenizer.decode(ids)
