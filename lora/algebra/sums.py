@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lora.config import UpdateConfig
 from lora.disk.checkpoint import open_folder
+from lora.disk.messages import listed
 from lora.injection import attach, make_update
 from lora.layer import LowRankUpdate
 from lora.layout import why_not_adaptable
@@ -67,8 +68,10 @@ def read(folder: str | Path) -> dict[str, Factors]:
     """
     saved = open_folder(Path(folder))
     halves = [path for path, pair in saved.factors.items() if len(pair) < 2]
+    if faults := saved.unsupported():
+        raise ValueError(f"{folder}: {'; '.join(faults)}.")
     if faults := [*saved.left_over, *halves]:
-        raise ValueError(f"{folder}: left over or without a partner: {', '.join(faults)}.")
+        raise ValueError(f"{folder}: left over or without a partner: {listed(faults, ', ')}.")
     unfit = [
         path
         for path, pair in saved.factors.items()

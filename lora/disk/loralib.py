@@ -1,7 +1,8 @@
 """The GPT-2 checkpoints that loralib's authors published: query and value of every `c_attn`.
 
-They are pickles, the one exception to "safetensors only": this reader is never called by another,
-and it lets `torch.load` build tensors and nothing else.
+They are pickles, the one exception to "safetensors only": `load_loralib` alone reads any, only the
+file that the caller names, and with `torch.load(weights_only=True)`, which builds tensors and plain
+containers and calls nothing else that a file names. No other function of this package calls it.
 
 Source: microsoft/LoRA, examples/NLG, whose `MergedLinear` has the layout read here.
 """
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from lora.config import UpdateConfig
+from lora.disk.messages import brief, cut, listed
+from lora.disk.values import why_not_usable
 from lora.injection import attach, make_update
 from lora.layer import LowRankUpdate
 from lora.layout import why_not_adaptable
@@ -52,35 +55,48 @@ def load_loralib(
     try:
         state: Any = cast(Any, torch).load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{file} is no checkpoint of tensors: {error}") from None
+        raise ValueError(f"{cut(file)} is no checkpoint of tensors: {cut(error)}") from None
     if isinstance(state, dict):
         state = cast(dict[str, Any], state).get("model_state_dict", state)
     if not isinstance(state, dict):
         raise ValueError(f"{file} is no checkpoint: it holds no tensors by name.")
-    factors: dict[str, dict[str, Tensor]] = {}
-    strange: list[str] = []  # what else is an adapter's; the base's own tensors may stand beside
-    for key, tensor in cast(dict[str, Any], state).items():
-        match = _KEY.fullmatch(key)
-        if match and isinstance(tensor, Tensor):
-            factors.setdefault(match[1], {})[match[2]] = tensor
-        elif "lora_" in key:
-            strange.append(f"{key}: left over")
+    factors, faults = _sorted(cast(dict[object, object], state))
     modules = base_modules(model)
-    updates: dict[str, LowRankUpdate] = {}
-    faults = strange if factors else [*strange, "it holds no c_attn.lora_A and lora_B"]
     faults += [
         f"{path}: no tensors in the file"
         for path in modules
         if path.endswith("c_attn") and path not in factors
     ]
+    updates: dict[str, LowRankUpdate] = {}
     for path, pair in factors.items():
         try:
             updates[path] = _rebuild(modules.get(path), pair, alpha)
         except ValueError as error:
-            faults.append(f"{path}: {error}")
+            faults.append(f"{cut(path, 120)}: {error}")
     if faults:
-        raise ValueError(f"{file} does not fit this model: {'; '.join(faults)}.")
+        raise ValueError(f"{cut(file)} does not fit this model: {listed(faults)}.")
     return attach(unwrap(model), adapter, updates)
+
+
+def _sorted(state: Mapping[object, object]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """A and B by the path of their layer, and what else is an adapter's.
+
+    The base's own tensors may stand beside.
+    """
+    factors: dict[str, dict[str, Tensor]] = {}
+    faults: list[str] = []
+    for key, tensor in state.items():
+        match = _KEY.fullmatch(key) if isinstance(key, str) else None
+        if match and isinstance(tensor, Tensor):
+            if factors.setdefault(match[1], {}).setdefault(match[2], tensor) is not tensor:
+                faults.append(f"{cut(key, 120)}: it stands twice, with and without 'module.'")
+        elif not isinstance(key, str):
+            faults.append(f"the key {brief(key)} is no name")
+        elif "lora_" in key:
+            faults.append(f"{key}: left over")
+    if not factors:
+        faults.append("it holds no c_attn.lora_A and lora_B")
+    return factors, faults
 
 
 def _rebuild(base: nn.Module | None, pair: Mapping[str, Tensor], alpha: float) -> LowRankUpdate:
@@ -91,13 +107,18 @@ def _rebuild(base: nn.Module | None, pair: Mapping[str, Tensor], alpha: float) -
         raise ValueError(", ".join(missing))
     base, a, b = cast(nn.Module, base), pair["A"], pair["B"]
     b = b.squeeze(-1) if b.dim() == 3 else b
+    if faults := [f"lora_{n} {why}" for n, t in (("A", a), ("B", b)) if (why := why_not_usable(t))]:
+        raise ValueError(", ".join(faults))
     config = UpdateConfig(r=len(a) // 2 if a.dim() else 0, alpha=alpha, dropout=0.0)
     update = make_update(base, config, spans=spans_of(base, ("q", "v"), ("q", "k", "v")))
     found, wanted = (tuple(tuple(t.shape) for t in ts) for ts in ((a, b), (update.A, update.B)))
     if found != wanted:
         raise ValueError(f"A and B are {found}, this layer takes {wanted}")
-    if update.A.is_meta or not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-        raise ValueError("NaN or infinite values, or a layer on the meta device, which holds none")
+    if update.A.is_meta:
+        raise ValueError("the layer is on the meta device, which holds no values")
+    for name, factor in (("A", a), ("B", b)):
+        if reason := why_not_usable(factor, update.A.dtype):
+            raise ValueError(f"lora_{name} {reason}")
     with torch.no_grad():
         update.A.copy_(a)
         update.B.copy_(b)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora.disk import strict_json
+from lora.disk.messages import cut, listed
 from lora.layout import out_in_view
 
 BASE, UPDATES = "lora_base_probes", "lora_update_probes"  # keys in a safetensors file's metadata
@@ -33,16 +35,16 @@ def faults(
 ) -> list[str]:
     """What the probes in a file contradict; PEFT's own files have none."""
     try:
-        made_for: dict[str, Any] = json.loads(metadata.get(BASE, "{}"))
-        saved: dict[str, list[float]] = json.loads(metadata.get(UPDATES, "{}"))
+        made_for: dict[str, Any] = strict_json.parse(metadata.get(BASE, "{}"))
+        saved: dict[str, list[float]] = strict_json.parse(metadata.get(UPDATES, "{}"))
         other = [p for p in bases if p in made_for and not _same_base(made_for[p], bases[p])]
         edited = [p for p in factors if p in saved and not _same_update(saved[p], *factors[p])]
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        return [f"its metadata is malformed ({error!r})"]
+        return [f"its metadata is malformed ({cut(error)})"]
     found = [f"{p}: A and B are not the ones that were saved (transposed? edited?)" for p in edited]
     if other and not allow_base_mismatch:
         found.append(
-            f"it was made for another base, whose weights differ in {', '.join(other)} "
+            f"it was made for another base, whose weights differ in {listed(other, ', ', 160)} "
             "(allow_base_mismatch=True loads it all the same)"
         )
     return found
@@ -70,7 +72,8 @@ def _update_probe(a: Tensor, b: Tensor) -> list[float]:
 
 
 def _norm(tensor: Tensor) -> float:
-    return math.sqrt(float(tensor.detach().double().square().sum()))
+    # On the CPU, since not every device has float64.
+    return math.sqrt(float(tensor.detach().cpu().double().square().sum()))
 
 
 def _floats(vector: Tensor) -> list[float]:

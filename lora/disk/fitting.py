@@ -1,0 +1,156 @@
+"""A saved adapter fitted to a model: which of its parts go where, and all that does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora.disk import strict_json
+from lora.disk.folder import SavedAdapter
+from lora.disk.messages import cut, listed
+from lora.disk.values import difference, why_not_usable
+from lora.injection import make_update
+from lora.layer import LowRankUpdate
+from lora.layout import out_in_view, why_not_adaptable
+
+SLICES = "lora_slices"  # key in the metadata: which slices' blocks a plain B holds
+
+
+def places(saved: SavedAdapter, modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """The path in the model for each path in the file, in the model's order.
+
+    torch.compile and wrappers put `_orig_mod` and `module` into paths, here or where it was saved.
+    """
+    plain = {_plain(path): path for path in reversed(list(modules))}  # a first one wins
+    found = {p: p if p in modules else plain.get(_plain(p), p) for p in saved.factors}
+    order = {path: i for i, path in enumerate(modules)}
+    return dict(sorted(found.items(), key=lambda item: order.get(item[1], len(order))))
+
+
+def _plain(path: str) -> str:
+    return path.replace("_orig_mod.", "").removeprefix("module.")
+
+
+def rebuild(
+    saved: SavedAdapter,
+    modules: Mapping[str, nn.Module],
+    places: Mapping[str, str],
+    dtype: torch.dtype | None,
+) -> tuple[dict[str, LowRankUpdate], list[str]]:
+    """The saved updates by their path in the file, and what is wrong with them."""
+    names = {place: path for path, place in places.items()}
+    wanted = [p for p in modules if saved.config.matches(names.get(p, p))]
+    missing = [p for p in wanted if p not in names and not why_not_adaptable(modules[p])]
+    faults = [f"{path}: no tensors in the file" for path in missing]
+    updates: dict[str, LowRankUpdate] = {}
+    for path, place in places.items():
+        try:
+            if place not in modules:
+                raise ValueError("no such layer here")
+            if names[place] != path:
+                raise ValueError(f"the file has this layer twice, as {names[place]} too")
+            if reason := why_not_adaptable(modules[place]):
+                raise ValueError(reason)
+            if not saved.config.matches(path):
+                raise ValueError("not a target of the config")
+            updates[path] = _rebuild(modules[place], path, saved, dtype)
+        except ValueError as error:
+            faults.append(f"{cut(path, 120)}: {error}")
+    return updates, faults
+
+
+def _rebuild(
+    base: nn.Module, path: str, saved: SavedAdapter, dtype: torch.dtype | None
+) -> LowRankUpdate:
+    """The saved update of one layer; ValueError lists what does not fit."""
+    config, factors = saved.config.update_config(path), saved.factors[path]
+    spans = _spans(saved.metadata, path, base)
+    out_features, in_features = out_in_view(base, base.get_parameter("weight")).shape
+    faults: list[str] = []  # before anything is allocated: a config may ask for any rank
+    for name, shape in (("A", (config.r, in_features)), ("B", (out_features, config.r))):
+        if name not in factors:
+            faults.append(f"lora_{name} is missing")
+        elif factors[name].shape != shape:
+            found = tuple(factors[name].shape)
+            faults.append(f"lora_{name} is {found}, this layer takes {shape}")
+    if faults:
+        raise ValueError(", ".join(faults))
+    if k := len(spans):
+        config = replace(config, r=config.r // k)
+        config = replace(config, alpha=config.alpha / (k**0.5 if config.rslora else k))
+    update = make_update(base, config, dtype=dtype, spans=spans, any_rank=True)
+    reasons = {name: why_not_usable(factors[name], update.A.dtype) for name in "AB"}
+    if faults := [f"lora_{name} {reason}" for name, reason in reasons.items() if reason]:
+        raise ValueError(", ".join(faults))
+    if faults := update.misfits(factors["A"], factors["B"]):
+        raise ValueError(", ".join(faults))
+    update.set_factors(factors["A"], factors["B"])
+    return update
+
+
+def _spans(metadata: Mapping[str, str], path: str, base: nn.Module) -> dict[str, tuple[int, int]]:
+    """The slices that a file says one layer's blocks are for."""
+    out_features = out_in_view(base, base.get_parameter("weight")).shape[0]
+    try:
+        every: dict[str, Any] = strict_json.parse(metadata.get(SLICES, "{}"))
+        spans: dict[str, tuple[int, int]] = every.get(path, {})
+        bounds = [0, *(bound for span in sorted(spans.values()) for bound in span), out_features]
+        sound = bounds == sorted(bounds) and all(start < stop for start, stop in spans.values())
+        sound = sound and all(type(bound) is int for bound in bounds)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"the slices in its metadata are malformed ({cut(error)})") from None
+    if not sound:
+        raise ValueError(f"the slices in its metadata do not fit {out_features} outputs")
+    return spans
+
+
+def strangers(
+    saved: SavedAdapter, modules: Mapping[str, nn.Module], allow_base_mismatch: bool
+) -> list[str]:
+    """What the file holds beside updates that is not the base's own, and what it lacks."""
+    own = {
+        _plain(f"{path}.{name}"): tensor
+        for path, module in modules.items()
+        for name, tensor in [*_parameters(module), *module.named_buffers(recurse=False)]
+    }
+    faults: list[str] = []
+    for path, tensors in saved.base.items():
+        for name, tensor in tensors.items():
+            place = f"{path}.{name}"
+            if (mine := own.get(_plain(place))) is None:
+                faults.append(f"{place}: left over")
+            elif (reason := difference(tensor, mine)) and (
+                not allow_base_mismatch or tensor.shape != mine.shape
+            ):
+                faults.append(f"{place} {reason}: it was made for another base")
+    for key, tensor in saved.left_over.items():
+        mine = own.get(_plain(key.removeprefix("base_model.model.")))
+        if reason := "no such tensor is here" if mine is None else difference(tensor, mine):
+            faults.append(f"{key}: left over ({reason})")
+    return [*faults, *_lacking(saved, modules)]
+
+
+def _lacking(saved: SavedAdapter, modules: Mapping[str, nn.Module]) -> list[str]:
+    """What the config says was trained beside the updates, and the file lacks."""
+    config = saved.config
+    faults = [
+        f"{path}: no tensors in the file, though modules_to_save names it"
+        for path, module in modules.items()
+        if any(path.endswith(end) for end in config.copies)
+        and path not in saved.copies
+        and module.state_dict()
+    ]
+    if config.bias != "none":
+        biased = [p for p in saved.factors if getattr(modules.get(p), "bias", None) is not None]
+        if lacking := [path for path in biased if path not in saved.biases]:
+            paths = listed(lacking, ", ", 160)
+            faults.append(f"bias is {config.bias!r}, and the file lacks the bias of {paths}")
+    return faults
+
+
+def _parameters(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return list(module.named_parameters(recurse=False))
