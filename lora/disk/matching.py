@@ -142,12 +142,11 @@ def last(places: Places, begins: int) -> int:
     return begins & (places.end | before_newline)
 
 
-def edge(of_words: Callable[[str], bool], wanted: bool) -> Step:
-    """`\\b`: between a word's character and another one; or its opposite."""
+def edge(of_words: Callable[[str], bool]) -> Step:
+    """`\\b`: between a character of a word and another one, or none."""
 
     def step(places: Places, begins: int) -> int:
         words = places.of(of_words)
-        edges = words ^ (words << 1)
-        return begins & (edges if wanted else ~edges)
+        return begins & (words ^ (words << 1))
 
     return step

@@ -93,6 +93,10 @@ def suffix_pattern(text: str) -> Callable[[str], bool]:
     Raises:
         ValueError: as `compile_safely`.
     """
+    bare = text.removeprefix("^")
+    plain = re.sub(r"\\(\W)", r"\1", bare)
+    if re.escape(plain) == bare:  # a large model's file may have one for each layer
+        return plain.__eq__ if bare != text else lambda path: f".{path}".endswith(f".{plain}")
     compile_safely(text)  # alone, so that no bracket in it can close ours
     return compile_safely(rf"(.*\.)?({text})")
 
@@ -176,9 +180,8 @@ class _Parser:
 
     def escape(self) -> Step | str:
         letter = self.here
-        if letter in ("b", "B"):
-            self.at += 1
-            return edge(_KINDS["w"], letter == "b")
+        if self.take("b"):
+            return edge(_KINDS["w"])
         if letter in _KINDS:
             self.at += 1
             return one(_KINDS[letter])
