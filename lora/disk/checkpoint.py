@@ -141,12 +141,8 @@ def load(
     modules = base_modules(model)
     places = fitting.places(saved, modules)
     updates, faults = fitting.rebuild(saved, modules, places, dtype)
-    # Until a model can carry them, modules and biases that were trained beside are refused here.
-    faults = [
-        *saved.unsupported(),
-        *faults,
-        *fitting.strangers(saved, modules, allow_base_mismatch),
-    ]
+    faults += fitting.strangers(saved, modules, allow_base_mismatch)
+    faults = [*saved.unsupported(), *faults]  # until a model can carry copies and biases
     if not faults:
         factors = {path: update.factors() for path, update in updates.items()}
         bases = {path: modules[places[path]] for path in updates}

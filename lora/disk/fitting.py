@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +95,7 @@ def _spans(metadata: Mapping[str, str], path: str, base: nn.Module) -> dict[str,
     """The slices that a file says one layer's blocks are for."""
     out_features = out_in_view(base, base.get_parameter("weight")).shape[0]
     try:
-        every: dict[str, Any] = strict_json.parse(metadata.get(SLICES, "{}"))
+        every = strict_json.parse_object(metadata.get(SLICES, "{}"))
         spans: dict[str, tuple[int, int]] = every.get(path, {})
         bounds = [0, *(bound for span in sorted(spans.values()) for bound in span), out_features]
         sound = bounds == sorted(bounds) and all(start < stop for start, stop in spans.values())

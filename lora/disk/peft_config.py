@@ -127,12 +127,9 @@ def parse(data: bytes | str) -> PeftConfig:
         ValueError: as `read`, without a full stop.
     """
     try:
-        fields: Any = strict_json.parse(data)
+        fields = strict_json.parse_object(data)
     except ValueError as error:
-        raise ValueError(f"it is not JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"it holds a {type(fields).__name__}, not an object")
-    fields = cast(dict[str, Any], fields)
+        raise ValueError(f"it is not JSON that can be read: {error}") from None
     if faults := _faults(fields):
         raise ValueError(listed(faults))
     config = PeftConfig(

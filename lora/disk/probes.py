@@ -35,8 +35,8 @@ def faults(
 ) -> list[str]:
     """What the probes in a file contradict; PEFT's own files have none."""
     try:
-        made_for: dict[str, Any] = strict_json.parse(metadata.get(BASE, "{}"))
-        saved: dict[str, list[float]] = strict_json.parse(metadata.get(UPDATES, "{}"))
+        made_for: dict[str, Any] = strict_json.parse_object(metadata.get(BASE, "{}"))
+        saved: dict[str, list[float]] = strict_json.parse_object(metadata.get(UPDATES, "{}"))
         other = [p for p in bases if p in made_for and not _same_base(made_for[p], bases[p])]
         edited = [p for p in factors if p in saved and not _same_update(saved[p], *factors[p])]
     except (ValueError, KeyError, AttributeError, TypeError) as error:

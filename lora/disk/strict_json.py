@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from typing import Any, cast
 
 from lora.disk.messages import brief, cut
 
@@ -28,6 +28,18 @@ def parse(text: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from None
     except ValueError as error:  # not UTF-8 either
         raise ValueError(cut(error)) from None
+
+
+def parse_object(text: str | bytes) -> dict[str, Any]:
+    """The object that a JSON text holds.
+
+    Raises:
+        ValueError: it holds none, or as `parse`.
+    """
+    found = parse(text)
+    if not isinstance(found, dict):
+        raise ValueError(f"it holds a {type(found).__name__}, not an object")
+    return cast(dict[str, Any], found)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
