@@ -66,7 +66,7 @@ def read(folder: str | Path) -> dict[str, Factors]:
     Raises:
         FileNotFoundError, ValueError: as `lora.load`, as far as the folder alone can tell.
     """
-    saved = open_folder(Path(folder))
+    saved = open_folder(folder)
     halves = [path for path, pair in saved.factors.items() if len(pair) < 2]
     if faults := saved.unsupported():
         raise ValueError(f"{folder}: {'; '.join(faults)}.")
