@@ -16,6 +16,7 @@ import torch
 
 import lora
 from lora.disk import checkpoint, files, folder
+from lora.disk.writing import replacing
 from tests.test_checkpoint import contents, edit
 from tests.toys import MLP, snapshot
 
@@ -116,7 +117,7 @@ def test_a_reader_in_the_middle_of_a_save_waits_for_its_end(tmp_path):
 
 def test_what_a_living_writer_has_begun_stays(tmp_path):
     (tmp_path / ".saving-dead").mkdir()
-    with files.replacing(tmp_path) as beside:
+    with replacing(tmp_path) as beside:
         assert not (tmp_path / ".saving-dead").exists()
         (beside / "mine").write_text("whole")
         lora.save(adapted(1), tmp_path)
@@ -128,10 +129,20 @@ def test_what_a_living_writer_has_begun_stays(tmp_path):
 def test_an_error_while_writing_changes_nothing(tmp_path):
     lora.save(adapted(1), tmp_path)
     before = contents(tmp_path)
-    with pytest.raises(FileNotFoundError, match="of the body"), files.replacing(tmp_path) as beside:
+    with pytest.raises(FileNotFoundError, match="of the body"), replacing(tmp_path) as beside:
         (beside / checkpoint.CONFIG).write_text("half")
         raise FileNotFoundError("of the body")
     assert contents(tmp_path) == before
+
+
+def test_a_folder_in_a_files_place_is_seen_before_anything_moves(tmp_path):
+    lora.save(adapted(1), tmp_path)
+    (tmp_path / checkpoint.WEIGHTS).unlink()
+    (tmp_path / checkpoint.WEIGHTS).mkdir()
+    before = (tmp_path / checkpoint.CONFIG).read_bytes()
+    with pytest.raises(IsADirectoryError, match=checkpoint.WEIGHTS):
+        lora.save(adapted(50), tmp_path)
+    assert (tmp_path / checkpoint.CONFIG).read_bytes() == before
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
@@ -139,7 +150,7 @@ def test_modes_are_as_the_umask_says(tmp_path, umask, mode):
     before = os.umask(umask)
     try:
         lora.save(adapted(1), tmp_path / "new", card=True)
-        with files.replacing(tmp_path / "new") as beside:  # as safetensors' own writer does
+        with replacing(tmp_path / "new") as beside:  # as safetensors' own writer does
             os.close(os.open(beside / "closed", os.O_CREAT | os.O_WRONLY, 0o600))
     finally:
         os.umask(before)

@@ -24,6 +24,7 @@ from lora.disk.fitting import SLICES
 from lora.disk.folder import CONFIG, PAIR, WEIGHTS, open_folder, to_tensors
 from lora.disk.messages import cut, listed
 from lora.disk.values import why_not_usable
+from lora.disk.writing import replacing
 from lora.injection import attach
 from lora.layer import EmbeddingUpdate, LowRankUpdate
 from lora.layout import is_fan_in_fan_out
@@ -77,15 +78,7 @@ def save(
         configs, factors = _uniform(configs, factors)
         _require_usable(factors, " once alpha / r is in B (save without uniform=True)")
     bases = {path: layer.base for path, layer in layers.items()}
-    name: object = getattr(unwrap(model), "name_or_path", None)
-    name = name if isinstance(name, str) and name else None
-    config = peft_writing.dumps(
-        configs,
-        paths=base_modules(model).keys(),
-        fan_in_fan_out=any(is_fan_in_fan_out(base) for base in bases.values()),
-        causal_lm=hasattr(unwrap(model), "lm_head"),
-        base_name=name,
-    )
+    config = _config(model, configs, bases)
     metadata = {"format": "pt", PAIR: peft_config.parse(config).digest}
     metadata |= probes.describe(bases, factors)
     slices = {p: u.slices for p, u in updates.items() if isinstance(u, SlicedUpdate)}
@@ -93,12 +86,14 @@ def save(
         metadata[SLICES] = json.dumps(slices)
     embeddings = {path for path, u in updates.items() if isinstance(u, EmbeddingUpdate)}
     weights = files.to_bytes(to_tensors(factors, embeddings), metadata)
-    with files.replacing(Path(folder)) as beside:
+    with replacing(Path(folder)) as beside:
         (beside / WEIGHTS).write_bytes(weights)
         (beside / CONFIG).write_bytes(config.encode())
         if card:
             size = sum(factor.numel() for pair in factors.values() for factor in pair)
-            (beside / cards.CARD).write_bytes(cards.write(name, configs, size).encode())
+            (beside / cards.CARD).write_bytes(
+                cards.write(_base_name(model), configs, size).encode()
+            )
     _warn_of_others(model)
 
 
@@ -155,6 +150,24 @@ def load(
         for update in updates.values():
             update.requires_grad_(False)
     return paths
+
+
+def _config(
+    model: nn.Module, configs: Mapping[str, UpdateConfig], bases: Mapping[str, nn.Module]
+) -> str:
+    return peft_writing.dumps(
+        configs,
+        paths=base_modules(model).keys(),
+        fan_in_fan_out=any(is_fan_in_fan_out(base) for base in bases.values()),
+        causal_lm=hasattr(unwrap(model), "lm_head"),
+        base_name=_base_name(model),
+    )
+
+
+def _base_name(model: nn.Module) -> str | None:
+    """What transformers' models and GPT2 note of where their weights are from."""
+    name: object = getattr(unwrap(model), "name_or_path", None)
+    return name if isinstance(name, str) and name else None
 
 
 def _uniform(

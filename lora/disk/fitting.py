@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.disk import strict_json
-from lora.disk.folder import SavedAdapter
+from lora.disk.folder import PREFIX, SavedAdapter
 from lora.disk.messages import cut, listed
 from lora.disk.values import difference, why_not_usable
 from lora.injection import make_update
@@ -82,6 +82,8 @@ def _rebuild(
         config = replace(config, r=config.r // k)
         config = replace(config, alpha=config.alpha / (k**0.5 if config.rslora else k))
     update = make_update(base, config, dtype=dtype, spans=spans, any_rank=True)
+    if config.scaling > torch.finfo(update.A.dtype).max:
+        raise ValueError(f"its scaling {config.scaling:g} is infinite in {update.A.dtype}")
     reasons = {name: why_not_usable(factors[name], update.A.dtype) for name in "AB"}
     if faults := [f"lora_{name} {reason}" for name, reason in reasons.items() if reason]:
         raise ValueError(", ".join(faults))
@@ -127,7 +129,7 @@ def strangers(
             ):
                 faults.append(f"{place} {reason}: it was made for another base")
     for key, tensor in saved.left_over.items():
-        mine = own.get(_plain(key.removeprefix("base_model.model.")))
+        mine = own.get(_plain(key.removeprefix(PREFIX)))
         if reason := "no such tensor is here" if mine is None else difference(tensor, mine):
             faults.append(f"{key}: left over ({reason})")
     return [*faults, *_lacking(saved, modules)]

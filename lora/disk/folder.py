@@ -24,7 +24,7 @@ from lora.disk.peft_config import PeftConfig
 
 CONFIG, WEIGHTS = hub.CONFIG, hub.WEIGHTS
 PAIR = "lora_config_sha256"  # key in the metadata: what the config says that was saved with it
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?", re.DOTALL)
 _BASE = re.compile(r"(.+?)\.(base_layer|original_module)\.(.+)", re.DOTALL)
 _TRIES, _PAUSE = 20, 0.01  # of reading while another process writes; seconds between them
@@ -98,7 +98,7 @@ def from_tensors(
     biases: dict[str, Tensor] = {}
     left_over: dict[str, Tensor] = {}
     for key in sorted(tensors, key=lambda k: ("modules_to_save." in k, k)):  # doubles come last
-        name, tensor = key.removeprefix(_PREFIX), tensors[key]
+        name, tensor = key.removeprefix(PREFIX), tensors[key]
         if factor := _FACTOR.fullmatch(name):
             if factors.setdefault(factor[1], {}).setdefault(factor[2], tensor) is not tensor:
                 left_over[key] = tensor
@@ -145,11 +145,11 @@ def to_tensors(
     for path, pair in factors.items():
         for name, factor in zip("AB", pair, strict=True):
             key = f"lora_embedding_{name}" if path in embeddings else f"lora_{name}.weight"
-            tensors[f"{_PREFIX}{path}.{key}"] = factor
+            tensors[f"{PREFIX}{path}.{key}"] = factor
     for path, module in (copies or {}).items():
-        tensors |= {f"{_PREFIX}{path}.{name}": tensor for name, tensor in module.items()}
+        tensors |= {f"{PREFIX}{path}.{name}": tensor for name, tensor in module.items()}
     for path, bias in (biases or {}).items():
-        tensors[f"{_PREFIX}{path}.{'base_layer.' if path in factors else ''}bias"] = bias
+        tensors[f"{PREFIX}{path}.{'base_layer.' if path in factors else ''}bias"] = bias
     return tensors
 
 

@@ -117,7 +117,7 @@ def read(file: Path) -> PeftConfig:
     try:
         return parse(data)
     except ValueError as error:
-        raise ValueError(f"{file}: {error}.") from None
+        raise ValueError(f"{cut(file)}: {cut(error, 1600).rstrip('.')}.") from None
 
 
 def parse(data: bytes | str) -> PeftConfig:
