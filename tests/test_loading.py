@@ -83,6 +83,22 @@ def test_a_uniform_save_that_overflows_is_not_written(tmp_path):
     assert not (tmp_path / "uniform").exists()
 
 
+def test_a_base_without_finite_values_is_saved_without_a_probe(tmp_path):
+    model = adapted(targets=("c_attn", "c_fc"))
+    with torch.no_grad():
+        model.transformer.h[0].attn.c_attn.base.weight[0, 0] = torch.nan
+    model.transformer.h[1].mlp.c_fc.base.to("meta")
+    lora.save(model, tmp_path)
+    assert len(lora.load(tiny_gpt2(seed=0), tmp_path)) == 4
+    with pytest.raises(ValueError, match=r"another base, .* in transformer\.h\.0\.mlp\.c_fc"):
+        lora.load(tiny_gpt2(seed=5), tmp_path)
+
+
+def test_an_adapter_without_values_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="A of .* is on the meta device, which holds no values"):
+        lora.save(adapted().to("meta"), tmp_path)
+
+
 # Sizes and lengths
 
 

@@ -213,4 +213,6 @@ def _warn_of_others(model: nn.Module) -> None:
 
 
 def _on_cpu(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    if a.is_meta:  # refused below, in words
+        return a, b
     return a.detach().cpu().contiguous(), b.detach().cpu().contiguous()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,11 +20,16 @@ BASE, UPDATES = "lora_base_probes", "lora_update_probes"  # keys in a safetensor
 def describe(
     bases: Mapping[str, nn.Module], factors: Mapping[str, tuple[Tensor, Tensor]]
 ) -> dict[str, str]:
-    """What a file says of the base layers and of the A and B in it, both by path."""
-    return {
-        BASE: json.dumps({path: _base_probe(base) for path, base in bases.items()}),
-        UPDATES: json.dumps({path: _update_probe(a, b) for path, (a, b) in factors.items()}),
-    }
+    """What a file says of the base layers and of the A and B in it, both by path.
+
+    It says nothing of a base that holds no values, or none that are finite.
+    """
+    real = {p: base for p, base in bases.items() if not base.get_parameter("weight").is_meta}
+    made_for = {path: _base_probe(base) for path, base in real.items()}
+    made_for = {p: probe for p, probe in made_for.items() if _are_finite(probe["probe"])}
+    saved = {path: _update_probe(a, b) for path, (a, b) in factors.items()}
+    saved = {path: probe for path, probe in saved.items() if _are_finite(probe)}
+    return {BASE: json.dumps(made_for), UPDATES: json.dumps(saved)}
 
 
 def faults(
@@ -79,6 +84,10 @@ def _norm(tensor: Tensor) -> float:
 def _floats(vector: Tensor) -> list[float]:
     # Rounded, so that the order in which a machine sums does not show in the file.
     return [float(f"{float(value):.6e}") for value in vector]
+
+
+def _are_finite(values: Iterable[float]) -> bool:
+    return all(map(math.isfinite, values))
 
 
 def _same_base(saved: Mapping[str, Any], base: nn.Module) -> bool:
