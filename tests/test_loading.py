@@ -297,7 +297,7 @@ def test_a_layer_that_stands_twice_in_the_file_is_refused(saved):
             tensors[key.replace("h.0.attn", "h.0._orig_mod.attn")] = tensors[key].clone()
 
     edit(folder, twice)
-    refuses(tiny_gpt2(), folder, r"the file has this layer twice, as transformer\.h\.0\.")
+    refuses(tiny_gpt2(), folder, r"left over \(the file has this layer as transformer\.h\.0\.")
 
 
 # States

@@ -109,7 +109,8 @@ def test_a_reader_in_the_middle_of_a_save_waits_for_its_end(tmp_path):
     lora.save(adapted(50), tmp_path)
     new = (tmp_path / checkpoint.CONFIG).read_bytes()
     (tmp_path / checkpoint.CONFIG).write_bytes((tmp_path / "old" / checkpoint.CONFIG).read_bytes())
-    timer = threading.Timer(0.05, (tmp_path / checkpoint.CONFIG).write_bytes, (new,))
+    (tmp_path / "new").write_bytes(new)
+    timer = threading.Timer(0.05, os.replace, (tmp_path / "new", tmp_path / checkpoint.CONFIG))
     timer.start()
     assert loaded(tmp_path) == {50.0}
     timer.join()

@@ -51,7 +51,7 @@ def rebuild(
             if place not in modules:
                 raise ValueError("no such layer here")
             if names[place] != path:
-                raise ValueError(f"the file has this layer twice, as {names[place]} too")
+                raise ValueError(f"left over (the file has this layer as {names[place]} too)")
             if reason := why_not_adaptable(modules[place]):
                 raise ValueError(reason)
             if not saved.config.matches(path):
