@@ -87,7 +87,7 @@ def test_no_pattern_hangs(text):
     except ValueError as error:
         found = cut(error, 600)
     assert found is False or re.search("takes too long|not supported", found)
-    assert time.perf_counter() - began < 2
+    assert time.perf_counter() - began < 5
 
 
 @pytest.mark.parametrize(

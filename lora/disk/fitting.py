@@ -146,7 +146,10 @@ def _lacking(saved: SavedAdapter, modules: Mapping[str, nn.Module]) -> list[str]
         and module.state_dict()
     ]
     if config.bias != "none":
-        biased = [p for p in saved.factors if getattr(modules.get(p), "bias", None) is not None]
+        plain = {_plain(path): module for path, module in modules.items()}
+        biased = [
+            p for p in saved.factors if getattr(plain.get(_plain(p)), "bias", None) is not None
+        ]
         if lacking := [path for path in biased if path not in saved.biases]:
             paths = listed(lacking, ", ", 160)
             faults.append(f"bias is {config.bias!r}, and the file lacks the bias of {paths}")
