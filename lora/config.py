@@ -126,7 +126,7 @@ class LoRAConfig:
 def update_faults(config: UpdateConfig | LoRAConfig) -> list[str]:
     """What is out of range of the fields that both configs have."""
     faults: list[str] = []
-    if type(config.r) is not int or not 1 <= config.r < 2**31:
+    if type(config.r) is not int or config.r < 1:
         faults.append(f"r must be an integer of at least 1, got {short(config.r)}")
     if not is_finite(config.alpha) or config.alpha <= 0:
         faults.append(f"alpha must be a finite number above 0, got {short(config.alpha)}")

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from lora.config import UpdateConfig
 from lora.fast.dropout import drop
 from lora.layout import widest_float
+from lora.values import why_not_usable
 
 
 class LowRankUpdate(nn.Module):
@@ -80,10 +81,8 @@ class LowRankUpdate(nn.Module):
             if given.shape != own.shape:
                 shapes = tuple(given.shape), tuple(own.shape)
                 faults.append("lora_{} is {}, this layer takes {}".format(name, *shapes))
-            elif not given.is_floating_point():
-                faults.append(f"lora_{name} is {given.dtype}, which holds no floats")
-            elif not torch.isfinite(given.to(own.dtype)).all():  # as it will be, not as it comes
-                faults.append(f"lora_{name} has NaN or infinite values in {own.dtype}")
+            elif reason := why_not_usable(given, own.dtype):
+                faults.append(f"lora_{name} {reason}")
         if self.A.is_meta:
             faults.append("the layer is on the meta device, which holds no values")
         return faults

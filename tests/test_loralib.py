@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import loralib
 import pytest
 import torch
 from torch import nn
 
 import gpt2
 import lora
-from tests.toys import TINY, snapshot, tiny_gpt2
+from tests.test_loralib_files import PATHS, published
+from tests.toys import TINY, tiny_gpt2
+
+loralib = pytest.importorskip("loralib", reason="loralib is the oracle here")
 
 IDX = torch.randint(0, TINY.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
-PATHS = [f"transformer.h.{i}.attn.c_attn" for i in (0, 1)]
 
 
 def merged_linear(r: int = 2, **more) -> loralib.MergedLinear:
@@ -61,15 +62,6 @@ def test_our_embedding_is_theirs():
     torch.testing.assert_close(ours(idx), theirs(idx), rtol=1e-5, atol=1e-6)
 
 
-def published(r: int = 4, seed: int = 0) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    state = {}
-    for path in PATHS:
-        state[f"{path}.lora_A"] = torch.randn(2 * r, 16, generator=generator) * 0.1
-        state[f"{path}.lora_B"] = torch.randn(32, r, generator=generator) * 0.1
-    return state
-
-
 def theirs_with(state: dict[str, torch.Tensor], r: int, alpha: float) -> gpt2.GPT2:
     """Our GPT-2 with loralib's own layers in the place of c_attn."""
     model = tiny_gpt2()
@@ -112,53 +104,3 @@ def test_a_loaded_checkpoint_can_be_saved_as_ours(tmp_path):
     assert torch.equal(model(IDX), again(IDX))
     want = theirs_with(published(), 4, 7)(IDX)
     torch.testing.assert_close(model(IDX), want, rtol=1e-5, atol=1e-5)
-
-
-def without(key: str) -> dict[str, torch.Tensor]:
-    return {k: v for k, v in published().items() if not k.endswith(key)}
-
-
-class Evil:
-    def __reduce__(self):
-        return (print, ("executed",))
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ([1, 2], "holds no tensors by name"),
-        (torch.ones(3), "holds no tensors by name"),
-        ({"model_state_dict": 5}, "holds no tensors by name"),
-        ({}, "holds no c_attn.lora_A"),
-        (without("h.1.attn.c_attn.lora_B"), "h.1.attn.c_attn: lora_B is missing"),
-        ({k: v for k, v in published().items() if ".0." in k}, "h.1.attn.c_attn: no tensors"),
-        (published() | {"transformer.h.7.attn.c_attn.lora_A": torch.ones(8, 16)},
-         "h.7.attn.c_attn: no such layer here"),
-        (published() | {"transformer.h.0.mlp.c_fc.lora_A": torch.ones(8, 16)}, "c_fc.lora_A: left"),
-        (published() | {f"{PATHS[0]}.lora_A": 5.0}, "c_attn.lora_A: left over"),
-        (published() | {f"{PATHS[0]}.lora_A": torch.tensor(1.0)}, "r must be"),
-        (published() | {f"{PATHS[0]}.lora_B": torch.ones(32, 3)},
-         r"A and B are \(\(8, 16\), \(32, 3\)\)"),
-        (published() | {f"{PATHS[0]}.lora_B": torch.full((32, 4), torch.nan)}, "NaN"),
-        ({"x": Evil()}, "no checkpoint of tensors"),
-    ],
-)  # fmt: skip
-def test_other_files_are_refused(tmp_path, content, words, capsys):
-    torch.save(content, tmp_path / "gpt2.pt")
-    model = tiny_gpt2()
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=words):
-        lora.load_loralib(model, tmp_path / "gpt2.pt")
-    assert snapshot(model) == before
-    assert "executed" not in capsys.readouterr().out
-
-
-def test_missing_and_broken_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="missing"):
-        lora.load_loralib(tiny_gpt2(), tmp_path / "nowhere")
-    (tmp_path / "x").write_bytes(b"not a pickle")
-    with pytest.raises(ValueError, match="no checkpoint of tensors"):
-        lora.load_loralib(tiny_gpt2(), tmp_path / "x")
-    torch.save(published(), tmp_path / "gpt2.pt")
-    with pytest.raises(ValueError, match="alpha must be"):
-        lora.load_loralib(tiny_gpt2(), tmp_path / "gpt2.pt", alpha=-1)

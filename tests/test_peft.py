@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 
-import peft
 import pytest
 import torch
-import transformers
 
 import gpt2
 import lora
 from tests.toys import TINY, randomize, tiny_gpt2
+
+peft = pytest.importorskip("peft", reason="PEFT is the oracle here")
+transformers = pytest.importorskip("transformers", reason="PEFT adapts its models")
 
 IDX = torch.randint(0, TINY.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
 ALL = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
@@ -113,11 +114,10 @@ def test_an_adapter_whose_init_changed_the_base_is_refused(tmp_path, init):
         lora.load(tiny_gpt2(), tmp_path)
 
 
-def test_dora_and_bias_are_refused(tmp_path):
-    for name, fields in {"dora": {"use_dora": True}, "bias": {"bias": "lora_only"}}.items():
-        peft_model(tiny_gpt2(), **fields).save_pretrained(tmp_path / name)
-        with pytest.raises(ValueError, match=name):
-            lora.load(tiny_gpt2(), tmp_path / name)
+def test_dora_is_refused(tmp_path):
+    peft_model(tiny_gpt2(), use_dora=True).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="dora"):
+        lora.load(tiny_gpt2(), tmp_path)
 
 
 def test_the_update_has_pefts_gradients():

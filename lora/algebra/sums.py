@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from lora.building import build, require_rank
 from lora.config import UpdateConfig
-from lora.disk.checkpoint import open_folder
+from lora.disk.folder import open_folder
 from lora.injection import attach
 from lora.layout import why_not_adaptable
+from lora.messages import listed
 from lora.tree import survey, survey_adapted
 from lora.updates import LowRankUpdate
 
@@ -66,10 +67,14 @@ def read(folder: str | Path) -> dict[str, Factors]:
     Raises:
         FileNotFoundError, ValueError: as `lora.load`, as far as the folder alone can tell.
     """
-    saved = open_folder(Path(folder))
+    saved = open_folder(folder)
     halves = [path for path, pair in saved.factors.items() if len(pair) < 2]
+    if beside := [*saved.copies, *saved.biases]:
+        raise ValueError(
+            f"{folder} holds more than factors: a copy or a bias of {listed(beside, ', ')}."
+        )
     if faults := [*saved.left_over, *halves]:
-        raise ValueError(f"{folder}: left over or without a partner: {', '.join(faults)}.")
+        raise ValueError(f"{folder}: left over or without a partner: {listed(faults, ', ')}.")
     unfit = [
         path
         for path, pair in saved.factors.items()

@@ -1,15 +1,15 @@
 """Adapters on disk, in PEFT's format: a folder with a config and a safetensors file.
 
-The metadata of our own files adds probes of the base and of the factors (see `lora.probes`) and
-the names of slices; readers that know neither see a plain PEFT adapter.
+The metadata of our own files adds a digest of the config, probes of the base and of the factors
+(see `lora.disk.probes`) and the names of slices; readers that know none see a plain PEFT adapter.
 """
 
 from __future__ import annotations
 
 import json
-import re
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -17,38 +17,37 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora.building import build
 from lora.config import UpdateConfig
-from lora.disk import files, peft_config, probes
-from lora.disk.peft_config import PeftConfig
+from lora.copies import ModuleCopy, own_tensors
+from lora.disk import card as cards
+from lora.disk import files, fitting, peft_config, peft_writing, probes
+from lora.disk.fitting import SLICES
+from lora.disk.folder import CONFIG, PAIR, WEIGHTS, open_folder, to_tensors
+from lora.disk.writing import replacing
 from lora.injection import attach
-from lora.layout import is_fan_in_fan_out, out_in_view, why_not_adaptable
+from lora.layout import is_fan_in_fan_out
+from lora.messages import cut, listed
 from lora.slices import SlicedUpdate
-from lora.tree import survey, survey_adapted
+from lora.tree import Tree, survey, survey_adapted
 from lora.updates import EmbeddingUpdate, LowRankUpdate
+from lora.values import why_not_usable
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-SLICES = "lora_slices"  # key in the metadata: which slices' blocks a plain B holds
-_KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
-
-
-@dataclass(frozen=True)
-class SavedAdapter:
-    """What an adapter folder holds; `factors` are A and B by the path of their layer."""
-
-    config: PeftConfig
-    factors: Mapping[str, Mapping[str, Tensor]]
-    left_over: tuple[str, ...]
-    metadata: Mapping[str, str]
+__all__ = ["CONFIG", "SLICES", "WEIGHTS", "load", "open_folder", "save"]
 
 
 def save(
-    model: nn.Module, folder: str | Path, *, adapter: str = "default", uniform: bool = False
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    adapter: str = "default",
+    uniform: bool = False,
+    card: bool = False,
 ) -> None:
     """Write an adapter as PEFT does; the same adapter gives the same bytes.
 
-    Both files are written beside their places and then renamed, so that after a failure, such as a
-    full disk, the adapter that was there before still is.
+    All files are written beside their places and then renamed, so that after a failure, such as a
+    full disk, the adapter that was there before still is; a reader at that moment, or after a kill
+    at that moment, never takes the new weights for the old config's.
 
     Args:
         model: a model that carries the adapter, merged or not.
@@ -56,41 +55,59 @@ def save(
         adapter: the adapter's name.
         uniform: write one rank and one alpha for all layers (B scaled, both padded with zeros),
             for readers that know no patterns.
+        card: write a README.md too, which says in plain words what the folder holds.
 
     Raises:
         RuntimeError: the model carries no adapter.
-        ValueError: none of this name, or NaN or infinity in its factors.
+        ValueError: none of this name, factors that are not finite or no floats, or a README.md
+            that is not ours.
         OSError: the folder cannot be written.
+
+    Warns:
+        UserWarning: other parameters of the model require grad, and are not saved.
     """
     tree = survey_adapted(model)
-    layers = tree.carrying(adapter)
-    updates = {path: cast(LowRankUpdate, la.updates[adapter]) for path, la in layers.items()}
+    carrying = tree.carrying(adapter)
+    updates = {
+        path: cast(LowRankUpdate, tree.layers[path].updates[adapter])
+        for path in carrying
+        if path in tree.layers
+    }
+    if not updates:
+        raise ValueError(f"{adapter!r} has no low-rank update, and PEFT's format needs one.")
+    if card:
+        cards.require_free(Path(folder))
     configs = {path: update.config for path, update in updates.items()}
     factors = {path: _on_cpu(*update.factors()) for path, update in updates.items()}
-    bad = [p for p, pair in factors.items() if not all(torch.isfinite(f).all() for f in pair)]
-    if bad:
-        raise ValueError(f"Not saved: NaN or infinity in A or B of {', '.join(bad)}.")
+    copies, biases = _trained_beside(tree, adapter)
+    _require_usable(factors, "")
     if uniform:
         configs, factors = _uniform(configs, factors)
-    bases = {path: layer.base for path, layer in layers.items()}
-    config = peft_config.dumps(
+        _require_usable(factors, " once alpha / r is in B (save without uniform=True)")
+    bases = {path: tree.bases[path] for path in updates}
+    config = peft_writing.dumps(
         configs,
-        linear_paths=[path for path, m in tree.bases.items() if not why_not_adaptable(m)],
+        paths=tree.bases.keys(),
         fan_in_fan_out=any(is_fan_in_fan_out(base) for base in bases.values()),
         causal_lm=hasattr(tree.root, "lm_head"),
-        base_name=getattr(tree.root, "name_or_path", None),
+        base_name=_base_name(tree),
+        copies=copies,
+        biases=biases,
     )
-    metadata = {"format": "pt", **probes.describe(bases, factors)}
+    metadata = {"format": "pt", PAIR: peft_config.parse(config).digest}
+    metadata |= probes.describe(bases, factors)
     slices = {p: u.slices for p, u in updates.items() if isinstance(u, SlicedUpdate)}
     if slices and not uniform:
         metadata[SLICES] = json.dumps(slices)
-    tensors = {
-        _key(path, name, updates[path]): factor
-        for path, pair in factors.items()
-        for name, factor in zip("AB", pair, strict=True)
-    }
-    weights = files.to_bytes(tensors, metadata)
-    files.write(Path(folder), {WEIGHTS: weights, CONFIG: config.encode()})
+    embeddings = {path for path, u in updates.items() if isinstance(u, EmbeddingUpdate)}
+    weights = files.to_bytes(to_tensors(factors, embeddings, copies, biases), metadata)
+    with replacing(Path(folder)) as beside:
+        (beside / WEIGHTS).write_bytes(weights)
+        (beside / CONFIG).write_bytes(config.encode())
+        if card:
+            size = sum(factor.numel() for pair in factors.values() for factor in pair)
+            (beside / cards.CARD).write_bytes(cards.write(_base_name(tree), configs, size).encode())
+    _warn_of_others(tree)
 
 
 def load(
@@ -101,94 +118,75 @@ def load(
     allow_base_mismatch: bool = False,
     untie: bool = False,
     dtype: torch.dtype | None = None,
+    trainable: bool = True,
 ) -> list[str]:
     """Put a saved adapter, ours or PEFT's, on the model and make it the active one.
 
+    The base is frozen, as by `lora.inject`. The updates are in the mode, training or eval, of their
+    layers, and have the saved dropout, which acts in training mode.
+
     Args:
         model: the base that the adapter was made for.
-        folder: as `save` or PEFT's `save_pretrained` wrote it.
+        folder: as `save` or PEFT's `save_pretrained` wrote it; a string that names no folder here
+            may be "org/repo" on the Hub.
         adapter: the name to give it.
         allow_base_mismatch: accept base weights other than those it was made for.
         untie, dtype: as for `lora.inject`.
+        trainable: whether the loaded factors require grad; False for inference.
 
     Returns:
         The dotted paths of the adapted layers.
 
     Raises:
-        FileNotFoundError: a file is missing.
+        FileNotFoundError: a file or a repository is missing.
+        ConnectionError: the Hub is out of reach and its cache does not have the files.
         ValueError: listing all faults: tensors missing, left over, mis-shaped or not finite,
             another base, an unreadable file, features of PEFT that are not supported.
         RuntimeError: the model is merged or routed.
         The model is as it was after any error.
     """
-    saved = open_folder(Path(folder))
-    tree = survey(model)
+    saved, tree = open_folder(folder), survey(model)
     modules = tree.bases
-    wanted = {p for p, m in modules.items() if saved.config.matches(p) and not why_not_adaptable(m)}
-    faults = [f"{key}: left over" for key in saved.left_over]
-    faults += [f"{path}: no tensors in the file" for path in sorted(wanted - saved.factors.keys())]
-    for path in sorted(saved.factors.keys() - wanted):
-        known = "not a target of the config" if path in modules else "no such layer here"
-        faults.append(f"{path}: {known}")
-    updates: dict[str, LowRankUpdate] = {}
-    for path in [path for path in modules if path in wanted and path in saved.factors]:
-        try:
-            updates[path] = _rebuild(modules[path], path, saved, dtype)
-        except ValueError as error:
-            faults.append(f"{path}: {error}")
+    places = fitting.places(saved.factors, modules)
+    updates, faults = fitting.rebuild(saved, modules, places, dtype)
+    copies, unfit = fitting.restore(saved, modules, updates)
+    faults += [*unfit, *fitting.strangers(saved, modules, allow_base_mismatch)]
     if not faults:
         factors = {path: update.factors() for path, update in updates.items()}
-        bases = {path: modules[path] for path in updates}
+        bases = {path: modules[places[path]] for path in updates}
         faults = probes.faults(saved.metadata, bases, factors, allow_base_mismatch)
     if faults:
-        raise ValueError(f"{folder} does not fit this model: {'; '.join(faults)}.")
-    return attach(tree, adapter, updates, untie=untie)
+        raise ValueError(f"{cut(folder)} does not fit this model: {listed(faults)}.")
+    placed = {**{places[path]: update for path, update in updates.items()}, **copies}
+    if not trainable:
+        for update in placed.values():
+            update.requires_grad_(False)
+    return attach(tree, adapter, placed, untie=untie)
 
 
-def open_folder(folder: Path) -> SavedAdapter:
-    """Read an adapter folder without a model to put it on.
-
-    Raises:
-        FileNotFoundError, ValueError: as `load`.
-    """
-    config = peft_config.read(folder / CONFIG)
-    tensors, metadata = files.read(folder / WEIGHTS)
-    factors: dict[str, dict[str, Tensor]] = {}
-    left_over: list[str] = []
-    for key, tensor in tensors.items():
-        if match := _KEY.fullmatch(key):
-            path = match[1].replace("_orig_mod.", "").removeprefix("module.")
-            if match[2] not in (pair := factors.setdefault(path, {})):
-                pair[match[2]] = tensor
-                continue
-        left_over.append(key)
-    return SavedAdapter(config, factors, tuple(left_over), metadata)
-
-
-def _rebuild(
-    base: nn.Module, path: str, saved: SavedAdapter, dtype: torch.dtype | None
-) -> LowRankUpdate:
-    """The saved update of one layer; ValueError lists what does not fit."""
-    config = saved.config.update_config(path)
-    spans = _spans(saved.metadata, path, base)
-    factors = saved.factors[path]
-    if missing := [f"lora_{name} is missing" for name in "AB" if name not in factors]:
-        raise ValueError(", ".join(missing))
-    return build(base, config, factors["A"], factors["B"], spans=spans, dtype=dtype)
+def _trained_beside(
+    tree: Tree, adapter: str
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """What the adapter trains beside its updates: whole modules, and biases, by path."""
+    copies: dict[str, dict[str, Tensor]] = {}
+    biases: dict[str, Tensor] = {}
+    for path, module in tree.carrying(adapter).items():
+        update = module.updates[adapter]
+        if isinstance(module, ModuleCopy):
+            own = own_tensors(module.base, update)
+            if set(own) == {"bias"} and len(module.base.state_dict()) > 1:
+                biases[path] = _cpu(own["bias"])
+            else:
+                copies[path] = {name: _cpu(tensor) for name, tensor in own.items()}
+        elif (bias := cast(LowRankUpdate, update).bias) is not None:
+            biases[path] = _cpu(bias)
+    return copies, biases
 
 
-def _spans(metadata: Mapping[str, str], path: str, base: nn.Module) -> dict[str, tuple[int, int]]:
-    """The slices that a file says one layer's blocks are for."""
-    out_features = out_in_view(base, base.get_parameter("weight")).shape[0]
-    try:
-        spans: dict[str, tuple[int, int]] = json.loads(metadata.get(SLICES, "{}")).get(path, {})
-        bounds = [0, *(bound for span in sorted(spans.values()) for bound in span), out_features]
-        sound = bounds == sorted(bounds) and all(start < stop for start, stop in spans.values())
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"the slices in its metadata are malformed ({error})") from None
-    if not sound:
-        raise ValueError(f"the slices in its metadata do not fit {out_features} outputs")
-    return spans
+def _base_name(tree: Tree) -> str | None:
+    """What transformers' models and GPT2 note of where their weights are from."""
+    name: object = getattr(tree.root, "name_or_path", None)
+    return name if isinstance(name, str) and name else None
 
 
 def _uniform(
@@ -204,11 +202,40 @@ def _uniform(
     return {p: replace(c, r=r, alpha=r, rslora=False) for p, c in configs.items()}, padded
 
 
-def _key(path: str, factor: str, update: LowRankUpdate) -> str:
-    if isinstance(update, EmbeddingUpdate):
-        return f"base_model.model.{path}.lora_embedding_{factor}"
-    return f"base_model.model.{path}.lora_{factor}.weight"
+def _require_usable(factors: Mapping[str, tuple[Tensor, Tensor]], when: str) -> None:
+    """Raise where what would be written could not be read again."""
+    faults = [
+        f"{name} of {path} {reason}"
+        for path, pair in factors.items()
+        for name, factor in zip("AB", pair, strict=True)
+        if (reason := why_not_usable(factor))
+    ]
+    if faults:
+        raise ValueError(f"Not saved{when}: {listed(faults)}.")
+
+
+def _warn_of_others(tree: Tree) -> None:
+    """Say which trainable parameters no adapter has, and so no file."""
+    ours = {id(p) for module in tree.adapted.values() for p in module.updates.parameters()}
+    others = [
+        name
+        for name, parameter in tree.root.named_parameters()
+        if parameter.requires_grad and id(parameter) not in ours
+    ]
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        warnings.warn(
+            f"Not saved: {cut(', '.join(others[:3]))}{more} require grad, but are in no adapter. "
+            "Name their modules in lora.inject(modules_to_save=...), or save them yourself.",
+            stacklevel=3,
+        )
 
 
 def _on_cpu(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    return a.detach().cpu().contiguous(), b.detach().cpu().contiguous()
+    if a.is_meta:  # refused below, in words
+        return a, b
+    return _cpu(a), _cpu(b)
+
+
+def _cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous()

@@ -1,17 +1,18 @@
-"""Bytes on disk: safetensors in and out, reproducible, and in place all together or not at all."""
+"""Tensors as bytes: safetensors in and out, reproducible, and read as one version."""
 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
+
+from lora.disk import strict_json
+from lora.messages import cut
 
 
 def to_bytes(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -25,22 +26,20 @@ def to_bytes(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> bytes:
 
 
 def read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: {file.parent} is no adapter folder.")
+    """The tensors of a safetensors file, copied, and its metadata.
+
+    The file is opened once and read whole: whoever replaces it meanwhile, header and tensors are
+    of one version, and nothing that is done to the file later changes a tensor.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: it is damaged.
+    """
     try:
-        with cast(Any, safe_open(file, framework="pt")) as f:
-            return {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{file} is no intact safetensors file: {error}.") from None
-
-
-def write(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Write all files beside their places, then rename all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as beside:
-        for name, data in contents.items():
-            with open(Path(beside, name), "wb") as f:
-                f.write(data)
-                os.fsync(f.fileno())
-        for name in contents:
-            os.replace(Path(beside, name), folder / name)
+        data = file.read_bytes()
+        tensors = load(data)
+        header = strict_json.parse(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file} is missing: {file.parent} is no adapter folder.") from None
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{file} is no intact safetensors file: {cut(error)}.") from None
+    return tensors, cast(dict[str, str], header.get("__metadata__") or {})

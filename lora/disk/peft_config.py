@@ -1,40 +1,53 @@
-"""PEFT's `adapter_config.json`: which layers an adapter has, with which rank and alpha.
+"""PEFT's `adapter_config.json` read: which layers an adapter has, with which rank and alpha.
 
 Source of the format and of its matching rules: PEFT, `LoraConfig` and `tuners_utils`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import re
-from collections import Counter
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from lora.config import UpdateConfig
+from lora.disk import strict_json
+from lora.messages import brief, cut, listed
+from lora.patterns import chooser, compile_safely, suffix_pattern
 
 # Fields that say nothing about what the adapter computes. Any other field that is set and is not
 # read below is refused, so that a feature this library lacks is never dropped in silence.
 _HARMLESS = frozenset(
     "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode "
-    "fan_in_fan_out megatron_core qalora_group_size runtime_config layers_pattern loftq_config "
-    "eva_config ensure_weight_tying".split()
+    "fan_in_fan_out megatron_core qalora_group_size runtime_config loftq_config eva_config".split()
 )
 _READ = frozenset(
     "r lora_alpha lora_dropout use_rslora target_modules exclude_modules layers_to_transform "
-    "rank_pattern alpha_pattern bias init_lora_weights".split()
+    "layers_pattern rank_pattern alpha_pattern bias modules_to_save init_lora_weights".split()
 )
-# Ways of drawing A and B that also rewrite the base weights.
-_CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+# Ways of drawing A and B that leave the base and the formula as they are; others do not.
+_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PeftConfig:
-    """The part of the file that this library reads."""
+    """The part of the file that this library reads.
+
+    Args:
+        r, alpha, dropout, rslora: of layers that no pattern names.
+        targets, exclude: a regular expression, or suffixes.
+        layers: numbers of the blocks, of those that suffixes name; empty for all.
+        layers_pattern: names of the lists in which the blocks are numbered; empty for any.
+        rank_pattern, alpha_pattern: other ranks and alphas by regular expressions.
+        bias: which biases were trained: "none", "all", or "lora_only" for those of adapted layers.
+        copies: ends of the paths of modules that were trained as a whole.
+        digest: tells this config from one that computes something else.
+    """
 
     r: int
     alpha: float
@@ -42,27 +55,52 @@ class PeftConfig:
     rslora: bool
     targets: str | tuple[str, ...]
     exclude: str | tuple[str, ...]
-    layers: tuple[int, ...] | None
+    layers: tuple[int, ...]
+    layers_pattern: tuple[str, ...]
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
+    bias: str
+    copies: tuple[str, ...]
+    digest: str = field(compare=False)
 
     def matches(self, path: str) -> bool:
         """Whether PEFT would adapt the layer at this path."""
-        if _names(self.exclude, path) or not _names(self.targets, path):
+        if self._excluded(path) or any(copied(path) for copied in self._copied):
             return False
-        if self.layers is None:
+        if not self._targeted(path):
+            return False
+        if not self.layers or path in self.targets:
             return True
-        index = re.match(r".*?\.[^.]*\.(\d+)\.", f".{path}")
-        return index is not None and int(index[1]) in self.layers
+        return _block(path, self.layers_pattern) in self.layers
 
     def update_config(self, path: str) -> UpdateConfig:
         """Rank, alpha and dropout of the layer at this path."""
         return UpdateConfig(
-            r=_lookup(self.rank_pattern, path, self.r),
-            alpha=_lookup(self.alpha_pattern, path, self.alpha),
+            r=next((r for fits, r in self._ranks if fits(path)), self.r),
+            alpha=next((alpha for fits, alpha in self._alphas if fits(path)), self.alpha),
             dropout=self.dropout,
             rslora=self.rslora,
         )
+
+    @cached_property
+    def _targeted(self) -> Callable[[str], bool]:
+        return chooser(self.targets)
+
+    @cached_property
+    def _excluded(self) -> Callable[[str], bool]:
+        return chooser(self.exclude)
+
+    @cached_property
+    def _copied(self) -> list[Callable[[str], bool]]:
+        return [compile_safely(rf"(^|.*\.)({name})($|\..*)") for name in self.copies]
+
+    @cached_property
+    def _ranks(self) -> list[tuple[Callable[[str], bool], int]]:
+        return [(suffix_pattern(key), r) for key, r in self.rank_pattern.items()]
+
+    @cached_property
+    def _alphas(self) -> list[tuple[Callable[[str], bool], float]]:
+        return [(suffix_pattern(key), alpha) for key, alpha in self.alpha_pattern.items()]
 
 
 def read(file: Path) -> PeftConfig:
@@ -72,18 +110,28 @@ def read(file: Path) -> PeftConfig:
         FileNotFoundError: no such file.
         ValueError: listing all that is malformed in it, or that this library cannot do.
     """
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: {file.parent} is no adapter folder.")
     try:
-        fields: Any = json.loads(file.read_bytes())
+        data = file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"{file} is missing: {file.parent} is no adapter folder.") from None
+    try:
+        return parse(data)
     except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}.") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file} holds a {type(fields).__name__}, not an object.")
-    fields = cast(dict[str, Any], fields)
+        raise ValueError(f"{cut(file)}: {cut(error, 1600).rstrip('.')}.") from None
+
+
+def parse(data: bytes | str) -> PeftConfig:
+    """A config from its text.
+
+    Raises:
+        ValueError: as `read`, without a full stop.
+    """
+    try:
+        fields = strict_json.parse_object(data)
+    except ValueError as error:
+        raise ValueError(f"it is not JSON that can be read: {error}") from None
     if faults := _faults(fields):
-        raise ValueError(f"{file}: " + "; ".join(faults) + ".")
-    layers = fields.get("layers_to_transform")
+        raise ValueError(listed(faults))
     config = PeftConfig(
         r=fields.get("r", 8),
         alpha=fields.get("lora_alpha", 8),
@@ -91,129 +139,112 @@ def read(file: Path) -> PeftConfig:
         rslora=bool(fields.get("use_rslora")),
         targets=_entries(fields["target_modules"]),
         exclude=_entries(fields.get("exclude_modules") or ()),
-        layers=None if layers is None else (layers,) if isinstance(layers, int) else tuple(layers),
+        layers=_several(fields.get("layers_to_transform")),
+        layers_pattern=_several(fields.get("layers_pattern") or None),
         rank_pattern=fields.get("rank_pattern") or {},
         alpha_pattern=fields.get("alpha_pattern") or {},
+        bias=fields.get("bias", "none"),
+        copies=_several(fields.get("modules_to_save")),
+        digest=_digest(fields),
     )
-    try:
-        for path in ("", *config.rank_pattern, *config.alpha_pattern):
-            config.update_config(path)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+    # Each is in range, or this says what is not.
+    UpdateConfig(r=config.r, alpha=config.alpha, dropout=config.dropout)
+    for r in config.rank_pattern.values():
+        UpdateConfig(r=r, alpha=1, dropout=0.0)
+    for alpha in config.alpha_pattern.values():
+        UpdateConfig(r=1, alpha=alpha, dropout=0.0)
     return config
 
 
-def dumps(
-    updates: Mapping[str, UpdateConfig],
-    *,
-    linear_paths: Collection[str],
-    fan_in_fan_out: bool,
-    causal_lm: bool,
-    base_name: str | None,
-) -> str:
-    """The config of an adapter with these updates by path; the same adapter gives the same text."""
-    any_update = next(iter(updates.values()))  # dropout and rsLoRA are one choice an adapter
-    r = _most_common([u.r for u in updates.values()])
-    alpha = _most_common([u.alpha for u in updates.values()])
-    fields = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if causal_lm else None,
-        "base_model_name_or_path": base_name,
-        "r": r,
-        "lora_alpha": alpha,
-        "lora_dropout": any_update.dropout,
-        "target_modules": _shortest_targets(set(updates), linear_paths),
-        "rank_pattern": {_exact(p, updates): u.r for p, u in updates.items() if u.r != r},
-        "alpha_pattern": {
-            _exact(p, updates): u.alpha for p, u in updates.items() if u.alpha != alpha
-        },
-        "fan_in_fan_out": fan_in_fan_out,
-        "use_rslora": any_update.rslora,
-        "bias": "none",
-        "inference_mode": True,
-        "init_lora_weights": True,
-    }
-    return json.dumps(fields, indent=2, sort_keys=True) + "\n"
+def _digest(fields: Mapping[str, Any]) -> str:
+    """Of what the adapter computes: notes beside it and the way it is written may change."""
+    telling = {name: value for name, value in fields.items() if name not in _HARMLESS}
+    return hashlib.sha256(json.dumps(telling, sort_keys=True).encode()).hexdigest()
 
 
 def _faults(fields: dict[str, Any]) -> list[str]:
     faults: list[str] = []
     if fields.get("peft_type") != "LORA":
-        faults.append(f"peft_type is {fields.get('peft_type')!r}, only LORA can be loaded")
-    if fields.get("bias", "none") != "none":
-        faults.append(f"bias is {fields['bias']!r}, only 'none' can be loaded")
-    if str(fields.get("init_lora_weights")).startswith(_CHANGES_BASE):
-        faults.append(f"init_lora_weights {fields['init_lora_weights']!r} changed the base weights")
+        faults.append(f"peft_type is {brief(fields.get('peft_type'))}, only LORA can be loaded")
+    if fields.get("bias", "none") not in ("none", "all", "lora_only"):
+        faults.append(f"bias is {brief(fields['bias'])}, not 'none', 'all' or 'lora_only'")
+    if (init := fields.get("init_lora_weights")) not in _INITS:
+        faults.append(
+            f"init_lora_weights {brief(init)} changed the base weights or the formula, "
+            "so the adapter fits no plain base"
+        )
     if not fields.get("target_modules"):
         faults.append("target_modules is missing or empty")
     for name in ("target_modules", "exclude_modules"):
-        faults += _malformed(name, fields.get(name), "a regular expression or a list of names", str)
-    faults += _malformed("layers_to_transform", fields.get("layers_to_transform"), "integers", int)
+        if not _is_several(fields.get(name), str):
+            wanted = "a regular expression or a list of names"
+            faults.append(f"{name} is {brief(fields[name])}, not {wanted}")
+        elif isinstance(fields.get(name), str):
+            faults += _malformed(name, fields[name], compile_safely)
     for name in ("rank_pattern", "alpha_pattern"):
-        value: Any = fields.get(name) or {}
-        if not isinstance(value, dict) or not all(map(_is_regex, cast(dict[str, Any], value))):
-            faults.append(f"{name} is {value!r}, not an object of regular expressions")
+        pattern: Any = fields.get(name) or {}
+        if not isinstance(pattern, dict):
+            faults.append(f"{name} is {brief(pattern)}, not an object of regular expressions")
+        for key in cast(dict[str, Any], pattern) if isinstance(pattern, dict) else ():
+            faults += _malformed(name, key, suffix_pattern)
+    faults += _faults_of_blocks(fields)
+    if not _is_several(copies := fields.get("modules_to_save"), str) or isinstance(copies, str):
+        faults.append(f"modules_to_save is {brief(copies)}, not a list of names")
+    for name in _several(copies):
+        faults += _malformed("modules_to_save", str(name), compile_safely)
     for name in sorted(fields.keys() - _HARMLESS - _READ):
         if fields[name]:
-            faults.append(f"{name} is {fields[name]!r}, which is not supported")
+            faults.append(f"{cut(name, 60)} is {brief(fields[name])}, which is not supported")
     return faults
 
 
-def _malformed(name: str, value: Any, wanted: str, kind: type) -> list[str]:
-    """A fault unless the value is unset, of this kind, or a list of this kind."""
-    values = cast(list[Any], value) if isinstance(value, list) else [value]
-    fits = all(isinstance(v, kind) for v in values)
-    if value is None or (fits and (not isinstance(value, str) or _is_regex(value))):
-        return []
-    return [f"{name} is {value!r}, not {wanted}"]
+def _faults_of_blocks(fields: Mapping[str, Any]) -> list[str]:
+    """As PEFT has it: numbers of blocks go with suffixes, names of lists go with numbers."""
+    numbers, lists = fields.get("layers_to_transform"), fields.get("layers_pattern")
+    faults: list[str] = []
+    if not _is_several(numbers, int):
+        faults.append(f"layers_to_transform is {brief(numbers)}, not integers")
+    named: list[Any] = list(_several(lists)) if _is_several(lists, str) else [None]
+    if not all(isinstance(name, str) and name.replace(".", "_").isidentifier() for name in named):
+        faults.append(f"layers_pattern is {brief(lists)}, and only plain names are supported")
+    if isinstance(fields.get("target_modules"), str) and (numbers is not None or lists):
+        faults.append("layers_to_transform and layers_pattern take a list of target_modules")
+    if lists and numbers is None:
+        faults.append("layers_pattern takes layers_to_transform")
+    return faults
 
 
-def _is_regex(text: str) -> bool:
+def _malformed(name: str, text: str, compiled: Callable[[str], object]) -> list[str]:
     try:
-        re.compile(text)
-    except re.error:
-        return False
-    return True
+        compiled(text)
+    except ValueError as error:
+        return [f"{name}: {error}"]
+    return []
+
+
+def _is_several(value: Any, kind: type) -> bool:
+    """Whether the value is unset, of this kind, or a list of this kind; a bool is no number."""
+    values = cast(list[Any], value) if isinstance(value, list) else [value]
+    return value is None or all(type(v) is kind for v in values)
+
+
+def _several(value: Any) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    return tuple(cast(list[Any], value)) if isinstance(value, list) else (value,)
 
 
 def _entries(value: Any) -> str | tuple[str, ...]:
     return value if isinstance(value, str) else tuple(value)
 
 
-def _names(entries: str | tuple[str, ...], path: str) -> bool:
-    """PEFT's rule: a string is a regular expression, a list holds suffixes."""
-    if isinstance(entries, str):
-        return re.fullmatch(entries, path) is not None
-    return any(f".{path}".endswith(f".{entry}") for entry in entries)
-
-
-def _lookup(pattern: Mapping[str, T], path: str, default: T) -> T:
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return value
-    return default
-
-
-def _most_common(values: Collection[T]) -> T:
-    return Counter(values).most_common(1)[0][0]
-
-
-def _exact(path: str, paths: Collection[str]) -> str:
-    """A pattern that fits this path and none of the others."""
-    alone = not any(other.endswith(f".{path}") for other in paths)
-    return re.escape(path) if alone else f"^{re.escape(path)}"
-
-
-def _shortest_targets(paths: set[str], linear_paths: Collection[str]) -> list[str] | str:
-    """The last segments of the paths where they fit no other layer, else the paths.
-
-    A path that ends another layer's, as `up` ends `block.up`, takes a regular expression.
-    """
-    targets: set[str] = set()
-    for path in paths:
-        last = path.rpartition(".")[2]
-        alike = {p for p in linear_paths if f".{p}".endswith(f".{last}")}
-        targets.add(last if alike <= paths else path)
-    if any(_names(tuple(targets), path) for path in linear_paths if path not in paths):
-        return "|".join(map(re.escape, sorted(paths)))
-    return sorted(targets)
+def _block(path: str, lists: tuple[str, ...]) -> int | None:
+    """The number of a layer's block: the first below one of these lists, or below any two names."""
+    parts = path.split(".")
+    for name in lists or (None,):
+        for i, part in enumerate(parts[:-1]):
+            above = ".".join(parts[:i])
+            named = i > 1 if name is None else f".{above}".endswith(f".{name}")
+            if part.isdecimal() and named:
+                return int(part)
+    return None

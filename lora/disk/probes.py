@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora.disk import strict_json
 from lora.layout import out_in_view
+from lora.messages import cut, listed
 
 BASE, UPDATES = "lora_base_probes", "lora_update_probes"  # keys in a safetensors file's metadata
 
@@ -18,11 +20,16 @@ BASE, UPDATES = "lora_base_probes", "lora_update_probes"  # keys in a safetensor
 def describe(
     bases: Mapping[str, nn.Module], factors: Mapping[str, tuple[Tensor, Tensor]]
 ) -> dict[str, str]:
-    """What a file says of the base layers and of the A and B in it, both by path."""
-    return {
-        BASE: json.dumps({path: _base_probe(base) for path, base in bases.items()}),
-        UPDATES: json.dumps({path: _update_probe(a, b) for path, (a, b) in factors.items()}),
-    }
+    """What a file says of the base layers and of the A and B in it, both by path.
+
+    It says nothing of a base that holds no values, or none that are finite.
+    """
+    real = {p: base for p, base in bases.items() if not base.get_parameter("weight").is_meta}
+    made_for = {path: _base_probe(base) for path, base in real.items()}
+    made_for = {p: probe for p, probe in made_for.items() if _are_finite(probe["probe"])}
+    saved = {path: _update_probe(a, b) for path, (a, b) in factors.items()}
+    saved = {path: probe for path, probe in saved.items() if _are_finite(probe)}
+    return {BASE: json.dumps(made_for), UPDATES: json.dumps(saved)}
 
 
 def faults(
@@ -33,16 +40,16 @@ def faults(
 ) -> list[str]:
     """What the probes in a file contradict; PEFT's own files have none."""
     try:
-        made_for: dict[str, Any] = json.loads(metadata.get(BASE, "{}"))
-        saved: dict[str, list[float]] = json.loads(metadata.get(UPDATES, "{}"))
+        made_for: dict[str, Any] = strict_json.parse_object(metadata.get(BASE, "{}"))
+        saved: dict[str, list[float]] = strict_json.parse_object(metadata.get(UPDATES, "{}"))
         other = [p for p in bases if p in made_for and not _same_base(made_for[p], bases[p])]
         edited = [p for p in factors if p in saved and not _same_update(saved[p], *factors[p])]
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        return [f"its metadata is malformed ({error!r})"]
+        return [f"its metadata is malformed ({cut(error)})"]
     found = [f"{p}: A and B are not the ones that were saved (transposed? edited?)" for p in edited]
     if other and not allow_base_mismatch:
         found.append(
-            f"it was made for another base, whose weights differ in {', '.join(other)} "
+            f"it was made for another base, whose weights differ in {listed(other, ', ', 160)} "
             "(allow_base_mismatch=True loads it all the same)"
         )
     return found
@@ -70,12 +77,17 @@ def _update_probe(a: Tensor, b: Tensor) -> list[float]:
 
 
 def _norm(tensor: Tensor) -> float:
-    return math.sqrt(float(tensor.detach().double().square().sum()))
+    # On the CPU, since not every device has float64.
+    return math.sqrt(float(tensor.detach().cpu().double().square().sum()))
 
 
 def _floats(vector: Tensor) -> list[float]:
     # Rounded, so that the order in which a machine sums does not show in the file.
     return [float(f"{float(value):.6e}") for value in vector]
+
+
+def _are_finite(values: Iterable[float]) -> bool:
+    return all(map(math.isfinite, values))
 
 
 def _same_base(saved: Mapping[str, Any], base: nn.Module) -> bool:

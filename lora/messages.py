@@ -1,0 +1,35 @@
+"""Errors of bounded length, whatever a file holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def brief(value: object, room: int = 120) -> str:
+    """A value as Python writes it, cut in the middle to `room` characters."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deeply, or an integer of thousands of digits
+        return f"a {type(value).__name__} too large to show"
+    return cut(text, room)
+
+
+def cut(text: object, room: int = 240) -> str:
+    """A text, cut in the middle to `room` characters."""
+    whole = str(text)
+    half = (room - 1) // 2
+    return whole if len(whole) <= room else f"{whole[:half]}…{whole[-half:]}"
+
+
+def listed(parts: Iterable[str], sep: str = "; ", room: int = 1500) -> str:
+    """The parts, each cut, as many as there is room for, and how many more there are."""
+    every = list(parts)
+    shown: list[str] = []
+    for part in map(cut, every):
+        room -= len(part) + len(sep)
+        if room < 0:
+            break
+        shown.append(part)
+    if more := len(every) - len(shown):
+        shown.append(f"and {more} more")
+    return sep.join(shown)

@@ -1,0 +1,107 @@
+"""Adapters from the Hub, against a server on this machine that answers as the Hub does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+import lora
+from lora.disk import checkpoint
+from tests.test_checkpoint import IDX, contents, saved
+from tests.test_hub import hub
+from tests.toys import snapshot, tiny_gpt2
+
+__all__ = ["hub", "saved"]  # fixtures: a running Hub; an adapter's folder and its logits
+ROOT = Path(__file__).parent.parent
+
+
+def refuses(name, error, words) -> None:
+    model = tiny_gpt2()
+    before = snapshot(model)
+    with pytest.raises(error, match=words) as caught:
+        lora.load(model, name)
+    assert caught.value.__suppress_context__ or caught.value.__cause__
+    assert snapshot(model) == before
+
+
+def test_an_adapter_is_downloaded_once_and_then_needs_no_hub(hub, saved):
+    folder, want = saved
+    hub.repos["org/adapter"] = contents(folder) | {"README.md": b"mine", "adapter_model.bin": b"x"}
+    model = tiny_gpt2()
+    lora.load(model, "org/adapter")
+    assert torch.equal(model(IDX), want)
+    fetched = [file for method, file in hub.requests if method == "GET"]
+    assert fetched == [checkpoint.CONFIG, checkpoint.WEIGHTS]
+    hub.stop()
+    again = tiny_gpt2()
+    lora.load(again, "org/adapter", trainable=False)
+    assert torch.equal(again(IDX), want)
+    assert lora.algebra.read("org/adapter").keys() == lora.adapters(model)["default"].keys()
+
+
+def test_a_folder_here_comes_first_and_a_path_never_means_the_hub(
+    hub, saved, tmp_path, monkeypatch
+):
+    folder, want = saved
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org").mkdir()
+    folder.rename(tmp_path / "org" / "adapter")
+    hub.repos["org/adapter"] = {}
+    model = tiny_gpt2()
+    lora.load(model, "org/adapter")
+    assert torch.equal(model(IDX), want)
+    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json is missing"):
+        lora.load(tiny_gpt2(), Path("org/none"))
+    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json is missing"):
+        lora.load(tiny_gpt2(), "./org/none")
+    assert not hub.requests
+
+
+def test_an_unknown_repository(hub):
+    refuses("org/none", FileNotFoundError, r"no folder 'org/none' here, and no repository.*127\.0")
+
+
+@pytest.mark.parametrize("missing", [checkpoint.CONFIG, checkpoint.WEIGHTS])
+def test_a_repository_without_an_adapter(hub, saved, missing):
+    folder, _ = saved
+    kept = {name: data for name, data in contents(folder).items() if name != missing}
+    hub.repos["org/old"] = kept | {"adapter_model.bin": b"pickle"}
+    words = rf"org/old on .* has no {missing}.*adapter_model\.bin: .*save_pretrained"
+    refuses("org/old", FileNotFoundError, words)
+    assert not any(file.endswith(".bin") for _, file in hub.requests)
+    hub.stop()  # the cache remembers which files there are, and which not
+    refuses("org/old", FileNotFoundError, words)
+
+
+@pytest.mark.parametrize("how", ["stopped", "offline"])
+def test_out_of_reach(hub, saved, monkeypatch, how):
+    hub.repos["org/adapter"] = contents(saved[0])
+    if how == "stopped":
+        hub.stop()
+    else:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    words = r"org/adapter: the Hub is out of reach and adapter_config\.json is not in the cache at"
+    refuses("org/adapter", ConnectionError, words)
+
+
+def test_a_download_that_breaks_off(hub, saved, monkeypatch):
+    hub.repos["org/adapter"] = contents(saved[0])
+    hub.cut_after = 10
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    refuses("org/adapter", ConnectionError, r"download of adapter_config\.json broke off")
+
+
+def test_the_hub_is_imported_only_when_it_is_needed(saved):
+    program = f"""
+import sys
+import lora
+from tests.toys import tiny_gpt2
+lora.load(tiny_gpt2(), {str(saved[0])!r})
+assert "huggingface_hub" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
