@@ -182,7 +182,7 @@ def prefill(model: GPT2, prompts: Sequence[Sequence[int]], slots: int) -> tuple[
 
 def step(model: GPT2, tokens: Tensor, cache: KVCache) -> Tensor:
     """Append one token `(B,)` to each row of the cache: logits `(B, V)` of the next."""
-    return model(tokens[:, None], cache)[:, -1]
+    return model(tokens[:, None], cache=cache)[:, -1]
 
 
 def _check(model: GPT2, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

@@ -19,12 +19,11 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gpt2.config import GPT2Config
 from gpt2.hub import CONFIG, WEIGHTS, locate, read_json
-from gpt2.model import GPT2
 
 _HEAD, _TOKENS, _POSITIONS = "lm_head.weight", "transformer.wte.weight", "transformer.wpe.weight"
 # GPT2Config's fields by their names in config.json.
@@ -52,11 +51,11 @@ _ACCEPTED: dict[str, tuple[Any, ...]] = {
 _END_OF_TEXT = 50256  # the id that begins and ends a text
 _HEAD_WIDTH = 64  # in all published sizes
 
-Model = TypeVar("Model", bound=GPT2)
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def load(
-    cls: type[Model],
+    cls: Callable[[GPT2Config], Model],
     name: str | Path,
     *,
     dtype: torch.dtype | None = None,
@@ -95,7 +94,7 @@ def load(
         for field, size in sizes.items()
         if stated.get(field, size) != size
     ]
-    model = _unfilled(cls, _config({**stated, **sizes}, name))
+    model: Any = _unfilled(cls, _config({**stated, **sizes}, name))
     faults += _faults(model.state_dict(), tensors)
     if faults:
         raise ValueError(f"{name} does not hold a GPT-2 as it should: {'; '.join(faults)}.")
@@ -107,7 +106,7 @@ def load(
     return model.eval()
 
 
-def save(model: GPT2, folder: str | Path) -> None:
+def save(model: Any, folder: str | Path) -> None:
     """Write `config.json` and `model.safetensors` for transformers, or for `load`.
 
     The same weights give the same bytes. Both files are written beside their places and then
@@ -121,7 +120,8 @@ def save(model: GPT2, folder: str | Path) -> None:
         RuntimeError: listing the tensors that are not a GPT-2's.
         OSError: the folder cannot be written.
     """
-    tensors = {key: t.detach().cpu().contiguous() for key, t in model.state_dict().items()}
+    state: dict[str, Tensor] = model.state_dict()
+    tensors = {key: t.detach().cpu().contiguous() for key, t in state.items()}
     if faults := _faults(_unfilled(type(model), model.config).state_dict(), tensors):
         raise RuntimeError(
             f"Not saved, since the model is no plain GPT-2: {'; '.join(faults)}. "
@@ -156,7 +156,7 @@ class _WithoutInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _unfilled(cls: type[Model], config: GPT2Config) -> Model:
+def _unfilled(cls: Callable[[GPT2Config], Model], config: GPT2Config) -> Model:
     """A model without memory for its parameters."""
     with torch.device("meta"), _WithoutInit():
         return cls(config)

@@ -9,13 +9,13 @@ import torch
 
 import gpt2.fast.dropout
 import lora.fast.dropout
-from gpt2.fast.dropout import Dropout
+from gpt2.model import Dropout
 
 MASKS = {
     "gpt2 drawn": gpt2.fast.dropout.drawn_mask,
     "gpt2 hashed": gpt2.fast.dropout.hashed_mask,
-    "lora drawn": lora.fast.dropout._drawn_mask,
-    "lora hashed": lora.fast.dropout._hashed_mask,
+    "lora drawn": lora.fast.dropout.drawn_mask,
+    "lora hashed": lora.fast.dropout.hashed_mask,
 }
 
 

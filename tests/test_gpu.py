@@ -49,9 +49,8 @@ def batch(B: int = 4, T: int = 640) -> Batch:  # enough rows for the wide produc
 def trained(model: gpt2.GPT2, steps: int = 3, **how) -> tuple[list[list[float]], torch.Tensor]:
     """Losses and gradient norms of a few steps, and all factors after them."""
     model.train()
-    model.transformer.checkpointing = bool(how.get("checkpointing"))
-    stepper = Stepper(model, gpt2.TrainConfig(steps=steps, **how))
-    figures = [stepper([batch()], 1e-3).tolist() for _ in range(steps)]
+    stepper = Stepper(model, gpt2.TrainConfig(steps=steps, lr=1e-3, **how))
+    figures = [stepper([batch()], step).tolist() for step in range(1, steps + 1)]
     return figures, torch.cat([p.detach().flatten() for p in lora.trainable_parameters(model)])
 
 
@@ -94,9 +93,8 @@ def test_dropout_is_drawn_anew_in_each_step_and_a_seed_fixes_it(how):
     runs = []
     for _ in range(2):
         model = build(CONFIG, torch.float32, 0.5).train()
-        model.transformer.checkpointing = bool(HOW[how].get("checkpointing"))
         stepper = Stepper(model, gpt2.TrainConfig(steps=3, **HOW[how]))
-        runs.append([stepper([batch()], 0.0).tolist() for _ in range(3)])
+        runs.append([stepper([batch()], step, 0.0).tolist() for step in (1, 2, 3)])
     assert len({loss for loss, _ in runs[0]}) == 3
     assert [x for x, _ in runs[1]] == pytest.approx([x for x, _ in runs[0]], rel=1e-6)
 
@@ -120,12 +118,11 @@ def test_checkpointing_holds_little_compiled_or_not():
     peaks = {}
     for how in ("compiled", "checkpointing", "compiled checkpointing"):
         model = build(deep, torch.bfloat16).train()
-        model.transformer.checkpointing = bool(HOW[how].get("checkpointing"))
         stepper = Stepper(model, gpt2.TrainConfig(steps=1, **HOW[how]))
-        stepper([batch(16, 1024)], 1e-3)
+        stepper([batch(16, 1024)], 1)
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        stepper([batch(16, 1024)], 1e-3)
+        stepper([batch(16, 1024)], 2)
         peaks[how] = torch.cuda.max_memory_allocated() - before
     assert peaks["checkpointing"] < peaks["compiled"] / 2
     assert peaks["compiled checkpointing"] < peaks["compiled"] / 2

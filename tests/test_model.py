@@ -125,7 +125,7 @@ def test_the_cache_changes_nothing():
     whole = model(idx)
     for cuts in ([12], [1] * 12, [5, 1, 1, 5]):
         cache = KVCache(model.config, 2, 16, torch.float64, torch.device("cpu"))
-        pieces = [model(piece, cache) for piece in idx.split(cuts, dim=1)]
+        pieces = [model(piece, cache=cache) for piece in idx.split(cuts, dim=1)]
         torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-10, atol=1e-10)
 
 
@@ -135,9 +135,9 @@ def test_rows_of_different_lengths_are_each_as_alone():
     rows = [[3, 1, 4, 1, 5, 9, 2], [6], [5, 3, 5]]
     then = [8, 9, 7]
     cache = KVCache(model.config, 3, 16, torch.float64, torch.device("cpu"))
-    model(torch.tensor([row + [0] * (7 - len(row)) for row in rows]), cache)
+    model(torch.tensor([row + [0] * (7 - len(row)) for row in rows]), cache=cache)
     cache.lengths = torch.tensor([len(row) for row in rows])
-    together = model(torch.tensor(then)[:, None], cache)[:, -1]
+    together = model(torch.tensor(then)[:, None], cache=cache)[:, -1]
     for i, row in enumerate(rows):
         alone = model(torch.tensor([[*row, then[i]]]))[0, -1]
         torch.testing.assert_close(together[i], alone, rtol=1e-10, atol=1e-10)
@@ -196,9 +196,9 @@ def test_bad_idx(idx, message):
 def test_a_full_cache_refuses_more():
     model = tiny()
     cache = KVCache(model.config, 1, 4, torch.float64, torch.device("cpu"))
-    model(torch.zeros(1, 4, dtype=torch.long), cache)
+    model(torch.zeros(1, 4, dtype=torch.long), cache=cache)
     with pytest.raises(ValueError, match="5 tokens do not fit"):
-        model(torch.zeros(1, 1, dtype=torch.long), cache)
+        model(torch.zeros(1, 1, dtype=torch.long), cache=cache)
     with pytest.raises(ValueError, match=r"slots must be in 1\.\.16"):
         KVCache(model.config, 1, 17, torch.float64, torch.device("cpu"))
 

@@ -1,0 +1,135 @@
+"""The head's fast forms: few logits on a GPU, and a loss that never holds all logits.
+
+Each is taken where the head is a plain `nn.Linear` without a bias; elsewhere the head is called.
+
+Shapes: B batch · T time · C n_embd · V vocab · N positions, flattened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable  # pyright: ignore
+from torch.nn import functional as F
+
+from gpt2.fast.compiling import compiled
+from gpt2.fast.products import linear
+from gpt2.fast.untyped import apply, is_transforming
+from gpt2.training.loss import IGNORE, shifted, summed
+
+FEW_ROWS = 64  # rows up to which a GPU makes logits faster as (V, rows), since V is odd
+# Positions whose logits are held at a time: on a CPU, as many as its last cache holds.
+CHUNKS = {"cpu": 128, "cuda": 2048}
+
+
+def logits(head: nn.Module, x: Tensor) -> Tensor:
+    """`head(x)`, from `(…, C)` to `(…, V)`."""
+    if not (isinstance(head, nn.Linear) and _is_plain(head)):
+        return head(x)
+    if x.is_cuda and len(rows := x.flatten(0, -2)) <= FEW_ROWS:
+        return (head.weight @ rows.t()).t().reshape(*x.shape[:-1], -1)
+    return linear(x, head.weight)
+
+
+def summed_loss(head: nn.Module, x: Tensor, labels: Tensor, *, compiling: bool) -> Tensor:
+    """`summed(head(x), labels)`, with the head applied to supervised positions only.
+
+    A frozen head's logits exist for a chunk of positions at a time.
+
+    Args:
+        head: from `(…, C)` to `(…, V)`.
+        x: hidden states `(B, T, C)`.
+        labels: `(B, T)`.
+        compiling: run a chunk through torch.compile, on a GPU.
+    """
+    if is_transforming():  # torch.func sees the formula itself
+        return summed(head(x), labels)
+    hidden, targets = x.flatten(0, 1), shifted(labels)  # (N, C) and (N,)
+    if not hidden.is_cuda:  # a GPU would have to tell the host how many there are
+        supervised = targets != IGNORE
+        hidden, targets = hidden[supervised], targets[supervised]
+    if isinstance(head, nn.Linear) and _is_plain(head) and not head.weight.requires_grad:
+        chunk_loss = compiled(_chunk) if compiling and hidden.is_cuda else _chunk
+        return apply(_FrozenHeadLoss, hidden, head.weight, targets, chunk_loss)
+    found = head(hidden).float()
+    return F.cross_entropy(found, targets, ignore_index=IGNORE, reduction="sum")
+
+
+def _is_plain(head: nn.Linear) -> bool:
+    """Whether calling the head is `x Wᵀ` and nothing else: no subclass, bias or hook."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    own = vars(head)
+    return (
+        type(head) is nn.Linear
+        and own["_parameters"].get("bias") is None
+        and "forward" not in own
+        and not any(own[name] for name in hooks)
+    )
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    """Cross-entropy of `hidden Wᵀ`, summed; the gradient of `hidden` is made in the forward.
+
+    The head's weight needs no gradient, so a chunk of logits can be dropped as soon as it has
+    given its share of the loss and of the gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_loss: Callable[..., Any]
+    ) -> Tensor:
+        n, vocab = len(hidden), weight.shape[0]
+        if weight.is_cuda:  # matrix products are slow on a side that is no multiple of 8
+            weight = F.pad(weight, (0, 0, 0, -vocab % 64))
+        else:
+            hidden = F.pad(hidden, (0, 0, 0, -n % 8))
+            targets = F.pad(targets, (0, -n % 8), value=IGNORE)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        gradients: list[Tensor] = []
+        size = CHUNKS.get(hidden.device.type, max(CHUNKS.values()))
+        for start in range(0, len(hidden), size):
+            part = slice(start, start + size)
+            loss, gradient = chunk_loss(
+                hidden[part], weight, targets[part], vocab, ctx.needs_input_grad[0]
+            )
+            total = total + loss
+            gradients.append(gradient)
+        ctx.save_for_backward(torch.cat(gradients)[:n] if gradients else hidden)
+        return total
+
+    @staticmethod
+    @once_differentiable  # what is saved is a number: its own gradient is not known
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_outputs[0].to(gradient.dtype), None, None, None
+
+
+def _chunk(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab: int, needs_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """Loss and gradient of some positions; rows of `weight` past `vocab` are padding."""
+    found = _times(hidden, weight).float()  # (N, V padded)
+    if len(weight) > vocab:
+        tokens = torch.arange(len(weight), device=hidden.device)
+        found = found.masked_fill(tokens >= vocab, -torch.inf)
+    supervised = targets != IGNORE
+    wanted = targets.where(supervised, 0)[:, None]
+    top = found.amax(-1, keepdim=True)  # subtracted: far from zero, float32 is coarse
+    at_wanted = found.gather(1, wanted) - top
+    scores = found.sub_(top).exp_()
+    total = scores.sum(-1, keepdim=True)  # in pairs; a softmax kernel's running sum is off by 1e-5
+    loss = (total.log() - at_wanted).squeeze(1).where(supervised, 0.0).sum()
+    if not needs_gradient:
+        return loss, hidden
+    probabilities = scores.div_(total).to(weight.dtype)
+    less_one = (at_wanted.exp() / total - 1).to(weight.dtype)  # where the token is the right one
+    gradient = _times(probabilities.scatter_(1, wanted, less_one), weight.t())
+    return loss, gradient.to(hidden.dtype) * supervised[:, None]
+
+
+def _times(x: Tensor, weight: Tensor) -> Tensor:
+    """`x Wᵀ`; MKL splits the transposed product better over a CPU's threads."""
+    return (weight @ x.t()).t() if x.device.type == "cpu" else x @ weight.t()
