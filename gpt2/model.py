@@ -215,10 +215,8 @@ class GPT2(nn.Module):
             ValueError: as `Transformer.forward`; labels that lie not beside the ids.
         """
         if labels is not None and labels.shape != idx.shape:
-            shapes = tuple(labels.shape), tuple(idx.shape)
-            raise ValueError(
-                "labels are {}, the token ids {}: give each its label.".format(*shapes)
-            )
+            shapes = f"labels {tuple(labels.shape)} and token ids {tuple(idx.shape)}"
+            raise ValueError(f"{shapes} differ: give each id its label, or gpt2.IGNORE.")
         x = self.transformer(idx, cache)  # (B, T, C)
         if labels is None:
             return head.logits(self.lm_head, x)

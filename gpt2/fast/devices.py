@@ -65,5 +65,5 @@ class Generator:
 
 
 def _cuda_generator(device: torch.device) -> torch.Generator:
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return cast(Any, torch.cuda).default_generators[index]
+    index: int | None = device.index
+    return cast(Any, torch.cuda).default_generators[index or 0]

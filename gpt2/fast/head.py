@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable  # pyright: ignore
 from torch.nn import functional as F
 
 from gpt2.fast.compiling import compiled
@@ -48,7 +47,8 @@ def summed_loss(head: nn.Module, x: Tensor, labels: Tensor, *, compiling: bool) 
     if is_transforming():  # torch.func sees the formula itself
         return summed(head(x), labels)
     hidden, targets = x.flatten(0, 1), shifted(labels)  # (N, C) and (N,)
-    if not hidden.is_cuda:  # a GPU would have to tell the host how many there are
+    if not (hidden.is_cuda or torch.compiler.is_compiling()):
+        # A GPU would have to tell the host how many there are, a compiler cannot know.
         supervised = targets != IGNORE
         hidden, targets = hidden[supervised], targets[supervised]
     if isinstance(head, nn.Linear) and _is_plain(head) and not head.weight.requires_grad:
@@ -101,8 +101,13 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable  # what is saved is a number: its own gradient is not known
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # What is saved is a number, so a second derivative would be wrong without a word.
+            raise RuntimeError(
+                "The loss of a frozen head can be differentiated once (create_graph=True was "
+                "given). For more take gpt2.next_token_loss(model(idx), labels), or torch.func."
+            )
         (gradient,) = ctx.saved_tensors
         return gradient * grad_outputs[0].to(gradient.dtype), None, None, None
 

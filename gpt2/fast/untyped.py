@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 _torch: Any = torch
@@ -56,3 +56,13 @@ def forget_cublas_scratch() -> None:
 def floats(tensor: Tensor) -> list[float]:
     """The numbers of a `(N,)` tensor; the host waits for the device."""
     return cast(Any, tensor).tolist()
+
+
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules by their path, the model itself as ""."""
+    return dict(cast(Any, model).named_modules())
+
+
+def children(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The modules that a module holds, by name."""
+    return vars(module)["_modules"]

@@ -72,6 +72,8 @@ class Stepper:
                 a part in the loss.
         """
         self._watch.check()
+        if any(p.grad is not None for p in self._trained):  # a caller's, who called backward
+            self.optimizer.zero_grad()
         self._set_learning_rates(scale)
         n_tokens = sum(batch.n_tokens for batch in batches)
         share = torch.full((), 1 / n_tokens, dtype=torch.float32, device=self.device)

@@ -12,6 +12,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from gpt2.fast.untyped import named_modules
+
+KINDS = {"_modules": "module", "_buffers": "buffer", "_parameters": "parameter"}
+
 
 class Watch:
     """A model's trained parameters, the modules that own them and all modules above these.
@@ -32,7 +36,7 @@ class Watch:
         for name in self.parameters:
             parts = name.split(".")[:-1]
             above |= {".".join(parts[: i + 1]) for i in range(len(parts))}
-        self.modules = {path: m for path, m in model.named_modules() if path in above}
+        self.modules = {path: m for path, m in named_modules(model).items() if path in above}
         self.renew()
 
     def renew(self) -> None:
@@ -109,7 +113,7 @@ def _holds(value: Any) -> bool:
 
 def _watched(own: dict[str, Any]) -> list[str]:
     plain = [name for name in own if not name.startswith("_") and name != "training"]
-    return plain + [name for name in ("_modules", "_buffers", "_parameters") if own[name]]
+    return plain + [name for name in KINDS if own[name]]
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -127,10 +131,10 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _described(where: str, name: str, then: Any, now: Any) -> list[str]:
-    if name in ("_modules", "_buffers", "_parameters"):
+    if name in KINDS:
         now = now or {}
         return [
-            f"{where}.{key} is another {name[1:-1].removesuffix('e')}"
+            f"{where}.{key} is another {KINDS[name]}"
             for key in {**then, **now}
             if then.get(key) is not now.get(key)
         ]

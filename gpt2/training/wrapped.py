@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gpt2.fast.untyped import children
 from gpt2.model import GPT2
 from gpt2.training.loss import summed
 
@@ -28,7 +29,7 @@ def inner(model: nn.Module) -> nn.Module:
 def is_compiled(model: nn.Module) -> bool:
     """Whether torch.compile is one of the wrappers."""
     held = _held(model)
-    return held is not None and ("_orig_mod" in model._modules or is_compiled(held))
+    return held is not None and ("_orig_mod" in children(model) or is_compiled(held))
 
 
 def summed_loss(model: nn.Module, idx: Tensor, labels: Tensor) -> Tensor:
@@ -60,7 +61,7 @@ def summed_loss(model: nn.Module, idx: Tensor, labels: Tensor) -> Tensor:
 def _held(model: nn.Module) -> nn.Module | None:
     """What a wrapper holds; None for a module that is none, or hands on no second input."""
     for name in HELD_AS:
-        if isinstance(held := model._modules.get(name), nn.Module):
+        if isinstance(held := children(model).get(name), nn.Module):
             takes_two = name == "_orig_mod" or _takes(model, torch.empty(0), torch.empty(0))
             return held if takes_two else None
     return None

@@ -27,6 +27,8 @@ def drop(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
     Returns:
         The outcome, and booleans that say which elements were kept.
     """
+    if x.numel() == 0:  # for which torch gives back the very tensor, twice
+        return x.clone(), torch.ones_like(x, dtype=torch.bool)
     if x.device.type == "cpu" and _is_exact(p, DRAWN_BITS):
         keep = drawn_mask(x, p)
     elif x.is_cuda and torch.compiler.is_compiling() and _is_exact(p, HASHED_BITS):
