@@ -2,13 +2,12 @@ from copy import deepcopy
 from pathlib import Path
 
 import pytest
-import reference
 import torch
-import transformers
 from torch.nn import functional as F
 
 from gpt2.config import GPT2Config
 from gpt2.model import GPT2, KVCache
+from tests import reference
 
 DEMO = Path(__file__).parent.parent / "gpt2" / "assets" / "demo"
 DRY = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
@@ -30,8 +29,9 @@ def weights_of(model: GPT2) -> dict:
     }
 
 
-def twin(model: GPT2) -> transformers.GPT2LMHeadModel:
+def twin(model: GPT2) -> torch.nn.Module:
     """transformers' model with the same weights; the state dict must fit without renaming."""
+    transformers = pytest.importorskip("transformers")
     c = model.config
     theirs = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
@@ -85,6 +85,7 @@ def test_config_reaches_the_arithmetic(eps):
 
 @torch.no_grad()
 def test_transformers_agrees_on_the_demo_base_in_both_layouts(demo, tmp_path):
+    transformers = pytest.importorskip("transformers")
     theirs = transformers.GPT2LMHeadModel.from_pretrained(DEMO, dtype=torch.float32)
     theirs.save_pretrained(tmp_path)  # with the `transformer.` prefix
     idx = torch.randint(50257, (2, 64), generator=torch.Generator().manual_seed(0))

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from torch import nn
 
 import gpt2
@@ -74,6 +73,7 @@ def assert_alike(model: nn.Module, other: nn.Module) -> None:
 
 def by_hand(model: nn.Module, config: TrainConfig, total: int) -> list[tuple[float, float]]:
     """The textbook loop: mean loss of each whole batch, clip, AdamW, transformers' schedule."""
+    transformers = pytest.importorskip("transformers")
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
@@ -261,6 +261,7 @@ def test_looking_seldom_gives_the_same_records(every):
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 @pytest.mark.parametrize("warmup_ratio", [0.0, 0.1, 0.33, 1.0])
 def test_the_schedule_is_transformers(schedule, warmup_ratio):
+    transformers = pytest.importorskip("transformers")
     total = 25
     config = TrainConfig(lr=3e-3, steps=total, schedule=schedule, warmup_ratio=warmup_ratio)
     optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=3e-3)

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.distributed import fsdp
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import gpt2
@@ -129,6 +131,27 @@ def test_ddp_reduces_the_gradients_of_a_step():
     assert losses(run(ddp)) == pytest.approx(losses(run(plain)))
     assert len(reduced) >= 3
     assert weights(wrapped) == weights(plain)
+
+
+def sharded(model: nn.Module, how: str) -> nn.Module:
+    """A model whose parameters are shared out among processes."""
+    if how == "fully_shard":
+        return fsdp.fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    return fsdp.FullyShardedDataParallel(
+        model, device_id=torch.device("cpu"), use_orig_params=how == "FSDP, parameters kept"
+    )
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.usefixtures("_one_process")
+@pytest.mark.parametrize("how", ["FSDP", "FSDP, parameters kept", "fully_shard"])
+def test_a_sharded_model_trains_as_a_whole_one(how):
+    plain, wrapped = model_of(), sharded(model_of(), how)
+    assert isinstance(inner(wrapped), gpt2.GPT2)
+    options = {"accumulate": 2, "checkpointing": True}
+    want, got = run(plain, **options), run(wrapped, **options)
+    assert losses(got) == pytest.approx(losses(want), rel=1e-5)
+    assert [r.grad_norm for r in got] == pytest.approx([r.grad_norm for r in want], rel=1e-4)
 
 
 def test_training_a_compiled_model_runs_what_was_compiled():

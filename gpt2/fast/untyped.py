@@ -53,6 +53,11 @@ def forget_cublas_scratch() -> None:
     _torch._C._cuda_clearCublasWorkspaces()
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, put together where several devices hold a part of it each."""
+    return cast(Any, tensor).full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def floats(tensor: Tensor) -> list[float]:
     """The numbers of a `(N,)` tensor; the host waits for the device."""
     return cast(Any, tensor).tolist()

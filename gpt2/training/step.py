@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gpt2.data.batches import Batch
 from gpt2.fast import devices
 from gpt2.fast.graphs import GraphedCalls
-from gpt2.fast.untyped import backward
+from gpt2.fast.untyped import backward, whole
 from gpt2.model import GPT2
 from gpt2.training.config import GRAPHED_TOKENS, TrainConfig
 from gpt2.training.groups import Groups, grouped
@@ -114,7 +114,7 @@ class Stepper:
         return loss.detach()
 
     def _update(self, loss: Tensor) -> Tensor:
-        norm = nn.utils.clip_grad_norm_(self._trained, self.config.clip or math.inf)
+        norm = whole(nn.utils.clip_grad_norm_(self._trained, self.config.clip or math.inf))
         figures = torch.stack([loss, norm.to(loss.dtype)])
         self.failed.copy_(torch.maximum(self.failed, (~figures.isfinite().all()).float()))
         if devices.heeds_found_inf(self.device):
