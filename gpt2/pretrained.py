@@ -14,7 +14,7 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
@@ -121,9 +121,8 @@ def save(model: Any, folder: str | Path) -> None:
         OSError: the folder cannot be written.
     """
     state: dict[str, Tensor] = model.state_dict()
-    cls: Callable[[GPT2Config], nn.Module] = type(model)
     tensors = {key: t.detach().cpu().contiguous() for key, t in state.items()}
-    if faults := _faults(_unfilled(cls, model.config).state_dict(), tensors):
+    if faults := _faults(_unfilled(cast(Any, type(model)), model.config).state_dict(), tensors):
         raise RuntimeError(
             f"Not saved, since the model is no plain GPT-2: {'; '.join(faults)}. "
             "Fold in or take off what was added to its layers first."

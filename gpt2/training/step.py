@@ -54,7 +54,8 @@ class Stepper:
         self.failed = torch.zeros((), dtype=torch.float32, device=self.device)
         self.graphs = GraphedCalls() if devices.can_capture(self.device) else None
         self._randomness = RandomState(config.seed, self.device)
-        self._watch = Watch(inner(model), self._trained)
+        self._network = inner(model)
+        self._watch = Watch(self._network, self._trained)
 
     def __call__(self, batches: Sequence[Batch], step: int, scale: float = 1.0) -> Tensor:
         """Take a step; gives its loss and gradient norm, `(2,)`, still on the device.
@@ -161,7 +162,7 @@ class Stepper:
         if not self._flags:
             yield
             return
-        own = vars(inner(self.model).transformer)
+        own = vars(self._network.transformer)
         before = {name: own[name] for name in self._flags}
         try:
             own.update(self._flags)

@@ -16,11 +16,8 @@ from gpt2.fast.untyped import children
 from gpt2.model import GPT2
 from gpt2.training.loss import summed
 
-HELD_AS = ("_orig_mod", "module", "_fsdp_wrapped_module")  # what wrappers call what they wrap
-    "_orig_mod",
-    "module",
-    "_fsdp_wrapped_module",
-)  # the names under which wrappers hold what they wrap
+# The names under which wrappers hold what they wrap.
+HELD_AS = ("_orig_mod", "module", "_fsdp_wrapped_module")
 
 
 def inner(model: nn.Module) -> nn.Module:
