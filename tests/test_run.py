@@ -15,7 +15,7 @@ from torch import nn
 import gpt2
 import lora
 from gpt2 import TrainConfig, batches, learning_rate, total_steps, train
-from gpt2.training.randomness import seed_of
+from gpt2.training.randomness import RandomState, seed_of
 from gpt2.training.schedule import lr_scale
 from gpt2.training.step import Stepper
 from tests.test_train import DATA, model_of, run, weights
@@ -58,23 +58,24 @@ def test_a_run_that_starts_at_a_step_gives_the_bits_of_one_that_never_stopped(ac
 
 def test_a_micro_batch_sees_the_dropout_that_it_would_see_in_a_process_of_its_own():
     config = TrainConfig(lr=1e-2, steps=1, accumulate=2)
-    ((one, two),) = micro_batches(config)
-    share = torch.tensor(1 / (one.n_tokens + two.n_tokens))
+    (both,) = micro_batches(config)
+    loss, norm = Stepper(model_of(dropout=True).train(), config)(both, 1).tolist()
+    share = 1 / sum(batch.n_tokens for batch in both)
 
-    def gradients(*numbered: tuple[int, gpt2.Batch]) -> list[torch.Tensor]:
-        model = model_of(dropout=True).train()
-        stepper = Stepper(model, config)
-        for number, batch in numbered:
-            torch.rand(number + 3)  # each process has a history of its own
-            stepper.add_gradient(batch, 1, number, share)
-        return [p.grad for p in model.parameters()]
+    def alone(batch: gpt2.Batch, number: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        model, randomness = model_of(dropout=True).train(), RandomState(42, torch.device("cpu"))
+        torch.rand(number + 3)  # each process has a history of its own
+        with randomness:
+            randomness.begin(1, number)
+            part = model(batch.idx, batch.labels) * share
+            return part.detach(), list(torch.autograd.grad(part, list(model.parameters())))
 
-    together = gradients((0, one), (1, two))
-    first, second = gradients((0, one)), gradients((1, two))
-    for whole, a, b in zip(together, first, second, strict=True):
-        torch.testing.assert_close(whole, a + b, rtol=1e-6, atol=1e-8)
-    same = gradients((0, two))
-    assert not torch.allclose(same[0], second[0])  # the number matters, that is
+    (one, first), (two, second) = alone(both[0], 0), alone(both[1], 1)
+    assert float(one + two) == pytest.approx(loss, rel=1e-6)
+    whole = torch.cat([(a + b).flatten() for a, b in zip(first, second, strict=True)])
+    assert float(whole.norm()) == pytest.approx(norm, rel=1e-5)
+    other, _ = alone(both[1], 0)
+    assert float(other) != pytest.approx(float(two), rel=1e-3)  # the number matters, that is
 
 
 def test_the_seeds_of_micro_batches_differ():
@@ -130,6 +131,15 @@ def test_the_schedule_scales_each_groups_rate():
     stepper(micro_batches(config)[0], 1, 0.5)
     assert [g["lr"] for g in stepper.optimizer.param_groups] == pytest.approx([5e-4, 5e-3])
     assert stepper.peaks == [1e-3, 1e-2]
+
+
+def test_parameters_of_a_group_may_be_given_by_a_generator():
+    one, other = model_of(adapter=True), model_of(adapter=True)
+    config = TrainConfig(lr=1e-3, steps=2)
+    groups = [{"params": (p for p in lora.trainable_parameters(one))}]
+    list(train(one, DATA, config, groups=groups))
+    list(train(other, DATA, config))
+    assert weights(one) == weights(other)
 
 
 def groups_of(model: nn.Module) -> dict[str, list]:

@@ -31,7 +31,7 @@ def grouped(
     usual = {name: getattr(config, name) for name in OPTIONS[1:]}
     if groups is None:
         return [{**usual, "params": list(parameters.values())}]
-    full = [{**usual, **group, "params": _listed(group)} for group in groups]
+    full = [{**usual, **group} for group in listed(groups)]
     faults = [fault for i, group in enumerate(full) for fault in _faults(i, group)]
     names = {id(p): name for name, p in parameters.items()}
     given = [id(p) for group in full for p in group["params"]]
@@ -49,9 +49,13 @@ def grouped(
     return full
 
 
-def _listed(group: Mapping[str, Any]) -> list[Any]:
-    params = group.get("params", ())
-    return [params] if isinstance(params, nn.Parameter) else list(params)
+def listed(groups: Groups) -> list[dict[str, Any]]:
+    """The groups with their parameters as lists, which can be read more than once."""
+    single = nn.Parameter
+    return [
+        {**g, "params": [p] if isinstance(p := g.get("params", ()), single) else list(p)}
+        for g in groups
+    ]
 
 
 def _faults(i: int, group: Mapping[str, Any]) -> list[str]:

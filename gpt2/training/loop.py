@@ -22,7 +22,7 @@ from gpt2.fast.compiling import bucket
 from gpt2.fast.untyped import floats
 from gpt2.model import GPT2
 from gpt2.training.config import TrainConfig
-from gpt2.training.groups import Groups
+from gpt2.training.groups import Groups, listed
 from gpt2.training.schedule import lr_scale, steps_an_epoch, total_steps
 from gpt2.training.step import Stepper, check
 from gpt2.training.wrapped import inner, is_compiled
@@ -117,6 +117,7 @@ def train(
                 f"An example has {longest} tokens and the model's context takes {limit}: "
                 f"encode the data with max_length={limit}."
             )
+    groups = None if groups is None else listed(groups)
     check(model, config, groups)
     return Training(_train(model, data, config, groups, total))
 

@@ -81,22 +81,14 @@ class Stepper:
         with self._randomness, self._flagged():
             if self.graphs is not None and self._is_graphed(batches):
                 return self._replayed(self.graphs, batches[0], step, share)
-            losses = [self.add_gradient(b, step, i, share) for i, b in enumerate(batches)]
+            losses: list[Tensor] = []
+            for i, batch in enumerate(batches):
+                batch = batch.to(self.device)
+                self._randomness.begin(step, i)
+                losses.append(self._backward(share, batch.idx, batch.labels))
             figures = self._update(torch.stack(losses).sum())
         self._watch.renew_after_step()
         return figures
-
-    def add_gradient(self, batch: Batch, step: int, micro_batch: int, share: Tensor) -> Tensor:
-        """Add the gradient of one micro-batch; gives its part in the step's loss.
-
-        Args:
-            batch: the micro-batch.
-            step, micro_batch: their numbers, which fix the dropout.
-            share: one over the tokens of the whole step, a float32 scalar on the device.
-        """
-        batch = batch.to(self.device)
-        self._randomness.begin(step, micro_batch)
-        return self._backward(share, batch.idx, batch.labels)
 
     def forget_graphs(self) -> None:
         """Drop what was captured, and its memory: the next step captures anew."""
