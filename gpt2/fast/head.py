@@ -8,7 +8,7 @@ Shapes: B batch · T time · C n_embd · V vocab · N positions, flattened.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +19,22 @@ from gpt2.fast.products import linear
 from gpt2.fast.untyped import apply, is_transforming
 from gpt2.training.loss import IGNORE, shifted, summed
 
-FEW_ROWS = 64  # rows up to which a GPU makes logits faster as (V, rows), since V is odd
+# Rows between which a GPU makes logits three times as fast as (V, rows), since V is odd. A batch's
+# last bits then differ from the head's own; those of one row, on any device, do not.
+FEW_ROWS = range(3, 65)
 # Positions whose logits are held at a time: on a CPU, as many as its last cache holds.
 CHUNKS = {"cpu": 128, "cuda": 2048}
 
 
 def logits(head: nn.Module, x: Tensor) -> Tensor:
-    """`head(x)`, from `(…, C)` to `(…, V)`."""
-    if not (isinstance(head, nn.Linear) and _is_plain(head)):
+    """`head(x)`, from `(…, C)` to `(…, V)`; one row, and any on a CPU, to the bit."""
+    rows = x.numel() // x.shape[-1]
+    if (x.is_cuda and rows not in FEW_ROWS) or (not x.is_cuda and rows > 1) or not _is_plain(head):
         return head(x)
-    if x.is_cuda and len(rows := x.flatten(0, -2)) <= FEW_ROWS:
-        return (head.weight @ rows.t()).t().reshape(*x.shape[:-1], -1)
-    return linear(x, head.weight)
+    weight = cast(Tensor, head.weight)  # under FSDP no parameter
+    if x.is_cuda:
+        return (weight @ x.flatten(0, -2).t()).t().reshape(*x.shape[:-1], -1)
+    return linear(x, weight)
 
 
 def summed_loss(head: nn.Module, x: Tensor, labels: Tensor, *, compiling: bool) -> Tensor:
@@ -51,14 +55,15 @@ def summed_loss(head: nn.Module, x: Tensor, labels: Tensor, *, compiling: bool) 
         # A GPU would have to tell the host how many there are, a compiler cannot know.
         supervised = targets != IGNORE
         hidden, targets = hidden[supervised], targets[supervised]
-    if isinstance(head, nn.Linear) and _is_plain(head) and not head.weight.requires_grad:
+    weight = cast(Tensor, head.weight) if _is_plain(head) else None
+    if weight is not None and not weight.requires_grad:
         chunk_loss = compiled(_chunk) if compiling and hidden.is_cuda else _chunk
-        return apply(_FrozenHeadLoss, hidden, head.weight, targets, chunk_loss)
-    found = head(hidden).float()
-    return F.cross_entropy(found, targets, ignore_index=IGNORE, reduction="sum")
+        return apply(_FrozenHeadLoss, hidden, weight, targets, chunk_loss)
+    found = head(hidden) if weight is None else linear(hidden, weight)
+    return F.cross_entropy(found.float(), targets, ignore_index=IGNORE, reduction="sum")
 
 
-def _is_plain(head: nn.Linear) -> bool:
+def _is_plain(head: nn.Module) -> bool:
     """Whether calling the head is `x Wᵀ` and nothing else: no subclass, bias or hook."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     own = vars(head)
