@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from gpt2 import TrainConfig
 from gpt2.fast import devices
 from gpt2.training.randomness import RandomState
 from gpt2.training.step import Stepper
@@ -23,6 +26,12 @@ CPU = torch.device("cpu")
         (devices.can_capture, {"cuda"}),
         (devices.has_fused_adamw, {"cpu", "cuda", "mps"}),
         (devices.heeds_found_inf, {"cpu", "cuda"}),
+        (devices.tells_counts, {"cpu"}),
+        (devices.draws_one_by_one, {"cpu"}),
+        (devices.slices_products, {"cpu"}),
+        (devices.wants_aligned, {"cuda"}),
+        (devices.fuses_loss, {"cuda"}),
+        (lambda device: devices.positions_at_a_time(device) < 2048, {"cpu"}),
     ],
 )
 def test_each_choice_is_the_kinds_alone(choice, kinds):
@@ -57,8 +66,6 @@ def test_a_device_without_known_generators_is_left_alone():
 
 def test_where_the_flag_is_not_heeded_the_host_looks(monkeypatch):
     """As on an Apple GPU, where torch's fused AdamW steps whatever the flag says."""
-    from gpt2 import TrainConfig
-
     monkeypatch.setattr(devices, "heeds_found_inf", lambda _: False)
     config = TrainConfig(lr=1e-2, steps=3)
     model, left = model_of().train(), model_of().train()
@@ -96,3 +103,9 @@ def test_copies_are_of_pinned_memory_and_to_a_gpu_only(monkeypatch):
     for kind in KINDS:
         devices.copied(Held(), torch.device(kind))
     assert asked == [("cpu", False), ("pinned",), ("cuda", True), ("mps", False), ("xpu", False)]
+
+
+def test_no_other_file_of_the_fast_wing_asks_for_the_kind_of_a_device():
+    for file in Path(devices.__file__).parent.glob("*.py"):
+        if file.name not in ("devices.py", "dropout.py"):
+            assert not re.search(r"device\.type|is_cuda", file.read_text()), file

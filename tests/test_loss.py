@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpt2
+import gpt2.fast.devices
 import gpt2.fast.head
 import lora
 from gpt2 import IGNORE, next_token_loss, summed_loss
@@ -122,7 +123,7 @@ def test_shapes_that_differ_are_refused():
 @pytest.mark.parametrize("chunk", [1, 3, 4096])
 @pytest.mark.parametrize("build", [frozen_head, tiny_gpt2], ids=["frozen head", "trained head"])
 def test_summed_loss_and_gradients_are_those_of_all_logits(build, chunk, monkeypatch):
-    monkeypatch.setitem(gpt2.fast.head.CHUNKS, "cpu", chunk)
+    monkeypatch.setattr(gpt2.fast.devices, "positions_at_a_time", lambda _: chunk)
     model = build()
     idx, labels = some(3, 8)
     count = (labels[:, 1:] != IGNORE).sum()
@@ -183,7 +184,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_logits_of_the_whole_batch_are_never_held(monkeypatch):
-    monkeypatch.setitem(gpt2.fast.head.CHUNKS, "cpu", 4)
+    monkeypatch.setattr(gpt2.fast.devices, "positions_at_a_time", lambda _: 4)
     config = gpt2.GPT2Config(n_layer=1, n_head=2, n_embd=8, block_size=32, vocab_size=5000)
     model = gpt2.GPT2(config).eval()
     model.transformer.wte.requires_grad_(False)
@@ -199,7 +200,7 @@ def test_logits_of_the_whole_batch_are_never_held(monkeypatch):
 
 def test_logits_are_not_kept_for_the_backward_pass(monkeypatch):
     """Chunks that are each small, but all kept, would add up."""
-    monkeypatch.setitem(gpt2.fast.head.CHUNKS, "cpu", 4)
+    monkeypatch.setattr(gpt2.fast.devices, "positions_at_a_time", lambda _: 4)
     config = gpt2.GPT2Config(n_layer=1, n_head=2, n_embd=8, block_size=32, vocab_size=5000)
     model = gpt2.GPT2(config).eval()
     model.transformer.wte.requires_grad_(False)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gpt2.fast.devices import draws_one_by_one
 from gpt2.fast.dropout import drop
 
 
@@ -24,7 +25,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, p: float) ->
     Returns:
         `(B, H, T, D)`.
     """
-    if p and visible is None and q.device.type == "cpu":
+    if p and visible is None and draws_one_by_one(q.device):
         return _attend_on_cpu(q, k, v, p)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=visible, dropout_p=p, is_causal=visible is None

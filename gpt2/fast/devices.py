@@ -1,6 +1,7 @@
 """What each kind of device can do: every choice that depends on it, each a function of the device.
 
-"cpu", "cuda" and "mps" are known; on any other only what every device can do is asked of it.
+"cpu", "cuda" and "mps" are known; on any other only what every device can do is asked of it. The
+one choice elsewhere is that of `gpt2.fast.dropout`, whose text `lora` has too.
 """
 
 from __future__ import annotations
@@ -28,6 +29,36 @@ def heeds_found_inf(device: torch.device) -> bool:
     Elsewhere the host must look before each step. Source: pytorch#186360, on "mps".
     """
     return device.type in ("cpu", "cuda")
+
+
+def tells_counts(device: torch.device) -> bool:
+    """Whether the host knows at once how many elements a mask selects, and need not wait for it."""
+    return device.type == "cpu"
+
+
+def draws_one_by_one(device: torch.device) -> bool:
+    """Whether random numbers cost more than the attention that they drop weights of."""
+    return device.type == "cpu"
+
+
+def slices_products(device: torch.device) -> bool:
+    """Whether the matrix library, MKL, is slow to split a product with few rows over threads."""
+    return device.type == "cpu"
+
+
+def wants_aligned(device: torch.device) -> bool:
+    """Whether matrix products are slow where a side in memory is no multiple of 8."""
+    return device.type == "cuda"
+
+
+def fuses_loss(device: torch.device) -> bool:
+    """Whether torch.compile makes the loss of a chunk of logits faster."""
+    return device.type == "cuda"
+
+
+def positions_at_a_time(device: torch.device) -> int:
+    """Of how many positions logits are held: on a CPU, as many as its last cache holds."""
+    return 128 if device.type == "cpu" else 2048
 
 
 def copied(tensor: Tensor, device: torch.device) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gpt2.fast import devices
 from gpt2.fast.compiling import compiled
 from gpt2.fast.products import linear
 from gpt2.fast.untyped import apply, is_transforming
@@ -22,17 +23,15 @@ from gpt2.training.loss import IGNORE, shifted, summed
 # Rows between which a GPU makes logits three times as fast as (V, rows), since V is odd. A batch's
 # last bits then differ from the head's own; those of one row, on any device, do not.
 FEW_ROWS = range(3, 65)
-# Positions whose logits are held at a time: on a CPU, as many as its last cache holds.
-CHUNKS = {"cpu": 128, "cuda": 2048}
 
 
 def logits(head: nn.Module, x: Tensor) -> Tensor:
     """`head(x)`, from `(…, C)` to `(…, V)`; one row, and any on a CPU, to the bit."""
-    rows = x.numel() // x.shape[-1]
-    if (x.is_cuda and rows not in FEW_ROWS) or (not x.is_cuda and rows > 1) or not _is_plain(head):
+    rows, aligned = x.numel() // x.shape[-1], devices.wants_aligned(x.device)
+    if not (rows in FEW_ROWS if aligned else rows == 1) or not _is_plain(head):
         return head(x)
     weight = cast(Tensor, head.weight)  # under FSDP no parameter
-    if x.is_cuda:
+    if aligned:
         return (weight @ x.flatten(0, -2).t()).t().reshape(*x.shape[:-1], -1)
     return linear(x, weight)
 
@@ -51,13 +50,12 @@ def summed_loss(head: nn.Module, x: Tensor, labels: Tensor, *, compiling: bool) 
     if is_transforming():  # torch.func sees the formula itself
         return summed(head(x), labels)
     hidden, targets = x.flatten(0, 1), shifted(labels)  # (N, C) and (N,)
-    if not (hidden.is_cuda or torch.compiler.is_compiling()):
-        # A GPU would have to tell the host how many there are, a compiler cannot know.
+    if devices.tells_counts(x.device) and not torch.compiler.is_compiling():
         supervised = targets != IGNORE
         hidden, targets = hidden[supervised], targets[supervised]
     weight = cast(Tensor, head.weight) if _is_plain(head) else None
     if weight is not None and not weight.requires_grad:
-        chunk_loss = compiled(_chunk) if compiling and hidden.is_cuda else _chunk
+        chunk_loss = compiled(_chunk) if compiling and devices.fuses_loss(x.device) else _chunk
         return apply(_FrozenHeadLoss, hidden, weight, targets, chunk_loss)
     found = head(hidden) if weight is None else linear(hidden, weight)
     return F.cross_entropy(found.float(), targets, ignore_index=IGNORE, reduction="sum")
@@ -87,14 +85,14 @@ class _FrozenHeadLoss(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_loss: Callable[..., Any]
     ) -> Tensor:
         n, vocab = len(hidden), weight.shape[0]
-        if weight.is_cuda:  # matrix products are slow on a side that is no multiple of 8
+        if devices.wants_aligned(weight.device):
             weight = F.pad(weight, (0, 0, 0, -vocab % 64))
         else:
             hidden = F.pad(hidden, (0, 0, 0, -n % 8))
             targets = F.pad(targets, (0, -n % 8), value=IGNORE)
         total = hidden.new_zeros((), dtype=torch.float32)
         gradients: list[Tensor] = []
-        size = CHUNKS.get(hidden.device.type, max(CHUNKS.values()))
+        size = devices.positions_at_a_time(hidden.device)
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
             loss, gradient = chunk_loss(
@@ -142,4 +140,4 @@ def _chunk(
 
 def _times(x: Tensor, weight: Tensor) -> Tensor:
     """`x Wᵀ`; MKL splits the transposed product better over a CPU's threads."""
-    return (weight @ x.t()).t() if x.device.type == "cpu" else x @ weight.t()
+    return (weight @ x.t()).t() if devices.slices_products(x.device) else x @ weight.t()
