@@ -465,6 +465,7 @@ def test_a_stop_at_any_line_leaves_a_whole_step():
         finally:
             sys.settrace(before)
             torch.set_grad_enabled(True)  # torch's optimiser may not have come to it
+            steps.close()  # it may not have begun
         return weights(model), stopped
 
     whole = [weights(base), *(trained(None, replace(config, steps=n))[0] for n in (1, 2))]
