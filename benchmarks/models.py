@@ -12,7 +12,6 @@ from torch import Tensor
 import gpt2
 import lora
 from gpt2.data.batches import Batch
-from gpt2.fast.graphs import GraphedCalls
 from gpt2.training.config import TrainConfig
 from gpt2.training.step import Stepper
 
@@ -99,16 +98,16 @@ class OurStep:
 
     def __init__(self, model: gpt2.GPT2, data: Batch, **config: Any) -> None:
         self.model, self.data = model.train(), data
-        self.model.transformer.checkpointing = bool(config.get("checkpointing"))
-        self.stepper = Stepper(model, TrainConfig(steps=1, **config))
+        self.stepper = Stepper(model, TrainConfig(steps=1, lr=1e-4, **config))
+        self.steps = 0
 
     def __call__(self) -> Tensor:
-        return self.stepper([self.data], 1e-4)
+        self.steps += 1
+        return self.stepper([self.data], self.steps)
 
     def forget(self) -> None:
         """Drop the CUDA graph: the next call captures one, and shows what memory a step takes."""
-        if self.stepper.graphs is not None:
-            self.stepper.graphs = GraphedCalls()
+        self.stepper.forget_graphs()
 
 
 class PeftStep:

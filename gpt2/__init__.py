@@ -10,9 +10,10 @@ from gpt2.model import GPT2, Conv1D
 from gpt2.sampling import GenerateConfig
 from gpt2.tokenizer import Tokenizer
 from gpt2.training.config import TrainConfig
-from gpt2.training.loop import StepRecord, train
-from gpt2.training.loss import IGNORE, next_token_loss, summed_loss
+from gpt2.training.loop import StepRecord, Training, train
+from gpt2.training.loss import IGNORE, next_token_loss
 from gpt2.training.schedule import learning_rate, total_steps
+from gpt2.training.wrapped import summed_loss
 
 __all__ = [
     "GPT2",
@@ -28,6 +29,7 @@ __all__ = [
     "StepRecord",
     "Tokenizer",
     "TrainConfig",
+    "Training",
     "batches",
     "encode",
     "from_texts",

@@ -1,7 +1,8 @@
 """GPT-2, with the module names and tensor layouts of the published checkpoint.
 
 Read from the bottom up for the whole (`GPT2`), from the top down for the parts. Nothing here knows
-of LoRA: an adapter replaces a layer such as `transformer.h.0.attn.c_attn` from outside.
+of LoRA: an adapter replaces a layer such as `transformer.h.0.attn.c_attn` from outside. What
+comes from `gpt2.fast` computes what its name says (`linear`, `attend`, `drop`), only faster.
 
 Shapes: B batch · T time · C n_embd · H heads · D head size · V vocab.
 """
@@ -9,21 +10,20 @@ Shapes: B batch · T time · C n_embd · H heads · D head size · V vocab.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self, cast
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 from gpt2 import pretrained
 from gpt2.cache import KVCache, LayerCache, Place
 from gpt2.config import GPT2Config
-from gpt2.fast.compiling import compiled
-from gpt2.fast.dropout import Dropout, dropout
+from gpt2.fast import head
+from gpt2.fast.attention import attend
+from gpt2.fast.compiling import through
+from gpt2.fast.dropout import drop
 from gpt2.fast.products import linear
-
-FEW = 64  # rows up to which a GPU makes logits faster as (V, rows), since V is odd
 
 
 class Conv1D(nn.Module):
@@ -44,12 +44,20 @@ class Conv1D(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `(…, in)` to `(…, out)`."""
+        """Map `(…, in)` to `(…, out)`: `x W + b`."""
         return linear(x, self.weight.t(), self.bias)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
         return "in_features={}, out_features={}".format(*self.weight.shape)
+
+
+class Dropout(nn.Dropout):
+    """Zeros at random in training mode, and the rest scaled up so that the mean stays."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map `(…)` to `(…)`."""
+        return drop(input, self.p)[0] if self.training and self.p else input
 
 
 class CausalSelfAttention(nn.Module):
@@ -71,28 +79,14 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
-        pdrop = self.attn_pdrop if self.training else 0.0
-        visible = None
+        visible, pdrop = None, self.attn_pdrop if self.training else 0.0
         if cache is not None and place is not None:
             every_k, every_v = cache.write(qkv[:, :, 1:], place)
             if (visible := place.visible) is not None:
                 k, v = every_k, every_v
-        if pdrop and visible is None and q.device.type == "cpu":
-            y = _attention_with_dropout(q, k, v, pdrop)
-        else:
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=visible, dropout_p=pdrop, is_causal=visible is None
-            )
+        y = attend(q, k, v, visible, pdrop)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.resid_dropout(self.c_proj(y))
-
-
-def _attention_with_dropout(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
-    """What torch does too on a CPU, where it has no fused form for dropout, but for its draws."""
-    T = q.shape[-2]
-    later = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-    scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, T, T)
-    return dropout(scores.masked_fill(later, -torch.inf).softmax(-1), p) @ v
 
 
 class MLP(nn.Module):
@@ -139,29 +133,24 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.checkpointing = False  # keep only the blocks' inputs for backward, recompute the rest
+        self.compiling = False  # run the blocks, unless there is a cache, through torch.compile
 
-    def forward(
-        self, idx: Tensor, cache: KVCache | None = None, *, compile: bool = False
-    ) -> Tensor:
+    def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """Hidden states `(B, T, C)` of the token ids `idx` `(B, T)`, after the last LayerNorm.
 
         With a cache, `idx` continues each row after the `cache.lengths` tokens that it holds.
-        Without one, `compile` runs each block through torch.compile, which compiles one for all.
 
         Raises:
             ValueError: `idx` is not a (B, T) tensor of integers, or does not fit the context.
         """
-        embed, through = (compiled(_embed), compiled(_through)) if compile else (_embed, _through)
         positions = self._positions(idx, cache)
-        x = embed(self, idx, positions)
         if cache is None:
+            how = {"compiling": self.compiling, "checkpointing": self.checkpointing}
+            x = through(_embed, self, idx, positions, compiling=self.compiling)
             for block in self.h:
-                if self.checkpointing:  # around what is compiled, which would keep too much
-                    x = cast(Tensor, checkpoint(through, block, x, use_reentrant=False))
-                else:
-                    x = through(block, x)
+                x = through(block, x, **how)
         else:
-            place = cache.advance(positions)
+            x, place = _embed(self, idx, positions), cache.advance(positions)
             for block, layer in zip(self.h, cache.layers, strict=True):
                 x = block(x, layer, place)
         return self.ln_f(x)
@@ -185,24 +174,6 @@ def _embed(transformer: Transformer, idx: Tensor, positions: Tensor) -> Tensor:
     return transformer.drop(transformer.wte(idx) + transformer.wpe(positions))
 
 
-def _through(block: nn.Module, x: Tensor) -> Tensor:
-    return block(x)
-
-
-class LMHead(nn.Linear):
-    """The map from hidden states to logits, without a bias."""
-
-    def __init__(self, config: GPT2Config) -> None:
-        super().__init__(config.n_embd, config.vocab_size, bias=False)  # pyright: ignore
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Map `(…, C)` to `(…, V)`."""
-        rows = input.flatten(0, -2)
-        if input.is_cuda and len(rows) <= FEW:
-            return (self.weight @ rows.t()).t().reshape(*input.shape[:-1], -1)
-        return linear(input, self.weight)
-
-
 class GPT2(nn.Module):
     """GPT-2 with its language-model head, whose weight is the token embedding's own.
 
@@ -216,7 +187,7 @@ class GPT2(nn.Module):
         self.config = config
         self.name_or_path: str | None = None  # where the weights came from, as in transformers
         self.transformer = Transformer(config)
-        self.lm_head = LMHead(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
         for name, p in self.named_parameters():
             if p.dim() == 2:
@@ -225,13 +196,31 @@ class GPT2(nn.Module):
             elif not name.endswith("weight"):  # LayerNorm weights are born as ones
                 nn.init.zeros_(p)
 
-    def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Logits `(B, T, V)` of the next token after each of `idx` `(B, T)`.
+    def forward(
+        self, idx: Tensor, labels: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Logits `(B, T, V)` of the next token after each of `idx` `(B, T)`; with labels the loss.
+
+        Args:
+            idx: token ids.
+            labels: `(B, T)`, beside the ids: the token at that position, or `gpt2.IGNORE` where it
+                is not to be learnt. The shift by one happens here.
+            cache: what came before; see `Transformer.forward`.
+
+        Returns:
+            Logits; or, given labels, the cross-entropy summed over the supervised tokens, a
+            float32 scalar. A sum over parts of a batch is the batch's sum, a mean would not be.
 
         Raises:
-            ValueError: as `Transformer.forward`.
+            ValueError: as `Transformer.forward`; labels that lie not beside the ids.
         """
-        return self.lm_head(self.transformer(idx, cache))
+        if labels is not None and labels.shape != idx.shape:
+            shapes = f"labels {tuple(labels.shape)} and token ids {tuple(idx.shape)}"
+            raise ValueError(f"{shapes} differ: give each id its label, or gpt2.IGNORE.")
+        x = self.transformer(idx, cache)  # (B, T, C)
+        if labels is None:
+            return head.logits(self.lm_head, x)
+        return head.summed_loss(self.lm_head, x, labels, compiling=self.transformer.compiling)
 
     @classmethod
     def from_pretrained(

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 import gpt2.fast.dropout
 import lora.fast.dropout
-from gpt2.fast.dropout import Dropout
+from gpt2.model import Dropout
 
 MASKS = {
     "gpt2 drawn": gpt2.fast.dropout.drawn_mask,
     "gpt2 hashed": gpt2.fast.dropout.hashed_mask,
-    "lora drawn": lora.fast.dropout._drawn_mask,
-    "lora hashed": lora.fast.dropout._hashed_mask,
+    "lora drawn": lora.fast.dropout.drawn_mask,
+    "lora hashed": lora.fast.dropout.hashed_mask,
 }
 
 
@@ -92,3 +93,32 @@ def test_nothing_is_dropped_in_eval_mode_or_at_rate_zero():
 def test_sizes_that_are_no_multiple_of_four(mask):
     for n in (0, 1, 2, 3, 5):
         assert mask(torch.empty(n), 0.5).shape == (n,)
+
+
+def test_both_packages_have_the_same_text():
+    ours, theirs = (Path(m.__file__).read_bytes() for m in (gpt2.fast.dropout, lora.fast.dropout))
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("p", [1 - 2**-17, 1 - 1e-9, 1.0, 1e-7, 0.9999])
+def test_a_rate_that_16_bits_cannot_tell_is_still_the_rate(p):
+    torch.manual_seed(0)
+    x = torch.ones(1 << 20)
+    dropped, keep = lora.fast.dropout.drop(x, p)
+    assert dropped.isfinite().all()
+    kept = float(keep.double().mean())
+    spread = math.sqrt(max(p * (1 - p), 1e-12) / x.numel())
+    assert abs(kept - (1 - p)) < 5 * spread + 1e-9
+    assert torch.equal(dropped != 0, keep)
+    if p < 1 and keep.any():
+        assert float(dropped[keep][0]) == pytest.approx(1 / (1 - p), rel=1e-2)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 5), (3, 0, 2)])
+@pytest.mark.parametrize("p", [0.3, 1 - 1e-9])
+def test_no_elements_are_no_trouble(shape, p):
+    x = torch.empty(shape, requires_grad=True)
+    dropped, keep = lora.fast.dropout.drop(x, p)
+    assert dropped.shape == keep.shape == shape
+    assert keep.dtype == torch.bool
+    dropped.sum().backward()

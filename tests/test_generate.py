@@ -12,7 +12,8 @@ from toys import randomize
 
 import lora
 from gpt2.config import GPT2Config
-from gpt2.generation import Decoder, generate, stream
+from gpt2.decoder import Decoder
+from gpt2.generation import generate, stream
 from gpt2.model import GPT2
 from gpt2.sampling import (
     GenerateConfig,

@@ -49,9 +49,8 @@ def batch(B: int = 4, T: int = 640) -> Batch:  # enough rows for the wide produc
 def trained(model: gpt2.GPT2, steps: int = 3, **how) -> tuple[list[list[float]], torch.Tensor]:
     """Losses and gradient norms of a few steps, and all factors after them."""
     model.train()
-    model.transformer.checkpointing = bool(how.get("checkpointing"))
-    stepper = Stepper(model, gpt2.TrainConfig(steps=steps, **how))
-    figures = [stepper([batch()], 1e-3).tolist() for _ in range(steps)]
+    stepper = Stepper(model, gpt2.TrainConfig(steps=steps, lr=1e-3, **how))
+    figures = [stepper([batch()], step).tolist() for step in range(1, steps + 1)]
     return figures, torch.cat([p.detach().flatten() for p in lora.trainable_parameters(model)])
 
 
@@ -94,9 +93,8 @@ def test_dropout_is_drawn_anew_in_each_step_and_a_seed_fixes_it(how):
     runs = []
     for _ in range(2):
         model = build(CONFIG, torch.float32, 0.5).train()
-        model.transformer.checkpointing = bool(HOW[how].get("checkpointing"))
         stepper = Stepper(model, gpt2.TrainConfig(steps=3, **HOW[how]))
-        runs.append([stepper([batch()], 0.0).tolist() for _ in range(3)])
+        runs.append([stepper([batch()], step, 0.0).tolist() for step in (1, 2, 3)])
     assert len({loss for loss, _ in runs[0]}) == 3
     assert [x for x, _ in runs[1]] == pytest.approx([x for x, _ in runs[0]], rel=1e-6)
 
@@ -120,12 +118,72 @@ def test_checkpointing_holds_little_compiled_or_not():
     peaks = {}
     for how in ("compiled", "checkpointing", "compiled checkpointing"):
         model = build(deep, torch.bfloat16).train()
-        model.transformer.checkpointing = bool(HOW[how].get("checkpointing"))
         stepper = Stepper(model, gpt2.TrainConfig(steps=1, **HOW[how]))
-        stepper([batch(16, 1024)], 1e-3)
+        stepper([batch(16, 1024)], 1)
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        stepper([batch(16, 1024)], 1e-3)
+        stepper([batch(16, 1024)], 2)
         peaks[how] = torch.cuda.max_memory_allocated() - before
     assert peaks["checkpointing"] < peaks["compiled"] / 2
     assert peaks["compiled checkpointing"] < peaks["compiled"] / 2
+
+
+@pytest.mark.parametrize("how", ["eager", "graph"])
+def test_a_steps_dropout_is_its_numbers_alone(how):
+    """Whether a graph is captured in this step or was before, and how many steps came before."""
+    config = gpt2.TrainConfig(steps=3, **HOW[how])
+    late = Stepper(build(CONFIG, torch.float32, 0.5).train(), config)
+    torch.cuda.manual_seed(7)
+    want = late([batch()], 3, 0.0).tolist()
+    early = Stepper(build(CONFIG, torch.float32, 0.5).train(), config)
+    steps = [early([batch()], step, 0.0).tolist() for step in (1, 2, 3)]
+    assert steps[2] == pytest.approx(want, rel=1e-6)
+    assert steps[1] != pytest.approx(want, rel=1e-4)
+    plain = Stepper(build(CONFIG, torch.float32, 0.5).train(), gpt2.TrainConfig(steps=3))
+    assert plain([batch()], 3, 0.0).tolist() == pytest.approx(want, rel=1e-5)
+
+
+def test_the_callers_generators_are_left_alone_by_a_graph():
+    stepper = Stepper(build(CONFIG, torch.float32, 0.5).train(), gpt2.TrainConfig(steps=3))
+    torch.cuda.manual_seed(3)
+    want = torch.rand(4, device="cuda")
+    torch.cuda.manual_seed(3)
+    for step in (1, 2):
+        stepper([batch()], step)
+    assert torch.equal(torch.rand(4, device="cuda"), want)
+
+
+@pytest.mark.parametrize("change", ["disabled", "memory", "eject"])
+def test_a_graph_is_not_replayed_on_what_was_changed(change):
+    model = build(DRY, torch.float32).train()
+    stepper = Stepper(model, gpt2.TrainConfig(steps=3))
+    stepper([batch()], 1)
+    if change == "disabled":
+        with lora.disabled(model), pytest.raises(RuntimeError, match="changed between two steps"):
+            stepper([batch()], 2)
+        stepper([batch()], 2)
+        return
+    if change == "memory":
+        p = lora.trainable_parameters(model)[0]
+        p.data = p.data.clone()
+    else:
+        lora.eject(model)
+    with pytest.raises(RuntimeError, match="changed between two steps"):
+        stepper([batch()], 2)
+
+
+def test_a_wrapper_is_called_in_each_step_and_groups_have_their_rates():
+    model = build(DRY, torch.float32).train()
+    wrapped = torch.nn.DataParallel(model, device_ids=[0])
+    calls: list[int] = []
+    wrapped.register_forward_hook(lambda *_: calls.append(1))
+    groups = lora.parameter_groups(model, lr=1e-3)
+    stepper = Stepper(wrapped, gpt2.TrainConfig(steps=3), groups)
+    figures = [stepper([batch()], step, 0.5).tolist() for step in (1, 2, 3)]
+    assert len(calls) == 3
+    other = build(DRY, torch.float32).train()
+    bare = Stepper(other, gpt2.TrainConfig(steps=3), lora.parameter_groups(other, lr=1e-3))
+    want = [bare([batch()], step, 0.5).tolist() for step in (1, 2, 3)]
+    for mine, theirs in zip(figures, want, strict=True):
+        assert mine == pytest.approx(theirs, rel=2e-5)
+    assert [float(g["lr"]) for g in bare.optimizer.param_groups] == pytest.approx([5e-4, 8e-3])

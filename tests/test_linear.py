@@ -44,3 +44,13 @@ def test_it_is_sliced_in_float32_only_and_takes_no_rows_too(rows, monkeypatch):
         y = linear(torch.ones(*rows, 4, dtype=dtype), torch.ones(7, 4, dtype=dtype))
         assert y.shape == (*rows, 7)
         assert calls == expected
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("rows", [(1, 1), (1, 7), (5, 1)])
+def test_a_models_logits_are_its_heads_to_the_bit(demo, rows, threads):
+    """So that an adapter on the head, which calls it, changes nothing at birth."""
+    torch.set_num_threads(threads)
+    idx = torch.randint(50257, rows, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(demo(idx), demo.lm_head(demo.transformer(idx)))

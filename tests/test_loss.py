@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpt2
-import gpt2.training.loss
+import gpt2.fast.devices
+import gpt2.fast.head
 import lora
 from gpt2 import IGNORE, next_token_loss, summed_loss
 from tests import reference
@@ -122,7 +123,7 @@ def test_shapes_that_differ_are_refused():
 @pytest.mark.parametrize("chunk", [1, 3, 4096])
 @pytest.mark.parametrize("build", [frozen_head, tiny_gpt2], ids=["frozen head", "trained head"])
 def test_summed_loss_and_gradients_are_those_of_all_logits(build, chunk, monkeypatch):
-    monkeypatch.setitem(gpt2.training.loss.CHUNKS, "cpu", chunk)
+    monkeypatch.setattr(gpt2.fast.devices, "positions_at_a_time", lambda _: chunk)
     model = build()
     idx, labels = some(3, 8)
     count = (labels[:, 1:] != IGNORE).sum()
@@ -183,7 +184,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_logits_of_the_whole_batch_are_never_held(monkeypatch):
-    monkeypatch.setitem(gpt2.training.loss.CHUNKS, "cpu", 4)
+    monkeypatch.setattr(gpt2.fast.devices, "positions_at_a_time", lambda _: 4)
     config = gpt2.GPT2Config(n_layer=1, n_head=2, n_embd=8, block_size=32, vocab_size=5000)
     model = gpt2.GPT2(config).eval()
     model.transformer.wte.requires_grad_(False)
@@ -199,7 +200,7 @@ def test_logits_of_the_whole_batch_are_never_held(monkeypatch):
 
 def test_logits_are_not_kept_for_the_backward_pass(monkeypatch):
     """Chunks that are each small, but all kept, would add up."""
-    monkeypatch.setitem(gpt2.training.loss.CHUNKS, "cpu", 4)
+    monkeypatch.setattr(gpt2.fast.devices, "positions_at_a_time", lambda _: 4)
     config = gpt2.GPT2Config(n_layer=1, n_head=2, n_embd=8, block_size=32, vocab_size=5000)
     model = gpt2.GPT2(config).eval()
     model.transformer.wte.requires_grad_(False)
@@ -234,7 +235,7 @@ def test_logits_far_from_zero_lose_nothing():
     targets = torch.randint(0, 5000, (64, 1), generator=generator)
     for row, target in zip(hidden[:, None], targets, strict=True):
         want = nn.functional.cross_entropy((row @ weight.t()).double(), target)
-        got, _ = gpt2.training.loss._chunk(row, weight, target, 5000, True)
+        got, _ = gpt2.fast.head._chunk(row, weight, target, 5000, True)
         assert got.item() == pytest.approx(want.item(), rel=0, abs=1e-5)
 
 
@@ -287,10 +288,10 @@ def test_rows_that_pad_the_heads_weight_take_no_part():
     generator = torch.Generator().manual_seed(0)
     weight, hidden = (torch.randn(n, 8, generator=generator) for n in (V, 6))
     targets = torch.tensor([0, 5, IGNORE, V - 1, 7, IGNORE])
-    want = gpt2.training.loss._chunk(hidden, weight, targets, V, True)
+    want = gpt2.fast.head._chunk(hidden, weight, targets, V, True)
     padded = nn.functional.pad(weight, (0, 0, 0, 3), value=9.0)
     for got, wanted in zip(
-        gpt2.training.loss._chunk(hidden, padded, targets, V, True), want, strict=True
+        gpt2.fast.head._chunk(hidden, padded, targets, V, True), want, strict=True
     ):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
 

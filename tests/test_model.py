@@ -2,13 +2,12 @@ from copy import deepcopy
 from pathlib import Path
 
 import pytest
-import reference
 import torch
-import transformers
 from torch.nn import functional as F
 
 from gpt2.config import GPT2Config
 from gpt2.model import GPT2, KVCache
+from tests import reference
 
 DEMO = Path(__file__).parent.parent / "gpt2" / "assets" / "demo"
 DRY = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
@@ -30,8 +29,9 @@ def weights_of(model: GPT2) -> dict:
     }
 
 
-def twin(model: GPT2) -> transformers.GPT2LMHeadModel:
+def twin(model: GPT2) -> torch.nn.Module:
     """transformers' model with the same weights; the state dict must fit without renaming."""
+    transformers = pytest.importorskip("transformers")
     c = model.config
     theirs = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
@@ -85,6 +85,7 @@ def test_config_reaches_the_arithmetic(eps):
 
 @torch.no_grad()
 def test_transformers_agrees_on_the_demo_base_in_both_layouts(demo, tmp_path):
+    transformers = pytest.importorskip("transformers")
     theirs = transformers.GPT2LMHeadModel.from_pretrained(DEMO, dtype=torch.float32)
     theirs.save_pretrained(tmp_path)  # with the `transformer.` prefix
     idx = torch.randint(50257, (2, 64), generator=torch.Generator().manual_seed(0))
@@ -125,7 +126,7 @@ def test_the_cache_changes_nothing():
     whole = model(idx)
     for cuts in ([12], [1] * 12, [5, 1, 1, 5]):
         cache = KVCache(model.config, 2, 16, torch.float64, torch.device("cpu"))
-        pieces = [model(piece, cache) for piece in idx.split(cuts, dim=1)]
+        pieces = [model(piece, cache=cache) for piece in idx.split(cuts, dim=1)]
         torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-10, atol=1e-10)
 
 
@@ -135,9 +136,9 @@ def test_rows_of_different_lengths_are_each_as_alone():
     rows = [[3, 1, 4, 1, 5, 9, 2], [6], [5, 3, 5]]
     then = [8, 9, 7]
     cache = KVCache(model.config, 3, 16, torch.float64, torch.device("cpu"))
-    model(torch.tensor([row + [0] * (7 - len(row)) for row in rows]), cache)
+    model(torch.tensor([row + [0] * (7 - len(row)) for row in rows]), cache=cache)
     cache.lengths = torch.tensor([len(row) for row in rows])
-    together = model(torch.tensor(then)[:, None], cache)[:, -1]
+    together = model(torch.tensor(then)[:, None], cache=cache)[:, -1]
     for i, row in enumerate(rows):
         alone = model(torch.tensor([[*row, then[i]]]))[0, -1]
         torch.testing.assert_close(together[i], alone, rtol=1e-10, atol=1e-10)
@@ -196,9 +197,9 @@ def test_bad_idx(idx, message):
 def test_a_full_cache_refuses_more():
     model = tiny()
     cache = KVCache(model.config, 1, 4, torch.float64, torch.device("cpu"))
-    model(torch.zeros(1, 4, dtype=torch.long), cache)
+    model(torch.zeros(1, 4, dtype=torch.long), cache=cache)
     with pytest.raises(ValueError, match="5 tokens do not fit"):
-        model(torch.zeros(1, 1, dtype=torch.long), cache)
+        model(torch.zeros(1, 1, dtype=torch.long), cache=cache)
     with pytest.raises(ValueError, match=r"slots must be in 1\.\.16"):
         KVCache(model.config, 1, 17, torch.float64, torch.device("cpu"))
 

@@ -12,19 +12,13 @@ from torch import Tensor, nn
 import gpt2
 import lora
 from benchmarks import device_check
-from gpt2.generation import Decoder
+from gpt2.decoder import Decoder
 from tests.devices import OnDevice, pretended_device
 from tests.toys import randomize, tiny_gpt2
 
 SAMPLED = {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "repetition_penalty": 1.2}
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11]]
 IDX = torch.arange(24).view(2, 12)
-
-# What still fails; the marks go as it is mended.
-UNTIL_TRAINING_IS_MERGED = pytest.mark.xfail(reason="Batch.to copies without waiting")
-UNTIL_LOADING_IS_MENDED = pytest.mark.xfail(
-    strict=True, reason="lora.disk.probes takes a norm in float64 on the device"
-)
 
 
 @pytest.fixture
@@ -156,7 +150,6 @@ def letters(*texts: str) -> gpt2.Dataset:
     return gpt2.encode(gpt2.from_texts(texts), tokenizer)
 
 
-@UNTIL_TRAINING_IS_MERGED
 @pytest.mark.parametrize("full", [True, False])
 def test_training(device, full, tmp_path):
     data = letters("one two three", "four")
@@ -174,7 +167,6 @@ def test_training(device, full, tmp_path):
     assert near(tuned[1](IDX.to(device)), tuned[0](IDX))
 
 
-@UNTIL_TRAINING_IS_MERGED
 def test_training_with_dropout(device):
     model = tiny_gpt2().to(device)
     lora.inject(model, r=2, dropout=0.5, seed=0)
@@ -235,7 +227,6 @@ def test_save(device, tmp_path, options):
         assert (tmp_path / "there" / file.name).read_bytes() == file.read_bytes()
 
 
-@UNTIL_LOADING_IS_MENDED
 def test_load(device, tmp_path):
     model = adapted()
     randomize(model)
@@ -336,8 +327,8 @@ def test_device_check_says_what_works_differs_and_fails(device, capsys):
         "an adapter at birth",
         "merge and unmerge",
         "rows under different adapters",
-        pytest.param("training an adapter", marks=UNTIL_TRAINING_IS_MERGED),
-        pytest.param("save and load", marks=UNTIL_LOADING_IS_MENDED),
+        "training an adapter",
+        "save and load",
     ],
 )
 def test_the_checks_find_nothing_where_nothing_is_wrong(device, name):

@@ -6,16 +6,16 @@ from dataclasses import replace
 from importlib.resources import files
 from itertools import islice
 
-import peft
 import pytest
 import torch
-import transformers
 from torch import nn
 from torch.nn import functional as F
 
 import gpt2
 import lora
 from gpt2 import Batch, Dataset, StepRecord, TrainConfig, batches, encode, summed_loss, train
+
+peft, transformers = map(pytest.importorskip, ("peft", "transformers"))
 
 TEXTS = [
     "Q: How do transformers work?\nA: Transformers process sequences using self-attention.",
@@ -51,7 +51,7 @@ def ours(demo) -> gpt2.GPT2:
     return model
 
 
-def theirs_of(ours: gpt2.GPT2) -> peft.PeftModel:
+def theirs_of(ours: gpt2.GPT2) -> nn.Module:
     """PEFT's model of the same base, with the same A and B."""
     folder = str(files("gpt2") / "assets" / "demo")
     base = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, **NO_DROPOUT)

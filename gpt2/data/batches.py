@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gpt2.data.tokens import Dataset
+from gpt2.fast.devices import copied
 from gpt2.training.loss import IGNORE
 
 
@@ -27,8 +28,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        idx, labels = (t.to(device, non_blocking=True) for t in (self.idx, self.labels))
-        return Batch(idx, labels, self.n_tokens)
+        return Batch(copied(self.idx, device), copied(self.labels, device), self.n_tokens)
 
     def padded(self, rows: int, width: int) -> Batch:
         """The same batch with rows and columns after its own in which nothing is learnt.
@@ -63,7 +63,8 @@ def batches(data: Dataset, batch_size: int, *, seed: int, epoch: int) -> Iterato
 
 def collate(rows: Sequence[tuple[Tensor, Tensor]]) -> Batch:
     """Right-pad examples to one length; what is padding is told by position, never by id."""
-    idx = torch.zeros(len(rows), max(len(ids) for ids, _ in rows), dtype=torch.long)
+    width = max(len(ids) for ids, _ in rows)
+    idx = torch.zeros(len(rows), width, dtype=torch.long, device="cpu")
     labels = torch.full_like(idx, IGNORE)
     for i, (ids, wanted) in enumerate(rows):
         idx[i, : len(ids)] = ids

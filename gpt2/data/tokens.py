@@ -57,7 +57,8 @@ class Dataset(Sequence[tuple[Tensor, Tensor]]):
             return [self[j] for j in range(*i.indices(len(self)))]
         if not -len(self) <= i < len(self):
             raise IndexError(f"example {i} of {len(self)}")
-        ids = torch.tensor(self._tokens[self._starts[i] : self._ends[i]], dtype=torch.long)
+        held = self._tokens[self._starts[i] : self._ends[i]]
+        ids = torch.tensor(held, dtype=torch.long, device="cpu")
         labels = ids.clone()
         labels[: int(self._ignored[i])] = IGNORE
         return ids, labels

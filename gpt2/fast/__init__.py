@@ -1,1 +1,1 @@
-"""What makes it fast, equal to the plain form: compiling, CUDA graphs, products, dropout masks."""
+"""What makes it fast, equal to the plain form: each file stands for one line of `gpt2.model`."""

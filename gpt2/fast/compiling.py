@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, wraps
-from typing import Any, cast
+from typing import Any
 
-import torch
+from torch import Tensor
+
+from gpt2.fast.untyped import checkpointed, compile_static, recompile_limit
 
 VARIANTS = 64  # graphs that may be compiled of one function: a shape and a kind of layer each
 PADDED = 32  # lengths of compiled and captured work are multiples of this at least
@@ -24,12 +26,28 @@ def bucket(length: int, limit: int) -> int:
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function through torch.compile, one graph for each set of shapes that it meets."""
-    run = cast(Any, torch).compile(function, dynamic=False)
+    run = compile_static(function)
 
     @wraps(function)
     def call(*arguments: Any) -> Any:
         # Past its own limit of 8 torch would run the rest uncompiled.
-        with cast(Any, torch)._dynamo.config.patch(recompile_limit=VARIANTS):
+        with recompile_limit(VARIANTS):
             return run(*arguments)
 
     return call
+
+
+def through(
+    module: Callable[..., Tensor], *inputs: Any, compiling: bool, checkpointing: bool = False
+) -> Tensor:
+    """`module(*inputs)`, by way of torch.compile and of checkpointing where they are asked for.
+
+    Equal modules, such as the blocks of a model, share what is compiled.
+    """
+    # Around what is compiled, which would otherwise keep what checkpointing is to drop.
+    run = compiled(_call) if compiling else _call
+    return checkpointed(run, module, *inputs) if checkpointing else run(module, *inputs)
+
+
+def _call(module: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    return module(*inputs)

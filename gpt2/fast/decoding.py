@@ -26,11 +26,6 @@ def burst(device: torch.device) -> int:
     return BURST if device.type == "cuda" else 1
 
 
-def draws_on(device: torch.device) -> torch.device:
-    """Where to draw tokens for a model on `device`: there, or on the CPU if it has no float64."""
-    return device if device.type in ("cpu", "cuda") else torch.device("cpu")
-
-
 class Repeated:
     """A step that is made again and again, and does all its work on tensors that stay in place.
 

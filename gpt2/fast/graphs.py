@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from gpt2.fast.untyped import forget_cublas_scratch, new_cuda_graph
 
 WARMUPS = 2  # runs before a capture, in which libraries and caches settle
 
@@ -36,14 +38,25 @@ class GraphedCalls:
                 trial runs did to them. Tensors that appear in the course of a trial begin as zeros.
             inputs: what the function is given.
         """
-        key = tuple((*t.shape, t.dtype) for t in inputs)
-        if key not in self.captured:
-            self.captured[key] = self._capture(function, state, inputs)
-        graph, held, output = self.captured[key]
+        self.prepare(function, state, *inputs)
+        graph, held, output = self.captured[_key(inputs)]
         for slot, value in zip(held, inputs, strict=True):
             slot.copy_(value)
         graph.replay()
         return output
+
+    def prepare(
+        self,
+        function: Callable[..., Tensor],
+        state: Callable[[], list[Tensor]],
+        *inputs: Tensor,
+    ) -> None:
+        """Capture what a call needs, if it is not yet: trial runs draw random numbers, replays too.
+
+        So a caller who sets the generators does it in between.
+        """
+        if (key := _key(inputs)) not in self.captured:
+            self.captured[key] = self._capture(function, state, inputs)
 
     def _capture(
         self,
@@ -59,14 +72,13 @@ class GraphedCalls:
             for _ in range(WARMUPS):
                 function(*held)
         torch.cuda.current_stream().wait_stream(stream)
-        graph: Any = cast(Any, torch.cuda).CUDAGraph()
+        graph = new_cuda_graph()
         # The scratch memory of cuBLAS then comes from this graph's pool, not from an earlier one's,
         # which may be gone before this graph is.
-        forget_scratch: Any = cast(Any, torch)._C._cuda_clearCublasWorkspaces
-        forget_scratch()
+        forget_cublas_scratch()
         with torch.cuda.graph(graph, pool=self.pool):
             output = function(*held)
-        forget_scratch()
+        forget_cublas_scratch()
         self.pool = graph.pool()
         after = state()
         with torch.no_grad():
@@ -75,3 +87,7 @@ class GraphedCalls:
             for tensor in after[len(before) :]:
                 tensor.zero_()
         return graph, held, output
+
+
+def _key(inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    return tuple((*t.shape, t.dtype) for t in inputs)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gpt2.fast.devices import slices_products
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x Wᵀ + bias` as `F.linear`, from `(…, in)` to `(…, out)`.
@@ -34,7 +36,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _pays(x: Tensor) -> bool:
     return (
-        x.device.type == "cpu"
+        slices_products(x.device)
         and not torch.compiler.is_compiling()
         and x.dtype == torch.float32
         and torch.backends.mkl.is_available()

@@ -1,1 +1,1 @@
-"""The loop: config, schedule, loss, step, loop."""
+"""The loop: config, schedule, groups, loss, step, watch, loop."""

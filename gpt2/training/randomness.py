@@ -1,40 +1,47 @@
-"""Random numbers of a run's own, so that neither side disturbs the other's."""
+"""Random numbers of a run's own: a function of seed, step and micro-batch, and of no history.
+
+So an interrupted run goes on with the numbers that it would have had, and it does not matter which
+process takes a micro-batch. Neither side, run or caller, disturbs the other's numbers.
+"""
 
 from __future__ import annotations
+
+from hashlib import blake2b
 
 import torch
 from torch import Tensor
 
+from gpt2.fast.devices import Generator
+
 
 class RandomState:
-    """A context in which torch's global generators are the run's own, and outside the caller's.
+    """A context in which torch's global generators are the run's, and outside the caller's.
 
     Args:
-        seed: where the run's own begin.
+        seed: the run's.
         device: whose generator is swapped beside the CPU's.
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
-        self.device = device
-        devices = ["cpu", device] if device.type == "cuda" else ["cpu"]
-        self.inside = [torch.Generator(d).manual_seed(seed).get_state() for d in devices]
-        self.outside = self._get()
+        self.seed = seed
+        kinds = {"cpu": torch.device("cpu"), device.type: device}
+        self.generators = [Generator(kind) for kind in kinds.values()]
+        self.outside: list[Tensor | None] = []
 
     def __enter__(self) -> None:
-        self.outside = self._get()
-        self._set(self.inside)
+        self.outside = [generator.get() for generator in self.generators]
 
     def __exit__(self, *_: object) -> None:
-        self.inside = self._get()
-        self._set(self.outside)
+        for generator, state in zip(self.generators, self.outside, strict=True):
+            generator.set(state)
 
-    def _get(self) -> list[Tensor]:
-        states = [torch.get_rng_state()]
-        if self.device.type == "cuda":
-            states.append(torch.cuda.get_rng_state(self.device))
-        return states
+    def begin(self, step: int, micro_batch: int) -> None:
+        """Set the generators to where this micro-batch of this step begins."""
+        for generator in self.generators:
+            generator.seed(seed_of(self.seed, step, micro_batch))
 
-    def _set(self, states: list[Tensor]) -> None:
-        torch.set_rng_state(states[0])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(states[1], self.device)
+
+def seed_of(*numbers: int) -> int:
+    """64 bits that these integers fix on every machine, unlike those of any other integers."""
+    digest = blake2b(",".join(map(str, numbers)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")

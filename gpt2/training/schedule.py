@@ -1,4 +1,4 @@
-"""How many steps a run makes, and each step's learning rate."""
+"""How many steps a run makes, and each step's share of the learning rate."""
 
 from __future__ import annotations
 
@@ -21,17 +21,24 @@ def total_steps(n_examples: int, config: TrainConfig) -> int:
 
 
 def learning_rate(step: int, total: int, config: TrainConfig) -> float:
-    """The learning rate of step 1, 2, …, `total`.
+    """The learning rate of step 1, 2, …, `total`."""
+    return config.lr * lr_scale(step, total, config)
+
+
+def lr_scale(step: int, total: int, config: TrainConfig) -> float:
+    """The learning rate of step 1, 2, …, `total` as a share, in [0, 1], of the peak.
+
+    It is zero in the first step of a warm-up, as in transformers; a run of one step has none.
 
     Source: transformers' `get_linear_schedule_with_warmup` and its cosine sibling.
     """
-    done, warmup = step - 1, math.ceil(total * config.warmup_ratio)
+    done, warmup = step - 1, math.ceil(total * config.warmup_ratio) if total > 1 else 0
     if done < warmup:
-        return config.lr * done / warmup
+        return done / warmup
     progress = (done - warmup) / max(1, total - warmup)
     if config.schedule == "cosine":
-        return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
-    return config.lr * (1 - progress if config.schedule == "linear" else 1)
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1 - progress if config.schedule == "linear" else 1.0
 
 
 def steps_an_epoch(n_examples: int, config: TrainConfig) -> int:

@@ -3,94 +3,196 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gpt2.data.batches import Batch
+from gpt2.fast import devices
 from gpt2.fast.graphs import GraphedCalls
-from gpt2.training.config import TrainConfig
-from gpt2.training.loss import summed_loss
+from gpt2.fast.untyped import backward, whole
+from gpt2.model import GPT2
+from gpt2.training.config import GRAPHED_TOKENS, TrainConfig
+from gpt2.training.groups import Groups, grouped
 from gpt2.training.randomness import RandomState
-
-GRAPHED = 4096
-"""Tokens of a batch up to which a GPU's steps are replayed as CUDA graphs by default."""
+from gpt2.training.watch import Watch
+from gpt2.training.wrapped import inner, is_compiled, summed_loss
 
 
 class Stepper:
     """One optimiser step after another on a model's trainable parameters, nothing asked of the GPU.
 
     Args:
-        model: in training mode.
+        model: in training mode; only it is called, so that a wrapper around a GPT-2 is in force.
         config: how to step; order and number of the steps are the caller's.
+        groups: optimiser groups, if not all parameters are to have the same options.
+
+    Attributes:
+        parameters: what is trained, by name.
+        device: where the first of them lies.
+        optimizer: the AdamW; its groups' `lr` are those of the last step.
+        peaks: each group's own learning rate, before the schedule.
+        failed: 1 on the device after a step whose loss or gradient was not finite, else 0.
+        graphs: the captured steps, None where they cannot be captured.
+
+    Raises:
+        ValueError: groups that do not fit; options that the model or its device cannot follow.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+    def __init__(self, model: nn.Module, config: TrainConfig, groups: Groups | None = None) -> None:
         self.model, self.config = model, config
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.device = self.parameters[0].device
-        on_gpu = self.device.type == "cuda"
-        self.lr = torch.tensor(config.lr, device=self.device)
-        self.optimizer: Any = torch.optim.AdamW(
-            self.parameters,
-            lr=self.lr if on_gpu else config.lr,
-            weight_decay=config.weight_decay,
-            fused=True,  # one call for all parameters: an interrupt cannot come in between
-            capturable=on_gpu,
-        )
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.device = next(iter(self.parameters.values())).device
+        self._trained = list(self.parameters.values())
+        self._flags, full = check(model, config, groups)
+        self.optimizer: Any = _adamw(full, self.device)
+        self.peaks = [float(group["initial_lr"]) for group in self.optimizer.param_groups]
         self.optimizer.zero_grad()  # of what the caller, or a run that was cut short, left
-        self.failed = torch.zeros((), device=self.device)  # 1 after a step that is not finite
-        self.randomness = RandomState(config.seed, self.device)
-        self.graphs = GraphedCalls() if on_gpu else None
+        self.failed = torch.zeros((), dtype=torch.float32, device=self.device)
+        self.graphs = GraphedCalls() if devices.can_capture(self.device) else None
+        self._randomness = RandomState(config.seed, self.device)
+        self._network = inner(model)
+        self._watch = Watch(self._network, self._trained)
 
-    def __call__(self, batches: Sequence[Batch], lr: float) -> Tensor:
-        """Take a step; returns its loss and gradient norm, `(2,)`, still on the device.
+    def __call__(self, batches: Sequence[Batch], step: int, scale: float = 1.0) -> Tensor:
+        """Take a step; gives its loss and gradient norm, `(2,)`, still on the device.
 
         Where either is not finite the parameters and the optimiser stay as they are, for good: the
         caller may look only some steps later.
-        """
-        self.lr.fill_(lr)
-        if self.graphs is None:
-            self.optimizer.param_groups[0]["lr"] = lr
-        share = torch.tensor(1 / sum(batch.n_tokens for batch in batches)).to(self.device)
-        moved = [batch.to(self.device) for batch in batches]
-        inputs = [share, *(t for batch in moved for t in (batch.idx, batch.labels))]
-        with self.randomness:
-            if self.graphs is not None and self._graphed(batches):
-                return self.graphs(self._step, self._state, *inputs).clone()
-            return self._step(*inputs)
 
-    def _step(self, share: Tensor, *ids_and_labels: Tensor) -> Tensor:
-        total = torch.zeros_like(share)
-        for idx, labels in zip(ids_and_labels[::2], ids_and_labels[1::2], strict=True):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast):
-                loss: Any = summed_loss(self.model, idx, labels, compile=self.config.compile)
-                loss = loss * share
-            if not loss.requires_grad:
-                raise RuntimeError(
-                    "No parameter that requires grad has a part in the loss. Is what you train "
-                    "switched off, such as an adapter that is disabled or merged?"
-                )
-            loss.backward()
-            total += loss.detach()
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip or math.inf)
-        figures = torch.stack([total, norm.to(total.dtype)])
-        # The fused optimiser reads this flag on the device and does nothing where it is 1.
+        Args:
+            batches: the micro-batches.
+            step: its number, which fixes the step's random numbers.
+            scale: factor of each group's learning rate.
+
+        Raises:
+            RuntimeError: the model was changed since the last step, or nothing that is trained has
+                a part in the loss.
+        """
+        self._watch.check()
+        if any(p.grad is not None for p in self._trained):  # a caller's, who called backward
+            self.optimizer.zero_grad()
+        self._set_learning_rates(scale)
+        n_tokens = sum(batch.n_tokens for batch in batches)
+        share = torch.full((), 1 / n_tokens, dtype=torch.float32, device=self.device)
+        with self._randomness, self._flagged():
+            if self.graphs is not None and self._is_graphed(batches):
+                return self._replayed(self.graphs, batches[0], step, share)
+            losses: list[Tensor] = []
+            for i, batch in enumerate(batches):
+                batch = batch.to(self.device)
+                self._randomness.begin(step, i)
+                losses.append(self._backward(share, batch.idx, batch.labels))
+            figures = self._update(torch.stack(losses).sum())
+        self._watch.renew_after_step()
+        return figures
+
+    def forget_graphs(self) -> None:
+        """Drop what was captured, and its memory: the next step captures anew."""
+        if self.graphs is not None:
+            self.graphs = GraphedCalls()
+
+    def _backward(self, share: Tensor, idx: Tensor, labels: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast):
+            loss = summed_loss(self.model, idx, labels) * share
+        if not loss.requires_grad:
+            raise RuntimeError(
+                "No parameter that requires grad has a part in the loss. Is what you train "
+                "switched off, such as an adapter that is disabled or merged?"
+            )
+        backward(loss)
+        return loss.detach()
+
+    def _update(self, loss: Tensor) -> Tensor:
+        norm = whole(nn.utils.clip_grad_norm_(self._trained, self.config.clip or math.inf))
+        figures = torch.stack([loss, norm.to(loss.dtype)])
         self.failed.copy_(torch.maximum(self.failed, (~figures.isfinite().all()).float()))
-        self.optimizer.found_inf = self.failed
-        self.optimizer.step()
+        if devices.heeds_found_inf(self.device):
+            # The fused optimiser reads this flag on the device and does nothing where it is 1.
+            self.optimizer.found_inf = self.failed
+            self.optimizer.step()
+        elif not self.failed.item():
+            self.optimizer.step()
         self.optimizer.zero_grad()
         return figures
 
-    def _graphed(self, batches: Sequence[Batch]) -> bool:
+    def _replayed(self, graphs: GraphedCalls, batch: Batch, step: int, share: Tensor) -> Tensor:
+        batch = batch.to(self.device)
+        inputs = share, batch.idx, batch.labels
+        graphs.prepare(self._step, self._state, *inputs)  # it may draw numbers of its own
+        self._randomness.begin(step, 0)
+        return graphs(self._step, self._state, *inputs).clone()
+
+    def _step(self, share: Tensor, idx: Tensor, labels: Tensor) -> Tensor:
+        return self._update(self._backward(share, idx, labels))
+
+    def _is_graphed(self, batches: Sequence[Batch]) -> bool:
         if self.config.cuda_graph is None:
-            small = self.config.compile or batches[0].idx.numel() <= GRAPHED
-            return small and len(batches) == 1 and not self.config.checkpointing
+            small = self.config.compile or batches[0].idx.numel() <= GRAPHED_TOKENS
+            single = len(batches) == 1 and not self.config.checkpointing
+            return small and single and isinstance(self.model, GPT2)
         return self.config.cuda_graph
 
     def _state(self) -> list[Tensor]:
         """All that a step changes."""
         moments = [t for state in self.optimizer.state.values() for t in state.values()]
-        return [self.failed, *(p.detach() for p in self.parameters), *moments]
+        return [self.failed, *(p.detach() for p in self._trained), *moments]
+
+    def _set_learning_rates(self, scale: float) -> None:
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(peak * scale)
+            else:
+                group["lr"] = peak * scale
+
+    @contextmanager
+    def _flagged(self) -> Generator[None]:
+        """The GPT-2 within all wrappers computes as the config says, and after as before."""
+        if not self._flags:
+            yield
+            return
+        own = vars(self._network.transformer)
+        before = {name: own[name] for name in self._flags}
+        try:
+            own.update(self._flags)
+            yield
+        finally:
+            own.update(before)
+
+
+def check(
+    model: nn.Module, config: TrainConfig, groups: Groups | None
+) -> tuple[dict[str, bool], list[dict[str, Any]]]:
+    """What is set in the GPT-2 during a step, and the optimiser's groups.
+
+    Raises:
+        ValueError: as `Stepper`.
+    """
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    is_gpt2, compiled = isinstance(inner(model), GPT2), is_compiled(model)
+    faults: list[str] = []
+    if config.checkpointing and not is_gpt2:
+        faults.append("checkpointing=True needs a GPT2; another model checkpoints itself")
+    if config.compile and not (is_gpt2 or compiled):
+        faults.append("compile=True needs a GPT2; give torch.compile(model) instead")
+    device = next(iter(parameters.values())).device
+    if config.cuda_graph and not devices.can_capture(device):
+        faults.append(f"cuda_graph=True needs a CUDA device, and the model is on {device}")
+    if faults:
+        raise ValueError(f"The model cannot be trained so: {'; '.join(faults)}.")
+    compiling = config.compile and not compiled  # else torch.compile has the whole of it
+    flags = {"compiling": compiling, "checkpointing": config.checkpointing} if is_gpt2 else {}
+    return flags, grouped(parameters, config, groups)
+
+
+def _adamw(groups: list[dict[str, Any]], device: torch.device) -> torch.optim.AdamW:
+    """Fused where it can be: one call a group, so that an interrupt comes before it or after it."""
+    capturable = devices.can_capture(device)
+    for group in groups:
+        group["initial_lr"] = group["lr"]
+        if capturable:  # a tensor, so that a captured step reads the rate of the moment
+            group["lr"] = torch.full((), group["lr"], dtype=torch.float32, device=device)
+    return torch.optim.AdamW(groups, fused=devices.has_fused_adamw(device), capturable=capturable)

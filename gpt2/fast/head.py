@@ -1,0 +1,143 @@
+"""The head's fast forms: few logits on a GPU, and a loss that never holds all logits.
+
+Each is taken where the head is a plain `nn.Linear` without a bias; elsewhere the head is called.
+
+Shapes: B batch · T time · C n_embd · V vocab · N positions, flattened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gpt2.fast import devices
+from gpt2.fast.compiling import compiled
+from gpt2.fast.products import linear
+from gpt2.fast.untyped import apply, is_transforming
+from gpt2.training.loss import IGNORE, shifted, summed
+
+# Rows between which a GPU makes logits three times as fast as (V, rows), since V is odd. A batch's
+# last bits then differ from the head's own; those of one row, on any device, do not.
+FEW_ROWS = range(3, 65)
+
+
+def logits(head: nn.Module, x: Tensor) -> Tensor:
+    """`head(x)`, from `(…, C)` to `(…, V)`; one row, and any on a CPU, to the bit."""
+    rows, aligned = x.numel() // x.shape[-1], devices.wants_aligned(x.device)
+    if not (rows in FEW_ROWS if aligned else rows == 1) or not _is_plain(head):
+        return head(x)
+    weight = cast(Tensor, head.weight)  # under FSDP no parameter
+    if aligned:
+        return (weight @ x.flatten(0, -2).t()).t().reshape(*x.shape[:-1], -1)
+    return linear(x, weight)
+
+
+def summed_loss(head: nn.Module, x: Tensor, labels: Tensor, *, compiling: bool) -> Tensor:
+    """`summed(head(x), labels)`, with the head applied to supervised positions only.
+
+    A frozen head's logits exist for a chunk of positions at a time.
+
+    Args:
+        head: from `(…, C)` to `(…, V)`.
+        x: hidden states `(B, T, C)`.
+        labels: `(B, T)`.
+        compiling: run a chunk through torch.compile, on a GPU.
+    """
+    if is_transforming():  # torch.func sees the formula itself
+        return summed(head(x), labels)
+    hidden, targets = x.flatten(0, 1), shifted(labels)  # (N, C) and (N,)
+    if devices.tells_counts(x.device) and not torch.compiler.is_compiling():
+        supervised = targets != IGNORE
+        hidden, targets = hidden[supervised], targets[supervised]
+    weight = cast(Tensor, head.weight) if _is_plain(head) else None
+    if weight is not None and not weight.requires_grad:
+        chunk_loss = compiled(_chunk) if compiling and devices.fuses_loss(x.device) else _chunk
+        return apply(_FrozenHeadLoss, hidden, weight, targets, chunk_loss)
+    found = head(hidden) if weight is None else linear(hidden, weight)
+    return F.cross_entropy(found.float(), targets, ignore_index=IGNORE, reduction="sum")
+
+
+def _is_plain(head: nn.Module) -> bool:
+    """Whether calling the head is `x Wᵀ` and nothing else: no subclass, bias or hook."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    own = vars(head)
+    return (
+        type(head) is nn.Linear
+        and own["_parameters"].get("bias") is None
+        and "forward" not in own
+        and not any(own[name] for name in hooks)
+    )
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    """Cross-entropy of `hidden Wᵀ`, summed; the gradient of `hidden` is made in the forward.
+
+    The head's weight needs no gradient, so a chunk of logits can be dropped as soon as it has
+    given its share of the loss and of the gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_loss: Callable[..., Any]
+    ) -> Tensor:
+        n, vocab = len(hidden), weight.shape[0]
+        if devices.wants_aligned(weight.device):
+            weight = F.pad(weight, (0, 0, 0, -vocab % 64))
+        else:
+            hidden = F.pad(hidden, (0, 0, 0, -n % 8))
+            targets = F.pad(targets, (0, -n % 8), value=IGNORE)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        gradients: list[Tensor] = []
+        size = devices.positions_at_a_time(hidden.device)
+        for start in range(0, len(hidden), size):
+            part = slice(start, start + size)
+            loss, gradient = chunk_loss(
+                hidden[part], weight, targets[part], vocab, ctx.needs_input_grad[0]
+            )
+            total = total + loss
+            gradients.append(gradient)
+        ctx.save_for_backward(torch.cat(gradients)[:n] if gradients else hidden)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # What is saved is a number, so a second derivative would be wrong without a word.
+            raise RuntimeError(
+                "The loss of a frozen head can be differentiated once (create_graph=True was "
+                "given). For more take gpt2.next_token_loss(model(idx), labels), or torch.func."
+            )
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_outputs[0].to(gradient.dtype), None, None, None
+
+
+def _chunk(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab: int, needs_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """Loss and gradient of some positions; rows of `weight` past `vocab` are padding."""
+    found = _times(hidden, weight).float()  # (N, V padded)
+    if len(weight) > vocab:
+        tokens = torch.arange(len(weight), device=hidden.device)
+        found = found.masked_fill(tokens >= vocab, -torch.inf)
+    supervised = targets != IGNORE
+    wanted = targets.where(supervised, 0)[:, None]
+    top = found.amax(-1, keepdim=True)  # subtracted: far from zero, float32 is coarse
+    at_wanted = found.gather(1, wanted) - top
+    scores = found.sub_(top).exp_()
+    total = scores.sum(-1, keepdim=True)  # in pairs; a softmax kernel's running sum is off by 1e-5
+    loss = (total.log() - at_wanted).squeeze(1).where(supervised, 0.0).sum()
+    if not needs_gradient:
+        return loss, hidden
+    probabilities = scores.div_(total).to(weight.dtype)
+    less_one = (at_wanted.exp() / total - 1).to(weight.dtype)  # where the token is the right one
+    gradient = _times(probabilities.scatter_(1, wanted, less_one), weight.t())
+    return loss, gradient.to(hidden.dtype) * supervised[:, None]
+
+
+def _times(x: Tensor, weight: Tensor) -> Tensor:
+    """`x Wᵀ`; MKL splits the transposed product better over a CPU's threads."""
+    return (weight @ x.t()).t() if devices.slices_products(x.device) else x @ weight.t()

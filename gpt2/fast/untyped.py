@@ -1,0 +1,73 @@
+"""What torch leaves without types, with them: so that no other file casts for a type checker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
+
+_torch: Any = torch
+
+
+def apply(function: type[torch.autograd.Function], *inputs: Any) -> Tensor:
+    """The output of a differentiable function of one output."""
+    return cast(Any, function).apply(*inputs)
+
+
+def backward(loss: Tensor) -> None:
+    """Add the loss's gradients to those of the parameters."""
+    cast(Any, loss).backward()
+
+
+def checkpointed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """What the function gives; the backward pass computes again what it would have kept."""
+    return cast(Tensor, checkpoint(function, *inputs, use_reentrant=False))
+
+
+def compile_static(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function through torch.compile, a graph for each shape."""
+    return _torch.compile(function, dynamic=False)
+
+
+def recompile_limit(graphs: int) -> AbstractContextManager[None]:
+    """Lets torch.compile make so many graphs of one function within."""
+    return _torch._dynamo.config.patch(recompile_limit=graphs)
+
+
+def is_transforming() -> bool:
+    """Whether `torch.func.grad`, `vmap` or the like is running the code."""
+    return _torch._C._are_functorch_transforms_active()
+
+
+def new_cuda_graph() -> Any:
+    """An empty `torch.cuda.CUDAGraph`."""
+    return _torch.cuda.CUDAGraph()
+
+
+def forget_cublas_scratch() -> None:
+    """Drop the scratch memory of cuBLAS, which it then allocates anew."""
+    _torch._C._cuda_clearCublasWorkspaces()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, put together where several devices hold a part of it each."""
+    return cast(Any, tensor).full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def floats(tensor: Tensor) -> list[float]:
+    """The numbers of a `(N,)` tensor; the host waits for the device."""
+    return cast(Any, tensor).tolist()
+
+
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules by their path, the model itself as ""."""
+    return dict(cast(Any, model).named_modules())
+
+
+def children(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The modules that a module holds, by name."""
+    return vars(module)["_modules"]

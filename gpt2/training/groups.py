@@ -1,0 +1,73 @@
+"""Optimiser groups as PyTorch writes them: parts of the parameters with options of their own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from gpt2.training.config import TrainConfig
+
+Groups = Sequence[Mapping[str, Any]]
+OPTIONS = ("params", "lr", "weight_decay", "betas", "eps")
+
+
+def grouped(
+    parameters: Mapping[str, nn.Parameter], config: TrainConfig, groups: Groups | None
+) -> list[dict[str, Any]]:
+    """The groups with all options filled in; one of all parameters where none are given.
+
+    Args:
+        parameters: what is trained, by name.
+        config: gives the options that a group leaves out.
+        groups: as for a torch optimiser, `[{"params": [...], "lr": 1e-3}, ...]`.
+
+    Raises:
+        ValueError: listing parameters in no group, twice, or not trained; and options that are
+            unknown or out of range.
+    """
+    usual = {name: getattr(config, name) for name in OPTIONS[1:]}
+    if groups is None:
+        return [{**usual, "params": list(parameters.values())}]
+    full = [{**usual, **group} for group in listed(groups)]
+    faults = [fault for i, group in enumerate(full) for fault in _faults(i, group)]
+    names = {id(p): name for name, p in parameters.items()}
+    given = [id(p) for group in full for p in group["params"]]
+    left_out = [name for i, name in names.items() if i not in given]
+    twice = [names[i] for i in names if given.count(i) > 1]
+    strangers = sum(i not in names for i in given)
+    if left_out:
+        faults.append(f"in no group: {_few(left_out)}")
+    if twice:
+        faults.append(f"in two groups: {_few(twice)}")
+    if strangers:
+        faults.append(f"{strangers} of their parameters are not the model's, or require no grad")
+    if faults:
+        raise ValueError(f"groups: {'; '.join(faults)}.")
+    return full
+
+
+def listed(groups: Groups) -> list[dict[str, Any]]:
+    """The groups with their parameters as lists, which can be read more than once."""
+    single = nn.Parameter
+    return [
+        {**g, "params": [p] if isinstance(p := g.get("params", ()), single) else list(p)}
+        for g in groups
+    ]
+
+
+def _faults(i: int, group: Mapping[str, Any]) -> list[str]:
+    faults = [
+        f"group {i} has the option {key!r} (known: {', '.join(OPTIONS)})"
+        for key in group
+        if key not in OPTIONS
+    ]
+    if not (isinstance(group["lr"], int | float) and 0 < group["lr"] < math.inf):
+        faults.append(f"group {i}: lr must be a finite number above 0, got {group['lr']!r}")
+    return faults
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")

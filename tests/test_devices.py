@@ -1,0 +1,111 @@
+"""What is asked of each kind of device, for devices that this machine has not got either."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gpt2 import TrainConfig
+from gpt2.fast import devices
+from gpt2.training.randomness import RandomState
+from gpt2.training.step import Stepper
+from tests.test_run import micro_batches
+from tests.test_train import model_of, weights
+
+KINDS = ("cpu", "cuda", "mps", "xpu")
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("choice", "kinds"),
+    [
+        (devices.can_capture, {"cuda"}),
+        (devices.has_fused_adamw, {"cpu", "cuda", "mps"}),
+        (devices.heeds_found_inf, {"cpu", "cuda"}),
+        (devices.tells_counts, {"cpu"}),
+        (devices.draws_one_by_one, {"cpu"}),
+        (devices.slices_products, {"cpu"}),
+        (devices.wants_aligned, {"cuda"}),
+        (devices.fuses_loss, {"cuda"}),
+        (lambda device: devices.positions_at_a_time(device) < 2048, {"cpu"}),
+    ],
+)
+def test_each_choice_is_the_kinds_alone(choice, kinds):
+    assert {kind for kind in KINDS if choice(torch.device(kind))} == kinds
+    assert {kind for kind in KINDS if choice(torch.device(kind, 1))} == kinds
+
+
+def test_the_generators_of_an_apple_gpu_are_swapped_too(monkeypatch):
+    state = {"mps": torch.tensor([7])}
+    fake = SimpleNamespace(
+        get_rng_state=lambda: state["mps"],
+        set_rng_state=lambda s: state.update(mps=s),
+        manual_seed=lambda n: state.update(mps=torch.tensor([n % 1000])),
+    )
+    monkeypatch.setattr(torch, "mps", fake)
+    before, randomness = torch.get_rng_state(), RandomState(42, torch.device("mps"))
+    with randomness:
+        randomness.begin(3, 1)
+        drawn = state["mps"], torch.rand(2)
+    assert torch.equal(state["mps"], torch.tensor([7]))
+    assert torch.equal(torch.get_rng_state(), before)
+    with randomness:
+        randomness.begin(3, 1)
+        assert torch.equal(state["mps"], drawn[0])
+        assert torch.equal(torch.rand(2), drawn[1])
+
+
+def test_a_device_without_known_generators_is_left_alone():
+    with (randomness := RandomState(42, torch.device("xpu"))):
+        randomness.begin(1, 0)
+
+
+def test_where_the_flag_is_not_heeded_the_host_looks(monkeypatch):
+    """As on an Apple GPU, where torch's fused AdamW steps whatever the flag says."""
+    monkeypatch.setattr(devices, "heeds_found_inf", lambda _: False)
+    config = TrainConfig(lr=1e-2, steps=3)
+    model, left = model_of().train(), model_of().train()
+    steps = micro_batches(config)
+    plain = Stepper(left, config)
+    plain(steps[0], 1)
+    stepper, real = Stepper(model, config), torch.optim.AdamW.step
+    taken: list[int] = []
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self, *a: (taken.append(1), real(self, *a))[1]
+    )
+    stepper(steps[0], 1)
+    handle = model.transformer.h[1].register_forward_hook(lambda m, i, out: out * torch.nan)
+    assert not stepper(steps[1], 2).isfinite().any()
+    handle.remove()
+    assert stepper(steps[2], 3).isfinite().all()  # but it stays failed, until the caller has looked
+    assert len(taken) == 1
+    assert stepper.failed == 1
+    assert weights(model) == weights(left)
+
+
+def test_copies_are_of_pinned_memory_and_to_a_gpu_only(monkeypatch):
+    asked: list[tuple] = []
+
+    class Held:
+        device = CPU
+
+        def pin_memory(self):
+            asked.append(("pinned",))
+            return self
+
+        def to(self, device, non_blocking=False):
+            asked.append((device.type, non_blocking))
+
+    for kind in KINDS:
+        devices.copied(Held(), torch.device(kind))
+    assert asked == [("cpu", False), ("pinned",), ("cuda", True), ("mps", False), ("xpu", False)]
+
+
+def test_no_other_file_of_the_fast_wing_asks_for_the_kind_of_a_device():
+    for file in Path(devices.__file__).parent.glob("*.py"):
+        if file.name not in ("devices.py", "dropout.py"):
+            assert not re.search(r"device\.type|is_cuda", file.read_text()), file

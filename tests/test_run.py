@@ -1,0 +1,272 @@
+"""A run as a function of base, data, config and seed; its groups; and what it refuses to keep."""
+
+from __future__ import annotations
+
+import gc
+import math
+import warnings
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import gpt2
+import lora
+from gpt2 import TrainConfig, batches, learning_rate, total_steps, train
+from gpt2.training.randomness import RandomState, seed_of
+from gpt2.training.schedule import lr_scale
+from gpt2.training.step import Stepper
+from tests.test_train import DATA, model_of, run, weights
+from tests.toys import TINY, randomize
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_two_threads: None) -> None:
+    """On shapes this small, threads that wait for each other take longer than the work."""
+    torch.set_num_threads(1)
+
+
+def micro_batches(config: TrainConfig) -> list[list[gpt2.Batch]]:
+    """Those of each step of a run of one epoch or less."""
+    epoch = batches(DATA, config.batch_size, seed=config.seed, epoch=0)
+    return [list(islice(epoch, config.accumulate)) for _ in range(config.steps)]
+
+
+# A pure function
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["all weights", "an adapter"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_run_that_starts_at_a_step_gives_the_bits_of_one_that_never_stopped(accumulate, adapter):
+    config = TrainConfig(lr=1e-2, steps=4, accumulate=accumulate)
+    whole, first = (model_of(dropout=True, adapter=adapter) for _ in range(2))
+    records = list(train(whole, DATA, config))
+    stepper, steps = Stepper(first.train(), config), micro_batches(config)
+    for step in (1, 2):
+        stepper(steps[step - 1], step, lr_scale(step, 4, config))
+    torch.rand(5)
+    second = model_of(dropout=True, adapter=adapter, seed=9).train()
+    second.load_state_dict(first.state_dict())
+    other = Stepper(second, config)
+    other.optimizer.load_state_dict(stepper.optimizer.state_dict())
+    got = [other(steps[step - 1], step, lr_scale(step, 4, config)).tolist() for step in (3, 4)]
+    assert got == [[r.loss, r.grad_norm] for r in records[2:]]
+    assert weights(second) == weights(whole)
+
+
+def test_a_micro_batch_sees_the_dropout_that_it_would_see_in_a_process_of_its_own():
+    config = TrainConfig(lr=1e-2, steps=1, accumulate=2)
+    (both,) = micro_batches(config)
+    loss, norm = Stepper(model_of(dropout=True).train(), config)(both, 1).tolist()
+    share = 1 / sum(batch.n_tokens for batch in both)
+
+    def alone(batch: gpt2.Batch, number: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        model, randomness = model_of(dropout=True).train(), RandomState(42, torch.device("cpu"))
+        torch.rand(number + 3)  # each process has a history of its own
+        with randomness:
+            randomness.begin(1, number)
+            part = model(batch.idx, batch.labels) * share
+            return part.detach(), list(torch.autograd.grad(part, list(model.parameters())))
+
+    (one, first), (two, second) = alone(both[0], 0), alone(both[1], 1)
+    assert float(one + two) == pytest.approx(loss, rel=1e-6)
+    whole = torch.cat([(a + b).flatten() for a, b in zip(first, second, strict=True)])
+    assert float(whole.norm()) == pytest.approx(norm, rel=1e-5)
+    other, _ = alone(both[1], 0)
+    assert float(other) != pytest.approx(float(two), rel=1e-3)  # the number matters, that is
+
+
+def test_the_seeds_of_micro_batches_differ():
+    seeds = {seed_of(s, t, m) for s in range(8) for t in range(20) for m in range(8)}
+    assert len({seed % 2**32 for seed in seeds}) == 8 * 20 * 8  # all that a CPU's generator reads
+    assert seed_of(42, 1, 0) == 6387305405971067920
+
+
+def test_a_run_is_the_same_whatever_the_defaults_of_dtype_and_device():
+    want = run(model_of(dropout=True, adapter=True))
+    model = model_of(dropout=True, adapter=True)
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        got = run(model)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert [r.loss for r in got] == [r.loss for r in want]
+
+
+# Groups
+
+
+def test_groups_are_the_textbooks():
+    ours, theirs = model_of(adapter=True), model_of(adapter=True)
+    config = TrainConfig(lr=1e-3, steps=6, schedule="constant", betas=(0.8, 0.95), eps=1e-6)
+    for model in (ours, theirs):
+        randomize(model)
+    born = [p.detach().clone() for p in lora.trainable_parameters(ours)]
+    list(train(ours, DATA, config, groups=lora.parameter_groups(ours, lr=1e-3)))
+    optimizer = torch.optim.AdamW(
+        lora.parameter_groups(theirs, lr=1e-3), betas=(0.8, 0.95), eps=1e-6, weight_decay=0.0
+    )
+    theirs.train()
+    for batch in islice(batches(DATA, 1, seed=config.seed, epoch=0), 6):
+        gpt2.next_token_loss(theirs(batch.idx), batch.labels).backward()
+        nn.utils.clip_grad_norm_(lora.trainable_parameters(theirs), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    for p, q, at in zip(*map(lora.trainable_parameters, (ours, theirs)), born, strict=True):
+        assert (p - q).norm() < 1e-3 * (q - at).norm()
+
+
+def test_the_schedule_scales_each_groups_rate():
+    model = model_of(adapter=True)
+    config = TrainConfig(lr=5e-3, steps=4)
+    groups = lora.parameter_groups(model, lr=1e-3, b_ratio=10)
+    assert [r.lr for r in train(model, DATA, config, groups=groups)] == pytest.approx(
+        [1e-3 * share for share in (1, 0.75, 0.5, 0.25)]
+    )
+    stepper = Stepper(model.train(), config, groups)
+    stepper(micro_batches(config)[0], 1, 0.5)
+    assert [g["lr"] for g in stepper.optimizer.param_groups] == pytest.approx([5e-4, 5e-3])
+    assert stepper.peaks == [1e-3, 1e-2]
+
+
+def test_parameters_of_a_group_may_be_given_by_a_generator():
+    one, other = model_of(adapter=True), model_of(adapter=True)
+    config = TrainConfig(lr=1e-3, steps=2)
+    groups = [{"params": (p for p in lora.trainable_parameters(one))}]
+    list(train(one, DATA, config, groups=groups))
+    list(train(other, DATA, config))
+    assert weights(one) == weights(other)
+
+
+def groups_of(model: nn.Module) -> dict[str, list]:
+    a, *rest = lora.trainable_parameters(model)
+    return {
+        r"in no group: transformer\.h\.0\S+B, .*, transformer\.h\.1\S+B": [{"params": [a]}],
+        r"in two groups: transformer\.h\.0\S+A": [{"params": [a]}, {"params": [a, *rest]}],
+        "1 of their parameters are not the model's": [
+            {"params": [a, *rest]},
+            {"params": [model.lm_head.weight]},
+        ],
+        r"group 0 has the option 'momentum' \(known: params, lr,": [
+            {"params": [a, *rest], "momentum": 1}
+        ],
+        "group 1: lr must be a finite number above 0, got -1": [
+            {"params": a},
+            {"params": rest, "lr": -1},
+        ],
+    }
+
+
+@pytest.mark.parametrize("said", groups_of(model_of(adapter=True)))
+def test_groups_that_do_not_fit_are_refused(said):
+    model = model_of(adapter=True)
+    with pytest.raises(ValueError, match=f"^groups: .*{said}"):
+        train(model, DATA, TrainConfig(steps=1), groups=groups_of(model)[said])
+
+
+# Nothing in silence
+
+
+def test_a_run_that_nobody_iterates_warns():
+    steps = train(model_of(), DATA, TrainConfig(steps=1))
+    with pytest.warns(RuntimeWarning, match="never iterated, so nothing was trained: write `for"):
+        del steps
+
+
+def test_a_run_that_is_iterated_or_closed_does_not_warn():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model_of(), DATA, TrainConfig(steps=1)).close()
+        next(train(model_of(), DATA, TrainConfig(steps=2)))
+        assert len(list(train(model_of(), DATA, TrainConfig(steps=2)))) == 2
+        gc.collect()
+
+
+@pytest.mark.parametrize(
+    "data", [["a", "b"], "data.jsonl", Path("data.jsonl"), [gpt2.Example("", "a")]]
+)
+def test_data_that_was_not_encoded_is_told_how(data):
+    with pytest.raises(ValueError, match=r"data must be a gpt2.Dataset, got .*gpt2\.encode\("):
+        train(model_of(), data, TrainConfig(steps=1))
+
+
+def test_what_is_no_module_is_refused():
+    with pytest.raises(ValueError, match="model must be an nn.Module, got Dataset"):
+        train(DATA, model_of(), TrainConfig(steps=1))
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.5, 1.0])
+def test_a_run_of_one_step_trains_whatever_the_warm_up(ratio):
+    config = TrainConfig(lr=1e-2, steps=1, warmup_ratio=ratio)
+    assert learning_rate(1, total_steps(8, config), config) == 1e-2
+    model = model_of()
+    before = weights(model)
+    (record,) = train(model, DATA, config)
+    assert record.lr == 1e-2
+    assert weights(model) != before
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("every", [1, 4])
+def test_weights_that_an_update_made_infinite_are_not_called_good(steps, every):
+    model = model_of()
+    config = TrainConfig(
+        lr=3e38, steps=steps, sync_every=every, weight_decay=10.0, schedule="constant"
+    )
+    with pytest.raises(
+        RuntimeError, match="made values infinite or NaN in .*: load the weights"
+    ) as e:
+        list(train(model, DATA, config))
+    assert "good" not in str(e.value)
+    assert not all(p.isfinite().all() for p in model.parameters())
+
+
+def test_second_derivatives_of_the_loss_are_loud_and_torch_func_is_right():
+    model = model_of()
+    head = model.lm_head.requires_grad_(False)
+    x = torch.randn(1, 6, TINY.n_embd, requires_grad=True)
+    labels = torch.arange(6)[None]
+    loss = gpt2.fast.head.summed_loss(head, x, labels, compiling=False)
+    with pytest.raises(RuntimeError, match="differentiated once .* or torch.func"):
+        torch.autograd.grad(loss, x, create_graph=True)
+    loss = gpt2.fast.head.summed_loss(head, x, labels, compiling=False)
+    (once,) = torch.autograd.grad(loss, x)
+
+    def of(x: torch.Tensor) -> torch.Tensor:
+        return gpt2.fast.head.summed_loss(head, x, labels, compiling=False)
+
+    torch.testing.assert_close(torch.func.grad(of)(x), once, rtol=1e-5, atol=1e-6)
+    found = torch.func.hessian(of)(x.detach()).reshape(x.numel(), x.numel())
+    assert found.abs().max() > 0.01
+    torch.testing.assert_close(found, found.t())
+
+
+def test_torch_func_differentiates_the_whole_model():
+    model = model_of(adapter=False)
+    model.requires_grad_(False)
+    model.transformer.h[1].mlp.c_fc.weight.requires_grad_(True)
+    idx = torch.arange(9)[None]
+    (want,) = torch.autograd.grad(model(idx, idx), model.transformer.h[1].mlp.c_fc.weight)
+    name = "transformer.h.1.mlp.c_fc.weight"
+    parameters = {name: model.get_parameter(name).detach()}
+    got = torch.func.grad(lambda p: torch.func.functional_call(model, p, (idx, idx)))(parameters)
+    torch.testing.assert_close(got[name], want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\)"),
+        ({"betas": (0.9,)}, "betas must be two numbers"),
+        ({"eps": 0.0}, "eps must be finite and above 0"),
+        ({"eps": math.inf}, "eps must be finite and above 0"),
+    ],
+    ids=str,
+)
+def test_bad_options_of_adamw_are_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        TrainConfig(steps=1, **options)
