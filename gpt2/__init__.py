@@ -3,7 +3,13 @@
 from gpt2.cache import KVCache
 from gpt2.config import SIZES, GPT2Config
 from gpt2.data.batches import Batch, batches
-from gpt2.data.examples import Example, from_texts, read_jsonl
+from gpt2.data.examples import (
+    Example,
+    from_texts,
+    read_examples,
+    read_prompts,
+    stream_examples,
+)
 from gpt2.data.tokens import Dataset, encode
 from gpt2.generation import generate, stream
 from gpt2.model import GPT2, Conv1D
@@ -34,8 +40,10 @@ __all__ = [
     "generate",
     "learning_rate",
     "next_token_loss",
-    "read_jsonl",
+    "read_examples",
+    "read_prompts",
     "stream",
+    "stream_examples",
     "summed_loss",
     "total_steps",
     "train",

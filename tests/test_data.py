@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2 import IGNORE, Batch, Dataset, Example, batches, encode, from_texts, read_jsonl
+from gpt2 import IGNORE, Batch, Dataset, Example, batches, encode, from_texts, read_examples
 from gpt2.data.batches import collate
 
 TEXTS = [
@@ -59,7 +59,7 @@ def written(folder: Path, *lines: object) -> Path:
     return file
 
 
-# read_jsonl
+# read_examples
 
 
 def test_the_three_forms_are_read(tmp_path):
@@ -72,26 +72,26 @@ def test_the_three_forms_are_read(tmp_path):
         {"prompt": "Once", "completion": " upon\na time"},
         {"prompt": "", "completion": "é 😀"},
     )
-    assert read_jsonl(file) == [
+    assert read_examples(file) == [
         Example("", "All of it. "),
         Example("Q: Why?\nA:", " So."),
         Example("Once", " upon\na time"),
         Example("", "é 😀"),
     ]
-    assert read_jsonl(str(file)) == read_jsonl(file)
+    assert read_examples(str(file)) == read_examples(file)
 
 
 def test_a_byte_order_mark_and_windows_line_ends_do_not_matter(tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "b"}\r\n')
-    assert read_jsonl(file) == [Example("", "a"), Example("", "b")]
+    assert read_examples(file) == [Example("", "a"), Example("", "b")]
 
 
 def test_a_line_ends_at_a_newline_only(tmp_path):
     separators = "one\u2028two\x85three\x0cfour"  # where str.splitlines would cut
     file = tmp_path / "data.jsonl"
     file.write_text(json.dumps({"text": separators}, ensure_ascii=False), encoding="utf-8")
-    assert read_jsonl(file) == [Example("", separators)]
+    assert read_examples(file) == [Example("", separators)]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_a_line_ends_at_a_newline_only(tmp_path):
         (["a", "list"], "got ['a', 'list']"),
         (None, "got None"),
         ({}, "got []"),
-        ({"text": "a", "label": 1}, "got ['label', 'text']"),
+        ({"label": 1, "title": "a"}, "got ['label', 'title']"),
         ({"question": "a"}, "got ['question']"),
         ({"question": "a", "completion": "b"}, "got ['completion', 'question']"),
         ({"Text": "a"}, "got ['Text']"),
@@ -123,7 +123,7 @@ def test_a_line_ends_at_a_newline_only(tmp_path):
 def test_a_bad_line_is_named(tmp_path, line, said):
     file = written(tmp_path, {"text": "good"}, b"", line, {"text": "good"})
     with pytest.raises(ValueError, match=f"^{file}:3: ") as error:
-        read_jsonl(file)
+        read_examples(file)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -131,14 +131,14 @@ def test_a_bad_line_is_named(tmp_path, line, said):
 def test_all_bad_lines_are_listed_at_once(tmp_path):
     file = written(tmp_path, {"text": ""}, {"text": "good"}, b"{", b"\xff")
     with pytest.raises(ValueError, match=str(file)) as error:
-        read_jsonl(file)
+        read_examples(file)
     assert [f"{file}:{n}: " in str(error.value) for n in (1, 2, 3, 4)] == [True, False, True, True]
 
 
 def test_a_long_list_of_bad_lines_is_cut(tmp_path):
     file = written(tmp_path, *[{"text": ""}] * 1000)
     with pytest.raises(ValueError, match="; and 990 more.$") as error:
-        read_jsonl(file)
+        read_examples(file)
     assert str(error.value).count(str(file)) == 10
 
 
@@ -147,13 +147,13 @@ def test_a_file_without_examples_is_refused(tmp_path, content):
     file = tmp_path / "data.jsonl"
     file.write_bytes(content)
     with pytest.raises(ValueError, match="holds no examples"):
-        read_jsonl(file)
+        read_examples(file)
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "."])
 def test_what_is_no_file_is_refused(tmp_path, name):
     with pytest.raises(FileNotFoundError, match="is missing or no file"):
-        read_jsonl(tmp_path / name)
+        read_examples(tmp_path / name)
 
 
 # encode
