@@ -48,3 +48,11 @@ __all__ = [
     "total_steps",
     "train",
 ]
+
+
+def __getattr__(name: str) -> str:
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib.metadata import version  # not at the top: few ask
+
+    return version("lora-gpt2")

@@ -45,3 +45,11 @@ __all__ = [
     "trainable_parameters",
     "unmerge",
 ]
+
+
+def __getattr__(name: str) -> str:
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib.metadata import version  # not at the top: few ask
+
+    return version("lora-gpt2")

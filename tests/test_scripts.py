@@ -113,8 +113,9 @@ def test_output_is_readable_when_it_is_not_a_terminal(run):
     assert "tokens/s" in steps[-1]
     assert "3 of 3 trained prompts answered word for word." in out
     assert "…" not in out, "a cell was cut"
+    (saved,) = (line for line in out.splitlines() if line.startswith(f"Saved in {folder}: "))
     for file in ("adapter", "metrics.jsonl", "loss.png", "answers.md", "run.json"):
-        assert file in out.rpartition(folder.name)[2]
+        assert file in saved.rpartition(folder.name)[2]
 
 
 def test_metrics_have_every_step(run):

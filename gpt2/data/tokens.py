@@ -100,7 +100,7 @@ def encode(
     if type(max_length) is not int or max_length < 2:
         raise ValueError(f"max_length must be at least 2, and whole, got {max_length!r}.")
     if isinstance(examples, str | Example):
-        kind = "string" if isinstance(examples, str) else "Example"
+        kind = "string" if type(examples) is str else "Example"
         raise ValueError(f"examples is one {kind}, {str(examples)[:20]!r}…: give a list of them.")
     tokens, ends, ignored = array("i"), array("q"), array("i")
     truncated, untaught = 0, list[int]()
@@ -127,7 +127,7 @@ def encode(
     return Dataset(tokens, ends, ignored, truncated)
 
 
-def _example(found: Any, number: int) -> Example:
+def _example(found: object, number: int) -> Example:
     if isinstance(found, str):
         return Example("", found)
     if not isinstance(found, Example):
@@ -135,6 +135,6 @@ def _example(found: Any, number: int) -> Example:
             f"Example {number} is a {type(found).__name__}: give a string, which is learnt as a "
             "whole, or gpt2.Example(prompt, completion)."
         )
-    if not (isinstance(found.prompt, str) and isinstance(found.completion, str)):
+    if {type(found.prompt), type(found.completion)} != {str}:
         raise ValueError(f"Example {number} must hold two strings, got {reprlib.repr(found)}.")
     return found
