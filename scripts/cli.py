@@ -50,7 +50,7 @@ def pick_device(name: str | None) -> str:
     """
     if name is None:
         return best_device(torch.cuda.is_available(), torch.backends.mps.is_available())
-    if not re.fullmatch(r"(cuda|mps|cpu)(:\d{1,4})?", name):
+    if not re.fullmatch(r"cpu|mps|cuda(:\d{1,4})?", name):
         raise ValueError(f"device must be cpu, mps, cuda or cuda:N, got {name!r}.")
     try:
         torch.empty(1, device=name)

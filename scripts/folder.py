@@ -32,8 +32,8 @@ def check(place: str | None, *, overwrite: bool, adapters: Sequence[str] = (ADAP
         ValueError: the folder holds a run, which nothing said to overwrite.
         OSError: it cannot be written.
     """
-    if place is not None and not place.strip():
-        raise ValueError("res_path is empty: name a folder, or leave it out for a new one.")
+    if place is not None and (not place.strip() or "\0" in place):
+        raise ValueError(f"res_path {place!r} names no folder; leave it out for a new one.")
     folder = NUMBERED if place is None else Path(place)
     names = () if place is None else (*adapters, METRICS, PLOT, ANSWERS, RUN)
     if (held := [name for name in names if (folder / name).exists()]) and not overwrite:

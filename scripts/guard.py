@@ -82,9 +82,12 @@ def _say(message: str, error: BaseException, code: int) -> int:
 def _plain(message: str) -> str:
     """What jsonargparse says of a value, in a sentence; any other message as it is."""
     key = re.match(r'Parser key "(.+?)"', message)
-    given = re.search(r"(?:Got value|Given value): (.*)", message, re.DOTALL)
-    wanted = re.findall(r"Expected an? <(?:class|enum) '([\w.]+)'>", message)
+    given = re.search(r"Given value: (.*)", message, re.DOTALL)
+    given = given or re.search(r"Got value: (.*)", message, re.DOTALL)
+    wanted = re.search(r"Subtypes: \[(.*)\]$", message, re.MULTILINE)
+    wanted = wanted or re.search(r"Expected an? (.+?)(?:\. Got value|$)", message, re.MULTILINE)
     if not (key and given and wanted):
         return message
-    kinds = " or ".join(dict.fromkeys("null" if kind == "NoneType" else kind for kind in wanted))
-    return f"{key[1]} must be {kinds}, got {given[1]}."
+    kinds = re.sub(r"<class '([\w.]+)'>", r"\1", wanted[1])
+    kinds = re.sub(r"\b(?:typing|collections\.abc)\.", "", kinds)
+    return f"{key[1]} must be {kinds.replace(', NoneType', ' or null')}, got {given[1]}."

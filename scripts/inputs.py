@@ -57,6 +57,8 @@ def encode_prompts(
         ValueError: listing the prompts that leave no room for so many new tokens.
     """
     limit = model.config.block_size - new
+    if limit < 1:
+        raise ValueError(f"max_new_tokens {new} does not fit a context of {limit + new} tokens.")
     ids = [tokenizer.encode(example.prompt) for example in prompts]
     long = [str(number) for number, row in enumerate(ids, 1) if len(row) > limit]
     if long:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from torch import nn
 
 import lora
+from config_file import read_yaml, unknown_option
 from guard import Arguments
-
-REPLACED = {"strategy": "logging_steps, the steps between two lines of output"}
 
 
 def add_lora(to: ArgumentParser) -> None:
@@ -43,11 +38,10 @@ def flags(to: ArgumentParser, argv: Arguments, *, defaults: bool = True) -> Name
         unknown = re.match(r"unrecognized arguments: (.*)", str(error), re.IGNORECASE | re.DOTALL)
         if not unknown:
             raise
-        names = [word[2:].partition("=")[0] for word in unknown[1].split() if word[:2] == "--"]
-        known = _known(to)
+        names = [word.partition("=")[0] for word in unknown[1].split() if word[:2] == "--"]
         raise ValueError(
-            " ".join(_unknown(name, known, "--") for name in names)
-            or f"Nothing is known to do with {unknown[1]!r}: options begin with two dashes."
+            " ".join(unknown_option(name[2:], _known(to), "--") for name in names if name != "--")
+            or f"It is not clear what {unknown[1]!r:.80} is for: options begin with two dashes."
         ) from None
 
 
@@ -61,8 +55,10 @@ def with_config(to: ArgumentParser, argv: Arguments, default: Path) -> Namespace
     """
     given = flags(to, argv, defaults=False)
     options = to.get_defaults()
-    content = read_yaml(Path(given.get("config") or default), _known(to))
-    in_file = to.parse_object(content, defaults=False)
+    file = Path(given["config"]) if "config" in given else default
+    in_file = to.parse_object(read_yaml(file, _known(to)), defaults=False)
+    if null := [n for n, value in in_file.items() if value is None and not _optional(to, n)]:
+        raise ValueError(f"{file}: {', '.join(null)} cannot be null.")
     for one, other in (("epochs", "steps"), ("steps", "epochs")):
         if given.get(one) is not None and other not in given:
             in_file[other] = None
@@ -71,71 +67,15 @@ def with_config(to: ArgumentParser, argv: Arguments, default: Path) -> Namespace
     return options
 
 
-def read_yaml(file: Path, known: Iterable[str]) -> dict[str, Any]:
-    """A YAML file's options by their dotted names, which may be nested too.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is no YAML of options, or has one that is unknown or stands twice.
-    """
-    if not file.is_file():
-        raise FileNotFoundError(f"The config {file} is missing or no file.")
-    try:
-        content = yaml.load(file.read_bytes(), _Once)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{file} is not YAML: {error}") from None
-    if not isinstance(content, dict | None):
-        raise ValueError(f"{file} must hold options, such as 'seed: 42', got {content!r:.80}.")
-    known = [name for name in known if name != "config"]
-    found: dict[str, Any] = {}
-    faults: list[str] = []
-    for name, value in _flat(content or {}, known, ""):
-        if name in found:
-            faults.append(f"{name} stands twice.")
-        elif name not in known:
-            groups = any(other.startswith(f"{name}.") for other in known)
-            faults.append(
-                f"{name} holds options of its own, got {value!r:.80}."
-                if groups
-                else _unknown(name, known, "")
-            )
-        found[name] = value
-    if faults:
-        raise ValueError(f"{file}: {' '.join(faults[:10])}")
-    return found
-
-
-class _Once(yaml.SafeLoader):
-    """YAML in which no key stands twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise ValueError(f"{twice[0]} stands twice")
-        return super().construct_mapping(node, deep)
-
-
-def _flat(content: Mapping[Any, Any], known: list[str], above: str) -> Iterator[tuple[str, Any]]:
-    for key, value in content.items():
-        name = f"{above}{key}"
-        if isinstance(value, dict) and name not in known:
-            yield from _flat(value, known, f"{name}.")
-        else:
-            yield name, value
-
-
 def _known(to: ArgumentParser) -> list[str]:
     return list(to.get_defaults().keys())
 
 
-def _unknown(name: str, known: Iterable[str], dashes: str) -> str:
-    """That there is no such option, and what was probably meant."""
-    said = f"There is no option {dashes}{name[:80]}"
-    if name in REPLACED:
-        return f"{said}: use {dashes}{REPLACED[name]}."
-    by_last = {option.rpartition(".")[2]: option for option in known} | {n: n for n in known}
-    last = name.rpartition(".")[2]
-    near = [n for n in (name, last) if n in by_last]
-    near = near or difflib.get_close_matches(name, by_last, 1, 0.5)
-    near = near or difflib.get_close_matches(last, by_last, 1, 0)
-    return f"{said}. The nearest is {dashes}{by_last[near[0]]}."
+def _optional(to: ArgumentParser, name: str) -> bool:
+    """Whether an option may be null."""
+    if to.get_defaults()[name] is None:
+        return True
+    try:
+        return to.parse_args([f"--{name}=null"], defaults=False)[name] is None
+    except ArgumentError:
+        return False

@@ -56,6 +56,22 @@ def run(
             steps = gpt2.train(model, dataset, training)
             report.follow(steps, losses, console, total=total, every=options.logging_steps)
 
+    if prompts:
+        answer(model, names, prompts, ids, sampling, tokenizer, console, place)
+    report.end(console, place, [place / name for name in names], options.model_name, prompts)
+
+
+def answer(
+    model: gpt2.GPT2,
+    names: list[str],
+    prompts: list[gpt2.Example],
+    ids: list[list[int]],
+    sampling: gpt2.GenerateConfig,
+    tokenizer: gpt2.Tokenizer,
+    console: Console,
+    place: Path,
+) -> None:
+    """Show and write what the base, each adapter and their mixture say to each prompt."""
     mixture = dict.fromkeys(names, 1 / len(names))
     columns = {"base": None, **{name: name for name in names}, "mixture": mixture}
     with lora.routed(model, [column for _ in ids for column in columns.values()]):
@@ -68,4 +84,3 @@ def run(
         ["prompt", *columns], [[p, *row] for p, row in zip(shown, answers, strict=True)]
     )
     (place / folder.ANSWERS).write_text(markdown, encoding="utf-8")
-    report.end(console, place, [place / name for name in names], options.model_name, prompts)

@@ -55,8 +55,9 @@ def parse(argv: guard.Arguments) -> Namespace:
     opts.add_lora(parser)
     parser.add_class_arguments(gpt2.GenerateConfig, "generate", skip={"seed"}, as_group=False)
     options = opts.with_config(parser, argv, DEMO)
-    if options.logging_steps < 1:
-        raise ValueError(f"logging_steps must be at least 1, got {options.logging_steps}.")
+    for name, least in (("logging_steps", 1), ("max_token_length", 2)):
+        if options[name] < least:
+            raise ValueError(f"{name} must be at least {least}, got {options[name]}.")
     return options
 
 
