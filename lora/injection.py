@@ -62,8 +62,7 @@ def inject(
             slices of an output; `"all-linear"` for every linear layer but the output head.
         exclude: suffixes of target layers to leave out.
         layers: numbers of the blocks to adapt, the first number in a path; None for all.
-        rank_pattern: other ranks for targets by suffix.
-        alpha_pattern: other alphas for targets by suffix.
+        rank_pattern, alpha_pattern: other ranks and alphas for targets by suffix.
         slices: names of the equal parts of a fused projection, or a mapping from each part's name
             to its outputs, for layers that do not name theirs.
         rslora: scale by `alpha / √r`.

@@ -53,7 +53,9 @@ def stop_signals() -> list[signal.Signals]:
 
 def stop_line(number: int) -> str:
     """What is said when a signal ends a script."""
-    return "Interrupted." if number == signal.SIGINT else f"{signal.Signals(number).name} came."
+    return (
+        "Interrupted." if number == signal.SIGINT else f"Stopped by {signal.Signals(number).name}."
+    )
 
 
 def _end(number: int, _: object) -> None:

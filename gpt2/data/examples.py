@@ -11,6 +11,7 @@ from typing import cast
 from gpt2.data.rows import Rows, documents, lines, read_rows
 
 SHOWN = 10  # faults that are listed one by one
+LONGEST = 180  # characters of one
 Fields = Mapping[str, str]
 FORMS = (("text",), ("question", "answer"), ("prompt", "completion"))
 
@@ -83,7 +84,8 @@ def _good(rows: Rows, path: str | Path, make: Callable[[object], Example]) -> It
         except ValueError as error:
             left_out += 1
             if left_out <= SHOWN:
-                faults.append(f"{place}: {error}")
+                said = str(error)
+                faults.append(f"{place}: {said if len(said) <= LONGEST else said[:LONGEST] + '…'}")
         else:
             found += 1
             yield example

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import reprlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
@@ -117,8 +118,7 @@ def _json(text: bytes) -> object:
 def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"the key {reprlib.repr(twice)} stands twice")
     return found
 
