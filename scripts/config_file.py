@@ -81,7 +81,7 @@ def unknown_option(name: str, known: Iterable[str], dashes: str) -> str:
     last = name.rpartition(".")[2]
     if last in OTHER_NAMES and last in meant:
         return f"There is no option {dashes}{name}: {dashes}{meant[last]} takes its place."
-    near = [n for n in (name, last) if n in meant]
+    near = [n for n in meant if n == last] or [n for n in meant if n.startswith(name)]
     near = near or difflib.get_close_matches(name, meant, 1, 0.5)
     near = near or difflib.get_close_matches(last, meant, 1, 0)
     return f"There is no option {dashes}{name[:80]}: did you mean {dashes}{meant[near[0]]}?"

@@ -116,8 +116,8 @@ def recorded(steps: Iterable[gpt2.StepRecord], folder: Path) -> Iterator[gpt2.St
     """Write each step as a line of JSON, as it comes."""
     with (folder / METRICS).open("w", encoding="utf-8", buffering=1) as file:
         for step in steps:
+            yield step  # first: if the disk is full, the step counts
             file.write(json.dumps(asdict(step)) + "\n")
-            yield step
 
 
 def next_commands(folder: Path, adapters: Iterable[Path], base: str, prompt: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import re
 import signal
@@ -38,6 +39,8 @@ def guarded(body: Callable[[Arguments], None]) -> Callable[[Arguments], int]:
     def main(argv: Arguments = None) -> int:
         try:
             with _stoppable():
+                if isinstance(sys.stdout, io.TextIOWrapper):  # which may know no such letter
+                    sys.stdout.reconfigure(errors="backslashreplace")
                 body(argv)
                 sys.stdout.flush()
         except BrokenPipeError:  # the reader, such as `head`, has seen enough

@@ -70,7 +70,8 @@ def end(
     prompts: Sequence[gpt2.Example],
 ) -> None:
     """Where everything is, and the commands that use it, unbroken so that they can be copied."""
-    console.print(f"Saved in {place}: {', '.join(sorted(f.name for f in place.iterdir()))}")
+    names = ", ".join(sorted(file.name for file in place.iterdir()))
+    console.print(f"Saved in {place}: {names}", soft_wrap=True)
     prompt = min((e.prompt for e in prompts), key=len, default="Once upon a time")
     console.print("To use it:", soft_wrap=True)
     console.print(folder.next_commands(place, adapters, base, prompt), soft_wrap=True)

@@ -33,7 +33,8 @@ def write(
         "versions": versions(),
     }
     record = json.dumps({**run, **outcome}, indent=2, ensure_ascii=False, default=str)
-    (folder / RUN).write_text(record + "\n", encoding="utf-8")
+    odd = "backslashreplace"  # a path may hold bytes that are no text
+    (folder / RUN).write_text(record + "\n", encoding="utf-8", errors=odd)
 
 
 class Clock:

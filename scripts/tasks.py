@@ -50,7 +50,8 @@ def run(
     place = folder.prepare(options.res_path, names)
     for name, dataset in zip(names, data, strict=True):
         lora.activate(model, name)
-        console.print(f"{name}: {report.examples_line(dataset)} {lora.count_parameters(model)}")
+        told = f"{name}: {report.examples_line(dataset)} {lora.count_parameters(model)}"
+        console.print(told, soft_wrap=True)
         total, losses = gpt2.total_steps(len(dataset), training), list[float]()
         with folder.saved(model, place / name, losses, adapter=name):
             steps = gpt2.train(model, dataset, training)

@@ -47,7 +47,8 @@ def parse(argv: guard.Arguments) -> Namespace:
     add("--train_batch_size", type=int, default=batch, help="examples a batch")
     add("--logging_steps", type=int, default=5, help="steps between two lines of output")
     add("--res_path", type=str | None, help="folder for the results, by default a new runs/qa-N")
-    add("--overwrite", action="store_true", help="replace the run that res_path holds")
+    flag = {"type": bool, "nargs": "?", "const": True, "default": False}
+    add("--overwrite", **flag, help="replace the run that res_path holds")
     parser.add_function_arguments(
         gpt2.encode, skip={"examples", "tokenizer", "max_length"}, as_group=False
     )
@@ -79,7 +80,8 @@ def main(argv: guard.Arguments = None) -> None:
     opts.inject(model, options)
     counts["LoRA"] = lora.count_parameters(model)
     ids = inputs.encode_prompts(prompts, tokenizer, model, sampling.max_new_tokens)
-    console.print(report.parameter_table(counts), report.examples_line(data))
+    console.print(report.parameter_table(counts))
+    console.print(report.examples_line(data), soft_wrap=True)
     clock.lap("load")
 
     with lora.disabled(model):
