@@ -41,13 +41,13 @@ def main() -> None:
 
 
 def replace(new: Path, file: Path) -> None:
-    """Put new results where the earlier ones of the same benchmarks stood; keep all others."""
+    """Put new results in the place of the same benchmarks' earlier ones; keep all others."""
     lines = new.read_text().splitlines()
     made = {json.loads(line)["benchmark"] for line in lines}
     old = file.read_text().splitlines() if file.exists() else []
     kept = [line for line in old if json.loads(line)["benchmark"] not in made]
     beside = file.with_name(f"{file.name}.new")
-    beside.write_text("\n".join([*lines, *kept]) + "\n")
+    beside.write_text("\n".join([*kept, *lines]) + "\n")
     beside.replace(file)
 
 

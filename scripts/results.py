@@ -11,8 +11,23 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from jsonargparse import Namespace
+
+import gpt2
+import lora
 from answers import Answer, score
 from folder import ANSWERS, PLOT, RUN
+
+
+def about(
+    options: Namespace, counts: Mapping[str, lora.ParameterCount], data: gpt2.Dataset
+) -> dict[str, Any]:
+    """What is known of a run before it ends."""
+    return {
+        "config": {k: v for k, v in options.as_dict().items() if k != "config"},
+        "parameters": {name: asdict(count) for name, count in counts.items()},
+        "data": {"examples": len(data), "tokens": data.n_tokens, "truncated": data.truncated},
+    }
 
 
 def write(

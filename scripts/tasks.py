@@ -5,6 +5,7 @@ All answers come from one batch, in which each row is under the base, an adapter
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from jsonargparse import Namespace
@@ -34,12 +35,7 @@ def run(
     Raises:
         ValueError: two files of one name, or what reading, training and generating raise.
     """
-    names = [Path(file).stem for file in options.tasks]
-    if len({*names, "base", "mixture"}) < len(names) + 2:
-        raise ValueError(
-            "--tasks needs files of different names, none of them base or mixture, "
-            f"got {', '.join(options.tasks)}."
-        )
+    names = named(options.tasks)
     folder.check(options.res_path, overwrite=options.overwrite, adapters=names)
     examples, prompts = inputs.read(options.tasks, options)
     model = gpt2.GPT2.from_pretrained(options.model_name, device=device)
@@ -85,3 +81,14 @@ def answer(
         ["prompt", *columns], [[p, *row] for p, row in zip(shown, answers, strict=True)]
     )
     (place / folder.ANSWERS).write_text(markdown, encoding="utf-8")
+
+
+def named(files: Sequence[str]) -> list[str]:
+    """The adapters' names: the files', without their endings."""
+    names = [Path(file).stem for file in files]
+    if len({*names, "base", "mixture"}) < len(names) + 2:
+        raise ValueError(
+            "--tasks needs files of different names, none of them base or mixture, "
+            f"got {', '.join(files)}."
+        )
+    return names

@@ -9,7 +9,6 @@ if __name__ == "__main__":  # on top, so that Ctrl-C during the imports below en
 
     sys.exit(command.start("train_qa", sys.argv[1:]))
 
-from dataclasses import asdict
 from inspect import signature
 from pathlib import Path
 
@@ -80,14 +79,15 @@ def main(argv: guard.Arguments = None) -> None:
     opts.inject(model, options)
     counts["LoRA"] = lora.count_parameters(model)
     ids = inputs.encode_prompts(prompts, tokenizer, model, sampling.max_new_tokens)
+    total, losses = gpt2.total_steps(len(data), training), list[float]()
     console.print(report.parameter_table(counts))
-    console.print(report.examples_line(data), soft_wrap=True)
+    told = f"{report.examples_line(data)} {total:,} steps, by {options.config or DEMO.name}."
+    console.print(told, soft_wrap=True)
     clock.lap("load")
 
     with lora.disabled(model):
         base = gpt2.generate(model, ids, sampling)
     clock.lap("base answers")
-    total, losses = gpt2.total_steps(len(data), training), list[float]()
     place = folder.prepare(options.res_path)
     with folder.saved(model, place / folder.ADAPTER, losses):
         steps = folder.recorded(gpt2.train(model, data, training), place)
@@ -99,12 +99,6 @@ def main(argv: guard.Arguments = None) -> None:
     told = answers.decoded(tokenizer, base, tuned, sampling)
     compared = answers.compare(prompts, *told, examples)
     console.print(report.answer_table(compared), answers.score(compared))
-    run = {
-        "config": {k: v for k, v in options.as_dict().items() if k != "config"},
-        "device": device,
-        "parameters": {name: asdict(count) for name, count in counts.items()},
-        "data": {"examples": len(data), "tokens": data.n_tokens, "truncated": data.truncated},
-        "seconds": clock.laps,
-    }
+    run = {**results.about(options, counts, data), "device": device, "seconds": clock.laps}
     results.write(place, losses=losses, every=options.logging_steps, answers=compared, run=run)
     report.end(console, place, [place], options.model_name, prompts)

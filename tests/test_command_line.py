@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -369,6 +370,27 @@ def test_a_missing_package_of_the_scripts_is_one_line(tmp_path):
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "rich is missing: pip install 'lora-gpt2[scripts]'.\n"
+
+
+def test_new_results_take_the_place_of_their_own_benchmarks_only():
+    replace = importlib.import_module("benchmarks.results").replace
+    old, new = Path("old.jsonl"), Path("new.jsonl")
+    lines = [json.dumps({"benchmark": name, "case": n}) for n, name in enumerate("aabcc")]
+    old.write_text("\n".join(lines) + "\n")
+    made = json.dumps({"benchmark": "a", "case": 9})
+    new.write_text(made + "\n")
+    replace(new, old)
+    assert old.read_text().splitlines() == [*lines[2:], made]
+    replace(new, Path("none.jsonl"))
+    assert Path("none.jsonl").read_text() == new.read_text()
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_make_bench_removes_no_results():
+    printed = subprocess.run(["make", "-n", "bench"], cwd=ROOT, capture_output=True, text=True)
+    removed = re.findall(r"\brm\b.*", printed.stdout)
+    assert removed == ["rm -f build/cpu.jsonl"]
+    assert "--replace build/cpu.jsonl benchmarks/results/cpu.jsonl" in printed.stdout
 
 
 @pytest.fixture(scope="module")

@@ -222,15 +222,7 @@ def test_a_merged_model_answers_in_a_pipeline(run, script, tmp_path):
     assert answer["generated_text"].removeprefix(PHYSICS) in TRAINED[PHYSICS]
 
 
-@pytest.mark.parametrize(
-    ("number", "code", "line"),
-    [
-        (signal.SIGINT, 130, "Interrupted."),
-        (signal.SIGTERM, 143, "Stopped by SIGTERM."),
-        (signal.SIGHUP, 129, "Stopped by SIGHUP."),
-    ],
-)
-def test_a_signal_leaves_a_saved_adapter_and_says_so(number, code, line, tmp_path):
+def test_ctrl_c_leaves_a_saved_adapter_and_says_so(tmp_path):
     started = subprocess.Popen(
         command("train_qa.py", "--config", DEMO, "--res_path", str(tmp_path / "cut")),
         stdout=subprocess.DEVNULL,
@@ -242,14 +234,44 @@ def test_a_signal_leaves_a_saved_adapter_and_says_so(number, code, line, tmp_pat
         assert started.poll() is None
         assert time.monotonic() < patience
         time.sleep(0.05)
-    started.send_signal(number)
+    started.send_signal(signal.SIGINT)
     error = started.communicate(timeout=60)[1]
-    assert started.returncode == code
-    assert error.startswith(f"{line} The adapter as it was after step ")
+    assert started.returncode == 130
+    assert error.startswith("Interrupted. The adapter as it was after step ")
     assert error.count("\n") == 1
     adapter = tmp_path / "cut" / "adapter"
     assert str(adapter) in error
     assert_trained(adapter)
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_saves_the_step_it_met_and_others_change_nothing(
+    name, code, script, tmp_path, monkeypatch, capsys
+):
+    folder, save = script("folder"), lora.save
+    recorded, kill = folder.recorded, getattr(signal, name)
+
+    def killed(steps, place):
+        for step in recorded(steps, place):
+            yield step
+            if step.step == 2:
+                os.kill(os.getpid(), kill)
+
+    def impatient(*arguments, **options):
+        for other in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.kill(os.getpid(), other)
+        save(*arguments, **options)
+
+    monkeypatch.setattr(folder, "recorded", killed)
+    monkeypatch.setattr(lora, "save", impatient)
+    before = signal.getsignal(kill)
+    out = tmp_path / "cut"
+    assert script("train_qa").main([*QUICK, "--res_path", str(out)]) == code
+    error = capsys.readouterr().err
+    said = "Interrupted." if name == "SIGINT" else f"Stopped by {name}."
+    assert error == f"{said} The adapter as it was after step 2 is saved in {out / 'adapter'}.\n"
+    assert_trained(out / "adapter")
+    assert signal.getsignal(kill) == before
 
 
 def assert_trained(adapter: Path) -> None:
