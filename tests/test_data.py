@@ -267,6 +267,7 @@ def test_an_answer_to_a_prompt_is_a_reference_and_no_part_of_it(tmp_path):
         {"question": "Why?", "answer": "So."},
         {"prompt": "Once"},
         {"prompt": "Once", "completion": " upon", "answer": "not this"},
+        {"prompt": "not this", "question": "Why?", "answer": ""},
     )
     why = "Q: Why?\nA:"
     assert read_prompts(file) == [
@@ -276,6 +277,7 @@ def test_an_answer_to_a_prompt_is_a_reference_and_no_part_of_it(tmp_path):
         Example(why, " So."),
         Example("Once", ""),
         Example("Once", " upon"),
+        Example(why, ""),
     ]
     assert read_prompts(file, {"text": "frage"}) == read_prompts(file)
 

@@ -111,12 +111,15 @@ def _prompt(row: object, fields: Fields | None) -> Example:
     row = _renamed(row, None)
     if fields and any(row.keys() >= {fields[name]} for name, *_ in FORMS if name in fields):
         row = {name: row.get(key) for name, key in fields.items()}
-    begun = [form for form in FORMS if form[0] in row]
+    begun = [form for form in FORMS if row.keys() >= {*form}]
+    begun = begun or [form for form in FORMS if form[0] in row]
     if len(begun) != 1:
         raise ValueError(_wanted(row, len(begun)))
-    form = tuple(name for name in begun[0] if row.get(name) not in (None, ""))
-    values = _texts(row, form or begun[0][:1])
-    return Example(values[0], "") if form == ("text",) else _pair(begun[0], values[0], *values[1:])
+    form = begun[0][: 1 if row.get(begun[0][-1]) in (None, "") else 2]
+    values = _texts(row, form)
+    if not values[0].strip():
+        raise ValueError(f"{form[0]!r} is empty")
+    return _pair(form, *values)
 
 
 def _pair(form: tuple[str, ...], prompt: str, completion: str = "") -> Example:

@@ -123,37 +123,30 @@ def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-def _separated(delimiter: str) -> Callable[[Path], Rows]:
-    def read(path: Path) -> Rows:
-        with path.open("rb") as file:
-            decoded = (line.decode("utf-8" if n else "utf-8-sig") for n, line in enumerate(file))
-            cells = csv.reader(decoded, delimiter=delimiter, strict=True)
-            heading: list[str] | None = None
-            while True:
-                place = f"{path}:{cells.line_num + 1}"
-                try:
-                    row = next(cells)
-                except StopIteration:
-                    return
-                except (
-                    UnicodeDecodeError,
-                    csv.Error,
-                ) as error:  # where the next row begins is lost
-                    reason = getattr(error, "reason", error)
-                    yield place, ValueError(f"not {path.suffix[1:].upper()} in UTF-8 ({reason})")
-                    return
-                if row and heading is None:
+def _table(path: Path) -> Rows:
+    """The rows of a .csv or .tsv under its heading."""
+    heading, begins = list[str](), 1
+    with path.open("rb") as file:
+        text = (line.decode("utf-8" if n else "utf-8-sig") for n, line in enumerate(file))
+        rows = csv.reader(
+            text, "excel-tab" if path.suffix.lower() == ".tsv" else "excel", strict=True
+        )
+        try:
+            for row in rows:
+                place, begins = f"{path}:{begins}", rows.line_num + 1
+                if row and not heading:
                     heading = row
                     if len({*row}) < len(row):
                         yield place, ValueError(f"a column stands twice in {reprlib.repr(row)}")
                         return
-                elif row and heading is not None:
-                    uneven = f"{len(row)} cells under a heading of {len(heading)}"
-                    even = len(row) == len(heading)
-                    found = dict(zip(heading, row, strict=True)) if even else ValueError(uneven)
-                    yield place, found
-
-    return read
+                elif row and len(row) != len(heading):
+                    yield place, ValueError(f"{len(row)} cells under a heading of {len(heading)}")
+                elif row:
+                    yield place, dict(zip(heading, row, strict=True))
+        except (UnicodeDecodeError, csv.Error) as error:  # nothing tells where the next row begins
+            reason = getattr(error, "reason", error)
+            kind = path.suffix[1:].upper()
+            yield f"{path}:{begins}", ValueError(f"not {kind} in UTF-8 ({reason})")
 
 
 def _parquet(path: Path) -> Rows:
@@ -180,7 +173,7 @@ def _parquet_module() -> Any:
 _READERS: dict[str, Callable[[Path], Rows]] = {
     ".jsonl": _json_lines,
     ".json": _json_list,
-    ".csv": _separated(","),
-    ".tsv": _separated("\t"),
+    ".csv": _table,
+    ".tsv": _table,
     ".parquet": _parquet,
 }
