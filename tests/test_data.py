@@ -289,7 +289,7 @@ def test_an_answer_to_a_prompt_is_a_reference_and_no_part_of_it(tmp_path):
         {"prompt": ""},
         {"question": " "},
         {"question": 3},
-        {"text": "a", "prompt": "b"},
+        {"question": "a", "prompt": "b"},
     ],
 )
 def test_a_row_that_is_no_prompt_is_named(tmp_path, row):
