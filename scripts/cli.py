@@ -30,9 +30,15 @@ def build(kind: type[Config], options: Namespace, **renamed: Any) -> Config:
     return kind(**{name: options[name] for name in names}, **renamed)
 
 
-def console() -> Console:
+class Plain(Console):
     """Shows text as it is: no path and no answer is markup."""
-    return Console(markup=False, emoji=False, highlight=False)
+
+    def __init__(self) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False)
+
+    def on_broken_pipe(self) -> None:
+        """Leave the error to `guarded`; rich would end the process, and training with it."""
+        raise BrokenPipeError("Nobody reads the output any more.")
 
 
 def program(script: str) -> str:

@@ -93,7 +93,7 @@ def saved(
     try:
         yield
         lora.save(model, place, adapter=adapter)
-    except (Exception, KeyboardInterrupt) as stop:
+    except BaseException as stop:
         if losses:
             stop.add_note(_rescue(model, place, len(losses), adapter))
         raise

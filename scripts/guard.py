@@ -43,8 +43,10 @@ def guarded(body: Callable[[Arguments], None]) -> Callable[[Arguments], int]:
                     sys.stdout.reconfigure(errors="backslashreplace")
                 body(argv)
                 sys.stdout.flush()
-        except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        except BrokenPipeError as error:  # the reader, such as `head`, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if getattr(error, "__notes__", None):  # in training: what is saved is not all
+                return _say(str(error), error, 2)
         except KeyboardInterrupt as stop:
             number = getattr(stop, "number", signal.SIGINT)
             return _say(stop_line(number), stop, 128 + number)

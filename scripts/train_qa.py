@@ -64,7 +64,7 @@ def parse(argv: guard.Arguments) -> Namespace:
 @guard.guarded
 def main(argv: guard.Arguments = None) -> None:
     """Parse, build, train, show, save."""
-    options, console, clock = parse(argv), cli.console(), results.Clock()
+    options, console, clock = parse(argv), cli.Plain(), results.Clock()
     training = cli.build(gpt2.TrainConfig, options, batch_size=options.train_batch_size)
     sampling = cli.build(gpt2.GenerateConfig, options.generate, seed=options.seed)
     tokenizer, device = gpt2.Tokenizer(), cli.pick_device(options.device)
@@ -98,7 +98,8 @@ def main(argv: guard.Arguments = None) -> None:
 
     told = answers.decoded(tokenizer, base, tuned, sampling)
     compared = answers.compare(prompts, *told, examples)
-    console.print(report.answer_table(compared), answers.score(compared))
+    if compared:
+        console.print(report.answer_table(compared), answers.score(compared))
     run = {**results.about(options, counts, data), "device": device, "seconds": clock.laps}
     results.write(place, losses=losses, every=options.logging_steps, answers=compared, run=run)
     report.end(console, place, [place], options.model_name, prompts)

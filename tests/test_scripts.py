@@ -274,6 +274,26 @@ def test_a_signal_saves_the_step_it_met_and_others_change_nothing(
     assert signal.getsignal(kill) == before
 
 
+def test_a_reader_that_goes_ends_training_with_a_line(tmp_path):
+    options = ["--steps", "5000", "--logging_steps", "1", "--res_path", str(tmp_path / "cut")]
+    started = subprocess.Popen(
+        command("train_qa.py", *options, "--prompts", str(SCRIPTS / "data" / "article.jsonl")),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+    assert started.stdout is not None
+    while not started.stdout.readline().startswith("step "):
+        assert started.poll() is None
+    started.stdout.close()
+    assert started.wait(60) == 2
+    assert started.stderr is not None
+    error = started.stderr.read()
+    assert error.startswith("Nobody reads the output any more. The adapter as it was after step ")
+    assert error.count("\n") == 1
+    assert_trained(tmp_path / "cut" / "adapter")
+
+
 def assert_trained(adapter: Path) -> None:
     model = gpt2.GPT2.from_pretrained("demo")
     lora.load(model, adapter)
@@ -355,6 +375,7 @@ def test_a_path_is_no_markup(script, tmp_path, capsys, monkeypatch):
     assert script("train_qa").main([*QUICK, "--data", str(data), *odd]) == 0
     out = capsys.readouterr().out
     assert "Saved in [/b] :smile: " in out
+    assert "Answers" not in out  # a text as a whole has no prompt to try
     assert "1 (100.0%) were longer than 5 and were cut: see --max_token_length" in out
     assert script("train_qa").main([*QUICK, "--tasks", str(data), "--res_path", "[/t]"]) == 0
     assert "[red]odd: 1 examples" in capsys.readouterr().out
