@@ -1,5 +1,7 @@
 """GPT-2 in plain PyTorch: load, run, train. Start reading at `gpt2.model`."""
 
+import typing
+
 from gpt2.cache import KVCache
 from gpt2.config import SIZES, GPT2Config
 from gpt2.data.batches import Batch, batches
@@ -49,10 +51,13 @@ __all__ = [
     "train",
 ]
 
+if typing.TYPE_CHECKING:
+    __version__: str
+else:
 
-def __getattr__(name: str) -> str:
-    if name != "__version__":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib.metadata import version  # not at the top: few ask
+    def __getattr__(name: str) -> str:
+        if name != "__version__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib.metadata import version  # not at the top: few ask
 
-    return version("lora-gpt2")
+        return version("lora-gpt2")

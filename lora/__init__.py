@@ -1,5 +1,7 @@
 """LoRA for any PyTorch module: inject, train, merge, save. Start reading at `lora.layer`."""
 
+import typing
+
 from lora import algebra
 from lora.bank import activate, activated, active, adapters, disabled, remove
 from lora.config import UpdateConfig
@@ -46,10 +48,13 @@ __all__ = [
     "unmerge",
 ]
 
+if typing.TYPE_CHECKING:
+    __version__: str
+else:
 
-def __getattr__(name: str) -> str:
-    if name != "__version__":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib.metadata import version  # not at the top: few ask
+    def __getattr__(name: str) -> str:
+        if name != "__version__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib.metadata import version  # not at the top: few ask
 
-    return version("lora-gpt2")
+        return version("lora-gpt2")
