@@ -20,7 +20,8 @@ with torch.device(device):
     model = gpt2.GPT2(gpt2.SIZES["gpt2"])
 model = model.to(dtype)
 lora.inject(model, r=8, alpha=16, dropout=0.1, seed=42)
-data = gpt2.encode(gpt2.read_jsonl("scripts/data/article.jsonl"), gpt2.Tokenizer(), max_length=128)
+examples = gpt2.read_examples("scripts/data/article.jsonl")
+data = gpt2.encode(examples, gpt2.Tokenizer(), max_length=128)
 config = gpt2.TrainConfig(lr=1e-4, steps=steps, sync_every=5)
 last = [record for record in gpt2.train(model, data, config)][-1]
 lora.save(model, tempfile.mkdtemp())
@@ -34,7 +35,8 @@ with torch.device(device):
     base = GPT2LMHeadModel(GPT2Config())
 model = peft.get_peft_model(base, peft.LoraConfig(r=8, lora_alpha=16, lora_dropout=0.1,
     target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")).train()
-data = gpt2.encode(gpt2.read_jsonl("scripts/data/article.jsonl"), gpt2.Tokenizer(), max_length=128)
+examples = gpt2.read_examples("scripts/data/article.jsonl")
+data = gpt2.encode(examples, gpt2.Tokenizer(), max_length=128)
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 schedule = get_linear_schedule_with_warmup(optimizer, 0, steps)
 began, step = time.perf_counter(), 0

@@ -20,7 +20,7 @@ END = 100  # steps whose mean loss counts as the end
 def main() -> None:
     a = harness.arguments(__doc__, steps=500, seeds=3, base="demo")
     tokenizer = gpt2.Tokenizer()
-    data = gpt2.encode(gpt2.read_jsonl("scripts/data/article.jsonl"), tokenizer, max_length=128)
+    data = gpt2.encode(gpt2.read_examples("scripts/data/article.jsonl"), tokenizer, max_length=128)
     whole = collate([data[i] for i in range(len(data))]).to(torch.device(a.device))
     for dtype in (torch.float32, torch.bfloat16):
         ends: list[float] = []

@@ -1,10 +1,11 @@
 """Make `RESULTS.md` and its plots from the JSON lines in `benchmarks/results/`.
 
-python -m benchmarks.results
+python -m benchmarks.results [--replace NEW FILE]
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,11 @@ Cell = Callable[[Row, Sequence[Row]], str]
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    what = "take new lines into a file of results, in place of those of the same benchmarks"
+    parser.add_argument("--replace", nargs=2, metavar=("NEW", "FILE"), type=Path, help=what)
+    if pair := parser.parse_args().replace:
+        replace(*pair)
     parts = ["# Results", "", (HERE / "NOTES.md").read_text().strip()]
     for file in sorted((HERE / "results").glob("*.jsonl")):
         records = [json.loads(line) for line in file.read_text().splitlines()]
@@ -32,6 +38,17 @@ def main() -> None:
                 parts += ["", *_plots(rows)]
             parts += ["", f"### {name}", "", *_table(rows, COLUMNS.get(name, TIMED))]
     (HERE / "RESULTS.md").write_text("\n".join(parts) + "\n")
+
+
+def replace(new: Path, file: Path) -> None:
+    """Put new results in the place of the same benchmarks' earlier ones; keep all others."""
+    lines = new.read_text().splitlines()
+    made = {json.loads(line)["benchmark"] for line in lines}
+    old = file.read_text().splitlines() if file.exists() else []
+    kept = [line for line in old if json.loads(line)["benchmark"] not in made]
+    beside = file.with_name(f"{file.name}.new")
+    beside.write_text("\n".join([*kept, *lines]) + "\n")
+    beside.replace(file)
 
 
 def _machine(record: Row) -> str:

@@ -1,9 +1,17 @@
 """GPT-2 in plain PyTorch: load, run, train. Start reading at `gpt2.model`."""
 
+import typing
+
 from gpt2.cache import KVCache
 from gpt2.config import SIZES, GPT2Config
 from gpt2.data.batches import Batch, batches
-from gpt2.data.examples import Example, from_texts, read_jsonl
+from gpt2.data.examples import (
+    Example,
+    from_texts,
+    read_examples,
+    read_prompts,
+    stream_examples,
+)
 from gpt2.data.tokens import Dataset, encode
 from gpt2.generation import generate, stream
 from gpt2.model import GPT2, Conv1D
@@ -36,9 +44,22 @@ __all__ = [
     "generate",
     "learning_rate",
     "next_token_loss",
-    "read_jsonl",
+    "read_examples",
+    "read_prompts",
     "stream",
+    "stream_examples",
     "summed_loss",
     "total_steps",
     "train",
 ]
+
+if typing.TYPE_CHECKING:
+    __version__: str
+else:
+
+    def __getattr__(name: str) -> str:
+        if name != "__version__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib.metadata import version  # not at the top: few ask
+
+        return version("lora-gpt2")

@@ -1,5 +1,7 @@
 """LoRA for any PyTorch module: inject, train, merge, save. Start reading at `lora.layer`."""
 
+import typing
+
 from lora import algebra
 from lora.bank import activate, activated, active, adapters, disabled, remove
 from lora.config import LoRAConfig, UpdateConfig
@@ -48,3 +50,14 @@ __all__ = [
     "trainable_parameters",
     "unmerge",
 ]
+
+if typing.TYPE_CHECKING:
+    __version__: str
+else:
+
+    def __getattr__(name: str) -> str:
+        if name != "__version__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib.metadata import version  # not at the top: few ask
+
+        return version("lora-gpt2")

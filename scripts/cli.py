@@ -1,43 +1,27 @@
-"""What every script needs of a command line: one-line errors, configs from options, a device."""
+"""What every script needs of a command line: its name, a console, configs, a device."""
 
 from __future__ import annotations
 
-import functools
-import os
+import re
 import sys
-from collections.abc import Callable, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from jsonargparse import ArgumentError, Namespace
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
 
-import gpt2
+from command import SCRIPTS
 
-Arguments = Sequence[str] | None
 Config = TypeVar("Config")
 
 
-def guarded(body: Callable[[Arguments], None]) -> Callable[[Arguments], int]:
-    """Make the body of a script its `main`, which returns an exit code.
-
-    Bad input gives one line on stderr and 2; Ctrl-C gives one line and 130.
-    """
-
-    @functools.wraps(body)
-    def main(argv: Arguments = None) -> int:
-        try:
-            body(argv)
-            sys.stdout.flush()
-        except BrokenPipeError:  # the reader, such as `head`, has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        except KeyboardInterrupt as stop:
-            return _say(f"Interrupted. {stop}", 130)
-        except (ArgumentError, ValueError, RuntimeError, OSError) as error:
-            return _say(str(error), 2)
-        return 0
-
-    return main
+def parser(script: str, description: str | None) -> ArgumentParser:
+    """A script's parser, in which no option may be abbreviated."""
+    return ArgumentParser(
+        prog=program(script), description=description, exit_on_error=False, allow_abbrev=False
+    )
 
 
 def build(kind: type[Config], options: Namespace, **renamed: Any) -> Config:
@@ -46,34 +30,56 @@ def build(kind: type[Config], options: Namespace, **renamed: Any) -> Config:
     return kind(**{name: options[name] for name in names}, **renamed)
 
 
-def encode(
-    examples: list[gpt2.Example], tokenizer: gpt2.Tokenizer, options: Namespace
-) -> gpt2.Dataset:
-    """Tokenise examples as the options of training say."""
-    return gpt2.encode(
-        examples,
-        tokenizer,
-        max_length=options.max_token_length,
-        eos=options.eos,
-        answer_only=options.answer_only,
-    )
+class Plain(Console):
+    """Shows text as it is: no path and no answer is markup."""
+
+    def __init__(self) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False)
+
+    def on_broken_pipe(self) -> None:
+        """Leave the error to `guarded`; rich would end the process, and training with it."""
+        raise BrokenPipeError("Nobody reads the output any more.")
+
+
+def program(script: str) -> str:
+    """How the user starts a script: by the installed command, or as a file."""
+    if Path(sys.argv[0]).stem == "lora-gpt2":
+        return "lora-gpt2 " + next(verb for verb, name in SCRIPTS.items() if name == script)
+    return f"{script}.py"
 
 
 def pick_device(name: str | None) -> str:
-    """The device asked for, else the GPU if there is one.
+    """The device asked for, else the best one here.
 
     Raises:
         ValueError: there is no such device here.
     """
     if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return best_device(torch.cuda.is_available(), torch.backends.mps.is_available())
+    if not re.fullmatch(r"cpu|mps|cuda(:\d{1,4})?", name):
+        raise ValueError(f"device must be cpu, mps, cuda or cuda:N, got {name!r}.")
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-        raise ValueError(f"device {name!r} cannot be used: {error}") from None
+        torch.empty(1, device=name)
+    except Exception as error:  # each backend has its own; torch asserts that it knows CUDA
+        raise ValueError(f"device {name!r} cannot be used here: {error}") from None
     return name
 
 
-def _say(message: str, code: int) -> int:
-    print(" ".join(message.split()), file=sys.stderr)
-    return code
+def best_device(cuda: bool, mps: bool) -> str:
+    """CUDA's GPU before Apple's, and the processor where there is neither."""
+    return "cuda" if cuda else "mps" if mps else "cpu"
+
+
+def adapter_folder(place: str) -> Path:
+    """The adapter in a run's folder, or the folder itself.
+
+    Raises:
+        ValueError: the run made several adapters.
+    """
+    inside = sorted(file.parent for file in Path(place).glob("*/adapter_config.json"))
+    if not inside or Path(place, "adapter_config.json").is_file():
+        return Path(place)
+    if len(inside) > 1:
+        names = ", ".join(map(str, inside))
+        raise ValueError(f"{place} holds several adapters: name one of {names}.")
+    return inside[0]

@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Iterator
+if __name__ == "__main__":  # on top, so that Ctrl-C during the imports below ends in one line
+    import sys
 
-from jsonargparse import ArgumentParser
+    import command
+
+    sys.exit(command.start("generate", sys.argv[1:]))
+
+from collections.abc import Iterable, Iterator
 
 import cli
 import gpt2
+import guard
 import lora
+import options as opts
 
 
-@cli.guarded
-def main(argv: cli.Arguments = None) -> None:
+@guard.guarded
+def main(argv: guard.Arguments = None) -> None:
     """Parse, build, stream to stdout."""
-    parser = ArgumentParser(prog="generate.py", description=__doc__, exit_on_error=False)
+    parser = cli.parser("generate", __doc__)
     add = parser.add_argument
     add(
         "prompt", type=str, help=r"text to continue, such as $'Q: What is overfitting?\nA:' in bash"
     )
-    add("--base", default="demo", help="demo, gpt2, org/repo, a folder or a .safetensors file")
-    add("--adapter", type=str | None, help="a folder that train_qa.py, or PEFT, saved")
+    add("--base", type=str, default="demo", help="demo, gpt2, org/repo, a folder or a file")
+    add("--adapter", type=str | None, help="a folder of train_qa.py, or of an adapter, PEFT's too")
     add("--device", type=str | None, help="by default the GPU if there is one")
     parser.add_class_arguments(gpt2.GenerateConfig, as_group=False)
-    options = parser.parse_args(argv)
+    options = opts.flags(parser, argv)
     config = cli.build(gpt2.GenerateConfig, options)
-    tokenizer = gpt2.Tokenizer()
-    model = gpt2.GPT2.from_pretrained(options.base, device=cli.pick_device(options.device))
+    tokenizer, device = gpt2.Tokenizer(), cli.pick_device(options.device)
+    model = gpt2.GPT2.from_pretrained(options.base, device=device)
     if options.adapter is not None:
-        lora.load(model, options.adapter)
+        lora.load(model, cli.adapter_folder(options.adapter))
     rows = gpt2.stream(model, [tokenizer.encode(options.prompt)], config)
     print(options.prompt, end="", flush=True)
     for piece in pieces((token for (token,) in rows if token is not None), tokenizer):
@@ -47,7 +53,3 @@ def pieces(tokens: Iterable[int], tokenizer: gpt2.Tokenizer) -> Iterator[str]:
         yield whole[len(shown) :]
         shown = whole
     yield tokenizer.decode(ids)[len(shown) :]
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

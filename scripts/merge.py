@@ -2,40 +2,46 @@
 
 from __future__ import annotations
 
-import sys
+if __name__ == "__main__":  # on top, so that Ctrl-C during the imports below ends in one line
+    import sys
+
+    import command
+
+    sys.exit(command.start("merge", sys.argv[1:]))
+
 from pathlib import Path
 from typing import Literal
 
 import torch
-from jsonargparse import ArgumentParser
 
 import cli
 import gpt2
+import guard
 import lora
+import options as opts
 
 
-@cli.guarded
-def main(argv: cli.Arguments = None) -> None:
+@guard.guarded
+def main(argv: guard.Arguments = None) -> None:
     """Parse, load, merge, save."""
-    parser = ArgumentParser(prog="merge.py", description=__doc__, exit_on_error=False)
+    parser = cli.parser("merge", __doc__)
     add = parser.add_argument
-    add("adapter", type=str, help="a folder that train_qa.py, or PEFT, saved")
+    add("adapter", type=str, help="a folder of train_qa.py, or of an adapter, PEFT's too")
     add("out", type=str, help="a new or empty folder for the merged model")
-    add("--base", default="demo", help="demo, gpt2, org/repo, a folder or a .safetensors file")
+    add("--base", type=str, default="demo", help="demo, gpt2, org/repo, a folder or a file")
     dtypes = Literal["float32", "bfloat16", "float16"]
     add("--dtype", type=dtypes, default="float32", help="of the merged weights")
-    options = parser.parse_args(argv)
+    options = opts.flags(parser, argv)
     out = Path(options.out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if not options.out or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
         raise ValueError(
-            f"{out} is not an empty folder; merge.py overwrites nothing. Name a new one."
+            f"{options.out or repr('')} is not an empty folder; merge.py overwrites nothing. "
+            "Name a new one."
         )
     model = gpt2.GPT2.from_pretrained(options.base, dtype=getattr(torch, options.dtype))
-    paths = lora.load(model, options.adapter)
+    paths = lora.load(model, cli.adapter_folder(options.adapter))
     lora.eject(model, merge=True)
     model.save_pretrained(str(out))
+    if write := getattr(gpt2.Tokenizer(), "save_pretrained", None):
+        write(str(out))
     print(f"{options.adapter} is folded into {len(paths)} layers of {options.base}: see {out}")
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

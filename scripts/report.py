@@ -3,43 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+import folder
 import gpt2
 import lora
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What the base and the tuned model say to one prompt.
-
-    Args:
-        prompt: the prompt.
-        base, tuned: how the two continue it.
-        stopped: whether the tuned model ended its answer by itself.
-        trained: the continuations of this prompt that it was trained on.
-    """
-
-    prompt: str
-    base: str
-    tuned: str
-    stopped: bool
-    trained: tuple[str, ...]
-
-    @property
-    def verdict(self) -> str:
-        """How the tuned answer compares with what was trained."""
-        if not self.trained:
-            return "not trained"
-        if self.tuned in self.trained:
-            return "exact" if self.stopped else "exact, cut off"
-        goes_on = any(self.tuned.startswith(answer) for answer in self.trained)
-        return "exact, then goes on" if goes_on else "differs"
+from answers import Answer
 
 
 def parameter_table(counts: Mapping[str, lora.ParameterCount]) -> Table:
@@ -71,34 +45,56 @@ def task_table(
     """The prompts with the answer under each adapter."""
     table = Table(title="One batch, many adapters", show_lines=True)
     for heading in ("prompt", *columns):
-        table.add_column(heading, ratio=1, overflow="fold")
+        table.add_column(Text(heading), ratio=1, overflow="fold")
     for prompt, row in zip(prompts, answers, strict=True):
         table.add_row(Text(prompt), *(Text(answer.strip()) for answer in row))
     return table
 
 
-def score(answers: Iterable[Answer]) -> str:
-    """How many of the trained prompts were answered word for word, in words."""
-    verdicts = [a.verdict for a in answers if a.trained]
-    return f"{verdicts.count('exact')} of {len(verdicts)} trained prompts answered word for word."
+def examples_line(data: gpt2.Dataset) -> str:
+    """How much there is to learn, and how many examples were cut."""
+    said = f"{len(data):,} examples, {data.n_tokens:,} tokens"
+    if data.truncated:
+        said += (
+            f"; {data.truncated:,} ({data.truncated / len(data):.1%}) were longer than "
+            f"{data.lengths.max()} and were cut: see --max_token_length"
+        )
+    return f"{said}."
+
+
+def end(
+    console: Console,
+    place: Path,
+    adapters: Sequence[Path],
+    base: str,
+    prompts: Sequence[gpt2.Example],
+) -> None:
+    """Where everything is, and the commands that use it, unbroken so that they can be copied."""
+    names = ", ".join(sorted(file.name for file in place.iterdir()))
+    console.print(f"Saved in {place}: {names}", soft_wrap=True)
+    prompt = min((e.prompt for e in prompts), key=len, default="Once upon a time")
+    console.print("To use it:", soft_wrap=True)
+    console.print(folder.next_commands(place, adapters, base, prompt), soft_wrap=True)
 
 
 def follow(
-    steps: Iterable[gpt2.StepRecord], console: Console, *, total: int, every: int
-) -> list[float]:
+    steps: Iterable[gpt2.StepRecord],
+    losses: list[float],
+    console: Console,
+    *,
+    total: int,
+    every: int,
+) -> None:
     """Run the training and show how it goes.
 
     Args:
         steps: what it yields.
+        losses: gets the loss of each step.
         console: gets a line every few steps, and below them a progress bar if it is a terminal.
         total: steps of the run.
         every: steps a line; its loss is their mean.
-
-    Returns:
-        The loss of each step.
     """
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-    losses: list[float] = []
     tokens = 0
     with Progress(
         *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
@@ -112,26 +108,4 @@ def follow(
             if len(losses) % every == 0 or len(losses) == total:
                 recent = losses[-(len(losses) % every or every) :]
                 mean = sum(recent) / len(recent)
-                console.print(f"step {len(losses):>5} · loss {mean:.4f} · {speed}", highlight=False)
-    return losses
-
-
-def compare(
-    prompts: Sequence[str],
-    base: Sequence[str],
-    tuned: Sequence[str],
-    stopped: Sequence[bool],
-    examples: Iterable[gpt2.Example],
-) -> list[Answer]:
-    """The answers beside what the examples that begin with the same prompt go on with."""
-    texts = [example.prompt + example.completion for example in examples]
-    return [
-        Answer(
-            prompt=prompt,
-            base=before,
-            tuned=after,
-            stopped=ended,
-            trained=tuple(t.removeprefix(prompt) for t in texts if t.startswith(prompt)),
-        )
-        for prompt, before, after, ended in zip(prompts, base, tuned, stopped, strict=True)
-    ]
+                console.print(f"step {len(losses):>5} · loss {mean:.4f} · {speed}")

@@ -1,61 +1,33 @@
-"""What a run leaves in its folder: the adapter, metrics, plot, answers and a record of the run."""
+"""What a run writes when it ends: the plot, the answers and a record of the run."""
 
 from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryFile
 from time import perf_counter
 from typing import Any
 
-from torch import nn
+from jsonargparse import Namespace
 
 import gpt2
 import lora
-from report import Answer, score
-
-ADAPTER = "adapter"
-METRICS, PLOT, ANSWERS, RUN = "metrics.jsonl", "loss.png", "answers.md", "run.json"
+from answers import Answer, score
+from folder import ANSWERS, PLOT, RUN
 
 
-def prepare(folder: Path) -> Path:
-    """Clear away an earlier run's results, and find out now whether new ones can be written.
-
-    Raises:
-        OSError: they cannot.
-    """
-    try:
-        (folder / ADAPTER).mkdir(parents=True, exist_ok=True)
-        for name in (METRICS, PLOT, ANSWERS, RUN):
-            (folder / name).unlink(missing_ok=True)
-        with TemporaryFile(dir=folder), TemporaryFile(dir=folder / ADAPTER):
-            return folder
-    except OSError as error:
-        raise OSError(f"{folder} cannot be written: {error}. Choose another res_path.") from None
-
-
-@contextmanager
-def saved(model: nn.Module, place: Path, adapter: str = "default") -> Iterator[None]:
-    """Save the adapter when the block ends, also when training is interrupted or fails."""
-    try:
-        yield
-    except (KeyboardInterrupt, RuntimeError) as stop:
-        lora.save(model, place, adapter=adapter)
-        raise type(stop)(f"{stop} The adapter as it was then is saved in {place}.") from None
-    lora.save(model, place, adapter=adapter)
-
-
-def recorded(steps: Iterable[gpt2.StepRecord], folder: Path) -> Iterator[gpt2.StepRecord]:
-    """Write each step as a line of JSON, as it comes."""
-    with (folder / METRICS).open("w", encoding="utf-8", buffering=1) as file:
-        for step in steps:
-            file.write(json.dumps(asdict(step)) + "\n")
-            yield step
+def about(
+    options: Namespace, counts: Mapping[str, lora.ParameterCount], data: gpt2.Dataset
+) -> dict[str, Any]:
+    """What is known of a run before it ends."""
+    return {
+        "config": {k: v for k, v in options.as_dict().items() if k != "config"},
+        "parameters": {name: asdict(count) for name, count in counts.items()},
+        "data": {"examples": len(data), "tokens": data.n_tokens, "truncated": data.truncated},
+    }
 
 
 def write(
@@ -76,7 +48,8 @@ def write(
         "versions": versions(),
     }
     record = json.dumps({**run, **outcome}, indent=2, ensure_ascii=False, default=str)
-    (folder / RUN).write_text(record + "\n", encoding="utf-8")
+    odd = "backslashreplace"  # a path may hold bytes that are no text
+    (folder / RUN).write_text(record + "\n", encoding="utf-8", errors=odd)
 
 
 class Clock:

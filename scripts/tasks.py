@@ -5,14 +5,17 @@ All answers come from one batch, in which each row is under the base, an adapter
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from jsonargparse import Namespace
 from rich.console import Console
 
-import cli
+import folder
 import gpt2
+import inputs
 import lora
+import options as opts
 import report
 import results
 
@@ -27,38 +30,65 @@ def run(
 ) -> None:
     """Train an adapter on each file, save it under the file's name, and compare.
 
+    All files are read and all adapters are made before the first is trained.
+
     Raises:
         ValueError: two files of one name, or what reading, training and generating raise.
     """
-    files = {Path(file).stem: Path(file) for file in options.tasks}
-    if len({*files, "base", "mixture"}) < len(options.tasks) + 2:
+    names = named(options.tasks)
+    folder.check(options.res_path, overwrite=options.overwrite, adapters=names)
+    examples, prompts = inputs.read(options.tasks, options)
+    model = gpt2.GPT2.from_pretrained(options.model_name, device=device)
+    data = [inputs.encode(texts, tokenizer, model, options) for texts in examples]
+    for name in names:
+        opts.inject(model, options, name)
+    ids = inputs.encode_prompts(prompts, tokenizer, model, sampling.max_new_tokens)
+    place = folder.prepare(options.res_path, names)
+    for name, dataset in zip(names, data, strict=True):
+        lora.activate(model, name)
+        told = f"{name}: {report.examples_line(dataset)} {lora.count_parameters(model)}"
+        console.print(told, soft_wrap=True)
+        total, losses = gpt2.total_steps(len(dataset), training), list[float]()
+        with folder.saved(model, place / name, losses, adapter=name):
+            steps = gpt2.train(model, dataset, training)
+            report.follow(steps, losses, console, total=total, every=options.logging_steps)
+
+    if prompts:
+        answer(model, names, prompts, ids, sampling, tokenizer, console, place)
+    report.end(console, place, [place / name for name in names], options.model_name, prompts)
+
+
+def answer(
+    model: gpt2.GPT2,
+    names: list[str],
+    prompts: list[gpt2.Example],
+    ids: list[list[int]],
+    sampling: gpt2.GenerateConfig,
+    tokenizer: gpt2.Tokenizer,
+    console: Console,
+    place: Path,
+) -> None:
+    """Show and write what the base, each adapter and their mixture say to each prompt."""
+    mixture = dict.fromkeys(names, 1 / len(names))
+    columns = {"base": None, **{name: name for name in names}, "mixture": mixture}
+    with lora.routed(model, [column for _ in ids for column in columns.values()]):
+        rows = gpt2.generate(model, [row for row in ids for _ in columns], sampling)
+    texts = [tokenizer.decode(row) for row in rows]
+    answers = [texts[i : i + len(columns)] for i in range(0, len(texts), len(columns))]
+    shown = [example.prompt for example in prompts]
+    console.print(report.task_table(shown, list(columns), answers))
+    markdown = results.markdown_table(
+        ["prompt", *columns], [[p, *row] for p, row in zip(shown, answers, strict=True)]
+    )
+    (place / folder.ANSWERS).write_text(markdown, encoding="utf-8")
+
+
+def named(files: Sequence[str]) -> list[str]:
+    """The adapters' names: the files', without their endings."""
+    names = [Path(file).stem for file in files]
+    if len({*names, "base", "mixture"}) < len(names) + 2:
         raise ValueError(
             "--tasks needs files of different names, none of them base or mixture, "
-            f"got {options.tasks}."
+            f"got {', '.join(files)}."
         )
-    examples = {name: gpt2.read_jsonl(file) for name, file in files.items()}
-    prompts = [e.prompt + e.completion for e in gpt2.read_jsonl(options.prompts)]
-    model = gpt2.GPT2.from_pretrained(options.model_name, device=device)
-    folder = results.prepare(Path(options.res_path))
-    for name, texts in examples.items():
-        data = cli.encode(texts, tokenizer, options)
-        lora.inject(model, adapter=name, seed=options.seed, **options.lora)
-        console.print(f"{name}: {len(data)} examples, {lora.count_parameters(model)}")
-        total = gpt2.total_steps(len(data), training)
-        with results.saved(model, folder / name, adapter=name):
-            steps = gpt2.train(model, data, training)
-            report.follow(steps, console, total=total, every=options.logging_steps)
-
-    mixture = dict.fromkeys(files, 1 / len(files))
-    columns = {"base": None, **{name: name for name in files}, "mixture": mixture}
-    rows = [column for _ in prompts for column in columns.values()]
-    ids = [tokenizer.encode(prompt) for prompt in prompts for _ in columns]
-    with lora.routed(model, rows):
-        texts = [tokenizer.decode(row) for row in gpt2.generate(model, ids, sampling)]
-    answers = [texts[i : i + len(columns)] for i in range(0, len(texts), len(columns))]
-    console.print(report.task_table(prompts, list(columns), answers))
-    markdown = results.markdown_table(
-        ["prompt", *columns], [[p, *row] for p, row in zip(prompts, answers, strict=True)]
-    )
-    (folder / results.ANSWERS).write_text(markdown, encoding="utf-8")
-    console.print(f"Saved in {folder}: {', '.join([*files, results.ANSWERS])}")
+    return names

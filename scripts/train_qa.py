@@ -1,107 +1,105 @@
-"""Tune a GPT-2 on questions and answers with LoRA, and show its answers before and after."""
+"""Tune a GPT-2 on examples with LoRA, and show its answers before and after."""
 
 from __future__ import annotations
 
-import sys
-from dataclasses import asdict
+if __name__ == "__main__":  # on top, so that Ctrl-C during the imports below ends in one line
+    import sys
+
+    import command
+
+    sys.exit(command.start("train_qa", sys.argv[1:]))
+
 from inspect import signature
 from pathlib import Path
 
-from jsonargparse import ArgumentParser, Namespace
-from rich.console import Console
+from jsonargparse import Namespace
 
+import answers
 import cli
+import folder
 import gpt2
+import guard
+import inputs
 import lora
+import options as opts
 import report
 import results
 import tasks
 
-DATA = Path(__file__).parent / "data"
+DEMO = Path(__file__).resolve().parent / "configs" / "demo.yaml"
 
 
-def parse(argv: cli.Arguments) -> Namespace:
+def parse(argv: guard.Arguments) -> Namespace:
     """The script's own options, and the library's under the names and defaults it gives them."""
-    parser = ArgumentParser(prog="train_qa.py", description=__doc__, exit_on_error=False)
+    parser = cli.parser("train_qa", __doc__)
     add = parser.add_argument
-    add("--config", action="config", help="YAML file of options; flags after it win")
-    add("--model_name", default="demo", help="demo, gpt2, org/repo, a folder or a file")
+    add("--config", type=str | None, help="YAML file of options, by default the demo's; flags win")
+    add("--model_name", type=str, default="demo", help="demo, gpt2, org/repo, a folder or a file")
     add("--device", type=str | None, help="by default the GPU if there is one")
-    add("--data", default=str(DATA / "article.jsonl"), help="JSONL file to train on")
-    add("--tasks", nargs="+", help="JSONL files: train an adapter on each, on one base")
-    add("--prompts", default=str(DATA / "article_prompts.jsonl"), help="JSONL file to try out")
+    add("--data", type=str, default=str(inputs.ARTICLE), help=inputs.FORMATS)
+    add("--tasks", type=str, nargs="+", help="data files: an adapter for each, on one base")
+    add("--prompts", type=str | None, help="file to try out; answers in it are references")
+    add("--fields", type=dict[str, str] | None, help="--fields.question NAME: the data's own names")
     longest = signature(gpt2.encode).parameters["max_length"].default
     batch = gpt2.TrainConfig.batch_size
     add("--max_token_length", type=int, default=longest, help="longer examples are cut")
     add("--train_batch_size", type=int, default=batch, help="examples a batch")
     add("--logging_steps", type=int, default=5, help="steps between two lines of output")
-    add("--res_path", default="runs/qa", help="folder to save everything in")
+    add("--res_path", type=str | None, help="folder for the results, by default a new runs/qa-N")
+    flag = {"type": bool, "nargs": "?", "const": True, "default": False}
+    add("--overwrite", **flag, help="replace the run that res_path holds")
     parser.add_function_arguments(
         gpt2.encode, skip={"examples", "tokenizer", "max_length"}, as_group=False
     )
     parser.add_class_arguments(gpt2.TrainConfig, skip={"batch_size"}, as_group=False)
-    parser.add_function_arguments(
-        lora.inject, "lora", skip={"model", "adapter", "seed", "dtype"}, as_group=False
-    )
+    opts.add_lora(parser)
     parser.add_class_arguments(gpt2.GenerateConfig, "generate", skip={"seed"}, as_group=False)
-    options = parser.parse_args(argv)
-    if options.logging_steps < 1:
-        raise ValueError(f"logging_steps must be at least 1, got {options.logging_steps}.")
+    options = opts.with_config(parser, argv, DEMO)
+    for name, least in (("logging_steps", 1), ("max_token_length", 2)):
+        if options[name] < least:
+            raise ValueError(f"{name} must be at least {least}, got {options[name]}.")
     return options
 
 
-@cli.guarded
-def main(argv: cli.Arguments = None) -> None:
+@guard.guarded
+def main(argv: guard.Arguments = None) -> None:
     """Parse, build, train, show, save."""
-    options, console, clock = parse(argv), Console(), results.Clock()
+    options, console, clock = parse(argv), cli.Plain(), results.Clock()
     training = cli.build(gpt2.TrainConfig, options, batch_size=options.train_batch_size)
     sampling = cli.build(gpt2.GenerateConfig, options.generate, seed=options.seed)
     tokenizer, device = gpt2.Tokenizer(), cli.pick_device(options.device)
     if options.tasks:
         tasks.run(options, training, sampling, tokenizer, device, console)
         return
-    examples = gpt2.read_jsonl(options.data)
-    prompts = [e.prompt + e.completion for e in gpt2.read_jsonl(options.prompts)]
-    data = cli.encode(examples, tokenizer, options)
+    folder.check(options.res_path, overwrite=options.overwrite)
+    (examples,), prompts = inputs.read([options.data], options)
     model = gpt2.GPT2.from_pretrained(options.model_name, device=device)
+    data = inputs.encode(examples, tokenizer, model, options)
     counts = {"base": lora.count_parameters(model)}
-    lora.inject(model, seed=options.seed, **options.lora)
+    opts.inject(model, options)
     counts["LoRA"] = lora.count_parameters(model)
-    folder = results.prepare(Path(options.res_path))
+    ids = inputs.encode_prompts(prompts, tokenizer, model, sampling.max_new_tokens)
+    total, losses = gpt2.total_steps(len(data), training), list[float]()
     console.print(report.parameter_table(counts))
+    told = f"{report.examples_line(data)} {total:,} steps, by {options.config or DEMO.name}."
+    console.print(told, soft_wrap=True)
     clock.lap("load")
 
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
     with lora.disabled(model):
         base = gpt2.generate(model, ids, sampling)
     clock.lap("base answers")
-    with results.saved(model, folder / results.ADAPTER):
-        steps = results.recorded(gpt2.train(model, data, training), folder)
-        total = gpt2.total_steps(len(data), training)
-        losses = report.follow(steps, console, total=total, every=options.logging_steps)
-        clock.lap("training")
-        tuned = gpt2.generate(model, ids, sampling)
-        clock.lap("tuned answers")
+    place = folder.prepare(options.res_path)
+    with folder.saved(model, place / folder.ADAPTER, losses):
+        steps = folder.recorded(gpt2.train(model, data, training), place)
+        report.follow(steps, losses, console, total=total, every=options.logging_steps)
+    clock.lap("training")
+    tuned = gpt2.generate(model, ids, sampling)
+    clock.lap("tuned answers")
 
-    stopped = [len(row) < sampling.max_new_tokens for row in tuned]
-    before, after = ([tokenizer.decode(row) for row in rows] for rows in (base, tuned))
-    answers = report.compare(prompts, before, after, stopped, examples)
-    console.print(report.answer_table(answers), report.score(answers))
-    results.write(
-        folder,
-        losses=losses,
-        every=options.logging_steps,
-        answers=answers,
-        run={
-            "config": {k: v for k, v in options.as_dict().items() if k != "config"},
-            "device": device,
-            "parameters": {name: asdict(count) for name, count in counts.items()},
-            "data": {"examples": len(data), "tokens": data.n_tokens, "truncated": data.truncated},
-            "seconds": clock.laps,
-        },
-    )
-    console.print(f"Saved in {folder}: {', '.join(sorted(f.name for f in folder.iterdir()))}")
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    told = answers.decoded(tokenizer, base, tuned, sampling)
+    compared = answers.compare(prompts, *told, examples)
+    if compared:
+        console.print(report.answer_table(compared), answers.score(compared))
+    run = {**results.about(options, counts, data), "device": device, "seconds": clock.laps}
+    results.write(place, losses=losses, every=options.logging_steps, answers=compared, run=run)
+    report.end(console, place, [place], options.model_name, prompts)

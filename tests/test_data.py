@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
+import sys
 import tracemalloc
 from itertools import islice
 from pathlib import Path
@@ -13,7 +16,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2 import IGNORE, Batch, Dataset, Example, batches, encode, from_texts, read_jsonl
+from gpt2 import (
+    IGNORE,
+    Batch,
+    Dataset,
+    Example,
+    batches,
+    encode,
+    from_texts,
+    read_examples,
+    read_prompts,
+    stream_examples,
+)
 from gpt2.data.batches import collate
 
 TEXTS = [
@@ -59,7 +73,7 @@ def written(folder: Path, *lines: object) -> Path:
     return file
 
 
-# read_jsonl
+# read_examples, read_prompts
 
 
 def test_the_three_forms_are_read(tmp_path):
@@ -72,26 +86,26 @@ def test_the_three_forms_are_read(tmp_path):
         {"prompt": "Once", "completion": " upon\na time"},
         {"prompt": "", "completion": "é 😀"},
     )
-    assert read_jsonl(file) == [
+    assert read_examples(file) == [
         Example("", "All of it. "),
         Example("Q: Why?\nA:", " So."),
         Example("Once", " upon\na time"),
         Example("", "é 😀"),
     ]
-    assert read_jsonl(str(file)) == read_jsonl(file)
+    assert read_examples(str(file)) == read_examples(file)
 
 
 def test_a_byte_order_mark_and_windows_line_ends_do_not_matter(tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "b"}\r\n')
-    assert read_jsonl(file) == [Example("", "a"), Example("", "b")]
+    assert read_examples(file) == [Example("", "a"), Example("", "b")]
 
 
 def test_a_line_ends_at_a_newline_only(tmp_path):
     separators = "one\u2028two\x85three\x0cfour"  # where str.splitlines would cut
     file = tmp_path / "data.jsonl"
     file.write_text(json.dumps({"text": separators}, ensure_ascii=False), encoding="utf-8")
-    assert read_jsonl(file) == [Example("", separators)]
+    assert read_examples(file) == [Example("", separators)]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +122,7 @@ def test_a_line_ends_at_a_newline_only(tmp_path):
         (["a", "list"], "got ['a', 'list']"),
         (None, "got None"),
         ({}, "got []"),
-        ({"text": "a", "label": 1}, "got ['label', 'text']"),
+        ({"label": 1, "title": "a"}, "got ['label', 'title']"),
         ({"question": "a"}, "got ['question']"),
         ({"question": "a", "completion": "b"}, "got ['completion', 'question']"),
         ({"Text": "a"}, "got ['Text']"),
@@ -123,7 +137,7 @@ def test_a_line_ends_at_a_newline_only(tmp_path):
 def test_a_bad_line_is_named(tmp_path, line, said):
     file = written(tmp_path, {"text": "good"}, b"", line, {"text": "good"})
     with pytest.raises(ValueError, match=f"^{file}:3: ") as error:
-        read_jsonl(file)
+        read_examples(file)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -131,14 +145,14 @@ def test_a_bad_line_is_named(tmp_path, line, said):
 def test_all_bad_lines_are_listed_at_once(tmp_path):
     file = written(tmp_path, {"text": ""}, {"text": "good"}, b"{", b"\xff")
     with pytest.raises(ValueError, match=str(file)) as error:
-        read_jsonl(file)
+        read_examples(file)
     assert [f"{file}:{n}: " in str(error.value) for n in (1, 2, 3, 4)] == [True, False, True, True]
 
 
 def test_a_long_list_of_bad_lines_is_cut(tmp_path):
     file = written(tmp_path, *[{"text": ""}] * 1000)
     with pytest.raises(ValueError, match="; and 990 more.$") as error:
-        read_jsonl(file)
+        read_examples(file)
     assert str(error.value).count(str(file)) == 10
 
 
@@ -147,13 +161,222 @@ def test_a_file_without_examples_is_refused(tmp_path, content):
     file = tmp_path / "data.jsonl"
     file.write_bytes(content)
     with pytest.raises(ValueError, match="holds no examples"):
-        read_jsonl(file)
+        read_examples(file)
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "."])
 def test_what_is_no_file_is_refused(tmp_path, name):
     with pytest.raises(FileNotFoundError, match="is missing or no file"):
-        read_jsonl(tmp_path / name)
+        read_examples(tmp_path / name)
+
+
+PAIRS = [("Why?", "So."), ('Où, "là"?', "Ici,\nlà"), ("a\tb", "é 😀")]
+AS_EXAMPLES = [Example(f"Q: {q}\nA:", f" {a}") for q, a in PAIRS]
+
+
+def in_format(folder: Path, suffix: str, names: tuple[str, str] = ("question", "answer")) -> Path:
+    """The pairs as a file of this format, with a column that is no part of an example."""
+    rows = [{"id": str(i), **dict(zip(names, pair, strict=True))} for i, pair in enumerate(PAIRS)]
+    file = folder / f"data{suffix}"
+    if suffix == ".parquet":
+        arrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(arrow.Table.from_pylist(rows), file)
+    elif suffix == ".json":
+        file.write_text(json.dumps(rows, indent=1))
+    elif suffix == ".jsonl":
+        file.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        with file.open("w", encoding="utf-8-sig", newline="") as f:
+            writer = csv.DictWriter(f, rows[0], dialect="excel-tab" if "t" in suffix else "excel")
+            writer.writeheader()
+            writer.writerows(rows)
+    return file
+
+
+FORMATS = [".jsonl", ".json", ".csv", ".tsv", ".parquet"]
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_every_format_gives_the_same_examples(tmp_path, suffix):
+    assert read_examples(in_format(tmp_path, suffix)) == AS_EXAMPLES
+    own = in_format(tmp_path, suffix, ("frage", "antwort"))
+    fields = {"question": "frage", "answer": "antwort"}
+    assert read_examples(own, fields) == AS_EXAMPLES
+    assert read_prompts(own, fields) == AS_EXAMPLES
+    as_they_are = [Example(*pair) for pair in PAIRS]
+    assert read_examples(own, {"prompt": "frage", "completion": "antwort"}) == as_they_are
+    assert read_examples(own, {"text": "antwort"}) == [Example("", answer) for _, answer in PAIRS]
+    with pytest.raises(ValueError, match=r"got \['antwort', 'frage', 'id'\]"):
+        read_examples(own)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_the_fault_of_each_format_is_placed(tmp_path, suffix):
+    file = in_format(tmp_path, suffix)
+    place = {".json": ", item 1", ".parquet": ", row 1"}.get(suffix, r":\d")
+    with pytest.raises(ValueError, match=f"^{file}{place}: has no 'frage', only "):
+        read_examples(file, {"text": "frage"})
+
+
+def test_a_json_file_may_have_strings_or_an_object_a_line(tmp_path):
+    file = tmp_path / "data.json"
+    file.write_text('["one", {"prompt": "two", "completion": " three"}]')
+    assert read_examples(file) == [Example("", "one"), Example("two", " three")]
+    file.write_text('\n{"text": "one"}\n{"text": "two"}\n')
+    assert read_examples(file) == [Example("", "one"), Example("", "two")]
+    file.write_text('["one",\n "two"')
+    with pytest.raises(ValueError, match=f"^{file}: not JSON .*at line 2 column 7"):
+        read_examples(file)
+
+
+def test_plain_text_has_documents_between_blank_lines_and_a_prompt_a_line(tmp_path):
+    file = tmp_path / "data.txt"
+    file.write_bytes("\ufeff\nOne,\r\n two.\r\n\r\n \t\nThree é\n\n\n".encode())
+    assert read_examples(file) == [Example("", "One,\n two."), Example("", "Three é")]
+    assert read_prompts(file) == [Example(t, "") for t in ("One,", " two.", "Three é")]
+    file.write_bytes(b"good\n\nbad \xff\n\ngood\n\xff\n")
+    for read in (read_examples, read_prompts):
+        with pytest.raises(ValueError, match=f"^{file}:3: not UTF-8.*; {file}:6: not UTF-8"):
+            read(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("text,text\na,b", ":1: a column stands twice"),
+        ("question,answer\na,b\nonly", ":3: 1 cells under a heading of 2"),
+        ('text\n"a\nb"\n""', ":4: 'text' is empty"),
+        ('text\n"never closed', ":2: not CSV in UTF-8 (unexpected end of data)"),
+        ("text\n" + "x" * 200_000, ":2: not CSV in UTF-8 (field larger"),
+        ("text", " holds no examples"),
+    ],
+)
+def test_a_bad_row_of_a_table_is_named(tmp_path, text, said):
+    file = tmp_path / "data.csv"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(f"{file}{said}")):
+        read_examples(file)
+
+
+def test_an_answer_to_a_prompt_is_a_reference_and_no_part_of_it(tmp_path):
+    file = written(
+        tmp_path,
+        {"text": "As it is\nA:"},
+        {"question": "Why?"},
+        {"question": "Why?", "answer": None},
+        {"question": "Why?", "answer": "So."},
+        {"prompt": "Once"},
+        {"prompt": "Once", "completion": " upon", "answer": "not this"},
+        {"prompt": "not this", "question": "Why?", "answer": ""},
+    )
+    why = "Q: Why?\nA:"
+    assert read_prompts(file) == [
+        Example("As it is\nA:", ""),
+        Example(why, ""),
+        Example(why, ""),
+        Example(why, " So."),
+        Example("Once", ""),
+        Example("Once", " upon"),
+        Example(why, ""),
+    ]
+    assert read_prompts(file, {"text": "frage"}) == read_prompts(file)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"answer": "a"},
+        {"prompt": ""},
+        {"question": " "},
+        {"question": 3},
+        {"question": "a", "prompt": "b"},
+    ],
+)
+def test_a_row_that_is_no_prompt_is_named(tmp_path, row):
+    file = written(tmp_path, {"text": "good"}, row)
+    with pytest.raises(ValueError, match=f"^{file}:2: "):
+        read_prompts(file)
+
+
+def test_a_row_with_two_forms_needs_fields(tmp_path):
+    file = written(tmp_path, {"text": "a", "question": "b", "answer": "c"})
+    with pytest.raises(ValueError, match="more than one form of an example: say which by fields"):
+        read_examples(file)
+    assert read_examples(file, {"text": "text"}) == [Example("", "a")]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"question": "a"}, {"frage": "a"}, {"text": "a", "answer": "b"}, ["text"], "text"],
+)
+def test_fields_are_those_of_an_example(tmp_path, fields):
+    with pytest.raises(ValueError, match="^fields gives a file's names for"):
+        read_examples(written(tmp_path, {"text": "a"}), fields)
+
+
+@pytest.mark.parametrize("name", ["data", "data.xlsx", "data.jsonl.gz"])
+def test_a_format_that_is_not_read_names_those_that_are(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=r"has none of the endings that are read: \.jsonl, \.json"):
+        read_examples(tmp_path / name)
+
+
+def test_without_pyarrow_parquet_is_refused_in_a_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "data.parquet").write_bytes(b"PAR1")
+    with pytest.raises(RuntimeError, match=r"pip install 'lora-gpt2\[parquet\]'"):
+        read_examples(tmp_path / "data.parquet")
+
+
+def test_what_is_no_parquet_is_named(tmp_path):
+    pytest.importorskip("pyarrow")
+    file = tmp_path / "data.parquet"
+    file.write_bytes(b"PAR1" + b"x" * 99 + b"PAR1")
+    with pytest.raises(ValueError, match=f"^{file}: not Parquet"):
+        read_examples(file)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"nothing": "' + b"x" * 2_000_000 + b'"}',
+        b"x" * 2_000_000,
+        json.dumps({"text": ["x" * 1000] * 2000}).encode(),
+        json.dumps(dict.fromkeys(map(str, range(100_000)), 1)).encode(),
+        b'{"' + b"k" * 2_000_000 + b'": 1}',
+        b'{"' + b"k" * 2000 + b'": 1, "' + b"k" * 2000 + b'": 1}',
+        b'{"a":' * 50_000,
+    ],
+)
+def test_however_long_a_line_is_its_fault_is_short(tmp_path, line):
+    file = written(tmp_path, *[line] * 3)
+    for read in (read_examples, read_prompts):
+        with pytest.raises(ValueError, match=f"^{file}:1: ") as error:
+            read(file)
+        assert len(str(error.value)) < 3 * (200 + len(str(file)))
+
+
+def test_a_key_that_stands_twice_is_named(tmp_path):
+    file = written(tmp_path, b'{"text": "a", "text": "b"}', b'{"text": "a", "m": {"x": 1, "x": 2}}')
+    with pytest.raises(
+        ValueError, match=f"^{file}:1: the key 'text' .* {file}:2: the key 'x' stands"
+    ):
+        read_examples(file)
+
+
+def test_a_file_is_streamed_and_its_faults_come_last(tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_text(f"{json.dumps({'text': 'x' * 1000})}\n" * 20_000 + "{\n")
+    examples = stream_examples(file)
+    assert next(examples) == Example("", "x" * 1000)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=f"^{file}:20001: not JSON"):
+        for _ in examples:
+            pass
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000  # of the file's 20 MB
+    tracemalloc.stop()
+    with pytest.raises(FileNotFoundError):
+        stream_examples(tmp_path / "nowhere.jsonl")  # at once, not at the first example
 
 
 # encode
@@ -248,6 +471,13 @@ def test_a_long_list_of_untaught_examples_is_cut():
         ([], {}, "no examples"),
         ("a text", {}, "one string"),
         (["ab"], {"max_length": 1}, "max_length must be at least 2"),
+        (["ab"], {"max_length": 2.5}, "max_length must be at least 2, and whole, got 2.5"),
+        (Example("a", "b"), {}, "one Example"),
+        (["ab", ("Why?", "So.")], {}, r"Example 2 is a tuple: give a string.*gpt2\.Example\("),
+        ([{"text": "a"}], {}, "Example 1 is a dict"),
+        ([b"ab"], {}, "Example 1 is a bytes"),
+        ([None], {}, "Example 1 is a NoneType"),
+        ([Example("a", None)], {}, "Example 1 must hold two strings, got Example"),
     ],
 )
 def test_bad_arguments_of_encode(examples, options, said):

@@ -5,19 +5,21 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import peft
 import pytest
 import torch
-import transformers
 
 import gpt2
 import lora
+
+for package in ("jsonargparse", "docstring_parser", "yaml", "rich", "matplotlib"):
+    pytest.importorskip(package, reason="the scripts need the extra 'scripts'")
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"
@@ -45,7 +47,7 @@ def run(tmp_path_factory):
     """The demo's run: its folder, and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "demo"
     done = subprocess.run(
-        command("train_qa.py", "--config", DEMO, "--res_path", str(folder)),
+        command("train_qa.py", "--device", "cpu", "--res_path", str(folder)),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         encoding="utf-8",
@@ -113,8 +115,9 @@ def test_output_is_readable_when_it_is_not_a_terminal(run):
     assert "tokens/s" in steps[-1]
     assert "3 of 3 trained prompts answered word for word." in out
     assert "…" not in out, "a cell was cut"
+    (saved,) = (line for line in out.splitlines() if line.startswith(f"Saved in {folder}: "))
     for file in ("adapter", "metrics.jsonl", "loss.png", "answers.md", "run.json"):
-        assert file in out.rpartition(folder.name)[2]
+        assert file in saved.rpartition(folder.name)[2]
 
 
 def test_metrics_have_every_step(run):
@@ -147,6 +150,7 @@ def test_record_tells_the_whole_run(run):
 
 
 def test_peft_loads_the_adapter_with_equal_logits(run, adapted):
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     base = transformers.GPT2LMHeadModel.from_pretrained(BASE, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(base, run[0] / "adapter").eval()
     idx = torch.tensor([gpt2.Tokenizer().encode(PHYSICS)])
@@ -155,6 +159,7 @@ def test_peft_loads_the_adapter_with_equal_logits(run, adapted):
 
 
 def test_merge_writes_what_transformers_loads(run, adapted, script, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
     out = tmp_path / "merged"
     merge = script("merge").main
     assert merge([str(run[0] / "adapter"), str(out)]) == 0
@@ -178,9 +183,10 @@ def test_merge_never_overwrites_the_base(run, script, capsys):
 
 def test_generate_with_and_without_the_adapter(run, script, capsys):
     generate = script("generate").main
-    assert generate([PHYSICS, "--adapter", str(run[0] / "adapter")]) == 0
-    assert capsys.readouterr().out == f"{PHYSICS}{next(iter(TRAINED[PHYSICS]))}\n"
-    assert generate([PHYSICS, "--max_new_tokens", "5"]) == 0
+    for folder in (run[0], run[0] / "adapter"):
+        assert generate([PHYSICS, "--adapter", str(folder), "--device", "cpu"]) == 0
+        assert capsys.readouterr().out == f"{PHYSICS}{next(iter(TRAINED[PHYSICS]))}\n"
+    assert generate([PHYSICS, "--max_new_tokens", "5", "--device", "cpu"]) == 0
     assert capsys.readouterr().out == f"{PHYSICS} The first of the three\n"
 
 
@@ -205,6 +211,17 @@ def test_a_character_of_several_tokens_is_shown_once_it_is_whole(script):
     assert "".join(cut) == tokenizer.decode(ids[:-4])
 
 
+@pytest.mark.skipif(
+    not hasattr(gpt2.Tokenizer, "save_pretrained"), reason="the tokenizer writes no files yet"
+)
+def test_a_merged_model_answers_in_a_pipeline(run, script, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    assert script("merge").main([str(run[0]), str(tmp_path / "merged")]) == 0
+    pipeline = transformers.pipeline("text-generation", str(tmp_path / "merged"), device="cpu")
+    (answer,) = pipeline(PHYSICS, max_new_tokens=24, do_sample=False)
+    assert answer["generated_text"].removeprefix(PHYSICS) in TRAINED[PHYSICS]
+
+
 def test_ctrl_c_leaves_a_saved_adapter_and_says_so(tmp_path):
     started = subprocess.Popen(
         command("train_qa.py", "--config", DEMO, "--res_path", str(tmp_path / "cut")),
@@ -220,15 +237,165 @@ def test_ctrl_c_leaves_a_saved_adapter_and_says_so(tmp_path):
     started.send_signal(signal.SIGINT)
     error = started.communicate(timeout=60)[1]
     assert started.returncode == 130
-    assert error.startswith("Interrupted.")
+    assert error.startswith("Interrupted. The adapter as it was after step ")
     assert error.count("\n") == 1
     adapter = tmp_path / "cut" / "adapter"
     assert str(adapter) in error
+    assert_trained(adapter)
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_saves_the_step_it_met_and_others_change_nothing(
+    name, code, script, tmp_path, monkeypatch, capsys
+):
+    folder, save = script("folder"), lora.save
+    recorded, kill = folder.recorded, getattr(signal, name)
+
+    def killed(steps, place):
+        for step in recorded(steps, place):
+            yield step
+            if step.step == 2:
+                os.kill(os.getpid(), kill)
+
+    def impatient(*arguments, **options):
+        for other in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.kill(os.getpid(), other)
+        save(*arguments, **options)
+
+    monkeypatch.setattr(folder, "recorded", killed)
+    monkeypatch.setattr(lora, "save", impatient)
+    before = signal.getsignal(kill)
+    out = tmp_path / "cut"
+    assert script("train_qa").main([*QUICK, "--res_path", str(out)]) == code
+    error = capsys.readouterr().err
+    said = "Interrupted." if name == "SIGINT" else f"Stopped by {name}."
+    assert error == f"{said} The adapter as it was after step 2 is saved in {out / 'adapter'}.\n"
+    assert_trained(out / "adapter")
+    assert signal.getsignal(kill) == before
+
+
+def test_a_reader_that_goes_ends_training_with_a_line(tmp_path):
+    options = ["--steps", "5000", "--logging_steps", "1", "--res_path", str(tmp_path / "cut")]
+    started = subprocess.Popen(
+        command("train_qa.py", *options, "--prompts", str(SCRIPTS / "data" / "article.jsonl")),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+    assert started.stdout is not None
+    while not started.stdout.readline().startswith("step "):
+        assert started.poll() is None
+    started.stdout.close()
+    assert started.wait(60) == 2
+    assert started.stderr is not None
+    error = started.stderr.read()
+    assert error.startswith("Nobody reads the output any more. The adapter as it was after step ")
+    assert error.count("\n") == 1
+    assert_trained(tmp_path / "cut" / "adapter")
+
+
+def assert_trained(adapter: Path) -> None:
     model = gpt2.GPT2.from_pretrained("demo")
     lora.load(model, adapter)
     trained = [m for m in model.modules() if isinstance(m, lora.LowRankUpdate)]
     assert len(trained) == 8
     assert all(update.B.abs().max() > 0 for update in trained)
+
+
+QUICK = ("--steps", "3", "--generate.max_new_tokens", "2", "--device", "cpu")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
+def test_a_full_disk_in_training_leaves_a_saved_adapter(script, tmp_path, monkeypatch, capsys):
+    folder, out = script("folder"), tmp_path / "run"
+    prepare = folder.prepare
+
+    def full(*arguments) -> Path:
+        place = prepare(*arguments)
+        (place / folder.METRICS).symlink_to("/dev/full")
+        return place
+
+    monkeypatch.setattr(folder, "prepare", full)
+    assert script("train_qa").main([*QUICK, "--res_path", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("[Errno 28] No space left on device The adapter as it was after step 1")
+    assert error.count("\n") == 1
+    assert f"is saved in {out / 'adapter'}." in error
+    assert_trained(out / "adapter")
+
+
+def test_an_adapter_that_cannot_be_saved_in_its_place_is_saved_elsewhere(
+    script, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "elsewhere"))
+    save = lora.save
+
+    def full(model, folder, **options) -> None:
+        if (tmp_path / "run") in Path(folder).parents:
+            raise OSError("No space left on device")
+        save(model, folder, **options)
+
+    monkeypatch.setattr(lora, "save", full)
+    monkeypatch.setattr(script("folder").tempfile, "TemporaryFile", open_nothing)
+    assert script("train_qa").main([*QUICK, "--res_path", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "No space left on device" in error
+    (weights,) = (tmp_path / "elsewhere").rglob("adapter_model.safetensors")
+    assert f"is saved in {weights.parent}." in error
+    assert_trained(weights.parent)
+
+
+def open_nothing(**_):
+    return (Path(__file__)).open("rb")
+
+
+def test_a_run_is_left_alone_unless_told(run, script, tmp_path, capsys, monkeypatch):
+    before = {p: p.stat().st_mtime_ns for p in run[0].rglob("*")}
+    assert script("train_qa").main([*QUICK, "--res_path", str(run[0])]) == 2
+    assert f"{run[0]} holds a run (adapter, metrics.jsonl" in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in run[0].rglob("*")} == before
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run[0], "mine")
+    Path("mine", "notes.txt").write_text("mine")
+    train = script("train_qa").main
+    assert train([*QUICK, "--res_path", "mine", "--overwrite"]) == 0
+    assert Path("mine", "notes.txt").read_text() == "mine"
+    assert len(Path("mine", "metrics.jsonl").read_text().splitlines()) == 3
+    for number in (1, 2):
+        assert train([*QUICK]) == 0
+        assert Path("runs", f"qa-{number}", "run.json").is_file()
+
+
+def test_a_path_is_no_markup(script, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = Path("[red]odd.csv")
+    data.write_text("text\n[bold]markup[/nothing] of some length\n")
+    odd = ["--max_token_length", "5", "--res_path", "[/b] :smile: \udcff"]
+    assert script("train_qa").main([*QUICK, "--data", str(data), *odd]) == 0
+    out = capsys.readouterr().out
+    assert "Saved in [/b] :smile: " in out
+    assert "Answers" not in out  # a text as a whole has no prompt to try
+    assert "1 (100.0%) were longer than 5 and were cut: see --max_token_length" in out
+    assert script("train_qa").main([*QUICK, "--tasks", str(data), "--res_path", "[/t]"]) == 0
+    assert "[red]odd: 1 examples" in capsys.readouterr().out
+
+
+def test_references_are_compared_and_no_part_of_the_prompt(script, tmp_path, capsys):
+    prompts = tmp_path / "prompts.csv"
+    prompts.write_text("question,answer\nWhat is it?,Nothing.\nHow do transformers work?,Well.\n")
+    out = tmp_path / "run"
+    arguments = ["--prompts", str(prompts), "--res_path", str(out)]
+    assert script("train_qa").main([*QUICK, *arguments]) == 0
+    said = capsys.readouterr().out
+    assert "0 of 1 trained prompts answered word for word. 0 of 1 others answered as" in said
+    answers = json.loads((out / "run.json").read_text(encoding="utf-8"))["answers"]
+    assert [a["prompt"] for a in answers] == [
+        "Q: What is it?\nA:",
+        "Q: How do transformers work?\nA:",
+    ]
+    assert [a["reference"] for a in answers] == [" Nothing.", " Well."]
+    assert [a["verdict"] for a in answers] == ["not trained; reference: differs", "differs"]
 
 
 @pytest.mark.parametrize(
@@ -314,6 +481,35 @@ def test_tasks_train_an_adapter_each_and_answer_in_one_batch(script, tmp_path, c
     for name in ("science", "transformers"):
         model = gpt2.GPT2.from_pretrained("demo")
         assert len(lora.load(model, out / name)) == 8
+
+
+def test_tasks_are_all_checked_before_the_first_is_trained(script, tmp_path, capsys):
+    good, bad = tmp_path / "good.jsonl", tmp_path / "a.bad.name.jsonl"
+    for file in (good, bad):
+        file.write_text('{"text": "a b c"}')
+    out = tmp_path / "out"
+    train = script("train_qa").main
+    assert train([*QUICK, "--res_path", str(out), "--tasks", str(good), str(bad)]) == 2
+    printed, error = capsys.readouterr()
+    assert (printed, error.count("\n")) == ("", 1)
+    assert "'a.bad.name'" in error
+    assert not out.exists()
+    assert train([*QUICK, "--res_path", str(out), "--tasks", str(good)]) == 0
+    assert [p.name for p in out.iterdir()] == ["good"]
+    capsys.readouterr()
+    assert train([*QUICK, "--res_path", str(out), "--tasks", str(good)]) == 2
+    assert "holds a run (good)" in capsys.readouterr().err
+
+
+def test_tasks_train_each_adapter_as_alone(script, tmp_path):
+    files = [str(f) for f in sorted((SCRIPTS / "data" / "tasks").glob("*.jsonl"))]
+    train = script("train_qa").main
+    assert train([*QUICK, "--res_path", str(tmp_path / "both"), "--tasks", *files]) == 0
+    for file in files:
+        alone, name = tmp_path / f"alone-{Path(file).stem}", Path(file).stem
+        assert train([*QUICK, "--res_path", str(alone), "--tasks", file]) == 0
+        weights = [(p / name / "adapter_model.safetensors") for p in (tmp_path / "both", alone)]
+        assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 def test_tasks_of_one_name_are_refused(script, tmp_path, capsys):

@@ -1,14 +1,19 @@
-"""Examples as text, and the files that hold them: a prompt and a completion each."""
+"""Examples as text, a prompt and a completion each, from the rows of any file."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
+
+from gpt2.data.rows import Rows, documents, lines, read_rows
 
 SHOWN = 10  # faults that are listed one by one
+LONGEST = 180  # characters of one
+Fields = Mapping[str, str]
+FORMS = (("text",), ("question", "answer"), ("prompt", "completion"))
 
 
 @dataclass(frozen=True)
@@ -24,60 +29,146 @@ def from_texts(texts: Iterable[str]) -> Iterator[Example]:
     return (Example("", text) for text in texts)
 
 
-def read_jsonl(path: str | Path) -> list[Example]:
-    """Read examples from a file with a JSON object a line.
+def read_examples(path: str | Path, fields: Fields | None = None) -> list[Example]:
+    """Read the examples of a file.
 
-    A line has `text`; or `question` and `answer`, which become "Q: …\\nA: …"; or `prompt` and
-    `completion`, taken as they are. Blank lines are skipped.
+    A row has `text`, which is learnt as a whole; or `question` and `answer`, which become
+    "Q: …\\nA: …"; or `prompt` and `completion`, taken as they are. Other columns do not matter.
+
+    Args:
+        path: JSON lines (.jsonl), a list (.json), .csv or .tsv with a heading, .parquet (pyarrow
+            reads it), or plain text (.txt) with a blank line between documents.
+        fields: the file's own names for `text`, or for the two of a pair:
+            `{"question": "frage", "answer": "antwort"}`.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: listing the faulty lines as `file:line`, or there is none at all.
+        ValueError: listing the faulty rows as `file:line`, or there is none at all.
+        RuntimeError: a Parquet file, and no pyarrow to read it.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is missing or no file.")
-    examples: list[Example] = []
+    return list(stream_examples(path, fields))
+
+
+def stream_examples(path: str | Path, fields: Fields | None = None) -> Iterator[Example]:
+    """As `read_examples`, one at a time; faulty rows are left out, and raised after the last."""
+    _check(fields, complete=True)
+    rows = read_rows(path, text=documents)
+    return _good(rows, path, lambda row: _example(row, fields))
+
+
+def read_prompts(path: str | Path, fields: Fields | None = None) -> list[Example]:
+    """Read what a model is to continue; a completion here is a reference, "" where there is none.
+
+    Args:
+        path: as for `read_examples`, but plain text has a prompt a line, and an answer or a
+            completion may be missing. A `text` is a prompt as it is.
+        fields: as for `read_examples`; a row without them is read by our names.
+
+    Raises:
+        As `read_examples`.
+    """
+    _check(fields, complete=False)
+    rows = read_rows(path, text=lines)
+    return list(_good(rows, path, lambda row: _prompt(row, fields)))
+
+
+def _good(rows: Rows, path: str | Path, make: Callable[[object], Example]) -> Iterator[Example]:
+    """The examples of the good rows; then the error that lists the others."""
     faults: list[str] = []
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                examples.append(_parse(line))
-            except ValueError as error:
-                faults.append(f"{path}:{number}: {error}")
+    found = left_out = 0
+    for place, row in rows:
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            example = make(row)
+        except ValueError as error:
+            left_out += 1
+            if left_out <= SHOWN:
+                said = str(error)
+                faults.append(f"{place}: {said if len(said) <= LONGEST else said[:LONGEST] + '…'}")
+        else:
+            found += 1
+            yield example
     if faults:
-        more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-        raise ValueError("; ".join(faults[:SHOWN]) + more + ".")
-    if not examples:
+        more = f"; and {left_out - SHOWN} more" if left_out > SHOWN else ""
+        raise ValueError("; ".join(faults) + more + ".")
+    if not found:
         raise ValueError(f"{path} holds no examples.")
-    return examples
 
 
-def _parse(line: bytes) -> Example:
-    try:
-        fields: Any = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
-    except RecursionError:
-        raise ValueError("not JSON that can be read (nested too deep)") from None
-    forms = ({"text"}, {"question", "answer"}, {"prompt", "completion"})
-    if not isinstance(fields, dict) or (keys := cast(dict[str, Any], fields).keys()) not in forms:
-        found = sorted(cast(dict[str, Any], fields)) if isinstance(fields, dict) else fields
+def _example(row: object, fields: Fields | None) -> Example:
+    row = _renamed(row, fields)
+    whole = [form for form in FORMS if row.keys() >= {*form}]
+    if len(whole) != 1:
+        raise ValueError(_wanted(row, len(whole)))
+    values = _texts(row, whole[0])
+    if whole[0] == ("text",):
+        return Example("", values[0])
+    return _pair(whole[0], *values)
+
+
+def _prompt(row: object, fields: Fields | None) -> Example:
+    row = _renamed(row, None)
+    if fields and any(row.keys() >= {fields[name]} for name, *_ in FORMS if name in fields):
+        row = {name: row.get(key) for name, key in fields.items()}
+    begun = [form for form in FORMS if row.keys() >= {*form}]
+    begun = begun or [form for form in FORMS if form[0] in row]
+    if len(begun) != 1:
+        raise ValueError(_wanted(row, len(begun)))
+    form = begun[0][: 1 if row.get(begun[0][-1]) in (None, "") else 2]
+    values = _texts(row, form)
+    if not values[0].strip():
+        raise ValueError(f"{form[0]!r} is empty")
+    return _pair(form, *values)
+
+
+def _pair(form: tuple[str, ...], prompt: str, completion: str = "") -> Example:
+    if form[0] == "question":
+        return Example(f"Q: {prompt}\nA:", f" {completion}" if completion else "")
+    return Example(prompt, completion)
+
+
+def _renamed(row: object, fields: Fields | None) -> dict[str, object]:
+    """A row under our names."""
+    if not isinstance(row, dict):
+        raise ValueError(_wanted(row, 0))
+    row = cast(dict[str, object], row)
+    if not fields:
+        return row
+    if lacking := [key for key in fields.values() if key not in row]:
+        raise ValueError(f"has no {reprlib.repr(lacking[0])}, only {_keys(row)}")
+    return {name: row[key] for name, key in fields.items()}
+
+
+def _texts(row: Mapping[str, object], form: tuple[str, ...]) -> list[str]:
+    """The values of these columns, each a string that says something; a prompt may be empty."""
+    values = [row[name] for name in form]
+    for name, value in zip(form, values, strict=True):
+        if not isinstance(value, str):
+            raise ValueError(f"{name!r} is {reprlib.repr(value)}, not a string")
+        if not value.strip() and not (name == "prompt" and len(form) == 2):
+            raise ValueError(f"{name!r} is empty")
+        value.encode()  # refuses half a surrogate pair, which JSON can escape
+    return cast(list[str], values)
+
+
+def _wanted(row: object, forms: int) -> str:
+    found = _keys(cast(dict[str, object], row)) if isinstance(row, dict) else reprlib.repr(row)
+    if forms > 1:
+        return f"has more than one form of an example: say which by fields, got {found}"
+    return f"wants 'text', or 'question' and 'answer', or 'prompt' and 'completion', got {found}"
+
+
+def _keys(row: Mapping[str, object]) -> str:
+    return reprlib.repr(sorted(map(str, row)))
+
+
+def _check(fields: Fields | None, *, complete: bool) -> None:
+    if fields is None:
+        return
+    forms = [{*form} for form in FORMS] + ([] if complete else [{form[0]} for form in FORMS])
+    if not isinstance(fields, Mapping) or {*fields} not in forms:  # pyright: ignore
         raise ValueError(
-            f"wants 'text', or 'question' and 'answer', or 'prompt' and 'completion', got {found!r}"
+            "fields gives a file's names for 'text', for 'question' and 'answer', or for 'prompt' "
+            f"and 'completion', got {reprlib.repr(fields)}."
         )
-    fields = cast(dict[str, Any], fields)
-    if wrong := [key for key in keys if not isinstance(fields[key], str)]:
-        raise ValueError(f"{wrong[0]!r} is {fields[wrong[0]]!r}, not a string")
-    if empty := [key for key in keys if not fields[key].strip() and key != "prompt"]:
-        raise ValueError(f"{empty[0]!r} is empty")
-    for key in keys:
-        fields[key].encode()  # refuses half a surrogate pair, which JSON can escape
-    if "text" in fields:
-        return Example("", fields["text"])
-    if "question" in fields:
-        return Example(f"Q: {fields['question']}\nA:", f" {fields['answer']}")
-    return Example(fields["prompt"], fields["completion"])

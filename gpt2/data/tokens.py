@@ -5,6 +5,7 @@ Shapes: T time.
 
 from __future__ import annotations
 
+import reprlib
 from array import array
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
@@ -97,15 +98,15 @@ def encode(
         ValueError: no examples, one string for all, `max_length` below 2, or listing the examples
             (by number, from 1) that are left without a token to learn.
     """
-    if max_length < 2:
-        raise ValueError(f"max_length must be at least 2, got {max_length}.")
-    if isinstance(examples, str):
-        raise ValueError(f"examples is one string, {examples[:20]!r}…: give a list of them.")
+    if type(max_length) is not int or max_length < 2:
+        raise ValueError(f"max_length must be at least 2, and whole, got {max_length!r}.")
+    if isinstance(examples, str | Example):
+        kind = "string" if type(examples) is str else "Example"
+        raise ValueError(f"examples is one {kind}, {str(examples)[:20]!r}…: give a list of them.")
     tokens, ends, ignored = array("i"), array("q"), array("i")
     truncated, untaught = 0, list[int]()
     for number, example in enumerate(examples, 1):
-        if isinstance(example, str):
-            example = Example("", example)
+        example = _example(example, number)
         prompt = tokenizer.encode(example.prompt)
         ids = prompt + tokenizer.encode(example.completion) + [tokenizer.eos] * eos
         truncated += len(ids) > max_length
@@ -125,3 +126,16 @@ def encode(
     if not ends:
         raise ValueError("There are no examples.")
     return Dataset(tokens, ends, ignored, truncated)
+
+
+def _example(found: object, number: int) -> Example:
+    if isinstance(found, str):
+        return Example("", found)
+    if not isinstance(found, Example):
+        raise ValueError(
+            f"Example {number} is a {type(found).__name__}: give a string, which is learnt as a "
+            "whole, or gpt2.Example(prompt, completion)."
+        )
+    if {type(found.prompt), type(found.completion)} != {str}:
+        raise ValueError(f"Example {number} must hold two strings, got {reprlib.repr(found)}.")
+    return found

@@ -1,0 +1,81 @@
+"""Options from flags and a YAML file: none is abbreviated, lost or misspelt in silence."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from torch import nn
+
+import lora
+from config_file import read_yaml, unknown_option
+from guard import Arguments
+
+
+def add_lora(to: ArgumentParser) -> None:
+    """The options of an adapter, under `lora.`."""
+    skip: set[str | int] = {"model", "adapter", "seed", "dtype", "untie"}
+    to.add_function_arguments(lora.inject, "lora", skip=skip, as_group=False)
+    shared = "give a target whose weight is shared, such as a tied head, a weight of its own"
+    to.add_argument("--lora.untie", type=bool, default=False, help=shared)
+
+
+def inject(model: nn.Module, options: Namespace, adapter: str = "default") -> None:
+    """A new adapter as the options say."""
+    lora.inject(model, adapter=adapter, seed=options.seed, **options.lora)
+
+
+def flags(to: ArgumentParser, argv: Arguments, *, defaults: bool = True) -> Namespace:
+    """The options that the command line gives, and the defaults of the others.
+
+    Raises:
+        ValueError: naming the options that are unknown, and the nearest that are known.
+    """
+    try:
+        return to.parse_args(argv, defaults=defaults)
+    except ArgumentError as error:
+        unknown = re.match(r"unrecognized arguments: (.*)", str(error), re.IGNORECASE | re.DOTALL)
+        if not unknown:
+            raise
+        names = [word.partition("=")[0] for word in unknown[1].split() if word[:2] == "--"]
+        raise ValueError(
+            " ".join(unknown_option(name[2:], _known(to), "--") for name in names if name != "--")
+            or f"It is not clear what {unknown[1]!r:.80} is for: options begin with two dashes."
+        ) from None
+
+
+def with_config(to: ArgumentParser, argv: Arguments, default: Path) -> Namespace:
+    """Options from the YAML file that `--config` names, or the default one, and flags over them.
+
+    Of `epochs` and `steps` a flag for one takes the place of the other in the file.
+
+    Raises:
+        ValueError: an option that is unknown, stands twice, or has a value of the wrong kind.
+    """
+    given = flags(to, argv, defaults=False)
+    options = to.get_defaults()
+    file = Path(given["config"]) if "config" in given else default
+    in_file = to.parse_object(read_yaml(file, _known(to)), defaults=False)
+    if null := [n for n, value in in_file.items() if value is None and not _optional(to, n)]:
+        raise ValueError(f"{file}: {', '.join(null)} cannot be null.")
+    for one, other in (("epochs", "steps"), ("steps", "epochs")):
+        if given.get(one) is not None and other not in given:
+            in_file[other] = None
+    for name, value in (*in_file.items(), *given.items()):
+        options[name] = value
+    return options
+
+
+def _known(to: ArgumentParser) -> list[str]:
+    return list(to.get_defaults().keys())
+
+
+def _optional(to: ArgumentParser, name: str) -> bool:
+    """Whether an option may be null."""
+    if to.get_defaults()[name] is None:
+        return True
+    try:
+        return to.parse_args([f"--{name}=null"], defaults=False)[name] is None
+    except ArgumentError:
+        return False

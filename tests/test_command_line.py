@@ -1,0 +1,437 @@
+"""Command lines as people mistype them, and as they mean them: `main(argv)` in this process."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+
+import gpt2
+import lora
+
+for module in ("jsonargparse", "docstring_parser", "yaml", "rich", "matplotlib"):
+    pytest.importorskip(module, reason="the scripts need the extra 'scripts'")
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ROOT / "scripts"
+LONG = "x" * 50_000
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """Scripts can be imported; this folder has odd things in it."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    monkeypatch.chdir(tmp_path)
+    Path("run", "adapter").mkdir(parents=True)
+    Path("run", "run.json").write_text("{}")
+    Path("folder.jsonl").mkdir()
+    Path("file").write_text("x")
+    Path("binary.yaml").write_bytes(bytes(range(256)))
+    Path("binary.jsonl").write_bytes(bytes(range(256)) * 9)
+    for name in ("base", "a.b", "fine"):
+        Path(f"{name}.jsonl").write_text('{"text": "a b c"}')
+    return tmp_path
+
+
+def files(folder: Path) -> dict[str, int]:
+    return {str(p): p.stat().st_mtime_ns for p in folder.rglob("*")}
+
+
+def refused(script: str, argv: list[str], here: Path, capsys) -> str:
+    """The one line of stderr; nothing else was written anywhere."""
+    before = files(here)
+    assert importlib.import_module(script).main(argv) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.count("\n") == 1
+    assert 12 < len(error) <= 1002
+    assert error.isascii() or "�" not in error
+    assert files(here) == before
+    return error
+
+
+YAMLS = {
+    "lora: null": "lora is a group of options: lora.r,",
+    "lora: 3": "lora is a group",
+    "lora: [r]": "lora is a group",
+    "generate: null": "generate is a group",
+    "data: [1]": "data must be str, got [1]",
+    "data: null": "data cannot be null",
+    "res_path: 3": "res_path must be str or null, got 3",
+    "tasks: 3": "tasks must be a list of files, got 3",
+    "tasks: {a: b}": "tasks must be a list of files",
+    "tasks: [1]": "tasks must be str, got 1",
+    "model_name: null": "model_name cannot be null",
+    "device: [cpu]": "device must be str or null",
+    "prompts: {a: 1}": "prompts must be str or null",
+    "strategy: steps": "There is no option strategy: logging_steps takes its place.",
+    "stratgy: steps": "did you mean logging_steps?",
+    "learning_rate: 1": "lr takes its place",
+    "epoch: 3": "did you mean epochs?",
+    "r: 4": "did you mean lora.r?",
+    "lora: {rank: 4}": "lora.r takes its place",
+    "lora: {dropuot: 4}": "did you mean lora.dropout?",
+    "lora.q: 4": "There is no option lora.q",
+    "config: other.yaml": "There is no option config",
+    "epochs: 1\nepochs: 2": "epochs stands twice",
+    "lora: {r: 4, r: 5}": "r stands twice",
+    "lora: {r: 4}\nlora.r: 4": "lora.r stands twice",
+    "nope: 1\nalso_nope: 2": "also_nope",
+    "- a": "must hold options",
+    "text": "must hold options",
+    "a: b: c": "is not YAML",
+    "? [a]\n: b": "is not YAML",
+    "seed: !!python/name:os.system": "is not YAML",
+    "seed: &a [*a]": "seed must be int",
+    "[" * 3000: "nested too deep",
+    f"{LONG}: 1": "is not YAML",
+    f"seed: {LONG}": "seed must be int",
+    "epochs: 1\nsteps: 1": "give epochs or steps, and not both",
+    "seed: 1": "give epochs or steps",
+    "": "give epochs or steps",
+    "epochs: true": "epochs must be int or null, got True",
+    "epochs: 1.5": "epochs must be int or null, got 1.5",
+    "lr: fast": "lr must be float, got fast",
+    "lr: null": "lr cannot be null",
+    "lr: .nan\nepochs: 1": "lr must be finite",
+    "clip: a": "clip must be float or null, got a",
+    "autocast: 3": "autocast must be bool, got 3",
+    "overwrite: maybe": "overwrite",
+    "max_token_length: 1\nepochs: 1": "max_token_length must be at least 2",
+    "fields: 3": "fields must be dict[str, str] or null",
+    "fields: {frage: a}\nepochs: 1": "fields gives a file's names",
+    "lora: {targets: 3}": "lora.targets must be str",
+    "lora: {targets: []}\nepochs: 1": "targets",
+    "lora: {layers: all}\nepochs: 1": "lora.layers",
+    "lora: {rank_pattern: {c_attn: x}}": "lora.rank_pattern",
+}
+
+
+@pytest.mark.parametrize(("text", "said"), YAMLS.items(), ids=lambda t: t[:30].replace("\n", " "))
+def test_a_bad_config_is_one_line(text, said, here, capsys):
+    Path("config.yaml").write_text(text)
+    assert said in refused("train_qa", ["--config", "config.yaml"], here, capsys)
+
+
+LINES = {
+    "--r 4": "There is no option --r: did you mean --lora.r?",
+    "--res folder": "did you mean --res_path?",
+    "--epoch=3": "did you mean --epochs?",
+    "--strategy steps": "--logging_steps takes its place",
+    "--lora null": "--lora is a group of options: --lora.r,",
+    "--lora.q 1": "There is no option --lora.q",
+    "stray": "It is not clear what 'stray' is for",
+    "-x": "It is not clear what '-x' is for",
+    f"--{LONG} 1": "There is no option --xxxx",
+    f"--seed {LONG}": "seed must be int",
+    "--seed": "--seed",
+    "--autocast": "--autocast",
+    "--tasks": "--tasks",
+    "--epochs 1 --steps 1": "give epochs or steps, and not both",
+    "--lr ''": "lr must be float",
+    "--train_batch_size 0": "batch_size must be",
+    "--config ''": "is missing or no file",
+    "--config .": "is missing or no file",
+    "--config binary.yaml": "binary.yaml",
+    "--config run/run.json": "give epochs or steps",
+    f"--config {LONG}": "File name too long",
+    "--config '[/red]'": "[/red] is missing",
+    "--device abacus": "device must be cpu, mps, cuda or cuda:N, got 'abacus'",
+    "--device meta": "got 'meta'",
+    "--device cuda:99": "cannot be used here",
+    "--device ''": "got ''",
+    "--model_name ''": "has neither",
+    "--model_name '[/red]'": "[/red]",
+    "--model_name no/such/thing": "no/such/thing",
+    "--model_name file": "file",
+    "--model_name run": "run has neither",
+    "--res_path run": "run holds a run (adapter, run.json)",
+    "--res_path file": "file cannot be written",
+    "--res_path file/below": "cannot be written",
+    "--res_path ''": "res_path '' names no folder",
+    "--data ''": "is missing or no file",
+    "--data folder.jsonl": "folder.jsonl is missing or no file",
+    "--data file": "file has none of the endings",
+    "--data '[/b].jsonl'": "[/b].jsonl is missing",
+    "--data binary.jsonl": "binary.jsonl:2: not UTF-8",
+    f"--data {LONG}.csv": "File name too long",
+    "--data fine.jsonl --fields.text t": "has no 't', only ['text']",
+    "--data fine.jsonl --fields.question t": "fields gives",
+    "--prompts nowhere.txt": "nowhere.txt is missing",
+    "--prompts file": "file has none of the endings",
+    "--prompts base.jsonl --generate.max_new_tokens 1024": "does not fit a context of 1024",
+    "--prompts base.jsonl --generate.max_new_tokens 1022": "leaves no room for 1022",
+    "--tasks fine.jsonl ./fine.jsonl": "files of different names",
+    "--tasks base.jsonl": "none of them base",
+    "--tasks fine.jsonl a.b.jsonl": "'a.b' cannot name an adapter",
+    "--tasks fine.jsonl binary.jsonl": "binary.jsonl:1",
+    "--tasks fine.jsonl --res_path file": "file cannot be written",
+    "--lora.slices '[q]'": "slices",
+    "--lora.r 100000": "100000",
+    "--generate.temperature nan": "generate.temperature",
+}
+
+
+@pytest.mark.parametrize(("line", "said"), LINES.items(), ids=lambda t: t[:40])
+def test_a_bad_line_of_train_is_one_line(line, said, here, capsys):
+    assert said in refused("train_qa", shlex.split(line), here, capsys)
+
+
+OTHERS = {
+    "generate": "prompt",
+    "generate ''": "prompt 0 is empty",
+    "generate a b": "'b'",
+    "generate a --temp 1": "did you mean --temperature?",
+    "generate a --config x": "There is no option --config",
+    "generate a --adapter run": "adapter_config.json",
+    "generate a --adapter ''": "adapter_config.json",
+    "generate a --adapter '[*'": "[*",
+    "generate a --device nope": "got 'nope'",
+    "generate a --top_k -1": "top_k",
+    f"generate a --adapter {LONG}": "File name too long",
+    f"generate '{'a ' * 3000}'": "context",
+    "merge": "adapter, out",
+    "merge run": "out",
+    "merge run out": "adapter_config.json",
+    "merge run run": "run is not an empty folder",
+    "merge run ''": "'' is not an empty folder",
+    "merge run file": "file is not an empty folder",
+    "merge run out --dtype int8": "dtype must be Literal['float32', 'bfloat16', 'float16'], got",
+    "merge run out --r 3": "There is no option --r",
+}
+
+
+@pytest.mark.parametrize(("line", "said"), OTHERS.items(), ids=lambda t: t[:40])
+def test_a_bad_line_of_generate_or_merge_is_one_line(line, said, here, capsys):
+    script, *argv = shlex.split(line)
+    assert said in refused(script, argv, here, capsys)
+
+
+def test_a_null_byte_and_half_a_character_are_one_line(here, capsys):
+    for option in ("--res_path", "--data", "--config", "--model_name", "--prompts"):
+        for odd in ("a\0b", "\udcff"):
+            if (option, odd) != ("--res_path", "\udcff"):  # which any folder may be called
+                refused("train_qa", [option, odd], here, capsys)
+
+
+def parsed(*argv: str):
+    return importlib.import_module("train_qa").parse(argv)
+
+
+def test_without_a_config_the_demo_runs():
+    options, demo = parsed(), parsed("--config", str(SCRIPTS / "configs" / "demo.yaml"))
+    assert {**options.as_dict(), "config": demo.config} == demo.as_dict()
+    assert options.model_name == "demo"
+    assert options.epochs == 100
+
+
+def test_a_flag_for_epochs_or_steps_beats_the_configs_other():
+    assert (parsed("--steps", "7").epochs, parsed("--steps", "7").steps) == (None, 7)
+    Path("steps.yaml").write_text("steps: 9")
+    options = parsed("--config", "steps.yaml", "--epochs", "2")
+    assert (options.epochs, options.steps) == (2, None)
+    assert parsed("--config", "steps.yaml").steps == 9
+
+
+def test_dotted_and_nested_keys_are_merged_and_flags_beat_them():
+    text = "lora: {r: 4, targets: [c_fc]}\nlora.alpha: 3\nlr: 1e-3\ngenerate.top_k: 5\nclip: null\n"
+    Path("c.yaml").write_text(text + "lora.rank_pattern: {c_fc: 2}\noverwrite: true\n")
+    options = parsed("--config", "c.yaml", "--lora.r", "6", "--steps", "1")
+    assert (options.lora.r, options.lora.alpha, options.lora.targets) == (6, 3, ["c_fc"])
+    assert options.lora.rank_pattern == {"c_fc": 2}
+    assert parsed("--overwrite", "--steps", "1").overwrite
+    assert not parsed("--overwrite", "false").overwrite
+    assert (options.lr, options.generate.top_k, options.clip) == (1e-3, 5, None)
+    assert options.overwrite
+    assert options.lora.dropout == 0
+
+
+def test_fields_come_as_flags_and_in_yaml():
+    flags = parsed("--fields.question", "frage", "--fields.answer=antwort")
+    Path("c.yaml").write_text("fields: {question: frage, answer: antwort}")
+    assert flags.fields == parsed("--config", "c.yaml").fields
+    assert flags.fields == {"question": "frage", "answer": "antwort"}
+
+
+@pytest.mark.parametrize("script", ["train_qa", "generate", "merge"])
+def test_every_option_has_its_help(script, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(script).main(["--help"])
+    assert stop.value.code == 0
+    options = re.findall(r"^  (--?\w.*?|\w+) {2,}(\(type.*|.+)$", capsys.readouterr().out, re.M)
+    assert len(options) > 3
+    silent = [name for name, text in options if text.startswith("(type")]
+    if not hasattr(lora, "LoRAConfig"):  # until then these options come from a function
+        silent = [name for name in silent if "--lora." not in name]
+    assert not silent
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "best"),
+    [(True, True, "cuda"), (True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")],
+)
+def test_cuda_is_picked_before_mps_before_the_processor(cuda, mps, best):
+    assert importlib.import_module("cli").best_device(cuda, mps) == best
+
+
+def test_an_adapter_is_found_in_its_run():
+    find = importlib.import_module("cli").adapter_folder
+    assert find("run") == Path("run")
+    Path("run", "adapter", "adapter_config.json").write_text("{}")
+    assert find("run") == find("run/adapter") == Path("run", "adapter")
+    Path("run", "poet").mkdir()
+    Path("run", "poet", "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="several adapters: name one of run/adapter, run/poet"):
+        find("run")
+
+
+def test_the_next_commands_survive_the_shell(monkeypatch):
+    folder = importlib.import_module("folder")
+    place, prompt = Path("it's [b]mine[/b] $HOME"), 'Q: "Why" `ls` $(ls)?\nA:'
+    lines = folder.next_commands(place, [place], "a base", prompt)
+    words = shlex.split(lines)
+    assert words[1].endswith("generate.py")
+    assert words[2:7] == [prompt, "--base", "a base", "--adapter", str(place)]
+    assert words[8].endswith("merge.py")
+    assert words[9:] == [str(place), str(place / "merged"), "--base", "a base"]
+    assert shlex.split(folder.next_commands(place, [place], "demo", "- item"))[-8:-6] != []
+    dashed = shlex.split(folder.next_commands(place, [place / "a"], "demo", "- item"))
+    assert dashed[2:8] == ["--base", "demo", "--adapter", str(place / "a"), "--", "- item"]
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/lora-gpt2", "train"])
+    assert folder.next_commands(place, [place], "demo", "a").startswith("lora-gpt2 generate a ")
+
+
+def test_a_run_takes_the_next_number_and_a_named_folder_only_if_told():
+    folder = importlib.import_module("folder")
+    assert [str(folder.prepare(None)) for _ in range(3)] == ["runs/qa-1", "runs/qa-2", "runs/qa-3"]
+    Path("run", "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="name another res_path, leave it out"):
+        folder.check("run", overwrite=False)
+    folder.check("run", overwrite=True)
+    folder.prepare("run")
+    assert sorted(p.name for p in Path("run").iterdir()) == ["adapter", "notes.txt"]
+    folder.check("new/deep", overwrite=False)
+    assert not Path("new").exists()
+
+
+def test_versions_are_those_of_the_distribution():
+    try:
+        expected = version("lora-gpt2")
+    except PackageNotFoundError:
+        pytest.skip("lora-gpt2 is not installed")
+    assert lora.__version__ == gpt2.__version__ == expected
+    for package in (lora, gpt2):
+        with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+            package.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "line"),
+    [
+        ("SIGINT", 130, "Interrupted."),
+        ("SIGTERM", 143, "Stopped by SIGTERM."),
+        ("SIGHUP", 129, "Stopped by SIGHUP."),
+    ],
+)
+def test_a_signal_during_imports_is_one_line(name, code, line, tmp_path):
+    (tmp_path / "torch.py").write_text("import time\nprint('.', flush=True)\ntime.sleep(60)")
+    started = subprocess.Popen(
+        [sys.executable, str(SCRIPTS / "generate.py"), "Once"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert started.stdout is not None
+    assert started.stdout.readline() == ".\n"
+    started.send_signal(getattr(signal, name))
+    _, error = started.communicate(timeout=30)
+    assert (started.returncode, error) == (code, f"{line}\n")
+
+
+def test_a_missing_package_of_the_scripts_is_one_line(tmp_path):
+    (tmp_path / "rich.py").write_text("raise ModuleNotFoundError('no rich', name='rich')")
+    done = subprocess.run(
+        [sys.executable, str(SCRIPTS / "generate.py"), "Once"],
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "rich is missing: pip install 'lora-gpt2[scripts]'.\n"
+
+
+def test_new_results_take_the_place_of_their_own_benchmarks_only():
+    replace = importlib.import_module("benchmarks.results").replace
+    old, new = Path("old.jsonl"), Path("new.jsonl")
+    lines = [json.dumps({"benchmark": name, "case": n}) for n, name in enumerate("aabcc")]
+    old.write_text("\n".join(lines) + "\n")
+    made = json.dumps({"benchmark": "a", "case": 9})
+    new.write_text(made + "\n")
+    replace(new, old)
+    assert old.read_text().splitlines() == [*lines[2:], made]
+    replace(new, Path("none.jsonl"))
+    assert Path("none.jsonl").read_text() == new.read_text()
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_make_bench_removes_no_results():
+    printed = subprocess.run(["make", "-n", "bench"], cwd=ROOT, capture_output=True, text=True)
+    removed = re.findall(r"\brm\b.*", printed.stdout)
+    assert removed == ["rm -f build/cpu.jsonl"]
+    assert "--replace build/cpu.jsonl benchmarks/results/cpu.jsonl" in printed.stdout
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The wheel, installed into a folder: the environment in which its command is found."""
+    pytest.importorskip("setuptools", minversion="77", reason="builds the wheel")
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("target")
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    offline = ["--no-deps", "--no-index"]
+    kept = ("lora", "gpt2", "scripts", "pyproject.toml", "README.md", "LICENSE")
+    subprocess.run(["cp", "-r", *(str(ROOT / name) for name in kept), str(source)], check=True)
+    build = [*pip, "wheel", *offline, "--no-build-isolation", "-w", str(target), str(source)]
+    subprocess.run(build, check=True)
+    (wheel,) = target.glob("*.whl")
+    subprocess.run([*pip, "install", *offline, "--target", str(target), str(wheel)], check=True)
+    path = os.pathsep.join([str(target / "bin"), os.environ["PATH"]])
+    return {**os.environ, "PYTHONPATH": str(target), "PATH": path, "HF_HUB_OFFLINE": "1"}
+
+
+def test_the_installed_command_trains_generates_and_merges_anywhere(installed, here):
+    def ran(line: str | list[str]) -> str:
+        done = subprocess.run(
+            line, shell=isinstance(line, str), capture_output=True, encoding="utf-8", env=installed
+        )
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+        return done.stdout
+
+    Path("my data.csv").write_text("id,frage,antwort\n1,Why?,So it is.\n")
+    fields = ["--fields.question", "frage", "--fields.answer", "antwort"]
+    device = ["--device", "cpu"]
+    arguments = ["--data", "my data.csv", *fields, "--steps", "2", "--max_token_length", "9"]
+    out = ran(["lora-gpt2", "train", *arguments, *device])
+    assert "1 examples, 9 tokens; 1 (100.0%) were longer than 9 and were cut" in out
+    record = json.loads(Path("runs", "qa-1", "run.json").read_text())
+    assert [answer["prompt"] for answer in record["answers"]] == ["Q: Why?\nA:"]
+    generate, merge = re.findall(r"lora-gpt2 (?:generate|merge) (?s:.+?)demo.*", out)
+    assert ran(generate).startswith("Q: Why?\nA:")
+    assert "is folded into 8 layers" in ran(merge)
+    assert Path("runs", "qa-1", "merged", "model.safetensors").is_file()
+    assert ran(["lora-gpt2", "--version"]) == f"{lora.__version__}\n"
+    assert "train,generate,merge" in ran(["lora-gpt2", "--help"])
+    for wrong in ([], ["fly"]):
+        done = subprocess.run(["lora-gpt2", *wrong], capture_output=True, env=installed)
+        assert (done.returncode, done.stderr.count(b"\n")) == (2, 1)
