@@ -66,8 +66,8 @@ class LoRAConfig:
             regular expression, told by one of `*+?()|^$\\`, for the whole path.
         exclude: suffixes or regular expressions of target layers to leave out.
         layers: numbers of the blocks to adapt, the first number in a path; None for all.
-        rank_pattern, alpha_pattern: other ranks and alphas for targets by suffix or regular
-            expression.
+        rank_pattern: other ranks for targets, by suffix or regular expression.
+        alpha_pattern: other alphas for targets, likewise.
         slices: names of the equal parts of a fused projection, or a mapping from each part's name
             to its outputs, for layers that do not name theirs.
         rslora: scale by `alpha / √r`.

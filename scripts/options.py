@@ -15,8 +15,7 @@ from guard import Arguments
 
 def add_lora(to: ArgumentParser) -> None:
     """The options of an adapter, under `lora.`."""
-    skip: set[str | int] = {"model", "adapter", "seed", "dtype", "untie"}
-    to.add_function_arguments(lora.inject, "lora", skip=skip, as_group=False)
+    to.add_class_arguments(lora.LoRAConfig, "lora", skip={"seed", "dtype"}, as_group=False)
     shared = "give a target whose weight is shared, such as a tied head, a weight of its own"
     to.add_argument("--lora.untie", type=bool, default=False, help=shared)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from jsonargparse import Namespace
 from rich.console import Console
 
@@ -71,7 +72,7 @@ def answer(
     """Show and write what the base, each adapter and their mixture say to each prompt."""
     mixture = dict.fromkeys(names, 1 / len(names))
     columns = {"base": None, **{name: name for name in names}, "mixture": mixture}
-    with lora.routed(model, [column for _ in ids for column in columns.values()]):
+    with torch.no_grad(), lora.routed(model, [column for _ in ids for column in columns.values()]):
         rows = gpt2.generate(model, [row for row in ids for _ in columns], sampling)
     texts = [tokenizer.decode(row) for row in rows]
     answers = [texts[i : i + len(columns)] for i in range(0, len(texts), len(columns))]

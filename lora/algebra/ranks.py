@@ -57,7 +57,7 @@ def approximate(changes: Deltas, r: int) -> Approximation:
     Raises:
         ValueError: `r` is not a positive integer.
     """
-    return _approximate(changes, lambda delta: _truncate(*svd(delta.double()), r), r)
+    return _approximate(changes, lambda delta: _truncate(*svd(delta.cpu().double()), r), r)
 
 
 def extract(
