@@ -220,7 +220,7 @@ def _drawn_updates(tree: Tree, config: LoRAConfig) -> dict[str, LowRankUpdate]:
             faults.append(f"{path}: {str(error).removesuffix('.')}")
             continue
         if not update.A.is_meta:
-            update.reset(_generator(seed, path))
+            update.reset(generator(seed, path))
         updates[path] = update
     if faults:
         more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
@@ -283,7 +283,7 @@ def _freeze(tree: Tree, tied: Mapping[str, list[tuple[str, nn.Module, str]]]) ->
     return Origin(thawed, before.tied + others)
 
 
-def _generator(seed: int, path: str) -> torch.Generator:
-    """A generator of the layer's own, so that the order of injection does not matter."""
+def generator(seed: int, path: str) -> torch.Generator:
+    """A generator of the layer's own, so that the order of layers does not matter."""
     digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lora.algebra.sums import Adapter, Factors, by_path, check_shapes, scale
 from lora.config import LoRAConfig, Names, is_finite
+from lora.injection import generator
 from lora.layout import out_in_view
 from lora.targets import find_targets
 from lora.tree import survey
@@ -105,7 +106,7 @@ def ties(
     Source: Yadav et al. 2023, "TIES-Merging: Resolving Interference When Merging Models".
     """
 
-    def merge(changes: list[Tensor]) -> Tensor:
+    def merge(_: str, changes: list[Tensor]) -> Tensor:
         trimmed = torch.stack([_largest(change, density) for change in changes])
         agreeing = trimmed * (trimmed.sign() == trimmed.sum(0).sign())
         return agreeing.sum(0) / agreeing.count_nonzero(0).clamp(min=1)
@@ -126,10 +127,10 @@ def dare(
 
     Source: Yu et al. 2024, "Language Models are Super Mario", section 3.
     """
-    generator = torch.Generator().manual_seed(seed)
 
-    def merge(changes: list[Tensor]) -> Tensor:
-        kept = [torch.rand(c.shape, generator=generator) < density for c in changes]
+    def merge(path: str, changes: list[Tensor]) -> Tensor:
+        own = generator(seed, path)  # so that the order of layers does not matter
+        kept = [torch.rand(c.shape, generator=own, device=own.device) < density for c in changes]
         return torch.stack([c * k / density for c, k in zip(changes, kept, strict=True)]).sum(0)
 
     return _merged(values, density, weights, merge)
@@ -139,7 +140,7 @@ def _merged(
     values: Sequence[Adapter],
     density: float,
     weights: Sequence[float] | None,
-    merge: Callable[[list[Tensor]], Tensor],
+    merge: Callable[[str, list[Tensor]], Tensor],
 ) -> dict[str, Tensor]:
     """Apply `merge` to the weighted deltas of each layer."""
     weights = [1.0] * len(values) if weights is None else weights
@@ -148,7 +149,9 @@ def _merged(
     if not values or len(weights) != len(values):
         raise ValueError(f"Give as many weights as adapters: {len(weights)} for {len(values)}.")
     scaled = [scale(value, weight) for value, weight in zip(values, weights, strict=True)]
-    return {path: merge([q.delta() for q in pairs]) for path, pairs in by_path(scaled).items()}
+    return {
+        path: merge(path, [q.delta() for q in pairs]) for path, pairs in by_path(scaled).items()
+    }
 
 
 def _largest(change: Tensor, density: float) -> Tensor:
