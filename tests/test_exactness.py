@@ -1,4 +1,4 @@
-"""Nothing wrong in silence: births, derivatives, layers with a forward of their own, odd tensors."""
+"""Nothing wrong in silence: births, derivatives, forwards of a layer's own, odd tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import gpt2
 import lora
 from lora.fast import forms
-from tests.toys import MLP, TINY, layer, randomize, raw, snapshot, tiny_gpt2
+from tests.toys import TINY, layer, randomize, raw, snapshot, tiny_gpt2
 
 IDX = torch.randint(0, TINY.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
 
@@ -28,6 +28,15 @@ def one(base: nn.Module, *, drawn: bool = True, **settings) -> nn.Sequential:
 
 
 # At birth nothing changes
+
+
+def refused(call) -> bool:
+    """Whether the call refuses its alpha."""
+    try:
+        call()
+    except ValueError as error:
+        return "scaling" in str(error)
+    return False
 
 
 @given(
@@ -55,10 +64,7 @@ def test_a_new_adapter_changes_no_bit_of_the_outputs(
     want = raw(base(x))
     model = nn.Sequential(base)
     before = snapshot(model)
-    try:
-        lora.inject(model, targets="0", r=min(r, n_in, n_out), alpha=alpha)
-    except ValueError as error:
-        assert "scaling" in str(error)
+    if refused(lambda: lora.inject(model, targets="0", r=min(r, n_in, n_out), alpha=alpha)):
         assert snapshot(model) == before
         return
     model[0].fused = fused
@@ -85,10 +91,7 @@ def test_a_huge_alpha_is_refused_or_finite_at_birth(dtype, alpha, routed):
     x = torch.randn(3, 4).to(dtype)
     want = raw(model(x))
     before = snapshot(model)
-    try:
-        lora.inject(model, targets="0", r=1, alpha=alpha, dtype=dtype)
-    except ValueError as error:
-        assert "scaling" in str(error)
+    if refused(lambda: lora.inject(model, targets="0", r=1, alpha=alpha, dtype=dtype)):
         assert snapshot(model) == before
         return
     if routed:
@@ -175,9 +178,8 @@ def test_transforms_of_torch_func_give_autograds_gradients():
     (want,) = torch.autograd.grad(loss(a), a)
     torch.testing.assert_close(torch.func.grad(loss)(a), want)
     stacked = torch.stack([a, 2 * a]).detach()
-    each = torch.stack(
-        [torch.autograd.grad(loss(v), v)[0] for v in (a, (2 * a).detach().requires_grad_())]
-    )
+    twice = (2 * a).detach().requires_grad_()
+    each = torch.stack([want, *torch.autograd.grad(loss(twice), twice)])
     torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(stacked), each)
     direction = torch.randn_like(a)
     _, slope = torch.func.jvp(loss, (a,), (direction,))

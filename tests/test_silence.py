@@ -1,4 +1,4 @@
-"""Nothing wrong in silence: threads, late backward passes, state that is shared, kept or overlaps."""
+"""Nothing wrong in silence: threads, late backward passes, shared and overlapping state."""
 
 from __future__ import annotations
 
