@@ -115,23 +115,21 @@ class LoRAConfig:
         faults = update_faults(self)
         for name in ("targets", "exclude", "modules_to_save"):
             if not _are_names(getattr(self, name)):
-                faults.append(
-                    f"{name} must be a name or several, got {_short(getattr(self, name))}"
-                )
+                faults.append(f"{name} must be a name or several, got {short(getattr(self, name))}")
         if not _names_something(self.targets) and not _names_something(self.modules_to_save):
-            faults.append(f"targets must name at least one layer, got {_short(self.targets)}")
+            faults.append(f"targets must name at least one layer, got {short(self.targets)}")
         if self.layers is not None and not _are_numbers(self.layers):
-            faults.append(f"layers must be several block numbers, got {_short(self.layers)}")
+            faults.append(f"layers must be several block numbers, got {short(self.layers)}")
         for name in ("rank_pattern", "alpha_pattern"):
             if not _is_pattern(getattr(self, name)):
-                value = _short(getattr(self, name))
+                value = short(getattr(self, name))
                 faults.append(f"{name} must map suffixes to numbers above 0, got {value}")
         if self.bias not in BIASES:
-            faults.append(f"bias must be one of {', '.join(BIASES)}, got {_short(self.bias)}")
+            faults.append(f"bias must be one of {', '.join(BIASES)}, got {short(self.bias)}")
         if self.seed is not None and (type(self.seed) is not int or abs(self.seed) >= 2**63):
-            faults.append(f"seed must be a 64-bit integer or None, got {_short(self.seed)}")
+            faults.append(f"seed must be a 64-bit integer or None, got {short(self.seed)}")
         if not is_float(self.dtype):
-            faults.append(f"dtype must be a floating-point torch.dtype, got {_short(self.dtype)}")
+            faults.append(f"dtype must be a floating-point torch.dtype, got {short(self.dtype)}")
         if faults:
             raise ValueError("; ".join(faults) + ".")
 
@@ -168,7 +166,7 @@ def config_of(config: LoRAConfig | None, settings: LoRASettings) -> LoRAConfig:
     if config is None:
         return LoRAConfig(**settings)
     if not isinstance(cast(object, config), LoRAConfig):
-        raise TypeError(f"config must be a lora.LoRAConfig, got {_short(config)}.")
+        raise TypeError(f"config must be a lora.LoRAConfig, got {short(config)}.")
     if settings:
         raise TypeError(
             f"Give a config or {', '.join(settings)}, not both; see dataclasses.replace."
@@ -180,13 +178,13 @@ def update_faults(config: UpdateConfig | LoRAConfig) -> list[str]:
     """What is out of range of the fields that both configs have."""
     faults: list[str] = []
     if type(config.r) is not int or not 1 <= config.r < 2**31:
-        faults.append(f"r must be an integer of at least 1, got {_short(config.r)}")
+        faults.append(f"r must be an integer of at least 1, got {short(config.r)}")
     if not is_finite(config.alpha) or config.alpha <= 0:
-        faults.append(f"alpha must be a finite number above 0, got {_short(config.alpha)}")
+        faults.append(f"alpha must be a finite number above 0, got {short(config.alpha)}")
     if not is_finite(config.dropout) or not 0 <= config.dropout < 1:
-        faults.append(f"dropout must be in [0, 1), got {_short(config.dropout)}")
+        faults.append(f"dropout must be in [0, 1), got {short(config.dropout)}")
     if type(config.rslora) is not bool:
-        faults.append(f"rslora must be True or False, got {_short(config.rslora)}")
+        faults.append(f"rslora must be True or False, got {short(config.rslora)}")
     return faults
 
 
@@ -213,7 +211,10 @@ def _settled(value: Any) -> Any:
     """Several values as a tuple, since an iterator is empty after its first use."""
     if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
         return cast(Any, value)
-    return tuple(cast(Iterable[Any], value))
+    try:
+        return tuple(cast(Iterable[Any], value))
+    except TypeError:  # a tensor without axes says that it is iterable
+        return cast(Any, value)
 
 
 def _are_names(value: object) -> bool:
@@ -250,7 +251,7 @@ def _no_such_argument(name: str, known: Sequence[str]) -> str:
     return f"there is no argument {name!r}" + (f"; did you mean {near[0]}?" if near else "")
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     """How a message shows a value: never more than a line."""
-    text = repr(value)
+    text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:77]}…"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.adapted import Adapted, Origin
-from lora.config import LoRAConfig, LoRASettings, UpdateConfig, config_of
+from lora.config import LoRAConfig, LoRASettings, UpdateConfig, config_of, is_float, short
 from lora.layer import EmbeddingUpdate, LoRALinear, LowRankUpdate
 from lora.layout import out_in_view
 from lora.merging import fold, keep_folded
@@ -110,6 +110,8 @@ def build(
     Raises:
         ValueError: listing what does not fit.
     """
+    if not is_float(dtype):
+        raise ValueError(f"dtype must be a floating-point torch.dtype, got {short(dtype)}")
     out_features, in_features = out_in_view(base, base.get_parameter("weight")).shape
     wanted = {"A": (config.r, in_features), "B": (out_features, config.r)}
     if faults := [

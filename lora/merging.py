@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -201,8 +200,14 @@ def _unfold(tree: Tree) -> None:
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     """The model's float32 logits; transformers' models return an object that holds them."""
-    output = model(ids)
-    return cast(Tensor, getattr(output, "logits", output))
+    try:
+        output = model(ids)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"model(verify) fails: {str(error)[:200]}.") from error
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"model(verify) gives no logits, but {type(output).__name__}.")
+    return logits
 
 
 def _agreement(unmerged: Tensor, merged: Tensor) -> Agreement:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora.config import Slices, UpdateConfig
+from lora.config import Slices, UpdateConfig, short
 from lora.layer import LowRankUpdate
 from lora.layout import out_in_view
 
@@ -85,7 +85,7 @@ def split_target(target: str) -> tuple[str, tuple[str, ...]]:
         return target, ()
     names = tuple(part.strip() for part in inside.removesuffix("]").split(","))
     if not inside.endswith("]") or not all(names) or len(set(names)) < len(names) or "]" in name:
-        raise ValueError(f"Target {target!r} is not of the form 'c_attn[q,v]'.")
+        raise ValueError(f"Target {short(target)} is not of the form 'c_attn[q,v]'.")
     return name, names
 
 
@@ -104,7 +104,7 @@ def spans_of(
         return {}
     out_features = out_in_view(base, base.get_parameter("weight")).shape[0]
     if given is not None and not _different_names(given):
-        raise ValueError(f"slices must be different names, got {given!r}")
+        raise ValueError(f"slices must be different names, got {short(given)}")
     known: Slices = given or cast(Any, getattr(base, "slices", ()))
     if not known:
         raise ValueError("it names no slices; pass slices=('q', 'k', 'v') or such")
@@ -123,7 +123,9 @@ def _sizes(slices: Slices, out_features: int) -> dict[str, int]:
         return dict.fromkeys(slices, out_features // len(slices))
     sound = all(type(size) is int and size > 0 for size in slices.values())
     if not sound or sum(slices.values()) != out_features:
-        raise ValueError(f"slices {dict(slices)!r} do not add up to its {out_features} outputs")
+        raise ValueError(
+            f"slices {short(dict(slices))} do not add up to its {out_features} outputs"
+        )
     return dict(slices)
 
 

@@ -65,6 +65,8 @@ def save(
     layers = tree.carrying(adapter)
     updates = {path: cast(LowRankUpdate, la.updates[adapter]) for path, la in layers.items()}
     configs = {path: update.config for path, update in updates.items()}
+    if meta := [path for path, update in updates.items() if update.A.is_meta]:
+        raise ValueError(f"Not saved: {meta[0]} is on the meta device, which holds no values.")
     factors = {path: _on_cpu(*update.factors()) for path, update in updates.items()}
     bad = [p for p, pair in factors.items() if not all(torch.isfinite(f).all() for f in pair)]
     if bad:

@@ -76,7 +76,7 @@ def read(file: Path) -> PeftConfig:
         raise FileNotFoundError(f"{file} is missing: {file.parent} is no adapter folder.")
     try:
         fields: Any = json.loads(file.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}.") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{file} holds a {type(fields).__name__}, not an object.")
