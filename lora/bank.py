@@ -172,7 +172,7 @@ def as_mixture(mixture: Mixture, tree: Tree) -> dict[str, float]:
     ]
     if faults:
         raise ValueError("; ".join(faults[:5]) + ".")
-    return weights
+    return {name: float(weight) for name, weight in weights.items()}
 
 
 def _parts(tree: Tree) -> Iterator[nn.Module]:

@@ -7,6 +7,7 @@ Checkpointed layers run again in the backward pass, then under whatever is in fo
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +41,14 @@ class Vigil:
 
     def over(self, y: Tensor, updates: nn.Module) -> Tensor:
         """`y`, whose backward pass raises where a factor that trains now trains no more then."""
-        if y.requires_grad and not torch.compiler.is_compiling() and not in_transform():
-            trained = [p for p in updates.parameters() if p.requires_grad]
-            if trained:
-                on_gradient(y, _watch(trained))
+        if not torch.compiler.is_compiling() and not in_transform():
+            # A layer with a forward of its own may return several tensors, as routers do.
+            parts = [
+                t for t in (y if isinstance(cast(object, y), tuple) else (y,)) if t.requires_grad
+            ]
+            trained = [p for p in updates.parameters() if p.requires_grad] if parts else []
+            for part in parts if trained else ():
+                on_gradient(part, _watch(trained))
         return y
 
 

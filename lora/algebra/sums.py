@@ -120,7 +120,9 @@ def scale(value: Adapter, factor: float) -> dict[str, Factors]:
     """
     if not is_finite(factor):
         raise ValueError(f"The factor must be a finite number, got {short(factor)}.")
-    return {path: Factors(pair.A, pair.B * factor) for path, pair in as_adapter(value).items()}
+    return {
+        path: Factors(pair.A, pair.B * float(factor)) for path, pair in as_adapter(value).items()
+    }
 
 
 def add(*values: Adapter) -> dict[str, Factors]:
