@@ -71,7 +71,9 @@ class Adapted(nn.Module):
                 if name not in self.resting:
                     trained = tuple(k for k, p in update.named_parameters() if p.requires_grad)
                     self.resting = {**self.resting, name: trained}
-                update.requires_grad_(False)  # again, if Ctrl-C left it trainable
+                # Looked at again, since Ctrl-C may have left it trainable.
+                if any(update.get_parameter(key).requires_grad for key in self.resting[name]):
+                    update.requires_grad_(False)
 
     def drop(self, name: str) -> None:
         """Forget an adapter."""

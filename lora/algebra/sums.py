@@ -174,11 +174,8 @@ def as_adapter(value: Adapter) -> Adapter:
             raise ValueError(
                 f"An adapter's value maps paths to Factors, got {short({path: pair})}."
             )
-        a, b = pair.A, pair.B
-        if not (_is_matrix(a) and _is_matrix(b) and a.shape[0] == b.shape[1] > 0):
-            raise ValueError(
-                f"{path[:80]}: A must be (r, in) and B (out, r), of floats with values."
-            )
+        if not (_is_matrix(pair.A) and _is_matrix(pair.B)):
+            raise ValueError(f"{path[:80]}: A and B must be matrices of floats, with values.")
     return value
 
 
