@@ -7,6 +7,7 @@ map of one-hot rows) store `(in, out)`.
 from __future__ import annotations
 
 from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,12 @@ def call_with(base: nn.Module, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
     double = type(base).__new__(type(base))
     others = {n: p for n, p in vars(base)["_parameters"].items() if n not in tensors}
     # What Module.compile has made is bound to the base's own weight.
-    state = {**vars(base), "_parameters": others, "_compiled_call_impl": None, **tensors}
+    state: dict[str, Any] = {
+        **vars(base),
+        "_parameters": others,
+        "_compiled_call_impl": None,
+        **tensors,
+    }
     if "forward" in state:
         if getattr(state["forward"], "__self__", None) is not base:
             raise RuntimeError(

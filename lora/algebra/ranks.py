@@ -19,7 +19,7 @@ from lora.injection import generator
 from lora.layout import out_in_view
 from lora.targets import find_targets
 from lora.tree import survey
-from lora.untyped import qr, svd
+from lora.untyped import LinAlgError, qr, svd
 
 Deltas = Mapping[str, Tensor]
 """Dense weight changes `(out, in)` by the dotted path of their layer."""
@@ -185,7 +185,7 @@ def _approximate(
         raise ValueError(f"r must be an integer of at least 1, got {short(r)}.")
     try:
         found = {path: nearest(value) for path, value in values.items()}
-    except torch.linalg.LinAlgError as error:
+    except LinAlgError as error:
         raise ValueError(f"The values are not finite, or too large: {error}") from None
     return Approximation(
         {path: pair for path, (pair, _) in found.items()},

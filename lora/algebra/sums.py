@@ -197,8 +197,9 @@ def _implanted(base: nn.Module | None, pair: Factors) -> LowRankUpdate:
 
 
 def _is_matrix(tensor: object) -> bool:
-    known = isinstance(tensor, Tensor) and not tensor.is_meta
-    return known and tensor.dim() == 2 and tensor.is_floating_point()
+    if not isinstance(tensor, Tensor) or tensor.is_meta:
+        return False
+    return tensor.dim() == 2 and tensor.is_floating_point()
 
 
 def _value(update: LowRankUpdate) -> Factors:
