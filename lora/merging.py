@@ -173,8 +173,13 @@ def refold(tree: Tree) -> None:
 def keep_folded(tree: Tree) -> None:
     """Make the merged weights the bases' own."""
     for layer in tree.layers.values():
-        if layer.merged_weight is not None:
-            layer.base.get_parameter("weight").data = layer.merged_weight
+        if layer.merged_weight is None:
+            continue
+        weight = layer.base.get_parameter("weight")
+        if weight.is_inference():  # which cannot be written outside of that mode
+            layer.base.weight = nn.Parameter(layer.merged_weight, requires_grad=False)
+        else:
+            weight.data = layer.merged_weight
 
 
 def _rounded(layer: LoRALinear, ideal: Tensor) -> Tensor:
