@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -66,7 +66,7 @@ class GPT2Config:
             raise ValueError(f"GPT2Config: {listed(faults)}.")
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether a config may compare it with numbers; True and "0.5" are no numbers."""
     return not isinstance(value, bool) and isinstance(value, Real)
 

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
+from typing import SupportsIndex, cast
 
 import tiktoken
 
@@ -61,8 +62,14 @@ class Tokenizer:
         Raises:
             ValueError: naming the ids that are out of range.
         """
+        if not isinstance(cast(object, ids), Iterable):
+            raise ValueError(f"Give several token ids, got {listed([repr(ids)])}.")
         ids = list(ids)
-        if bad := [i for i in ids if not 0 <= i < self.vocab_size]:
+        if bad := [
+            i
+            for i in ids
+            if not (isinstance(cast(object, i), SupportsIndex) and 0 <= i < self.vocab_size)
+        ]:
             found = f"[{listed([str(i) for i in bad])}]"
             raise ValueError(f"Token ids must be in 0..{self.vocab_size - 1}, got {found}.")
         return self._encoding.decode(ids, errors="replace")

@@ -63,10 +63,13 @@ class Adapted(nn.Module):
                 for key in self.resting[name]:
                     update.get_parameter(key).requires_grad_(True)
                 self.resting = {n: keys for n, keys in self.resting.items() if n != name}
-            elif name not in names and name not in self.resting:
-                trained = tuple(k for k, p in update.named_parameters() if p.requires_grad)
-                self.resting = {**self.resting, name: trained}
-                update.requires_grad_(False)
+            elif name not in names:
+                if name not in self.resting:
+                    trained = tuple(k for k, p in update.named_parameters() if p.requires_grad)
+                    self.resting = {**self.resting, name: trained}
+                # Looked at again, since Ctrl-C may have left it trainable.
+                if any(update.get_parameter(key).requires_grad for key in self.resting[name]):
+                    update.requires_grad_(False)
 
     def pause(self, context: object, *, begins: bool) -> None:
         """Begin or end a context of `lora.disabled`; contexts may overlap in any order."""

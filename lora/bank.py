@@ -177,7 +177,7 @@ def as_mixture(mixture: Mixture, tree: Tree) -> dict[str, float]:
             faults.append(f"{' and '.join(having)} train copies of {path}, which have no mixture")
     if faults:
         raise ValueError("; ".join(faults[:5]) + ".")
-    return weights
+    return {name: float(weight) for name, weight in weights.items()}
 
 
 def _parts(tree: Tree) -> Iterator[nn.Module]:

@@ -9,9 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lora.config import LoRAConfig, UpdateConfig, as_names
+from lora.config import LoRAConfig, UpdateConfig, as_names, is_float
 from lora.copies import bias_copy, own_bias, whole_copy
 from lora.layout import out_in_view
+from lora.messages import brief
 from lora.slices import SlicedUpdate, spans_of
 from lora.targets import by_pattern, find_targets, fits
 from lora.tree import Tree
@@ -55,6 +56,8 @@ def build(
     Raises:
         ValueError: listing what does not fit.
     """
+    if not is_float(dtype):
+        raise ValueError(f"dtype must be a floating-point torch.dtype, got {brief(dtype)}")
     out_features, in_features = out_in_view(base, base.get_parameter("weight")).shape
     wanted = {"A": (config.r, in_features), "B": (out_features, config.r)}
     if faults := [
@@ -103,7 +106,7 @@ def _drawn(tree: Tree, config: LoRAConfig) -> dict[str, LowRankUpdate]:
             faults.append(f"{path}: {str(error).removesuffix('.')}")
             continue
         if not update.A.is_meta:
-            update.reset(_generator(seed, path))
+            update.reset(generator(seed, path))
         updates[path] = update
     if faults:
         more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
@@ -151,7 +154,7 @@ def _copies(tree: Tree, config: LoRAConfig, adapted: set[str]) -> dict[str, nn.M
     return copies
 
 
-def _generator(seed: int, path: str) -> torch.Generator:
-    """A generator of the layer's own, so that the order of injection does not matter."""
+def generator(seed: int, path: str) -> torch.Generator:
+    """A generator of the layer's own, so that the order of layers does not matter."""
     digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))

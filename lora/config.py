@@ -10,6 +10,8 @@ from typing import Any, TypeGuard, cast
 
 import torch
 
+from lora.messages import brief
+
 Names = str | Sequence[str]
 Slices = Sequence[str] | Mapping[str, int]
 """Names of the equal parts of a layer's output, or its parts' sizes by name."""
@@ -104,21 +106,21 @@ class LoRAConfig:
         faults = update_faults(self)
         for name in ("targets", "exclude", "modules_to_save"):
             if not _are_names(getattr(self, name)):
-                faults.append(f"{name} must be a name or several, got {short(getattr(self, name))}")
+                faults.append(f"{name} must be a name or several, got {brief(getattr(self, name))}")
         if not _names_something(self.targets) and not _names_something(self.modules_to_save):
-            faults.append(f"targets must name at least one layer, got {short(self.targets)}")
+            faults.append(f"targets must name at least one layer, got {brief(self.targets)}")
         if self.layers is not None and not _are_numbers(self.layers):
-            faults.append(f"layers must be several block numbers, got {short(self.layers)}")
+            faults.append(f"layers must be several block numbers, got {brief(self.layers)}")
         for name in ("rank_pattern", "alpha_pattern"):
             if not _is_pattern(getattr(self, name)):
-                value = short(getattr(self, name))
+                value = brief(getattr(self, name))
                 faults.append(f"{name} must map suffixes to numbers above 0, got {value}")
         if self.bias not in BIASES:
-            faults.append(f"bias must be one of {', '.join(BIASES)}, got {short(self.bias)}")
+            faults.append(f"bias must be one of {', '.join(BIASES)}, got {brief(self.bias)}")
         if self.seed is not None and (type(self.seed) is not int or abs(self.seed) >= 2**63):
-            faults.append(f"seed must be a 64-bit integer or None, got {short(self.seed)}")
+            faults.append(f"seed must be a 64-bit integer or None, got {brief(self.seed)}")
         if not is_float(self.dtype):
-            faults.append(f"dtype must be a floating-point torch.dtype, got {short(self.dtype)}")
+            faults.append(f"dtype must be a floating-point torch.dtype, got {brief(self.dtype)}")
         if faults:
             raise ValueError("; ".join(faults) + ".")
 
@@ -127,13 +129,13 @@ def update_faults(config: UpdateConfig | LoRAConfig) -> list[str]:
     """What is out of range of the fields that both configs have."""
     faults: list[str] = []
     if type(config.r) is not int or config.r < 1:
-        faults.append(f"r must be an integer of at least 1, got {short(config.r)}")
+        faults.append(f"r must be an integer of at least 1, got {brief(config.r)}")
     if not is_finite(config.alpha) or config.alpha <= 0:
-        faults.append(f"alpha must be a finite number above 0, got {short(config.alpha)}")
+        faults.append(f"alpha must be a finite number above 0, got {brief(config.alpha)}")
     if not is_finite(config.dropout) or not 0 <= config.dropout < 1:
-        faults.append(f"dropout must be in [0, 1), got {short(config.dropout)}")
+        faults.append(f"dropout must be in [0, 1), got {brief(config.dropout)}")
     if type(config.rslora) is not bool:
-        faults.append(f"rslora must be True or False, got {short(config.rslora)}")
+        faults.append(f"rslora must be True or False, got {brief(config.rslora)}")
     return faults
 
 
@@ -160,7 +162,10 @@ def _settled(value: Any) -> Any:
     """Several values as a tuple, since an iterator is empty after its first use."""
     if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
         return cast(Any, value)
-    return tuple(cast(Iterable[Any], value))
+    try:
+        return tuple(cast(Iterable[Any], value))
+    except TypeError:  # a tensor without axes says that it is iterable
+        return cast(Any, value)
 
 
 def _are_names(value: object) -> bool:
@@ -186,9 +191,3 @@ def _is_pattern(value: object) -> bool:
         return False
     pairs = cast(Mapping[object, object], value).items()
     return all(isinstance(k, str) and k and is_finite(v) and v > 0 for k, v in pairs)
-
-
-def short(value: Any) -> str:
-    """How a message shows a value: never more than a line."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}…"

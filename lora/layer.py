@@ -61,11 +61,11 @@ class LoRALinear(Adapted):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(…, in)` to `(…, out)`."""
+        self.vigil.begin(self.enabled, self.merged_weight is None, self.active, self.routing)
         if not self.enabled:
             return self.base(x)
         if self.merged_weight is not None:
             return self._base_with(x, self.merged_weight, self.merged_bias)
-        self.vigil.begin(self.active, self.routing)
         if self.routing is not None:
             y = plus(self.base(x), self.routing(x))
         elif not is_plain(self.base):

@@ -6,6 +6,9 @@ map of one-hot rows) store `(in, out)`.
 
 from __future__ import annotations
 
+from types import MethodType
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call  # pyright: ignore[reportUnknownVariableType]
@@ -49,12 +52,29 @@ def call_with(base: nn.Module, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
     """The layer's own forward on `x`, with these tensors in the place of its parameters.
 
     The layer is never written, so that any number of threads may share it.
+
+    Raises:
+        RuntimeError: a forward was set on this very layer, which may hold on to its own weight.
     """
     if torch.compiler.is_compiling():  # which traces the replacement instead of making it
         return functional_call(base, tensors, (x,))
     double = type(base).__new__(type(base))
     others = {n: p for n, p in vars(base)["_parameters"].items() if n not in tensors}
-    vars(double).update({**vars(base), "_parameters": others, **tensors})
+    # What Module.compile has made is bound to the base's own weight.
+    state: dict[str, Any] = {
+        **vars(base),
+        "_parameters": others,
+        "_compiled_call_impl": None,
+        **tensors,
+    }
+    if "forward" in state:
+        if getattr(state["forward"], "__self__", None) is not base:
+            raise RuntimeError(
+                f"The forward of one {type(base).__name__} was replaced by a function that may use "
+                "the weight without the update. Define it in a subclass, or exclude the layer."
+            )
+        state["forward"] = MethodType(state["forward"].__func__, double)
+    vars(double).update(state)
     return double(x)
 
 

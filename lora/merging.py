@@ -156,15 +156,21 @@ def keep_folded(tree: Tree) -> None:
         names = " and ".join(owner.path for owner in next(iter(shared.values())))
         raise ValueError(f"{names} are one tensor. Keeping a copy would change both.")
     for layer in tree.layers.values():
-        if layer.merged_weight is not None:
-            layer.base.get_parameter("weight").data = layer.merged_weight
-        if layer.merged_bias is not None:
-            layer.base.get_parameter("bias").data = layer.merged_bias
+        for name, merged in (("weight", layer.merged_weight), ("bias", layer.merged_bias)):
+            if merged is not None:
+                _keep(layer.base, name, merged)
     for module in tree.copies.values():
-        for (_, own), (_, trained) in zip(
-            module.base.named_parameters(), module.in_force.named_parameters(), strict=True
-        ):
-            own.data = trained.detach()
+        for name, trained in module.in_force.named_parameters():
+            owner, _, last = name.rpartition(".")
+            _keep(module.base.get_submodule(owner), last, trained.detach())
+
+
+def _keep(module: nn.Module, name: str, value: Tensor) -> None:
+    parameter = module.get_parameter(name)
+    if parameter.is_inference():  # which cannot be written outside of that mode
+        module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+    else:
+        parameter.data = value
 
 
 def _rounded(layer: LoRALinear, ideal: Tensor) -> Tensor:

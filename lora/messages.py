@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 
 def brief(value: object, room: int = 120) -> str:
-    """A value as Python writes it, cut in the middle to `room` characters."""
+    """A value as Python writes it, in one line, cut in the middle to `room` characters."""
     try:
-        text = repr(value)
+        text = " ".join(repr(value).split())
     except (RecursionError, ValueError):  # nested too deeply, or an integer of thousands of digits
         return f"a {type(value).__name__} too large to show"
     return cut(text, room)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lora.adapted import Adapted
 from lora.config import is_finite
+from lora.messages import brief
 from lora.tree import survey_adapted, unwrap
 from lora.untyped import named_modules
 from lora.updates import LowRankUpdate
@@ -16,7 +17,7 @@ from lora.updates import LowRankUpdate
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that an optimiser should be given: those that require grad, each once."""
-    return [p for p in model.parameters() if p.requires_grad]
+    return [p for p in unwrap(model).parameters() if p.requires_grad]
 
 
 def parameter_groups(model: nn.Module, lr: float, *, b_ratio: float = 16.0) -> list[dict[str, Any]]:
@@ -36,7 +37,8 @@ def parameter_groups(model: nn.Module, lr: float, *, b_ratio: float = 16.0) -> l
     Source: Hayou et al. 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models".
     """
     if not (is_finite(lr) and is_finite(b_ratio) and lr > 0 and b_ratio > 0):
-        raise ValueError(f"lr and b_ratio must be finite and above 0, got {lr!r} and {b_ratio!r}.")
+        shown = f"{brief(lr)} and {brief(b_ratio)}"
+        raise ValueError(f"lr and b_ratio must be finite and above 0, got {shown}.")
     layers = survey_adapted(model).layers.values()
     updates = [cast(LowRankUpdate, u) for layer in layers for u in layer.updates.values()]
     late = {id(update.B) for update in updates}
@@ -63,7 +65,7 @@ class ParameterCount:
 
 def count_parameters(model: nn.Module) -> ParameterCount:
     """Count trainable and all parameters; prints as PEFT's `print_trainable_parameters` does."""
-    parameters = list(model.parameters())
+    parameters = list(unwrap(model).parameters())
     return ParameterCount(
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
         total=sum(p.numel() for p in parameters),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from lora.layer import LoRALinear
 from lora.layout import out_in_view
+from lora.messages import cut
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,14 @@ def rounding(layer: LoRALinear, ideal: Tensor, weight: Tensor) -> Rounding:
 
 def logits(model: nn.Module, ids: Tensor) -> Tensor:
     """The model's float32 logits; transformers' models return an object that holds them."""
-    output = model(ids)
-    return cast(Tensor, getattr(output, "logits", output))
+    try:
+        output = model(ids)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"model(verify) fails: {cut(error)}.") from error
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"model(verify) gives no logits, but {type(output).__name__}.")
+    return logits
 
 
 def agreement(unmerged: Tensor, merged: Tensor) -> Agreement:

@@ -9,7 +9,8 @@ from typing import TypedDict, cast
 
 import torch
 
-from lora.config import LoRAConfig, Names, Slices, short
+from lora.config import LoRAConfig, Names, Slices
+from lora.messages import brief
 
 # What PEFT calls the arguments of its LoraConfig, and what they are here.
 PEFT_NAMES = {
@@ -55,7 +56,7 @@ def config_of(config: LoRAConfig | None, settings: LoRASettings) -> LoRAConfig:
     if config is None:
         return LoRAConfig(**settings)
     if not isinstance(cast(object, config), LoRAConfig):
-        raise TypeError(f"config must be a lora.LoRAConfig, got {short(config)}.")
+        raise TypeError(f"config must be a lora.LoRAConfig, got {brief(config)}.")
     if settings:
         raise TypeError(
             f"Give a config or {', '.join(settings)}, not both; see dataclasses.replace."

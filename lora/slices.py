@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from lora.config import Slices, UpdateConfig
 from lora.layout import out_in_view
+from lora.messages import brief
 from lora.updates import LowRankUpdate
 
 
@@ -85,7 +86,7 @@ def split_target(target: str) -> tuple[str, tuple[str, ...]]:
         return target, ()
     names = tuple(part.strip() for part in inside.removesuffix("]").split(","))
     if not inside.endswith("]") or not all(names) or len(set(names)) < len(names) or "]" in name:
-        raise ValueError(f"Target {target!r} is not of the form 'c_attn[q,v]'.")
+        raise ValueError(f"Target {brief(target)} is not of the form 'c_attn[q,v]'.")
     return name, names
 
 
@@ -104,7 +105,7 @@ def spans_of(
         return {}
     out_features = out_in_view(base, base.get_parameter("weight")).shape[0]
     if given is not None and not _different_names(given):
-        raise ValueError(f"slices must be different names, got {given!r}")
+        raise ValueError(f"slices must be different names, got {brief(given)}")
     known: Slices = given or cast(Any, getattr(base, "slices", ()))
     if not known:
         raise ValueError("it names no slices; pass slices=('q', 'k', 'v') or such")
@@ -123,7 +124,9 @@ def _sizes(slices: Slices, out_features: int) -> dict[str, int]:
         return dict.fromkeys(slices, out_features // len(slices))
     sound = all(type(size) is int and size > 0 for size in slices.values())
     if not sound or sum(slices.values()) != out_features:
-        raise ValueError(f"slices {dict(slices)!r} do not add up to its {out_features} outputs")
+        raise ValueError(
+            f"slices {brief(dict(slices))} do not add up to its {out_features} outputs"
+        )
     return dict(slices)
 
 

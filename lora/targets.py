@@ -15,6 +15,7 @@ from torch import nn
 
 from lora.config import LoRAConfig, as_names
 from lora.layout import why_not_adaptable
+from lora.messages import brief
 from lora.patterns import compile_safely
 from lora.slices import split_target
 from lora.tree import Tree
@@ -37,7 +38,7 @@ def find_targets(tree: Tree, config: LoRAConfig) -> dict[str, tuple[str, ...]]:
     for name in as_names(config.exclude):
         excluded = [path for path in found if fits(path, name)]
         if not excluded:
-            faults.append(f"exclude={name!r} matches no target.")
+            faults.append(f"exclude={brief(name)} matches no target.")
         found = {path: slices for path, slices in found.items() if path not in excluded}
     if config.layers is not None:
         wanted, present = set(config.layers), {_block(path) for path in found}
@@ -77,7 +78,7 @@ def by_pattern(
     """
     pattern = pattern or {}
     if idle := [entry for entry in pattern if not any(fits(path, entry) for path in paths)]:
-        shown = ", ".join(map(repr, idle[:SHOWN]))
+        shown = ", ".join(map(brief, idle[:SHOWN]))
         raise ValueError(f"{name} names {shown}, which match no target.")
     return {
         path: next((value for entry, value in pattern.items() if fits(path, entry)), default)
@@ -100,13 +101,15 @@ def _matches(tree: Tree, targets: tuple[str, ...]) -> tuple[dict[str, tuple[str,
             matches = [path for path in matches if path not in unfit] or matches
             unfit = [path for path in unfit if path in matches]
         if not matches:
-            faults.append(f"No module matches target {target!r}.")
+            faults.append(f"No module matches target {brief(target)}.")
         elif unfit:
             more = f" (and {len(unfit) - 1} more)" if len(unfit) > 1 else ""
             reason = why_not_adaptable(tree.bases[unfit[0]])
-            faults.append(f"Target {target!r} matches {unfit[0]}{more}, but {reason}.")
+            faults.append(f"Target {brief(target)} matches {unfit[0]}{more}, but {reason}.")
         if twice := [path for path in matches if found.get(path, slices) != slices]:
-            faults.append(f"Target {target!r} matches {twice[0]}, of which other slices are named.")
+            faults.append(
+                f"Target {brief(target)} matches {twice[0]}, of which other slices are named."
+            )
         found |= dict.fromkeys(matches, slices)
     return found, faults
 

@@ -28,6 +28,10 @@ def native_dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
     return _torch.native_dropout(x, p, True)
 
 
+LinAlgError: type[RuntimeError] = _torch.linalg.LinAlgError
+"""What decompositions raise, such as that of a matrix that is not finite."""
+
+
 def qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """`torch.linalg.qr`."""
     return _torch.linalg.qr(matrix)

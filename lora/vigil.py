@@ -1,12 +1,14 @@
 """Backward runs under the adapter that forward ran under, or says that it does not.
 
 Switching an adapter freezes it, and torch drops the gradient of a frozen parameter without a word.
-Checkpointed layers run again in the backward pass, then under whatever is in force.
+Checkpointed layers run again in the backward pass, then under whatever is in force; of re-entrant
+checkpoints the last forward pass alone is known. Compiled code is not watched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ class Vigil:
     def __init__(self) -> None:
         self.under: tuple[object, ...] = ()
 
-    def begin(self, active: object, routing: object) -> None:
+    def begin(self, enabled: bool, unmerged: bool, active: object, routing: object) -> None:
         """Note what a forward pass runs under; inside a backward pass it must be the same.
 
         Raises:
@@ -30,7 +32,8 @@ class Vigil:
         """
         if torch.compiler.is_compiling():
             return
-        state = (active, id(routing))  # not the routing itself, whose tensors would live on
+        # Not the routing itself, whose tensors would live on.
+        state = (enabled, unmerged, active, id(routing))
         if not in_backward():
             self.under = state
         elif self.under != state:
@@ -40,10 +43,13 @@ class Vigil:
 
     def over(self, y: Tensor, updates: nn.Module) -> Tensor:
         """`y`, whose backward pass raises where a factor that trains now trains no more then."""
-        if y.requires_grad and not torch.compiler.is_compiling() and not in_transform():
-            trained = [p for p in updates.parameters() if p.requires_grad]
-            if trained:
-                on_gradient(y, _watch(trained))
+        if torch.compiler.is_compiling() or in_transform():
+            return y
+        # A layer with a forward of its own may return several tensors, as routers do.
+        parts = [t for t in (y if isinstance(cast(object, y), tuple) else (y,)) if t.requires_grad]
+        trained = [p for p in updates.parameters() if p.requires_grad] if parts else []
+        for part in parts if trained else ():
+            on_gradient(part, _watch(trained))
         return y
 
 

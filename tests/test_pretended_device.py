@@ -285,7 +285,7 @@ def test_adapters_as_values(device):
 def test_low_rank_of_a_dense_change(device):
     change = {"x": torch.randn(6, 5)}
     found = lora.algebra.approximate({"x": change["x"].to(device)}, 5)
-    assert near(lora.algebra.deltas(found.value)["x"].float(), change["x"])
+    assert near(lora.algebra.deltas(found.adapter)["x"].float(), change["x"])
 
 
 # --- the script for owners of a device -----------------------------------------------------------

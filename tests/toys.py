@@ -63,7 +63,13 @@ def snapshot(model: nn.Module) -> dict[str, object]:
     for name, module in model.named_modules(remove_duplicate=False):
         state[f"{name}()"] = (id(module), module.training)
         if isinstance(module, lora.LoRALinear):
-            state[f"{name} lora"] = (tuple(module.active.items()), module.enabled)
+            state[f"{name} lora"] = (
+                tuple(module.active.items()),
+                dict(module.resting),
+                module.enabled,
+                module.routing is None,
+                module.merged_weight is None,
+            )
     for name, p in model.named_parameters(remove_duplicate=False):
         state[name] = (id(p), p.requires_grad, p.dtype, raw(p))
     for name, b in model.named_buffers(remove_duplicate=False):
@@ -72,5 +78,7 @@ def snapshot(model: nn.Module) -> dict[str, object]:
 
 
 def raw(tensor: Tensor) -> bytes:
-    """A tensor's bytes."""
-    return tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+    """A tensor's bytes; on the meta device it has none."""
+    if tensor.is_meta:
+        return str(tensor.shape).encode()
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

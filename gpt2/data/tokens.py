@@ -98,11 +98,7 @@ def encode(
         ValueError: no examples, one string for all, `max_length` below 2, or listing the examples
             (by number, from 1) that are left without a token to learn.
     """
-    if type(max_length) is not int or max_length < 2:
-        raise ValueError(f"max_length must be at least 2, and whole, got {max_length!r}.")
-    if isinstance(examples, str | Example):
-        kind = "string" if type(examples) is str else "Example"
-        raise ValueError(f"examples is one {kind}, {str(examples)[:20]!r}…: give a list of them.")
+    _check(examples, tokenizer, max_length, (eos, answer_only))
     tokens, ends, ignored = array("i"), array("q"), array("i")
     truncated, untaught = 0, list[int]()
     for number, example in enumerate(examples, 1):
@@ -126,6 +122,23 @@ def encode(
     if not ends:
         raise ValueError("There are no examples.")
     return Dataset(tokens, ends, ignored, truncated)
+
+
+def _check(
+    examples: object, tokenizer: object, max_length: int, options: tuple[bool, bool]
+) -> None:
+    """The errors that `encode` promises before it reads."""
+    if type(max_length) is not int or max_length < 2:
+        raise ValueError(f"max_length must be at least 2, and whole, got {max_length!r}.")
+    if isinstance(examples, str | Example):
+        kind = "string" if type(examples) is str else "Example"
+        raise ValueError(f"examples is one {kind}, {str(examples)[:20]!r}…: give a list of them.")
+    if not isinstance(examples, Iterable):
+        raise ValueError(f"examples must be several, got {type(examples).__name__}.")
+    if not hasattr(tokenizer, "encode") or not all(type(option) is bool for option in options):
+        raise ValueError(
+            "Give a tokenizer such as gpt2.Tokenizer(), and True or False for options."
+        )
 
 
 def _example(found: object, number: int) -> Example:

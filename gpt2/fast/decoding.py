@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gpt2.fast.compiling import bucket
+from gpt2.fast.devices import can_capture
 from gpt2.fast.graphs import GraphedCalls
 
 BURST = 16
@@ -23,7 +24,7 @@ GRAPHED = 24
 
 def burst(device: torch.device) -> int:
     """Tokens a row to make between two looks of the host."""
-    return BURST if device.type == "cuda" else 1
+    return BURST if can_capture(device) else 1
 
 
 class Repeated:
@@ -38,7 +39,7 @@ class Repeated:
     """
 
     def __init__(self, device: torch.device, times: int, compile: bool) -> None:
-        graphed = device.type == "cuda" and times >= GRAPHED
+        graphed = can_capture(device) and times >= GRAPHED
         self.graphs = GraphedCalls() if graphed else None
         self.compile = compile
         self.fixed = compile or graphed

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
+
+from gpt2.config import is_number
+from gpt2.faults import listed
 
 SCHEDULES = ("linear", "cosine", "constant")
 GRAPHED_TOKENS = 4096
@@ -64,12 +69,17 @@ class TrainConfig:
         if (self.epochs is None) == (self.steps is None):
             faults.append("give epochs or steps, and not both")
         faults += self._faulty_rates()
-        if self.schedule not in SCHEDULES:
+        if not isinstance(cast(object, self.schedule), str) or self.schedule not in SCHEDULES:
             faults.append(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
-        if self.cuda_graph and (self.accumulate > 1 or self.checkpointing):
+        if self.cuda_graph is True and (self.accumulate > 1 or self.checkpointing):
             faults.append("cuda_graph=True takes accumulate=1 and no checkpointing")
+        for name in ("autocast", "compile", "checkpointing"):
+            if type(getattr(self, name)) is not bool:
+                faults.append(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.cuda_graph not in (None, True, False):
+            faults.append(f"cuda_graph must be True, False or None, got {self.cuda_graph!r}")
         if faults:
-            raise ValueError("TrainConfig: " + "; ".join(faults) + ".")
+            raise ValueError(f"TrainConfig: {listed(faults)}.")
 
     def _faulty_counts(self) -> list[str]:
         counts = {"epochs": 1, "steps": 1, "batch_size": 1, "accumulate": 1, "seed": 0}
@@ -81,17 +91,21 @@ class TrainConfig:
         ]
 
     def _faulty_rates(self) -> list[str]:
-        faults: list[str] = []
-        if not 0 < self.lr < math.inf:
-            faults.append(f"lr must be finite and above 0, got {self.lr!r}")
-        if not 0 <= self.weight_decay < math.inf:
-            faults.append(f"weight_decay must be at least 0, got {self.weight_decay!r}")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            faults.append(f"betas must be two numbers in [0, 1), got {self.betas!r}")
-        if not 0 < self.eps < math.inf:
-            faults.append(f"eps must be finite and above 0, got {self.eps!r}")
-        if self.clip is not None and not self.clip > 0:
-            faults.append(f"clip must be above 0, or None, got {self.clip!r}")
-        if not 0 <= self.warmup_ratio <= 1:
-            faults.append(f"warmup_ratio must be in [0, 1], got {self.warmup_ratio!r}")
-        return faults
+        betas = self.betas if isinstance(cast(object, self.betas), Sequence) else ()
+        sound = {
+            "lr must be finite and above 0": _within(self.lr, 0, math.inf) and self.lr > 0,
+            "weight_decay must be at least 0": _within(self.weight_decay, 0, math.inf),
+            "betas must be two numbers in [0, 1)": len(betas) == 2
+            and all(_within(beta, 0, 1) for beta in betas),
+            "eps must be finite and above 0": _within(self.eps, 0, math.inf) and self.eps > 0,
+            "clip must be above 0, or None": self.clip is None
+            or (is_number(self.clip) and self.clip > 0),
+            "warmup_ratio must be in [0, 1]": self.warmup_ratio == 1
+            or _within(self.warmup_ratio, 0, 1),
+        }
+        values = {rule: getattr(self, rule.partition(" ")[0]) for rule in sound}
+        return [f"{rule}, got {values[rule]!r}" for rule, holds in sound.items() if not holds]
+
+
+def _within(value: object, low: float, below: float) -> bool:
+    return is_number(value) and low <= value < below

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 from gpt2.training.config import TrainConfig
 
@@ -21,7 +22,15 @@ def total_steps(n_examples: int, config: TrainConfig) -> int:
 
 
 def learning_rate(step: int, total: int, config: TrainConfig) -> float:
-    """The learning rate of step 1, 2, …, `total`."""
+    """The learning rate of step 1, 2, …, `total`.
+
+    Raises:
+        ValueError: a step that is none of them.
+    """
+    if type(step) is not int or type(total) is not int or not 1 <= step <= total:
+        raise ValueError(f"step must be in 1..{str(total)[:20]}, got {str(step)[:20]}.")
+    if not isinstance(cast(object, config), TrainConfig):
+        raise ValueError(f"config must be a gpt2.TrainConfig, got {type(config).__name__}.")
     return config.lr * lr_scale(step, total, config)
 
 

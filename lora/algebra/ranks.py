@@ -8,17 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from lora.algebra.sums import Adapter, Factors, by_path, check_shapes, scale
+from lora.algebra.sums import Adapter, Factors, as_adapter, by_path, check_shapes, scale
+from lora.building import generator
 from lora.config import LoRAConfig, Names, is_finite
 from lora.layout import out_in_view
+from lora.messages import brief
 from lora.targets import find_targets
 from lora.tree import survey
-from lora.untyped import qr, svd
+from lora.untyped import LinAlgError, qr, svd
 
 Deltas = Mapping[str, Tensor]
 """Dense weight changes `(out, in)` by the dotted path of their layer."""
@@ -39,24 +41,31 @@ def compress(value: Adapter, r: int) -> Approximation:
     The SVD is that of an `r × r` core between two QR factors; no dense delta is formed.
 
     Raises:
-        ValueError: `r` is not a positive integer.
+        ValueError: `r` is not a positive integer, or values that are not finite.
     """
 
     def nearest(pair: Factors) -> tuple[Factors, float]:
-        q_out, r_out = qr(pair.B)  # (out, r)(r, r)
-        q_in, r_in = qr(pair.A.T)  # (in, r)(r, r)
+        q_out, r_out = qr(pair.B.double())  # (out, r)(r, r)
+        q_in, r_in = qr(pair.A.double().T)  # (in, r)(r, r)
         u, s, vt = svd(r_out @ r_in.T)
         return _truncate(q_out @ u, s, vt @ q_in.T, r)
 
-    return _approximate(value, nearest, r)
+    return _approximate(as_adapter(value), nearest, r)
 
 
 def approximate(changes: Deltas, r: int) -> Approximation:
     """The nearest adapter of rank `r` to dense weight changes, with the error it made.
 
     Raises:
-        ValueError: `r` is not a positive integer.
+        ValueError: `r` is not a positive integer, or a change is no finite matrix.
     """
+    given = cast(object, changes)
+    pairs = cast(Mapping[object, object], given).items() if isinstance(given, Mapping) else [(0, 0)]
+    if not all(
+        isinstance(path, str) and isinstance(delta, Tensor) and delta.dim() == 2
+        for path, delta in pairs
+    ):
+        raise ValueError(f"Give dense changes (out, in) by path, got {brief(changes)}.")
     return _approximate(changes, lambda delta: _truncate(*svd(delta.cpu().double()), r), r)
 
 
@@ -105,7 +114,7 @@ def ties(
     Source: Yadav et al. 2023, "TIES-Merging: Resolving Interference When Merging Models".
     """
 
-    def merge(changes: list[Tensor]) -> Tensor:
+    def merge(_: str, changes: list[Tensor]) -> Tensor:
         trimmed = torch.stack([_largest(change, density) for change in changes])
         agreeing = trimmed * (trimmed.sign() == trimmed.sum(0).sign())
         return agreeing.sum(0) / agreeing.count_nonzero(0).clamp(min=1)
@@ -126,10 +135,13 @@ def dare(
 
     Source: Yu et al. 2024, "Language Models are Super Mario", section 3.
     """
-    generator = torch.Generator().manual_seed(seed)
 
-    def merge(changes: list[Tensor]) -> Tensor:
-        kept = [torch.rand(c.shape, generator=generator) < density for c in changes]
+    if type(seed) is not int or abs(seed) >= 2**63:
+        raise ValueError(f"seed must be a 64-bit integer, got {brief(seed)}.")
+
+    def merge(path: str, changes: list[Tensor]) -> Tensor:
+        own = generator(seed, path)  # so that the order of layers does not matter
+        kept = [torch.rand(c.shape, generator=own, device=own.device) < density for c in changes]
         return torch.stack([c * k / density for c, k in zip(changes, kept, strict=True)]).sum(0)
 
     return _merged(values, density, weights, merge)
@@ -139,16 +151,22 @@ def _merged(
     values: Sequence[Adapter],
     density: float,
     weights: Sequence[float] | None,
-    merge: Callable[[list[Tensor]], Tensor],
+    merge: Callable[[str, list[Tensor]], Tensor],
 ) -> dict[str, Tensor]:
     """Apply `merge` to the weighted deltas of each layer."""
+    if not isinstance(cast(object, values), Sequence) or isinstance(values, str):
+        raise ValueError(f"Give several adapters' values, got {brief(values)}.")
     weights = [1.0] * len(values) if weights is None else weights
+    if not isinstance(cast(object, weights), Sequence) or isinstance(weights, str):
+        raise ValueError(f"Give the adapters' weights, got {brief(weights)}.")
     if not is_finite(density) or not 0 < density <= 1:
-        raise ValueError(f"density must be in (0, 1], got {density!r}.")
+        raise ValueError(f"density must be in (0, 1], got {brief(density)}.")
     if not values or len(weights) != len(values):
         raise ValueError(f"Give as many weights as adapters: {len(weights)} for {len(values)}.")
     scaled = [scale(value, weight) for value, weight in zip(values, weights, strict=True)]
-    return {path: merge([q.delta() for q in pairs]) for path, pairs in by_path(scaled).items()}
+    return {
+        path: merge(path, [q.delta() for q in pairs]) for path, pairs in by_path(scaled).items()
+    }
 
 
 def _largest(change: Tensor, density: float) -> Tensor:
@@ -166,8 +184,11 @@ def _approximate(
     values: Mapping[str, T], nearest: Callable[[T], tuple[Factors, float]], r: int
 ) -> Approximation:
     if type(r) is not int or r < 1:
-        raise ValueError(f"r must be an integer of at least 1, got {r!r}.")
-    found = {path: nearest(value) for path, value in values.items()}
+        raise ValueError(f"r must be an integer of at least 1, got {brief(r)}.")
+    try:
+        found = {path: nearest(value) for path, value in values.items()}
+    except LinAlgError as error:
+        raise ValueError(f"The values are not finite, or too large: {error}") from None
     return Approximation(
         {path: pair for path, (pair, _) in found.items()},
         {path: error for path, (_, error) in found.items()},
@@ -183,4 +204,7 @@ def _truncate(u: Tensor, s: Tensor, vt: Tensor, r: int) -> tuple[Factors, float]
 
 
 def _weight(base: nn.Module) -> Tensor:
-    return out_in_view(base, base.get_parameter("weight")).detach().cpu().double()
+    weight = out_in_view(base, base.get_parameter("weight")).detach()
+    if weight.is_meta:
+        raise ValueError("A model is on the meta device, which holds no values.")
+    return weight.cpu().double()

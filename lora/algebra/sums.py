@@ -12,17 +12,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lora.building import build, require_rank
-from lora.config import UpdateConfig
+from lora.config import UpdateConfig, is_finite
 from lora.disk.folder import open_folder
 from lora.injection import attach
 from lora.layout import why_not_adaptable
-from lora.messages import listed
+from lora.messages import brief, listed
 from lora.tree import survey, survey_adapted
 from lora.updates import LowRankUpdate
 
@@ -108,7 +108,7 @@ def implant(model: nn.Module, value: Adapter, adapter: str = "default") -> list[
             to that).
         RuntimeError: the model is merged or routed.
     """
-    tree = survey(model)
+    tree, value = survey(model), as_adapter(value)
     updates: dict[str, LowRankUpdate] = {}
     faults: list[str] = [] if value else ["the adapter is empty"]
     for path, pair in value.items():
@@ -122,8 +122,16 @@ def implant(model: nn.Module, value: Adapter, adapter: str = "default") -> list[
 
 
 def scale(value: Adapter, factor: float) -> dict[str, Factors]:
-    """`factor` times the adapter, exactly."""
-    return {path: Factors(pair.A, pair.B * factor) for path, pair in value.items()}
+    """`factor` times the adapter, exactly.
+
+    Raises:
+        ValueError: a factor that is no finite number.
+    """
+    if not is_finite(factor):
+        raise ValueError(f"The factor must be a finite number, got {brief(factor)}.")
+    return {
+        path: Factors(pair.A, pair.B * float(factor)) for path, pair in as_adapter(value).items()
+    }
 
 
 def add(*values: Adapter) -> dict[str, Factors]:
@@ -144,17 +152,45 @@ def subtract(value: Adapter, other: Adapter) -> dict[str, Factors]:
 
 
 def combine(weighted: Sequence[tuple[Adapter, float]]) -> dict[str, Factors]:
-    """The exact weighted sum `Σ w · delta`, without cross terms between A's and B's."""
+    """The exact weighted sum `Σ w · delta`, without cross terms between A's and B's.
+
+    Raises:
+        ValueError: it is no list of pairs, or as `add`.
+    """
+    given = cast(object, weighted)
+    pairs = cast(Sequence[object], given) if isinstance(given, Sequence) else (given,)
+    if not all(isinstance(pair, tuple) and len(cast(Any, pair)) == 2 for pair in pairs):
+        raise ValueError(f"Give pairs of an adapter and its weight, got {brief(weighted)}.")
     return add(*(scale(value, weight) for value, weight in weighted))
 
 
 def deltas(value: Adapter) -> dict[str, Tensor]:
     """The dense weight changes, `(out, in)` by path."""
-    return {path: pair.delta() for path, pair in value.items()}
+    return {path: pair.delta() for path, pair in as_adapter(value).items()}
+
+
+def as_adapter(value: Adapter) -> Adapter:
+    """The value, if it is one.
+
+    Raises:
+        ValueError: saying what is no adapter's value in it.
+    """
+    given = cast(object, value)
+    if not isinstance(given, Mapping):
+        raise ValueError(f"An adapter's value maps paths to Factors, got {brief(given)}.")
+    for path, pair in cast(Mapping[object, object], given).items():
+        if not isinstance(path, str) or not isinstance(pair, Factors):
+            raise ValueError(
+                f"An adapter's value maps paths to Factors, got {brief({path: pair})}."
+            )
+        if not (_is_matrix(pair.A) and _is_matrix(pair.B)):
+            raise ValueError(f"{path[:80]}: A and B must be matrices of floats, with values.")
+    return value
 
 
 def by_path(values: Sequence[Adapter]) -> dict[str, list[Factors]]:
     """The factors of each layer, from the adapters that have it."""
+    values = [as_adapter(value) for value in values]
     paths = dict.fromkeys(path for value in values for path in value)
     pairs = {path: [value[path] for value in values if path in value] for path in paths}
     check_shapes({p: [(q.B.shape[0], q.A.shape[1]) for q in qs] for p, qs in pairs.items()})
@@ -169,8 +205,16 @@ def _implanted(base: nn.Module | None, pair: Factors) -> LowRankUpdate:
     return build(base, UpdateConfig(r=pair.r, alpha=pair.r, dropout=0.0), pair.A, pair.B)
 
 
+def _is_matrix(tensor: object) -> bool:
+    if not isinstance(tensor, Tensor) or tensor.is_meta:
+        return False
+    return tensor.dim() == 2 and tensor.is_floating_point()
+
+
 def _value(update: LowRankUpdate) -> Factors:
     a, b = update.factors()
+    if a.is_meta:
+        raise ValueError("The adapter is on the meta device, which holds no values.")
     scaling = update.config.scaling
     return Factors(a.detach().cpu().double(), b.detach().cpu().double() * scaling)
 

@@ -23,6 +23,7 @@ from lora.disk import card as cards
 from lora.disk import files, fitting, peft_config, peft_writing, probes
 from lora.disk.fitting import SLICES
 from lora.disk.folder import CONFIG, PAIR, WEIGHTS, open_folder, to_tensors
+from lora.disk.hub import as_path
 from lora.disk.writing import replacing
 from lora.injection import attach
 from lora.layout import is_fan_in_fan_out
@@ -66,19 +67,12 @@ def save(
     Warns:
         UserWarning: other parameters of the model require grad, and are not saved.
     """
-    tree = survey_adapted(model)
-    carrying = tree.carrying(adapter)
-    updates = {
-        path: cast(LowRankUpdate, tree.layers[path].updates[adapter])
-        for path in carrying
-        if path in tree.layers
-    }
-    if not updates:
-        raise ValueError(f"{adapter!r} has no low-rank update, and PEFT's format needs one.")
+    tree, place = survey_adapted(model), as_path(folder)
+    updates = _updates(tree, adapter)
     if card:
-        cards.require_free(Path(folder))
+        cards.require_free(place)
     configs = {path: update.config for path, update in updates.items()}
-    factors = {path: _on_cpu(*update.factors()) for path, update in updates.items()}
+    factors = {path: _pair(*u.factors()) for path, u in updates.items()}
     copies, biases = _trained_beside(tree, adapter)
     _require_usable(factors, "")
     if uniform:
@@ -96,16 +90,14 @@ def save(
     )
     metadata = {"format": "pt", PAIR: peft_config.parse(config).digest}
     metadata |= probes.describe(bases, factors)
-    slices = {p: u.slices for p, u in updates.items() if isinstance(u, SlicedUpdate)}
-    if slices and not uniform:
-        metadata[SLICES] = json.dumps(slices)
-    embeddings = {path for path, u in updates.items() if isinstance(u, EmbeddingUpdate)}
-    weights = files.to_bytes(to_tensors(factors, embeddings, copies, biases), metadata)
-    with replacing(Path(folder)) as beside:
+    if not uniform:
+        metadata |= _slices(updates)
+    weights = files.to_bytes(to_tensors(factors, _embeddings(updates), copies, biases), metadata)
+    with replacing(place) as beside:
         (beside / WEIGHTS).write_bytes(weights)
         (beside / CONFIG).write_bytes(config.encode())
         if card:
-            size = sum(factor.numel() for pair in factors.values() for factor in pair)
+            size = sum(a.numel() + b.numel() for a, b in factors.values())
             (beside / cards.CARD).write_bytes(cards.write(_base_name(tree), configs, size).encode())
     _warn_of_others(tree)
 
@@ -164,6 +156,30 @@ def load(
     return attach(tree, adapter, placed, untie=untie)
 
 
+def _updates(tree: Tree, adapter: str) -> dict[str, LowRankUpdate]:
+    """The adapter's low-rank updates, by the path of their layer."""
+    updates = {
+        path: cast(LowRankUpdate, tree.layers[path].updates[adapter])
+        for path in tree.carrying(adapter)
+        if path in tree.layers
+    }
+    if not updates:
+        raise ValueError(f"{adapter!r} has no low-rank update, and PEFT's format needs one.")
+    if meta := [path for path, update in updates.items() if update.A.is_meta]:
+        raise ValueError(f"Not saved: A of {meta[0]} is on the meta device, which holds no values.")
+    return updates
+
+
+def _slices(updates: Mapping[str, LowRankUpdate]) -> dict[str, str]:
+    """What a file says of the slices whose blocks a plain B holds."""
+    slices = {p: u.slices for p, u in updates.items() if isinstance(u, SlicedUpdate)}
+    return {SLICES: json.dumps(slices)} if slices else {}
+
+
+def _embeddings(updates: Mapping[str, LowRankUpdate]) -> set[str]:
+    return {path for path, update in updates.items() if isinstance(update, EmbeddingUpdate)}
+
+
 def _trained_beside(
     tree: Tree, adapter: str
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
@@ -175,11 +191,11 @@ def _trained_beside(
         if isinstance(module, ModuleCopy):
             own = own_tensors(module.base, update)
             if set(own) == {"bias"} and len(module.base.state_dict()) > 1:
-                biases[path] = _cpu(own["bias"])
+                biases[path] = _on_cpu(own["bias"])
             else:
-                copies[path] = {name: _cpu(tensor) for name, tensor in own.items()}
+                copies[path] = {name: _on_cpu(tensor) for name, tensor in own.items()}
         elif (bias := cast(LowRankUpdate, update).bias) is not None:
-            biases[path] = _cpu(bias)
+            biases[path] = _on_cpu(bias)
     return copies, biases
 
 
@@ -231,11 +247,9 @@ def _warn_of_others(tree: Tree) -> None:
         )
 
 
-def _on_cpu(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    if a.is_meta:  # refused below, in words
-        return a, b
-    return _cpu(a), _cpu(b)
-
-
-def _cpu(tensor: Tensor) -> Tensor:
+def _on_cpu(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous()
+
+
+def _pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    return _on_cpu(a), _on_cpu(b)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
+
+from lora.messages import brief
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
@@ -22,7 +25,7 @@ def locate(name: str | Path) -> tuple[Path, Path]:
         FileNotFoundError: there is no such repository, or it is no adapter's.
         ConnectionError: the Hub is out of reach and its cache does not have the files.
     """
-    folder = Path(name)
+    folder = as_path(name)
     if isinstance(name, str) and not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         return _download(name, CONFIG), _download(name, WEIGHTS)
     if (folder / _PICKLE).is_file() and not (folder / WEIGHTS).exists():
@@ -30,6 +33,20 @@ def locate(name: str | Path) -> tuple[Path, Path]:
             f"{folder / WEIGHTS} is missing; there is {_PICKLE}, a pickle. {_ADVICE}."
         )
     return folder / CONFIG, folder / WEIGHTS
+
+
+def as_path(name: str | Path) -> Path:
+    """A path, if the file system can have one of this name.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    try:
+        if b"\0" not in os.fsencode(name):
+            return Path(name)
+    except (TypeError, UnicodeEncodeError):
+        pass
+    raise ValueError(f"{brief(name)} is no path of a folder.")
 
 
 def _download(repo: str, file: str) -> Path:

@@ -1,0 +1,375 @@
+"""Nothing wrong in silence: threads, late backward passes, shared and overlapping state."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import lora
+from tests.toys import MLP, TINY, randomize, raw, snapshot, tiny_gpt2
+
+IDX = torch.randint(0, TINY.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def two_adapters(**settings) -> nn.Module:
+    model = tiny_gpt2()
+    for name, seed in (("a", 1), ("b", 2)):
+        lora.inject(model, adapter=name, r=2, **settings)
+        randomize(model, name, seed)
+    lora.activate(model, "a")
+    return model
+
+
+def grads(model: nn.Module, adapter: str) -> list[Tensor | None]:
+    named = [(n, p) for n, p in model.named_parameters() if f".{adapter}." in n]
+    return [p.grad for _, p in named]
+
+
+def flags(model: nn.Module) -> dict[str, bool]:
+    return {n: p.requires_grad for n, p in model.named_parameters()}
+
+
+def base_bytes(model: nn.Module) -> dict[str, bytes]:
+    return {k: raw(v) for k, v in lora.base_state_dict(model).items()}
+
+
+# Threads
+
+
+@pytest.mark.parametrize("state", ["merged", "own forward"])
+def test_threads_that_run_one_model_all_get_its_outputs_and_leave_its_base(state):
+    model = two_adapters(targets="all-linear")
+    if state == "merged":
+        lora.merge(model)
+    else:
+        for module in lora.adapters(model)["a"]:
+            base = model.get_submodule(module).base
+            base.forward = base.forward  # an override of the instance's own: computed on a stand-in
+    before = base_bytes(model)
+    with torch.no_grad():
+        want = model(IDX)
+    right: list[bool] = []
+
+    def work() -> None:
+        with torch.no_grad():
+            right.extend(torch.equal(model(IDX), want) for _ in range(20))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert right == [True] * 80
+    assert base_bytes(model) == before
+
+
+def test_disabled_contexts_of_two_threads_overlap_in_any_order():
+    model = two_adapters()
+    layer = model.transformer.h[0].attn.c_attn
+    first, second = lora.disabled(model), lora.disabled(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not layer.enabled
+    second.__exit__(None, None, None)
+    assert layer.enabled
+
+
+# Routing
+
+
+def test_routed_training_uses_the_factors_of_each_pass():
+    model = two_adapters()
+    optimiser = torch.optim.SGD([p for n, p in model.named_parameters() if "updates" in n], 0.5)
+    with lora.routed(model, ["a", "b"]):
+        for _ in range(3):
+            optimiser.zero_grad()
+            model(IDX).square().mean().backward()
+            optimiser.step()
+        y = model(IDX)
+    for row, name in enumerate("ab"):
+        with lora.activated(model, name):
+            torch.testing.assert_close(y[row], model(IDX)[row], rtol=1e-5, atol=1e-5)
+
+
+def test_routed_sees_what_is_written_to_data():
+    model = two_adapters()
+    with lora.routed(model, ["a", "b"]):
+        model(IDX)
+        for name, p in model.named_parameters():
+            if ".updates." in name:
+                p.data = p.data * 2
+        y = model(IDX)
+    for row, name in enumerate("ab"):
+        with lora.activated(model, name):
+            torch.testing.assert_close(y[row], model(IDX)[row], rtol=1e-5, atol=1e-5)
+
+
+def test_routed_that_was_entered_without_gradients_sees_what_is_trained_in_it():
+    model = two_adapters()
+    with torch.no_grad():
+        context = lora.routed(model, ["a", "b"])
+        context.__enter__()
+        model(IDX)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ".updates." in name:
+                p.mul_(2)
+    model(IDX).square().sum().backward()
+    assert all(g is not None for name in "ab" for g in grads(model, name))
+    y = model(IDX)
+    context.__exit__(None, None, None)
+    for row, name in enumerate("ab"):
+        with lora.activated(model, name):
+            torch.testing.assert_close(y[row], model(IDX)[row], rtol=1e-5, atol=1e-5)
+
+
+def test_routed_training_gives_each_adapter_its_rows_gradients():
+    model = two_adapters()
+    with lora.routed(model, ["a", "b"]):
+        model(IDX).square().sum().backward()
+    routed = {name: grads(model, name) for name in "ab"}
+    for row, name in enumerate("ab"):
+        model.zero_grad()
+        with lora.activated(model, name):
+            model(IDX)[row].square().sum().backward()
+        for got, want in zip(routed[name], grads(model, name), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_that_no_row_names_cannot_spoil_rows():
+    model = two_adapters()
+    with torch.no_grad():
+        base = two_adapters()
+        with lora.disabled(base):
+            want = base(IDX)
+        for name, p in model.named_parameters():
+            if ".a." in name:
+                p.fill_(3e38)
+        with lora.routed(model, [None, "b"]):
+            y = model(IDX)
+    assert torch.isfinite(y).all()
+    torch.testing.assert_close(y[0], want[0])
+
+
+# Backward passes that come late
+
+
+def leave(model: nn.Module, how: str, x: Tensor, run) -> Tensor:
+    """A loss made under adapter b (and a row under a), of which nothing is in force any more."""
+    if how == "activate":
+        lora.activate(model, "b")
+        loss = run(model, x).square().sum()
+        lora.activate(model, "a")
+        return loss
+    if how == "mixture":
+        lora.activate(model, {"a": 1.0, "b": 0.5})
+        loss = run(model, x).square().sum()
+        lora.activate(model, "a")
+        return loss
+    rows: list = [None, "b"]
+    context = lora.activated(model, "b") if how == "activated" else lora.routed(model, rows)
+    with context:
+        return run(model, x).square().sum()
+
+
+def plain(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x)
+
+
+def reentrant(model: nn.Module, x: Tensor) -> Tensor:
+    return checkpoint(model, x, use_reentrant=True)
+
+
+def non_reentrant(model: nn.Module, x: Tensor) -> Tensor:
+    return checkpoint(model, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("run", [plain, reentrant, non_reentrant])
+@pytest.mark.parametrize("how", ["activate", "mixture", "activated", "routed"])
+def test_a_late_backward_pass_raises_and_gives_no_adapter_a_gradient(how, run):
+    torch.manual_seed(0)
+    model = MLP()
+    for name in "ab":
+        lora.inject(model, adapter=name, targets="all-linear", r=2)
+        randomize(model, name)
+    lora.activate(model, "a")
+    x = torch.randn(2, 3, 6, requires_grad=True)
+    loss = leave(model, how, x, run)
+    with pytest.raises(RuntimeError, match="backward inside the context, or before the switch"):
+        loss.backward()
+    assert all(g is None for name in "ab" for g in grads(model, name))
+
+
+@pytest.mark.parametrize("run", [plain, reentrant, non_reentrant])
+@pytest.mark.parametrize("how", ["activated", "routed"])
+def test_a_backward_pass_within_gives_the_gradients_of_the_plain_one(how, run):
+    torch.manual_seed(0)
+    model = MLP()
+    for name in "ab":
+        lora.inject(model, adapter=name, targets="all-linear", r=2)
+        randomize(model, name)
+    x = torch.randn(2, 3, 6, requires_grad=True)
+    lora.activate(model, "a")
+    model(x).square().sum().backward()
+    want = grads(model, "a")
+    model.zero_grad()
+    lora.activate(model, "b")
+    with lora.activated(model, "a") if how == "activated" else lora.routed(model, ["a", "a"]):
+        run(model, x).square().sum().backward()
+    for got, expected in zip(grads(model, "a"), want, strict=True):
+        torch.testing.assert_close(got, expected)
+    assert all(g is None for g in grads(model, "b"))
+
+
+# Flags, copies and loading
+
+
+@pytest.mark.parametrize("verb", ["inject", "activate", "activated", "routed", "remove"])
+def test_factors_that_the_user_froze_stay_frozen(verb):
+    model = tiny_gpt2()
+    lora.inject(model, adapter="a", r=2)
+    for name, p in model.named_parameters():
+        if name.endswith(".A"):
+            p.requires_grad_(False)
+    lora.inject(model, adapter="b", r=2)
+    if verb != "inject":
+        lora.activate(model, "a")
+    before = flags(model)
+    if verb == "activate":
+        lora.activate(model, "b")
+        lora.activate(model, "a")
+    elif verb == "activated":
+        with lora.activated(model, "b"):
+            assert not any(on for n, on in flags(model).items() if n.endswith(".a.A"))
+    elif verb == "routed":
+        with lora.routed(model, ["a", "b"]):
+            assert not any(on for n, on in flags(model).items() if n.endswith(".a.A"))
+            assert all(on for n, on in flags(model).items() if n.endswith((".a.B", ".b.A")))
+    elif verb == "remove":
+        lora.remove(model, "b")
+        before = {n: on for n, on in before.items() if ".b." not in n}
+    assert flags(model) == before
+    assert not any(on for n, on in before.items() if n.endswith(".a.A"))
+
+
+@pytest.mark.parametrize("context", ["routed", "disabled", "activated"])
+def test_a_copy_made_inside_a_context_is_outside_of_it(context):
+    model = two_adapters()
+    contexts = {
+        "routed": lora.routed(model, ["a", None]),
+        "disabled": lora.disabled(model),
+        "activated": lora.activated(model, "b"),
+    }
+    with contexts[context]:
+        twin = copy.deepcopy(model)
+    layer = twin.transformer.h[0].attn.c_attn
+    assert layer.enabled
+    assert layer.routing is None
+    lora.eject(twin)
+    assert base_bytes_of_plain(twin) == base_bytes(model)
+
+
+def base_bytes_of_plain(model: nn.Module) -> dict[str, bytes]:
+    return {k: raw(v) for k, v in model.state_dict().items()}
+
+
+def test_load_state_dict_while_merged_folds_what_was_loaded():
+    model, other = two_adapters(), two_adapters()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.5)
+    lora.merge(model)
+    model.load_state_dict(other.state_dict())
+    lora.merge(other)
+    assert torch.equal(model(IDX), other(IDX))
+    lora.unmerge(model)
+    lora.unmerge(other)
+    assert torch.equal(model(IDX), other(IDX))
+
+
+def test_load_state_dict_with_assign_while_merged_folds_what_was_loaded():
+    model, other = two_adapters(), two_adapters()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.5)
+    lora.merge(model)
+    model.load_state_dict(other.state_dict(), assign=True)
+    lora.merge(other)
+    assert torch.equal(model(IDX), other(IDX))
+
+
+@pytest.mark.parametrize("replaced", ["assign", "to_empty", "to meta and back"])
+def test_eject_thaws_the_parameters_that_stand_there_now(replaced):
+    model = tiny_gpt2()
+    model.transformer.wpe.weight.requires_grad_(False)
+    before = flags(model)
+    lora.inject(model, r=2)
+    if replaced == "assign":
+        model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    elif replaced == "to_empty":
+        model.to_empty(device="cpu")
+    else:
+        model.to("meta").to_empty(device="cpu")
+    lora.eject(model)
+    after = flags(model)  # torch unties the head where it assigns
+    assert {name: after[name] for name in before} == before
+    assert all(after[name] for name in after.keys() - before.keys())
+
+
+def test_an_eject_that_fails_at_a_layer_has_changed_none():
+    model = two_adapters(targets="all-linear")
+    with torch.no_grad():
+        last = [p for n, p in model.named_parameters() if n.endswith("mlp.c_proj.updates.a.B")][-1]
+        last.fill_(torch.inf)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        lora.eject(model, merge=True)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_base_made_in_inference_mode_is_injected_and_ejected(merge):
+    with torch.inference_mode():
+        model = tiny_gpt2()
+    before = {k: raw(v) for k, v in model.state_dict().items()}
+    lora.inject(model, r=2)
+    lora.eject(model, merge=merge)
+    assert not any(isinstance(m, lora.LoRALinear) for m in model.modules())
+    assert {k: raw(v) for k, v in model.state_dict().items()} == before
+
+
+def test_weights_that_overlap_at_an_offset_are_seen_as_shared():
+    pool = torch.randn(10, 4)
+    first, second = nn.Linear(4, 6), nn.Linear(4, 6)
+    first.weight, second.weight = nn.Parameter(pool[:6]), nn.Parameter(pool[4:])
+    model = nn.Sequential(first, second)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="0.weight and 1.weight are one tensor"):
+        lora.inject(model, targets="0", r=2)
+    assert snapshot(model) == before
+
+
+def test_weights_that_lie_beside_one_another_are_not_shared():
+    pool = torch.randn(12, 4)
+    first, second = nn.Linear(4, 6), nn.Linear(4, 6)
+    first.weight, second.weight = nn.Parameter(pool[:6]), nn.Parameter(pool[6:])
+    assert lora.inject(nn.Sequential(first, second), targets=("0", "1"), r=2) == ["0", "1"]
+
+
+def test_dare_does_not_depend_on_the_order_of_layers():
+    model = two_adapters(targets="all-linear")
+    values = [lora.algebra.factors(model, name) for name in "ab"]
+    turned = [dict(reversed(value.items())) for value in values]
+    here, there = (lora.algebra.dare(v, 0.5, seed=3) for v in (values, turned))
+    assert here.keys() == there.keys()
+    assert all(torch.equal(here[path], there[path]) for path in here)
+    alone = lora.algebra.dare([{p: v[p] for p in list(v)[-1:]} for v in values], 0.5, seed=3)
+    assert all(torch.equal(here[path], delta) for path, delta in alone.items())
+    other = lora.algebra.dare(values, 0.5, seed=4)
+    assert not any(torch.equal(here[path], other[path]) for path in here)

@@ -1,0 +1,167 @@
+"""Who reads an adapted layer's weight computes the adapted layer; messages that say what to do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import lora
+from tests.toys import MLP, layer, randomize, raw, snapshot, tiny_gpt2
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_the_weight_in_force_has_the_gradients_of_the_forward_pass(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(layer(kind, 4, 5).double())
+    lora.inject(model, targets="0", r=2)
+    randomize(model)
+    adapted, x = model[0], torch.randn(3, 4).double()
+    assert adapted.bias is adapted.base.bias
+    adapted(x).square().sum().backward()
+    want = [p.grad.clone() for p in adapted.updates.parameters()]
+    model.zero_grad()
+    weight = adapted.weight if kind == "conv1d" else adapted.weight.t()
+    y = x @ weight + adapted.bias
+    torch.testing.assert_close(y, adapted(x))
+    y.square().sum().backward()
+    for p, grad in zip(adapted.updates.parameters(), want, strict=True):
+        torch.testing.assert_close(p.grad, grad)
+
+
+def test_the_weight_in_force_follows_the_state():
+    model = nn.Sequential(nn.Linear(4, 5))
+    lora.inject(model, targets="0", r=2, adapter="a")
+    randomize(model, "a")
+    adapted = model[0]
+    ideal = adapted.weight.detach().clone()
+    assert not torch.equal(ideal, adapted.base.weight)
+    with lora.disabled(model):
+        assert adapted.weight is adapted.base.weight
+    with lora.activated(model, {}):
+        assert adapted.weight is adapted.base.weight
+    with lora.merged(model):
+        assert torch.equal(adapted.weight, ideal)
+        with lora.disabled(model):
+            assert adapted.weight is adapted.base.weight
+    with lora.routed(model, ["a"]), pytest.raises(RuntimeError, match="no one weight"):
+        adapted.weight  # noqa: B018
+
+
+@pytest.mark.parametrize("state", ["unmerged", "merged", "disabled"])
+def test_torchs_encoder_layer_reads_the_weight_in_force_in_eval_mode(state):
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    x = torch.randn(2, 3, 8)
+    with torch.no_grad():
+        base = model(x)
+        lora.inject(model, targets=("linear1", "linear2"), r=2)
+        torch.testing.assert_close(model(x), base)
+        randomize(model)
+        delta = {n: getattr(model, n).updates["default"].delta() for n in ("linear1", "linear2")}
+        y = model(x)
+        if state == "merged":
+            lora.merge(model)
+            y = model(x)
+        if state == "disabled":
+            with lora.disabled(model):
+                assert torch.equal(model(x), base)
+            return
+        lora.eject(model, merge=state == "merged")
+        if state == "unmerged":
+            for name, change in delta.items():
+                getattr(model, name).weight += change.float()
+        torch.testing.assert_close(y, model(x))
+    assert not torch.allclose(y, base)
+
+
+FOLDED = ["t5", "mt5", "umt5", "longt5", "switch_transformers"]
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_encoders_and_decoders_of_transformers_that_read_weights_run(name):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    config = transformers.AutoConfig.for_model(
+        name, vocab_size=40, decoder_start_token_id=0, **sizes
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForSeq2SeqLM.from_config(config).eval()
+    ids = torch.tensor([[3, 4, 5]])
+    paths = lora.inject(model, targets="all-linear", r=1)
+    randomize(model, std=0.1)
+    y = model(input_ids=ids, decoder_input_ids=ids).logits
+    y.square().mean().backward()
+    idle = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert len(idle) < len(paths)  # only experts that no token chose
+    with torch.no_grad(), lora.merged(model):
+        again = model(input_ids=ids, decoder_input_ids=ids).logits
+    torch.testing.assert_close(again, y, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_save_pretrained_of_an_adapted_model_is_the_bases(merged, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=20, n_positions=8)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    want = {key: raw(value) for key, value in model.state_dict().items()}
+    ids = torch.tensor([[1, 2, 3]])
+    base = model(ids).logits
+    lora.inject(model, r=2, targets=("c_attn", "mlp.c_fc"))
+    randomize(model)
+    if merged:
+        lora.merge(model)
+    model.save_pretrained(tmp_path)
+    again, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert {key: raw(value) for key, value in again.state_dict().items()} == want
+    assert torch.equal(again.eval()(ids).logits, base)
+
+
+def test_a_state_dict_goes_round_and_a_plain_model_takes_the_bases_part():
+    model, plain = tiny_gpt2(), tiny_gpt2(seed=3)
+    lora.inject(model, r=2)
+    randomize(model)
+    lora.merge(model)
+    twin = tiny_gpt2(seed=4)
+    lora.inject(twin, r=2)
+    twin.load_state_dict(model.state_dict())
+    lora.unmerge(model)
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(twin(ids), model(ids))
+    missing, unexpected = plain.load_state_dict(model.state_dict(), strict=False)
+    assert not missing
+    assert all(".updates." in key for key in unexpected)
+    plain.load_state_dict(lora.base_state_dict(model))
+    with lora.disabled(model):
+        assert torch.equal(plain(ids), model(ids))
+
+
+# Messages that say what to do
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "error", "message"),
+    [
+        (nn.Sequential(nn.Linear(4, 4)), {}, ValueError, "Linear modules here end in: 0"),
+        (nn.Linear(4, 4), {}, ValueError, "wrap it, as in torch.nn.Sequential(layer)"),
+        (MLP(), {"targets": "q_proj"}, ValueError, "Linear modules here end in: down, up"),
+        (nn.Sequential(MLP(), nn.Linear(6, 2)), {"targets": "all-linear", "r": 4}, ValueError,
+         "1: r 4 is above 2, its smaller side; choose less, or leave it out (exclude=)"),
+        (MLP(), {"lora_alpha": 3}, TypeError, "PEFT's name: here it is alpha"),
+        (MLP(), {"target_modules": "up"}, TypeError, "here it is targets"),
+        (MLP(), {"tragets": "up"}, TypeError, "did you mean targets?"),
+        (MLP(), {"fan_in_fan_out": True}, TypeError, "the layout is told by the layer's class"),
+        (nn.Sequential(nn.ReLU()), {}, ValueError, "There are no linear modules here."),
+        (3, {}, ValueError, "must be a torch.nn.Module, got int"),
+    ],
+)  # fmt: skip
+def test_a_message_says_what_to_do(model, settings, error, message):
+    before = snapshot(model) if isinstance(model, nn.Module) else None
+    with pytest.raises(error) as raised:
+        lora.inject(model, **settings)
+    assert message in str(raised.value)
+    assert len(str(raised.value)) < 500
+    if before is not None:
+        assert snapshot(model) == before
