@@ -9,15 +9,12 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lora.config import UpdateConfig
 from lora.copies import ModuleCopy, own_tensors
 from lora.disk import card as cards
 from lora.disk import files, fitting, peft_config, peft_writing, probes
@@ -76,7 +73,7 @@ def save(
     copies, biases = _trained_beside(tree, adapter)
     _require_usable(factors, "")
     if uniform:
-        configs, factors = _uniform(configs, factors)
+        configs, factors = peft_writing.uniform(configs, factors)
         _require_usable(factors, " once alpha / r is in B (save without uniform=True)")
     bases = {path: tree.bases[path] for path in updates}
     config = peft_writing.dumps(
@@ -203,19 +200,6 @@ def _base_name(tree: Tree) -> str | None:
     """What transformers' models and GPT2 note of where their weights are from."""
     name: object = getattr(tree.root, "name_or_path", None)
     return name if isinstance(name, str) and name else None
-
-
-def _uniform(
-    configs: Mapping[str, UpdateConfig], factors: Mapping[str, tuple[Tensor, Tensor]]
-) -> tuple[dict[str, UpdateConfig], dict[str, tuple[Tensor, Tensor]]]:
-    """The same deltas with one rank, and an alpha that makes the scaling 1."""
-    r = max(config.r for config in configs.values())
-    padded: dict[str, tuple[Tensor, Tensor]] = {}
-    for path, (a, b) in factors.items():
-        b = (b.double() * configs[path].scaling).to(b.dtype)
-        missing = r - configs[path].r
-        padded[path] = F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))
-    return {p: replace(c, r=r, alpha=r, rslora=False) for p, c in configs.items()}, padded
 
 
 def _require_usable(factors: Mapping[str, tuple[Tensor, Tensor]], when: str) -> None:

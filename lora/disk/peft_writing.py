@@ -6,7 +6,11 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import TypeVar
+
+from torch import Tensor
+from torch.nn import functional as F
 
 from lora.config import UpdateConfig
 from lora.messages import listed
@@ -65,6 +69,19 @@ def dumps(
     if copies:
         fields["modules_to_save"] = sorted(copies)
     return json.dumps(fields, indent=2, sort_keys=True) + "\n"
+
+
+def uniform(
+    configs: Mapping[str, UpdateConfig], factors: Mapping[str, tuple[Tensor, Tensor]]
+) -> tuple[dict[str, UpdateConfig], dict[str, tuple[Tensor, Tensor]]]:
+    """The same deltas with one rank, and an alpha that makes the scaling 1."""
+    r = max(config.r for config in configs.values())
+    padded: dict[str, tuple[Tensor, Tensor]] = {}
+    for path, (a, b) in factors.items():
+        b = (b.double() * configs[path].scaling).to(b.dtype)
+        missing = r - configs[path].r
+        padded[path] = F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))
+    return {p: replace(c, r=r, alpha=r, rslora=False) for p, c in configs.items()}, padded
 
 
 def _most_common(values: Iterable[T]) -> T:
