@@ -79,7 +79,7 @@ def save(
     config = peft_writing.dumps(
         configs,
         paths=tree.bases.keys(),
-        fan_in_fan_out=any(is_fan_in_fan_out(base) for base in bases.values()),
+        fan_in_fan_out=any(map(is_fan_in_fan_out, bases.values())),
         causal_lm=hasattr(tree.root, "lm_head"),
         base_name=_base_name(tree),
         copies=copies,
@@ -87,8 +87,7 @@ def save(
     )
     metadata = {"format": "pt", PAIR: peft_config.parse(config).digest}
     metadata |= probes.describe(bases, factors)
-    if not uniform:
-        metadata |= _slices(updates)
+    metadata |= {} if uniform else _slices(updates)
     weights = files.to_bytes(to_tensors(factors, _embeddings(updates), copies, biases), metadata)
     with replacing(place) as beside:
         (beside / WEIGHTS).write_bytes(weights)
