@@ -14,7 +14,8 @@ from gpt2.data.examples import (
 )
 from gpt2.data.tokens import Dataset, encode
 from gpt2.generation import generate, stream
-from gpt2.model import GPT2, Conv1D
+from gpt2.layers import Conv1D
+from gpt2.model import GPT2
 from gpt2.sampling import GenerateConfig
 from gpt2.tokenizer import Tokenizer
 from gpt2.training.config import TrainConfig

@@ -2,7 +2,7 @@
 
 Read from the bottom up for the whole (`GPT2`), from the top down for the parts. Nothing here knows
 of LoRA: an adapter replaces a layer such as `transformer.h.0.attn.c_attn` from outside. What
-comes from `gpt2.fast` computes what its name says (`linear`, `attend`, `drop`), only faster.
+comes from `gpt2.fast` computes what its name says (`attend`, `summed_loss`), only faster.
 
 Shapes: B batch · T time · C n_embd · H heads · D head size · V vocab.
 """
@@ -22,42 +22,7 @@ from gpt2.config import GPT2Config
 from gpt2.fast import head
 from gpt2.fast.attention import attend
 from gpt2.fast.compiling import through
-from gpt2.fast.dropout import drop
-from gpt2.fast.products import linear
-
-
-class Conv1D(nn.Module):
-    """A linear layer whose weight is stored `(in, out)`, as the published GPT-2 stores it.
-
-    Args:
-        in_features: size of the last axis of the input.
-        out_features: size of the last axis of the output.
-
-    `slices` names the equal parts of the output, where several projections lie side by side.
-    """
-
-    slices: tuple[str, ...] = ()
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(in_features, out_features))
-        self.bias = nn.Parameter(torch.empty(out_features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `(…, in)` to `(…, out)`: `x W + b`."""
-        return linear(x, self.weight.t(), self.bias)
-
-    def extra_repr(self) -> str:
-        """Shown by `print(model)`."""
-        return "in_features={}, out_features={}".format(*self.weight.shape)
-
-
-class Dropout(nn.Dropout):
-    """Zeros at random in training mode, and the rest scaled up so that the mean stays."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Map `(…)` to `(…)`."""
-        return drop(input, self.p)[0] if self.training and self.p else input
+from gpt2.layers import Conv1D, Dropout, LMHead
 
 
 class CausalSelfAttention(nn.Module):
@@ -187,7 +152,7 @@ class GPT2(nn.Module):
         self.config = config
         self.name_or_path: str | None = None  # where the weights came from, as in transformers
         self.transformer = Transformer(config)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = LMHead(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
         for name, p in self.named_parameters():
             if p.dim() == 2:
@@ -219,7 +184,7 @@ class GPT2(nn.Module):
             raise ValueError(f"{shapes} differ: give each id its label, or gpt2.IGNORE.")
         x = self.transformer(idx, cache)  # (B, T, C)
         if labels is None:
-            return head.logits(self.lm_head, x)
+            return self.lm_head(x)
         return head.summed_loss(self.lm_head, x, labels, compiling=self.transformer.compiling)
 
     @classmethod
