@@ -127,7 +127,8 @@ def apply_top_p(logits: Tensor, p: float) -> Tensor:
 
 def greedy(logits: Tensor) -> Tensor:
     """The most likely token `(B,)` of each row; -1 where `sample` gives -1."""
-    return _or_none(logits, logits.argmax(-1))
+    greatest, tokens = logits.max(-1)
+    return tokens.masked_fill(~greatest.isfinite(), -1)
 
 
 def sample(logits: Tensor, config: GenerateConfig, uniform: Tensor) -> Tensor:
