@@ -110,7 +110,7 @@ class Decoder:
             chosen = greedy(logits)
         self.text[self.n] = chosen
         self.n += 1
-        self.tokens.copy_(chosen.clamp(min=0))  # -1 is no id to feed back
+        torch.clamp(chosen, min=0, out=self.tokens)  # -1 is no id to feed back
         if self.seen is not None:
             self.seen.scatter_(1, self.tokens[:, None], True)
         return self.tokens
