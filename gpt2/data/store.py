@@ -141,7 +141,7 @@ def _about(tokenizer: Encoder, options: Options, fields: Fields | None) -> dict[
             "give it a string that tells it from others."
         )
     chosen = {**asdict(options), "fields": None if fields is None else dict(fields)}
-    return {"format": FORMAT, "tokenizer": fingerprint, **chosen}
+    return {"tokenizer": fingerprint, **chosen}
 
 
 def _facts(path: Path) -> dict[str, Any]:

@@ -104,6 +104,7 @@ class _Writer:
     def header(self, about: Mapping[str, Any]) -> dict[str, Any]:
         """What a reader needs to know."""
         return {
+            "format": FORMAT,
             **about,
             "truncated": self.truncated,
             "fingerprint": self.digest.hexdigest(),
