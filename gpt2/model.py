@@ -20,7 +20,7 @@ from gpt2 import pretrained
 from gpt2.cache import KVCache, LayerCache, Place
 from gpt2.config import GPT2Config
 from gpt2.fast import head
-from gpt2.fast.attention import attend
+from gpt2.fast.attention import Documents, attend
 from gpt2.fast.compiling import through
 from gpt2.layers import Conv1D, Dropout, LMHead
 
@@ -38,14 +38,14 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = Dropout(config.resid_pdrop)
 
     def forward(
-        self, x: Tensor, cache: LayerCache | None = None, place: Place | None = None
+        self, x: Tensor, cache: LayerCache | None = None, place: Place | Documents | None = None
     ) -> Tensor:
-        """Attend over `x` `(B, T, C)`, and over what the cache holds."""
+        """Attend over `x` `(B, T, C)`, and over what the cache holds; a document over itself."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
-        visible, pdrop = None, self.attn_pdrop if self.training else 0.0
-        if cache is not None and place is not None:
+        visible, pdrop = place, self.attn_pdrop if self.training else 0.0
+        if cache is not None and isinstance(place, Place):
             every_k, every_v = cache.write(qkv[:, :, 1:], place)
             if (visible := place.visible) is not None:
                 k, v = every_k, every_v
@@ -79,7 +79,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, cache: LayerCache | None = None, place: Place | None = None
+        self, x: Tensor, cache: LayerCache | None = None, place: Place | Documents | None = None
     ) -> Tensor:
         """Map the stream `(B, T, C)` to the stream `(B, T, C)`."""
         x = x + self.attn(self.ln_1(x), cache, place)
@@ -100,7 +100,9 @@ class Transformer(nn.Module):
         self.checkpointing = False  # keep only the blocks' inputs for backward, recompute the rest
         self.compiling = False  # run the blocks, unless there is a cache, through torch.compile
 
-    def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, idx: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
+    ) -> Tensor:
         """Hidden states `(B, T, C)` of the token ids `idx` `(B, T)`, after the last LayerNorm.
 
         With a cache, `idx` continues each row after the `cache.lengths` tokens that it holds.
@@ -108,12 +110,13 @@ class Transformer(nn.Module):
         Raises:
             ValueError: `idx` is not a (B, T) tensor of integers, or does not fit the context.
         """
-        positions = self._positions(idx, cache)
+        apart = Documents.of(idx, documents, self.config.block_size, cache)
+        positions = self._positions(idx, cache) if apart is None else apart.positions()
         if cache is None:
             how = {"compiling": self.compiling, "checkpointing": self.checkpointing}
             x = through(_embed, self, idx, positions, compiling=self.compiling)
             for block in self.h:
-                x = through(block, x, **how)
+                x = through(block, x, None, apart, **how)
         else:
             x, place = _embed(self, idx, positions), cache.advance(positions)
             for block, layer in zip(self.h, cache.layers, strict=True):
@@ -162,7 +165,11 @@ class GPT2(nn.Module):
                 nn.init.zeros_(p)
 
     def forward(
-        self, idx: Tensor, labels: Tensor | None = None, cache: KVCache | None = None
+        self,
+        idx: Tensor,
+        labels: Tensor | None = None,
+        cache: KVCache | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """Logits `(B, T, V)` of the next token after each of `idx` `(B, T)`; with labels the loss.
 
@@ -171,18 +178,19 @@ class GPT2(nn.Module):
             labels: `(B, T)`, beside the ids: the token at that position, or `gpt2.IGNORE` where it
                 is not to be learnt. The shift by one happens here.
             cache: what came before; see `Transformer.forward`.
+            documents: `(S + 1,)`, where each text of a row of several begins, and the last ends.
 
         Returns:
             Logits; or, given labels, the cross-entropy summed over the supervised tokens, a
             float32 scalar. A sum over parts of a batch is the batch's sum, a mean would not be.
 
         Raises:
-            ValueError: as `Transformer.forward`; labels that lie not beside the ids.
+            ValueError: as `Transformer.forward`; labels or documents that do not fit the ids.
         """
         if labels is not None and labels.shape != idx.shape:
             shapes = f"labels {tuple(labels.shape)} and token ids {tuple(idx.shape)}"
             raise ValueError(f"{shapes} differ: give each id its label, or gpt2.IGNORE.")
-        x = self.transformer(idx, cache)  # (B, T, C)
+        x = self.transformer(idx, cache, documents)  # (B, T, C)
         if labels is None:
             return self.lm_head(x)
         return head.summed_loss(self.lm_head, x, labels, compiling=self.transformer.compiling)

@@ -49,7 +49,7 @@ def run(
         lora.activate(model, name)
         told = f"{name}: {report.examples_line(dataset)} {lora.count_parameters(model)}"
         console.print(told, soft_wrap=True)
-        total, losses = gpt2.total_steps(len(dataset), training), list[float]()
+        total, losses = gpt2.total_steps(dataset, training), list[float]()
         with folder.saved(model, place / name, losses, adapter=name):
             steps = gpt2.train(model, dataset, training)
             report.follow(steps, losses, console, total=total, every=options.logging_steps)

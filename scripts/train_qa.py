@@ -79,7 +79,7 @@ def main(argv: guard.Arguments = None) -> None:
     opts.inject(model, options)
     counts["LoRA"] = lora.count_parameters(model)
     ids = inputs.encode_prompts(prompts, tokenizer, model, sampling.max_new_tokens)
-    total, losses = gpt2.total_steps(len(data), training), list[float]()
+    total, losses = gpt2.total_steps(data, training), list[float]()
     console.print(report.parameter_table(counts))
     told = f"{report.examples_line(data)} {total:,} steps, by {options.config or DEMO.name}."
     console.print(told, soft_wrap=True)

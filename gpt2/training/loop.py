@@ -16,14 +16,14 @@ from itertools import count, islice
 import torch
 from torch import Tensor, nn
 
-from gpt2.data.batches import Batch, batches
+from gpt2.data.batches import Batch, batch
 from gpt2.data.tokens import Dataset
-from gpt2.fast.compiling import bucket
 from gpt2.fast.untyped import floats
 from gpt2.model import GPT2
 from gpt2.training.config import TrainConfig
 from gpt2.training.groups import Groups, listed
-from gpt2.training.schedule import lr_scale, steps_an_epoch, total_steps
+from gpt2.training.packing import settled
+from gpt2.training.schedule import lr_scale, planned, steps_an_epoch, total_steps
 from gpt2.training.step import Stepper, check
 from gpt2.training.wrapped import inner, is_compiled
 
@@ -109,14 +109,16 @@ def train(
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("Nothing in the model requires grad: inject an adapter or unfreeze it.")
-    total, network = total_steps(len(data), config), inner(model)
+    network = inner(model)
     if isinstance(network, GPT2):
-        longest, limit = int(data.lengths.max()), network.config.block_size
+        longest, limit = data.longest, network.config.block_size
         if longest > limit:
             raise ValueError(
                 f"An example has {longest} tokens and the model's context takes {limit}: "
                 f"encode the data with max_length={limit}."
             )
+    config = settled(network, config)
+    total = total_steps(data, config)
     groups = None if groups is None else listed(groups)
     check(model, config, groups)
     return Training(_train(model, data, config, groups, total))
@@ -126,7 +128,7 @@ def _train(
     model: nn.Module, data: Dataset, config: TrainConfig, groups: Groups | None, total: int
 ) -> Generator[StepRecord]:
     stepper = Stepper(model, config, groups)
-    per_epoch, began = steps_an_epoch(len(data), config), time.perf_counter()
+    per_epoch, began = steps_an_epoch(data, config), time.perf_counter()
     steps = enumerate(islice(_steps(data, config, stepper), total), 1)
     for _ in range(0, total, config.sync_every):
         burst: list[tuple[int, int]] = []
@@ -172,13 +174,14 @@ def _not_finite(stepper: Stepper) -> list[str]:
 
 def _steps(data: Dataset, config: TrainConfig, stepper: Stepper) -> Iterator[list[Batch]]:
     """The micro-batches of each optimiser step, epoch after epoch without end."""
-    network = inner(stepper.model)
+    network, plan = inner(stepper.model), planned(data, config)
     static = config.compile or is_compiled(stepper.model) or stepper.graphs is not None
+    limit = network.config.block_size if static and isinstance(network, GPT2) else None
     for epoch in count():
-        epochs = batches(data, config.batch_size, seed=config.seed, epoch=epoch)
-        if static and isinstance(network, GPT2):
-            rows, limit = min(config.batch_size, len(data)), network.config.block_size
-            epochs = (b.padded(rows, bucket(b.idx.shape[1], limit)) for b in epochs)
+        numbers = range(len(plan))
+        epochs = (batch(data, plan, k, seed=config.seed, epoch=epoch) for k in numbers)
+        if limit is not None:
+            epochs = (b.padded(*plan.shape(b.idx.shape[1], limit)) for b in epochs)
         while micro_batches := list(islice(epochs, config.accumulate)):
             yield micro_batches
 
