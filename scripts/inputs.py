@@ -32,6 +32,12 @@ def read(
     return examples, [gpt2.Example(prompt, "") for prompt in list(distinct)[:TRIED]]
 
 
+def base(options: Namespace, device: str) -> gpt2.GPT2:
+    """The base that `--model_name` names, with the dropouts of `--base_dropout` if it is given."""
+    name, dropout = options.model_name, options.base_dropout
+    return gpt2.GPT2.from_pretrained(name, device=device, dropout=dropout)
+
+
 def encode(
     examples: Sequence[gpt2.Example],
     tokenizer: gpt2.Tokenizer,

@@ -39,7 +39,7 @@ def run(
     names = named(options.tasks)
     folder.check(options.res_path, overwrite=options.overwrite, adapters=names)
     examples, prompts = inputs.read(options.tasks, options)
-    model = gpt2.GPT2.from_pretrained(options.model_name, device=device)
+    model = inputs.base(options, device)
     data = [inputs.encode(texts, tokenizer, model, options) for texts in examples]
     for name in names:
         opts.inject(model, options, name)
