@@ -13,13 +13,14 @@ if __name__ == "__main__":  # on top, so that Ctrl-C during the imports below en
 
     sys.exit(command.start("predict", sys.argv[1:]))
 
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import Namespace
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import cli
-import folder
 import gpt2
 import guard
 import inputs
@@ -27,7 +28,7 @@ import lora
 import options as opts
 import predictions
 
-WINDOW = 4  # batches whose prompts are sorted by length: few are padded much
+WINDOW = 4  # batches that are written at once, their prompts sorted by length
 
 
 def parse(argv: guard.Arguments) -> Namespace:
@@ -42,6 +43,7 @@ def parse(argv: guard.Arguments) -> Namespace:
     add("--overwrite", **flag, help="replace what the output holds")
     add("--fields", type=dict[str, str] | None, help="--fields.question NAME: the file's own names")
     add("--batch_size", type=int, default=64, help="rows at a time; a prompt takes num_beams rows")
+    add("--separator", type=int | None, help="the token id after each prompt in training")
     add("--device", type=str | None, help="by default the GPU if there is one")
     parser.add_class_arguments(gpt2.GenerateConfig, as_group=False)
     options = opts.flags(parser, argv)
@@ -60,34 +62,36 @@ def main(argv: guard.Arguments = None) -> None:
     model = gpt2.GPT2.from_pretrained(options.base, device=cli.pick_device(options.device))
     if adapter is not None:
         lora.load(model, adapter)
-    new = config.max_new_tokens
     texts = [gpt2.Example(a.prompt, "") for a in wanted]
-    ids = inputs.encode_prompts(texts, tokenizer, model, new)
+    ids = inputs.encode_prompts(texts, tokenizer, model, config, options.separator)
     place = Path() if adapter is None else adapter.parent
     output = place / "predictions.jsonl" if options.output is None else Path(options.output)
-    made = {"base": options.base, "prompts": predictions.digest(Path(options.prompts))}
-    made |= {name: options[name] for name in ("fields", *gpt2.GenerateConfig.__dataclass_fields__)}
-    if adapter is not None:
-        files = [adapter / name for name in (folder.WEIGHTS, folder.CONFIG)]
-        made["adapter"] = predictions.digest(*(file for file in files if file.is_file()))
-    done = predictions.begin(output, made, wanted, options.overwrite)
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("prompts"), TimeRemainingColumn())
+    made_with = made(options, adapter)
+    done = predictions.begin(output, made_with, wanted, overwrite=options.overwrite)
     at_once = max(1, options.batch_size // config.num_beams)
+    windows = [slice(i, i + WINDOW * at_once) for i in range(done, len(ids), WINDOW * at_once)]
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("prompts"), TimeRemainingColumn())
     with (
-        predictions.told_where(output, len(wanted)) as written,
+        predictions.told_where(output, len(ids)) as written,
         Progress(*columns, console=console, disable=not console.is_terminal) as bar,
     ):
+        task = bar.add_task("", total=len(ids), completed=done)
         written.append(done)
-        task = bar.add_task("", total=len(wanted), completed=done)
-        for start in range(done, len(wanted), WINDOW * at_once):
-            window = slice(start, start + WINDOW * at_once)
-            rows = sorted(range(*window.indices(len(wanted))), key=lambda i: len(ids[i]))
-            said: dict[int, str] = {}
-            for first in range(0, len(rows), at_once):
-                some = rows[first : first + at_once]
-                new_ids = gpt2.generate(model, [ids[i] for i in some], config)
-                said |= {i: tokenizer.decode(row) for i, row in zip(some, new_ids, strict=True)}
-                bar.advance(task, len(some))
-            predictions.append(output, ((wanted[i], said[i]) for i in sorted(said)))
-            written.append(len(said))
+        for window in windows:
+            answers: list[str] = []
+            for tokens in predictions.continued(model, ids[window], config, at_once):
+                answers.append(tokenizer.decode(tokens))
+                bar.advance(task)
+            predictions.append(output, zip(wanted[window], answers, strict=True))
+            written.append(len(answers))
     console.print(f"{predictions.score(output)}Predictions: {output}", soft_wrap=True)
+
+
+def made(options: Namespace, adapter: Path | None) -> dict[str, Any]:
+    """All that decides what the answers are."""
+    names = ("base", "fields", "separator", *(f.name for f in fields(gpt2.GenerateConfig)))
+    decided = {name: options[name] for name in names}
+    decided["prompts"] = predictions.digest([Path(options.prompts)])
+    if adapter is not None:
+        decided["adapter"] = predictions.digest(sorted(adapter.glob("adapter_*")))
+    return decided

@@ -35,7 +35,7 @@ def asked(examples: Iterable[gpt2.Example]) -> list[Asked]:
     return [Asked(prompt, tuple(dict.fromkeys(found))) for prompt, found in answers.items()]
 
 
-def digest(*files: Path) -> str:
+def digest(files: Iterable[Path]) -> str:
     """A fingerprint of these files' bytes."""
     sha = hashlib.sha256()
     for file in files:
@@ -44,12 +44,28 @@ def digest(*files: Path) -> str:
     return sha.hexdigest()[:16]
 
 
-def begin(
-    file: Path, made_with: Mapping[str, Any], wanted: Sequence[Asked], overwrite: bool
-) -> int:
+def continued(
+    model: gpt2.GPT2, ids: Sequence[list[int]], config: gpt2.GenerateConfig, at_once: int
+) -> Iterator[list[int]]:
+    """How the model goes on after each prompt, those of like lengths at once."""
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    new: dict[int, list[int]] = {}
+    for first in range(0, len(ids), at_once):
+        some = order[first : first + at_once]
+        new |= zip(some, gpt2.generate(model, [ids[i] for i in some], config), strict=True)
+    return (new[i] for i in range(len(ids)))
+
+
+def begin(file: Path, made: Mapping[str, Any], wanted: Sequence[Asked], *, overwrite: bool) -> int:
     """Make the file ready to be appended to; gives how many prompts it answers already.
 
     A line that was cut short when its writer was stopped is taken off.
+
+    Args:
+        file: of the predictions.
+        made: all that decides what they are.
+        wanted: the prompts.
+        overwrite: what the file holds may go.
 
     Raises:
         ValueError: it answers other prompts or was made with something else, and nothing said to
@@ -57,37 +73,42 @@ def begin(
         OSError: it cannot be written.
     """
     record = file.with_name(f"{file.name}.made.json")
-    made = json.loads(json.dumps(made_with))  # as it is read back
     if overwrite or not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.unlink(missing_ok=True)
-        beside = record.with_suffix(".part")
-        beside.write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
-        os.replace(beside, record)
-        file.touch()
+        _make(file, record, made)
         return 0
     again = "Name another --output, or pass --overwrite true."
     if not (file.is_file() and record.is_file()):
-        raise ValueError(
-            f"{file} is there, and not by this script: {record.name} is missing. {again}"
-        )
+        raise ValueError(f"{file} is not this script's, for {record.name} is missing. {again}")
     before = json.loads(record.read_text(encoding="utf-8"))
-    if odd := sorted(k for k in {*made, *before} if made.get(k) != before.get(k)):
-        told = ", ".join(f"{k} {before.get(k)!r:.60} (now {made.get(k)!r:.60})" for k in odd)
+    now = json.loads(json.dumps(made))  # as it is read back
+    if odd := sorted(k for k in {*now, *before} if now.get(k) != before.get(k)):
+        told = ", ".join(f"{k} {before.get(k)!r:.60} (now {now.get(k)!r:.60})" for k in odd)
         raise ValueError(f"{file} was made with other options: {told}. {again}")
-    prompts = [line["prompt"] for line in _whole_lines(file)]
+    prompts = [line["prompt"] for line in _lines(file)]
     if prompts != [a.prompt for a in wanted[: len(prompts)]]:
-        raise ValueError(f"{file} answers other prompts, or in another order. {again}")
+        raise ValueError(f"{file} answers other prompts than these. {again}")
     return len(prompts)
 
 
-def _whole_lines(file: Path) -> list[dict[str, Any]]:
+def _make(file: Path, record: Path, made: Mapping[str, Any]) -> None:
+    """An empty file, and beside it what it is made with."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.unlink(missing_ok=True)
+    part = record.with_suffix(".part")
+    part.write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+    part.replace(record)
+    file.touch()
+
+
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
     """The lines of a file, after its last one is taken off if it has no end."""
-    whole = file.read_bytes()
-    end = whole.rfind(b"\n") + 1
-    if end < len(whole):
-        os.truncate(file, end)
-    return [json.loads(line) for line in whole[:end].splitlines()]
+    with file.open("rb+") as stream:
+        for line in stream:
+            if line.endswith(b"\n"):
+                yield json.loads(line)
+            else:
+                stream.seek(-len(line), os.SEEK_END)
+                stream.truncate()
 
 
 @contextmanager
@@ -117,7 +138,7 @@ def append(file: Path, answers: Iterable[tuple[Asked, str]]) -> None:
 
 def score(file: Path) -> str:
     """How many of the prompts with references were answered as one of them, word for word."""
-    lines = [line for line in _whole_lines(file) if "references" in line]
+    lines = [line for line in _lines(file) if "references" in line]
     if not lines:
         return ""
     exact = sum(line["prediction"] in line["references"] for line in lines)

@@ -43,7 +43,7 @@ def run(
     data = [inputs.encode(texts, tokenizer, model, options) for texts in examples]
     for name in names:
         opts.inject(model, options, name)
-    ids = inputs.encode_prompts(prompts, tokenizer, model, sampling.max_new_tokens)
+    ids = inputs.encode_prompts(prompts, tokenizer, model, sampling, options.separator)
     place = folder.prepare(options.res_path, names)
     for name, dataset in zip(names, data, strict=True):
         lora.activate(model, name)

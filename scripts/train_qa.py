@@ -79,7 +79,7 @@ def main(argv: guard.Arguments = None) -> None:
     counts = {"base": lora.count_parameters(model)}
     opts.inject(model, options)
     counts["LoRA"] = lora.count_parameters(model)
-    ids = inputs.encode_prompts(prompts, tokenizer, model, sampling.max_new_tokens)
+    ids = inputs.encode_prompts(prompts, tokenizer, model, sampling, options.separator)
     total, losses = gpt2.total_steps(len(data), training), list[float]()
     console.print(report.parameter_table(counts))
     told = f"{report.examples_line(data)} {total:,} steps, by {options.config or DEMO.name}."

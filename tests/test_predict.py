@@ -200,9 +200,9 @@ def test_another_adapter_options_or_prompts_are_refused(adapter, capsys):
 
 def test_a_file_of_somebody_else_is_not_touched(capsys):
     Path("predictions.jsonl").write_text("mine\n")
-    assert "not by this script" in refused(capsys)
+    assert "is not this script" in refused(capsys)
     Path("folder").mkdir()
-    assert "not by this script" in refused(capsys, "--output", "folder")
+    assert "is not this script" in refused(capsys, "--output", "folder")
 
 
 @pytest.mark.parametrize(

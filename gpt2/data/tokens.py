@@ -82,6 +82,7 @@ def encode(
     max_length: int = 1024,
     eos: bool = True,
     answer_only: bool = False,
+    separator: int | None = None,
 ) -> Dataset:
     """Tokenise examples; a string is learnt as a whole.
 
@@ -93,17 +94,20 @@ def encode(
         max_length: tokens an example at most; a longer one is cut and counted in `truncated`.
         eos: end each example with the end-of-text token, and learn to write it.
         answer_only: learn the completion, not the prompt.
+        separator: a token id between prompt and completion, as the prompt's last; give it to the
+            model at the end of each prompt.
 
     Raises:
-        ValueError: no examples, one string for all, `max_length` below 2, or listing the examples
-            (by number, from 1) that are left without a token to learn.
+        ValueError: no examples, one string for all, `max_length` below 2, a separator that is no
+            id, or listing the examples (by number, from 1) that are left without a token to learn.
     """
-    _check(examples, tokenizer, max_length, (eos, answer_only))
+    _check(examples, tokenizer, max_length, (eos, answer_only), separator)
+    between = [] if separator is None else [separator]
     tokens, ends, ignored = array("i"), array("q"), array("i")
     truncated, untaught = 0, list[int]()
     for number, example in enumerate(examples, 1):
         example = _example(example, number)
-        prompt = tokenizer.encode(example.prompt)
+        prompt = tokenizer.encode(example.prompt) + between * bool(example.prompt)
         ids = prompt + tokenizer.encode(example.completion) + [tokenizer.eos] * eos
         truncated += len(ids) > max_length
         ids = ids[:max_length]
@@ -125,11 +129,17 @@ def encode(
 
 
 def _check(
-    examples: object, tokenizer: object, max_length: int, options: tuple[bool, bool]
+    examples: object,
+    tokenizer: object,
+    max_length: int,
+    options: tuple[bool, bool],
+    separator: int | None,
 ) -> None:
     """The errors that `encode` promises before it reads."""
     if type(max_length) is not int or max_length < 2:
         raise ValueError(f"max_length must be at least 2, and whole, got {max_length!r}.")
+    if separator is not None and (type(separator) is not int or separator < 0):
+        raise ValueError(f"separator must be a token id, or None, got {separator!r}.")
     if isinstance(examples, str | Example):
         kind = "string" if type(examples) is str else "Example"
         raise ValueError(f"examples is one {kind}, {str(examples)[:20]!r}…: give a list of them.")
