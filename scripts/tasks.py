@@ -37,6 +37,8 @@ def run(
         ValueError: two files of one name, or what reading, training and generating raise.
     """
     names = named(options.tasks)
+    if sampling.num_beams > 1:
+        raise ValueError("--tasks routes each row of a batch, so generate.num_beams must be 1.")
     folder.check(options.res_path, overwrite=options.overwrite, adapters=names)
     examples, prompts = inputs.read(options.tasks, options)
     model = inputs.base(options, device)

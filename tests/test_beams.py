@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from copy import deepcopy
 
 import pytest
@@ -12,6 +13,7 @@ from toys import randomize
 import gpt2
 import lora
 from gpt2.beams import NOTHING, Beams, continuations, forbid_repeats
+from gpt2.fast.decoding import Repeated
 
 PROMPTS = [[7, 8, 9, 10, 11], [3], [50, 4, 50, 4, 50, 4, 2, 1], [12, 13]]
 TEXTS = ("In the beginning", "Q: What does physics explain?\nA:", "The capital of France is", "He")
@@ -268,6 +270,44 @@ def test_several_ends_without_beams():
     cut = [min([i for i, token in enumerate(text) if token in ends], default=20) for text in free]
     config = gpt2.GenerateConfig(max_new_tokens=20, eos=ends)
     assert gpt2.generate(model, PROMPTS, config) == [t[:n] for t, n in zip(free, cut, strict=True)]
+
+
+class Fixed(Repeated):
+    """Every step has the shapes of the first, as captured and compiled ones must."""
+
+    def __init__(self, device: torch.device, times: int, compile: bool) -> None:
+        super().__init__(device, times, compile)
+        self.fixed = True
+
+
+@pytest.mark.parametrize("how", ["fixed", "compiled"])
+def test_steps_of_one_shape_change_no_text(how, monkeypatch):
+    model, config = tiny(), search(eos=(5, 40), no_repeat_ngram=3, num_beams=3)
+    expected = gpt2.generate(model, PROMPTS, config)
+    if how == "compiled" and not (shutil.which("c++") or shutil.which("g++")):
+        pytest.skip("torch.compile needs a C++ compiler here")
+    monkeypatch.setattr("gpt2.beams.Repeated", Fixed)
+    assert gpt2.generate(model, PROMPTS, config, compile=how == "compiled") == expected
+    torch._dynamo.reset()
+
+
+def test_a_step_writes_where_its_tensors_lie():
+    """As a CUDA graph must; and all that it writes to is told."""
+    beams = Beams(tiny(), PROMPTS, search(no_repeat_ngram=2))
+    told = beams._changed()
+    before = [tensor.clone() for tensor in told]
+    held = {id(tensor) for tensor in told}
+    own = {id(value): name for name, value in vars(beams).items() if torch.is_tensor(value)}
+    unchanged = {
+        id(value): value.clone() for value in vars(beams).values() if torch.is_tensor(value)
+    }
+    beams.step()
+    assert {id(value) for value in vars(beams).values() if torch.is_tensor(value)} == {*own}
+    assert held == {id(tensor) for tensor in beams._changed()}
+    for value in vars(beams).values():
+        if torch.is_tensor(value) and id(value) not in held:
+            assert torch.equal(value, unchanged[id(value)]), own[id(value)]
+    assert sum(not torch.equal(a, b) for a, b in zip(before, told, strict=True)) >= 6
 
 
 def test_half_precision_searches_too():
