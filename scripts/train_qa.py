@@ -35,6 +35,7 @@ def parse(argv: guard.Arguments) -> Namespace:
     add = parser.add_argument
     add("--config", type=str | None, help="YAML file of options, by default the demo's; flags win")
     add("--model_name", type=str, default="demo", help="demo, gpt2, org/repo, a folder or a file")
+    add("--base_dropout", type=float | None, help="the base's own dropouts; by default as it says")
     add("--device", type=str | None, help="by default the GPU if there is one")
     add("--data", type=str, default=str(inputs.ARTICLE), help=inputs.FORMATS)
     add("--tasks", type=str, nargs="+", help="data files: an adapter for each, on one base")
@@ -73,12 +74,12 @@ def main(argv: guard.Arguments = None) -> None:
         return
     folder.check(options.res_path, overwrite=options.overwrite)
     (examples,), prompts = inputs.read([options.data], options)
-    model = gpt2.GPT2.from_pretrained(options.model_name, device=device)
+    model = inputs.base(options, device)
     data = inputs.encode(examples, tokenizer, model, options)
     counts = {"base": lora.count_parameters(model)}
     opts.inject(model, options)
     counts["LoRA"] = lora.count_parameters(model)
-    ids = inputs.encode_prompts(prompts, tokenizer, model, sampling.max_new_tokens)
+    ids = inputs.encode_prompts(prompts, tokenizer, model, sampling, options.separator)
     total, losses = gpt2.total_steps(data, training), list[float]()
     console.print(report.parameter_table(counts))
     told = f"{report.examples_line(data)} {total:,} steps, by {options.config or DEMO.name}."

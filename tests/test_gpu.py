@@ -102,7 +102,14 @@ def test_dropout_is_drawn_anew_in_each_step_and_a_seed_fixes_it(how):
 
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("rows", [1, 8])
-@pytest.mark.parametrize("config", [{}, {"temperature": 0.8, "repetition_penalty": 1.3}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"temperature": 0.8, "repetition_penalty": 1.3},
+        {"num_beams": 5, "length_penalty": 0.8, "no_repeat_ngram": 3},
+    ],
+)
 def test_captured_decoding_gives_the_tokens_of_the_cpu(compile, rows, config):
     model = build(DRY, torch.float32)
     with torch.no_grad():

@@ -33,6 +33,7 @@ def open_data(
     max_length: int = 1024,
     eos: bool = True,
     answer_only: bool = False,
+    separator: int | None = None,
     tell: Callable[[str], None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Dataset:
@@ -43,7 +44,7 @@ def open_data(
 
     Args:
         path, fields: as for `read_examples`.
-        tokenizer, max_length, eos, answer_only: as for `encode`; the tokenizer of a store has a
+        tokenizer, max_length, eos, answer_only, separator: as for `encode`; the tokenizer has a
             `fingerprint`.
         cache: the folder for the store; by default it lies beside the file.
         tell: is given a line where a store is made, and why.
@@ -55,7 +56,7 @@ def open_data(
         RuntimeError: the file changed while it was read.
         OSError: the store cannot be written.
     """
-    path, options = Path(path), Options(max_length, eos, answer_only)
+    path, options = Path(path), Options(max_length, eos, answer_only, separator)
     check(tokenizer, options)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing or no file.")
