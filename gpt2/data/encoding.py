@@ -21,7 +21,7 @@ from gpt2.data.examples import SHOWN, Example
 from gpt2.data.tokens import Array, Dataset, places
 
 AT_A_TIME = 4096  # examples that are encoded together
-THREADS = 8  # at most; one reads the examples meanwhile
+THREADS = 8  # at most
 
 
 class Encoder(Protocol):
@@ -168,7 +168,7 @@ def _in_threads(
     if not hasattr(tokenizer, "encode_many"):
         yield from (_block(some, tokenizer, options) for some in texts)
         return
-    threads = min(THREADS, os.cpu_count() or 1)
+    threads = min(THREADS, max(1, (os.cpu_count() or 1) - 1))  # one reads meanwhile
     waiting: deque[Future[Block]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for some in texts:

@@ -52,7 +52,7 @@ def open_data(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: as `read_examples` and `encode`.
+        ValueError: as `read_examples` and `encode`; something else has the store's place.
         RuntimeError: the file changed while it was read.
         OSError: the store cannot be written.
     """
@@ -118,6 +118,10 @@ def _reason_to_make(place: Path, about: Mapping[str, Any], path: Path) -> str:
     """Why the store cannot be taken for these tokens; empty if it can."""
     if not place.exists():
         return "there are none yet"
+    if not (place / HEADER).is_file():
+        raise ValueError(
+            f"{place} is in the way, and no store of tokens: move it, or name another cache."
+        )
     try:
         header = read_json(place / HEADER)
         if faults := _faults(place, header):
