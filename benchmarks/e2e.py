@@ -7,8 +7,8 @@ of 630 prompts with all their references, greedy and by beams, and the times.
     python -m benchmarks.e2e DATA --choose r=8,16 lr=0.001,0.002 targets='[[c_attn],[c_attn,c_fc]]'
 
 DATA is a folder of train.jsonl (or train.jsonl.gz), valid.jsonl and test.jsonl, whose rows have
-`prompt` and `completion`. `--choose` trains ours with each combination of options and judges by valid
-alone; `--quick` takes a slice: does it all run?
+`prompt` and `completion`. `--choose` trains ours with each combination of options and judges by
+valid alone; `--quick` takes a slice: does it all run?
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def choose(task: Task, grid: Sequence[str], out: str | None) -> None:
 
 
 def measured(case: str, task: Task) -> dict[str, Any]:
-    """Train a case: what it took, its held-out loss, and BLEU and seconds of both ways to decode."""
+    """Train a case: what it took, held-out loss, and BLEU and seconds of both ways to decode."""
     model, steps, seconds, trainable = train(case, task)
     found: dict[str, Any] = {"device": task.device, "examples": len(task.train)}
     found |= {"prompts": len(task.judged), "trainable": trainable, "steps": steps}
