@@ -13,7 +13,7 @@ if __name__ == "__main__":  # on top, so that Ctrl-C during the imports below en
 
     sys.exit(command.start("predict", sys.argv[1:]))
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,6 @@ import inputs
 import lora
 import options as opts
 import predictions
-
-WINDOW = 4  # batches that are written at once, their prompts sorted by length
 
 
 def parse(argv: guard.Arguments) -> Namespace:
@@ -69,7 +67,6 @@ def main(argv: guard.Arguments = None) -> None:
     made_with = made(options, adapter)
     done = predictions.begin(output, made_with, wanted, overwrite=options.overwrite)
     at_once = max(1, options.batch_size // config.num_beams)
-    windows = [slice(i, i + WINDOW * at_once) for i in range(done, len(ids), WINDOW * at_once)]
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("prompts"), TimeRemainingColumn())
     with (
         predictions.told_where(output, len(ids)) as written,
@@ -77,13 +74,13 @@ def main(argv: guard.Arguments = None) -> None:
     ):
         task = bar.add_task("", total=len(ids), completed=done)
         written.append(done)
-        for window in windows:
-            answers: list[str] = []
-            for tokens in predictions.continued(model, ids[window], config, at_once):
-                answers.append(tokenizer.decode(tokens))
-                bar.advance(task)
-            predictions.append(output, zip(wanted[window], answers, strict=True))
-            written.append(len(answers))
+        for start in range(done, len(ids), at_once):
+            some = slice(start, start + at_once)
+            # Prompt i draws with seed + i, in whatever batch it is.
+            rows = gpt2.generate(model, ids[some], replace(config, seed=config.seed + start))
+            predictions.append(output, zip(wanted[some], map(tokenizer.decode, rows), strict=True))
+            written.append(len(rows))
+            bar.advance(task, len(rows))
     console.print(f"{predictions.score(output)}Predictions: {output}", soft_wrap=True)
 
 
