@@ -40,11 +40,15 @@ def parse(argv: guard.Arguments) -> Namespace:
     flag = {"type": bool, "nargs": "?", "const": True, "default": False}
     add("--overwrite", **flag, help="replace what the output holds")
     add("--fields", type=dict[str, str] | None, help="--fields.question NAME: the file's own names")
-    add("--batch_size", type=int, default=64, help="rows at a time; a prompt takes num_beams rows")
+    rows = "rows at a time, num_beams of them a prompt; by default 64, and 512 on a GPU"
+    add("--batch_size", type=int | None, help=rows)
     add("--separator", type=int | None, help="the token id after each prompt in training")
     add("--device", type=str | None, help="by default the GPU if there is one")
     parser.add_class_arguments(gpt2.GenerateConfig, as_group=False)
     options = opts.flags(parser, argv)
+    options.device = cli.pick_device(options.device)
+    if options.batch_size is None:
+        options.batch_size = 64 if options.device == "cpu" else 512
     if options.batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {options.batch_size}.")
     return options
@@ -57,7 +61,7 @@ def main(argv: guard.Arguments = None) -> None:
     config, tokenizer = cli.build(gpt2.GenerateConfig, options), gpt2.Tokenizer()
     wanted = predictions.asked(gpt2.read_prompts(options.prompts, options.fields))
     adapter = None if options.adapter is None else cli.adapter_folder(options.adapter)
-    model = gpt2.GPT2.from_pretrained(options.base, device=cli.pick_device(options.device))
+    model = gpt2.GPT2.from_pretrained(options.base, device=options.device)
     if adapter is not None:
         lora.load(model, adapter)
     texts = [gpt2.Example(a.prompt, "") for a in wanted]

@@ -72,7 +72,7 @@ def begin(file: Path, made: Mapping[str, Any], wanted: Sequence[Asked], *, overw
     if odd := sorted(k for k in {*now, *before} if now.get(k) != before.get(k)):
         told = ", ".join(f"{k} {before.get(k)!r:.60} (now {now.get(k)!r:.60})" for k in odd)
         raise ValueError(f"{file} was made with other options: {told}. {again}")
-    prompts = [line["prompt"] for line in _lines(file)]
+    prompts = [line.get("prompt") for line in _lines(file)]
     if prompts != [a.prompt for a in wanted[: len(prompts)]]:
         raise ValueError(f"{file} answers other prompts than these. {again}")
     return len(prompts)
