@@ -4,11 +4,11 @@ Base, ours, PEFT's with the same A, B, order and options, and full fine-tuning: 
 of 630 prompts with all their references, greedy and by beams, and the times.
 
     python -m benchmarks.e2e DATA                 # the recipe of scripts/configs/e2e.yaml
-    python -m benchmarks.e2e DATA --choose        # a grid, judged by valid.jsonl alone
-    python -m benchmarks.e2e DATA --quick         # a slice: does it all run?
+    python -m benchmarks.e2e DATA --choose r=8,16 lr=0.001,0.002 targets='[[c_attn],[c_attn,c_fc]]'
 
 DATA is a folder of train.jsonl (or train.jsonl.gz), valid.jsonl and test.jsonl, whose rows have
-`prompt` and `completion`. What is chosen is chosen on valid; test is for the last word.
+`prompt` and `completion`. `--choose` trains ours with each combination of options and judges by
+valid alone; `--quick` takes a slice: does it all run?
 """
 
 from __future__ import annotations
@@ -35,11 +35,8 @@ from gpt2.data.batches import collate
 
 RECIPE = Path(__file__).parents[1] / "scripts" / "configs" / "e2e.yaml"
 CASES = ("base", "ours", "PEFT", "full")
-GRID = {
-    "r": (8, 16, 32),
-    "lr": (1e-3, 2e-3, 4e-3),
-    "epochs": (2, 3),
-}
+GRID = ("r=8,16", "lr=0.001,0.002")
+ADAPTER = {field.name for field in dataclasses.fields(lora.LoRAConfig)}
 FULL_LR = 0.25  # of the adapter's learning rate, for all weights
 
 
@@ -77,23 +74,21 @@ class Task:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="E2E NLG, ours and others.")
     parser.add_argument("data", type=Path, help="folder of train, valid and test")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--out", help="file to append JSON lines to")
-    parser.add_argument("--choose", action="store_true", help="a grid, judged on valid")
+    parser.add_argument("--choose", nargs="*", metavar="OPTION=A,B", help="judged on valid")
     parser.add_argument("--quick", action="store_true", help="a slice: does it all run?")
     a = parser.parse_args()
     bleu([" a b c d ."], [[" a b c d ."]])  # before the work, whether there is a sacrebleu
-    task = prepare(a.data, a.device, quick=a.quick, judged="valid" if a.choose else "test")
-    if a.choose:
-        choose(task, a.out)
+    task = prepare(a.data, a.device, quick=a.quick, judged="test" if a.choose is None else "valid")
+    if a.choose is not None:
+        choose(task, a.choose or GRID, a.out)
         return
     for case in a.cases:
-        model, fields = train(case, task)
-        report(case, model, task, a.out, **fields)
-        del model
+        harness.emit("e2e", a.out, case=case, **measured(case, task))
         harness.free()
 
 
@@ -104,7 +99,7 @@ def prepare(folder: Path, device: str, *, quick: bool, judged: str) -> Task:
     if quick:
         limits = {"train": 64, "valid": 32, judged: 32}
         recipe["epochs"] = 1
-        recipe["generate"] |= {"max_new_tokens": 12, "num_beams": 2}
+        recipe["generate"] |= {"max_new_tokens": 8, "num_beams": 2}
     split = {name: read(folder, name, limit) for name, limit in limits.items()}
     options = {"max_length": recipe["max_token_length"], "eos": True, "answer_only": True}
     data = {n: gpt2.encode(split[n], gpt2.Tokenizer(), **options) for n in ("train", "valid")}
@@ -124,77 +119,85 @@ def read(folder: Path, split: str, limit: int | None) -> list[gpt2.Example]:
         return [gpt2.Example(**json.loads(line)) for line in islice(lines, limit)]
 
 
-def choose(task: Task, out: str | None) -> None:
-    """Train ours over the grid; held-out loss and BLEU on valid."""
-    for values in product(*GRID.values()):
-        chosen = dict(zip(GRID, values, strict=True))
-        adapter = {**task.recipe["lora"], "r": chosen["r"], "alpha": 2 * chosen["r"]}
-        recipe = {**task.recipe, "lr": chosen["lr"], "epochs": chosen["epochs"], "lora": adapter}
-        trial = dataclasses.replace(task, recipe=recipe)
-        model, fields = train("ours", trial)
-        report("choose", model, trial, out, judged="valid", **chosen, **fields)
-        del model
+def choose(task: Task, grid: Sequence[str], out: str | None) -> None:
+    """Train ours with each combination of `option=value,value`; alpha is 2 r unless it is given."""
+    pairs = [option.partition("=") for option in grid]
+    values = [yaml.safe_load(v if v.startswith("[") else f"[{v}]") for _, _, v in pairs]
+    for combination in product(*values):
+        chosen = dict(zip((name for name, _, _ in pairs), combination, strict=True))
+        adapter = {**task.recipe["lora"], **{k: v for k, v in chosen.items() if k in ADAPTER}}
+        if "r" in chosen and "alpha" not in chosen:
+            adapter["alpha"] = 2 * chosen["r"]
+        rest = {k: v for k, v in chosen.items() if k not in ADAPTER}
+        if unknown := sorted({*rest} - {*task.recipe}):
+            raise SystemExit(
+                f"The recipe has no {', '.join(unknown)}, only {', '.join(task.recipe)}."
+            )
+        trial = dataclasses.replace(task, recipe={**task.recipe, **rest, "lora": adapter})
+        harness.emit("e2e_choose", out, case=str(chosen), **measured("ours", trial))
         harness.free()
 
 
-def train(case: str, task: Task) -> tuple[gpt2.GPT2, dict[str, Any]]:
-    """The trained model of a case, its steps and its seconds."""
-    if case == "base":
-        return task.base(), {"steps": 0, "training_seconds": 0.0}
-    if case == "PEFT":
-        return _train_peft(task)
+def measured(case: str, task: Task) -> dict[str, Any]:
+    """Train a case: what it took, held-out loss, and BLEU and seconds of both ways to decode."""
+    model, steps, seconds, trainable = train(case, task)
+    found: dict[str, Any] = {"device": task.device, "examples": len(task.train)}
+    found |= {"prompts": len(task.judged), "trainable": trainable, "steps": steps}
+    found |= {"training_seconds": round(seconds, 2), "steps_per_s": round(steps / seconds, 1)}
+    found["valid_loss"] = round(held_out_loss(model, task.valid), 4)
+    beams = gpt2.GenerateConfig(**task.recipe["generate"])
+    greedy = gpt2.GenerateConfig(max_new_tokens=beams.max_new_tokens)
+    for way, config in {"greedy": greedy, "beams": beams}.items():
+        began = time.perf_counter()
+        texts = predict(model, list(task.judged), config, task.at_once)
+        found[f"{way}_seconds"] = round(time.perf_counter() - began, 2)
+        found[f"{way}_bleu"] = round(bleu(texts, list(task.judged.values())), 2)
+    return found
+
+
+def train(case: str, task: Task) -> tuple[gpt2.GPT2, int, float, int]:
+    """The trained model of a case, its steps, its seconds, and how many weights were trained."""
     config = task.training
+    model = task.base() if case in ("base", "full") else task.adapted()
+    trainable = 0 if case == "base" else lora.count_parameters(model).trainable
+    steps, began = 0, time.perf_counter()
+    if case == "PEFT":
+        wrapped: Any = models.theirs(model, torch.float32).train()
+        began = time.perf_counter()
+        steps = _peft_steps(wrapped, task)
+        seconds = time.perf_counter() - began
+        with tempfile.TemporaryDirectory() as folder:  # its adapter under our base
+            wrapped.save_pretrained(folder)
+            model = task.base()
+            lora.load(model, folder)
+        return model, steps, seconds, trainable
     if case == "full":
-        model = task.base().requires_grad_(True)
         config = dataclasses.replace(config, lr=config.lr * FULL_LR)
-    else:
-        model = task.adapted()
-    began, steps = time.perf_counter(), 0
-    for record in gpt2.train(model, task.train, config):
-        steps = record.step
-    return model, {"steps": steps, "training_seconds": round(time.perf_counter() - began, 2)}
+    if case != "base":
+        steps = sum(1 for _ in gpt2.train(model, task.train, config))
+    return model, steps, time.perf_counter() - began, trainable
 
 
-def _train_peft(task: Task) -> tuple[gpt2.GPT2, dict[str, Any]]:
-    """PEFT's plain loop from our factors, over our batches; then its adapter under our base."""
-    config, ours = task.training, task.adapted()
-    wrapped: Any = models.theirs(ours, torch.float32).train()
+def _peft_steps(wrapped: Any, task: Task) -> int:
+    """PEFT's plain loop from our factors, over our batches; the steps it took."""
+    config, device = task.training, torch.device(task.device)
     trained = [p for p in wrapped.parameters() if p.requires_grad]
     options = {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
     optimizer = torch.optim.AdamW(trained, lr=config.lr, **options)
-    total, step, began = gpt2.total_steps(task.train, config), 0, time.perf_counter()
+    total, step = gpt2.total_steps(task.train, config), 0
     for epoch in range(config.epochs or 1):
         for batch in gpt2.batches(task.train, config.batch_size, seed=config.seed, epoch=epoch):
             step += 1
-            batch = batch.to(torch.device(task.device))
+            batch = batch.to(device)
             for group in optimizer.param_groups:
                 group["lr"] = gpt2.learning_rate(step, total, config)
             wrapped(input_ids=batch.idx, labels=batch.labels).loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, config.clip or float("inf"))
             optimizer.step()
             optimizer.zero_grad()
-    _finish(task.device)
-    seconds = round(time.perf_counter() - began, 2)
-    model = task.base()
-    with tempfile.TemporaryDirectory() as folder:
-        wrapped.save_pretrained(folder)
-        lora.load(model, folder)
-    return model, {"steps": step, "training_seconds": seconds}
-
-
-def report(case: str, model: gpt2.GPT2, task: Task, out: str | None, **fields: Any) -> None:
-    """One line: held-out loss, and BLEU and seconds of both ways to decode."""
-    generate = task.recipe["generate"]
-    beams = gpt2.GenerateConfig(**generate)
-    ways = {"greedy": gpt2.GenerateConfig(max_new_tokens=beams.max_new_tokens), "beams": beams}
-    found: dict[str, Any] = {"valid_loss": round(held_out_loss(model, task.valid), 4)}
-    for way, config in ways.items():
-        began = time.perf_counter()
-        texts = predict(model, list(task.judged), config, task.at_once)
-        found[f"{way}_seconds"] = round(time.perf_counter() - began, 2)
-        found[f"{way}_bleu"] = round(bleu(texts, list(task.judged.values())), 2)
-    counts = {"examples": len(task.train), "prompts": len(task.judged)}
-    harness.emit("e2e", out, case=case, device=task.device, **counts, **fields, **found)
+    if task.device != "cpu":
+        torch.cuda.synchronize()
+    return step
 
 
 @torch.no_grad()
@@ -206,7 +209,7 @@ def held_out_loss(model: gpt2.GPT2, data: gpt2.Dataset, batch_size: int = 64) ->
     model.eval()
     for start in range(0, len(order), batch_size):
         batch = collate([data[i] for i in order[start : start + batch_size]]).to(device)
-        total += model(batch.idx, batch.labels).double().cpu()
+        total += model(batch.idx, batch.labels).cpu()
         tokens += batch.n_tokens
     return total.item() / tokens
 
@@ -235,11 +238,6 @@ def bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
         [found[i].strip() if i < len(found) else None for found in references] for i in range(most)
     ]
     return corpus_bleu(list(texts), columns, lowercase=True, tokenize="13a").score
-
-
-def _finish(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -164,6 +164,17 @@ COLUMNS: dict[str, dict[str, Cell]] = {
         "ms": _number("kernel_ms", ".2f"),
         "kernels": _number("kernels"),
     },
+    "e2e": {
+        "case": _case,
+        "trained weights": _number("trainable"),
+        "held-out loss": _number("valid_loss", ".3f"),
+        "BLEU, greedy": _number("greedy_bleu", ".1f"),
+        "BLEU, beams": _number("beams_bleu", ".1f"),
+        "training, s": _number("training_seconds", ".0f"),
+        "steps/s": _number("steps_per_s", ".0f"),
+        "greedy, s": _number("greedy_seconds", ".1f"),
+        "beams, s": _number("beams_seconds", ".1f"),
+    },
     "curve": {
         "base": _case,
         "mean loss of each tenth of the run": lambda row, _: " · ".join(map(str, row["curve"])),

@@ -66,9 +66,7 @@ class Beams:
         logits, self.cache = prefill(model, rows, slots)
         self.cache.repeat(K)
         self._shared = min(map(len, rows))  # slots that hold the same in all beams of a prompt
-        before = torch.tensor(
-            _right_aligned(rows, config), dtype=torch.long, device=device
-        )  # (B, P)
+        before = torch.tensor(_before(rows, config), dtype=torch.long, device=device)  # (B, P)
         self._before = before.shape[1]
         self.history = torch.full((B, K, self._before + N), NOTHING, device=device)
         self.history[..., : self._before] = before[:, None]
@@ -206,7 +204,7 @@ def forbid_repeats(log_probs: Tensor, history: Tensor, end: Tensor, size: int) -
     log_probs.scatter_reduce_(1, runs[..., -1].clamp(min=0), ceiling, "amin")
 
 
-def _right_aligned(rows: Sequence[Sequence[int]], config: GenerateConfig) -> list[list[int]]:
+def _before(rows: Sequence[Sequence[int]], config: GenerateConfig) -> list[list[int]]:
     """What stands before the new tokens, P places a row: the prompts if they count, or nothing."""
     counted = rows if config.no_repeat_prompt else [()] * len(rows)
     places = max((config.no_repeat_ngram or 1) - 1, *map(len, counted))

@@ -13,7 +13,7 @@ if __name__ == "__main__":  # on top, so that Ctrl-C during the imports below en
 
     sys.exit(command.start("predict", sys.argv[1:]))
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,6 @@ import lora
 import options as opts
 import predictions
 
-WINDOW = 4  # batches that are written at once, their prompts sorted by length
-
 
 def parse(argv: guard.Arguments) -> Namespace:
     """The script's own options, and the library's."""
@@ -42,11 +40,15 @@ def parse(argv: guard.Arguments) -> Namespace:
     flag = {"type": bool, "nargs": "?", "const": True, "default": False}
     add("--overwrite", **flag, help="replace what the output holds")
     add("--fields", type=dict[str, str] | None, help="--fields.question NAME: the file's own names")
-    add("--batch_size", type=int, default=64, help="rows at a time; a prompt takes num_beams rows")
+    rows = "rows at a time, num_beams of them a prompt; by default 64, and 512 on a GPU"
+    add("--batch_size", type=int | None, help=rows)
     add("--separator", type=int | None, help="the token id after each prompt in training")
     add("--device", type=str | None, help="by default the GPU if there is one")
     parser.add_class_arguments(gpt2.GenerateConfig, as_group=False)
     options = opts.flags(parser, argv)
+    options.device = cli.pick_device(options.device)
+    if options.batch_size is None:
+        options.batch_size = 64 if options.device == "cpu" else 512
     if options.batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {options.batch_size}.")
     return options
@@ -59,7 +61,7 @@ def main(argv: guard.Arguments = None) -> None:
     config, tokenizer = cli.build(gpt2.GenerateConfig, options), gpt2.Tokenizer()
     wanted = predictions.asked(gpt2.read_prompts(options.prompts, options.fields))
     adapter = None if options.adapter is None else cli.adapter_folder(options.adapter)
-    model = gpt2.GPT2.from_pretrained(options.base, device=cli.pick_device(options.device))
+    model = gpt2.GPT2.from_pretrained(options.base, device=options.device)
     if adapter is not None:
         lora.load(model, adapter)
     texts = [gpt2.Example(a.prompt, "") for a in wanted]
@@ -69,7 +71,6 @@ def main(argv: guard.Arguments = None) -> None:
     made_with = made(options, adapter)
     done = predictions.begin(output, made_with, wanted, overwrite=options.overwrite)
     at_once = max(1, options.batch_size // config.num_beams)
-    windows = [slice(i, i + WINDOW * at_once) for i in range(done, len(ids), WINDOW * at_once)]
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("prompts"), TimeRemainingColumn())
     with (
         predictions.told_where(output, len(ids)) as written,
@@ -77,13 +78,13 @@ def main(argv: guard.Arguments = None) -> None:
     ):
         task = bar.add_task("", total=len(ids), completed=done)
         written.append(done)
-        for window in windows:
-            answers: list[str] = []
-            for tokens in predictions.continued(model, ids[window], config, at_once):
-                answers.append(tokenizer.decode(tokens))
-                bar.advance(task)
-            predictions.append(output, zip(wanted[window], answers, strict=True))
-            written.append(len(answers))
+        for start in range(done, len(ids), at_once):
+            some = slice(start, start + at_once)
+            # Prompt i draws with seed + i, in whatever batch it is.
+            rows = gpt2.generate(model, ids[some], replace(config, seed=config.seed + start))
+            predictions.append(output, zip(wanted[some], map(tokenizer.decode, rows), strict=True))
+            written.append(len(rows))
+            bar.advance(task, len(rows))
     console.print(f"{predictions.score(output)}Predictions: {output}", soft_wrap=True)
 
 

@@ -44,18 +44,6 @@ def digest(files: Iterable[Path]) -> str:
     return sha.hexdigest()[:16]
 
 
-def continued(
-    model: gpt2.GPT2, ids: Sequence[list[int]], config: gpt2.GenerateConfig, at_once: int
-) -> Iterator[list[int]]:
-    """How the model goes on after each prompt, those of like lengths at once."""
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    new: dict[int, list[int]] = {}
-    for first in range(0, len(ids), at_once):
-        some = order[first : first + at_once]
-        new |= zip(some, gpt2.generate(model, [ids[i] for i in some], config), strict=True)
-    return (new[i] for i in range(len(ids)))
-
-
 def begin(file: Path, made: Mapping[str, Any], wanted: Sequence[Asked], *, overwrite: bool) -> int:
     """Make the file ready to be appended to; gives how many prompts it answers already.
 
@@ -84,7 +72,7 @@ def begin(file: Path, made: Mapping[str, Any], wanted: Sequence[Asked], *, overw
     if odd := sorted(k for k in {*now, *before} if now.get(k) != before.get(k)):
         told = ", ".join(f"{k} {before.get(k)!r:.60} (now {now.get(k)!r:.60})" for k in odd)
         raise ValueError(f"{file} was made with other options: {told}. {again}")
-    prompts = [line["prompt"] for line in _lines(file)]
+    prompts = [line.get("prompt") for line in _lines(file)]
     if prompts != [a.prompt for a in wanted[: len(prompts)]]:
         raise ValueError(f"{file} answers other prompts than these. {again}")
     return len(prompts)

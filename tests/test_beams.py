@@ -72,6 +72,7 @@ def theirs(model: gpt2.GPT2, prompts: list[list[int]], config: gpt2.GenerateConf
         {"eos": (5, 40), "length_penalty": 0.0, "no_repeat_ngram": 3, "no_repeat_prompt": True},
         {"no_repeat_ngram": 2, "no_repeat_prompt": True, "num_beams": 10},
         {"no_repeat_ngram": 1, "no_repeat_prompt": True},
+        {"max_new_tokens": 1, "no_repeat_ngram": 2, "no_repeat_prompt": True},
     ],
 )
 def test_a_tiny_models_texts_are_transformers_own(options):

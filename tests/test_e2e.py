@@ -75,10 +75,13 @@ def test_every_case_runs_and_tells_its_loss_bleu_and_seconds(data, judged, monke
 
 def test_choosing_sees_no_test_file(data, judged, monkeypatch):
     (data / "test.jsonl").unlink()
-    monkeypatch.setattr(e2e, "GRID", {"r": (2,), "lr": (1e-3, 2e-3), "epochs": (1,)})
-    started(monkeypatch, data, "--quick", "--choose", "--out", data / "out.jsonl")
+    grid = ["r=2", "targets=[[c_attn], ['c_attn[q,v]']]"]
+    started(monkeypatch, data, "--quick", "--out", data / "out.jsonl", "--choose", *grid)
     lines = [json.loads(line) for line in (data / "out.jsonl").read_text().splitlines()]
-    assert [(line["judged"], line["lr"]) for line in lines] == [("valid", 1e-3), ("valid", 2e-3)]
+    assert [line["benchmark"] for line in lines] == ["e2e_choose"] * 2
+    assert [line["trainable"] for line in lines] == [8 * 2 * (256 + 768), 8 * 2 * 2 * (256 + 256)]
+    with pytest.raises(SystemExit, match="recipe has no rank, only"):
+        started(monkeypatch, data, "--quick", "--choose", "rank=2")
 
 
 def test_the_held_out_loss_is_each_tokens_alone(demo, tokenizer):
