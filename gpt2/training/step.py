@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,6 +36,8 @@ class Stepper:
         optimizer: the AdamW; its groups' `lr` are those of the last step.
         peaks: each group's own learning rate, before the schedule.
         failed: 1 on the device after a step whose loss or gradient was not finite, else 0.
+        taken: how many steps the weights have taken, all runs that were gone on with included.
+        whole: whether weights and moments are of step `taken`; not in the midst of an update.
         graphs: the captured steps, None where they cannot be captured.
 
     Raises:
@@ -52,6 +54,7 @@ class Stepper:
         self.peaks = [float(group["initial_lr"]) for group in self.optimizer.param_groups]
         self.optimizer.zero_grad()  # of what the caller, or a run that was cut short, left
         self.failed = torch.zeros((), dtype=torch.float32, device=self.device)
+        self.taken, self.whole = 0, True
         self.graphs = GraphedCalls() if devices.can_capture(self.device) else None
         self._randomness = RandomState(config.seed, self.device)
         self._network = inner(model)
@@ -86,7 +89,8 @@ class Stepper:
                 batch = batch.to(self.device)
                 self._randomness.begin(step, i)
                 losses.append(self._backward(share, batch.idx, batch.labels))
-            figures = self._update(torch.stack(losses).sum())
+            with self._counted():
+                figures = self._update(torch.stack(losses).sum())
         self._watch.renew_after_step()
         return figures
 
@@ -94,6 +98,31 @@ class Stepper:
         """Drop what was captured, and its memory: the next step captures anew."""
         if self.graphs is not None:
             self.graphs = GraphedCalls()
+
+    def moments(self) -> dict[str, Tensor]:
+        """The optimiser's state by its kind and the parameter's name; empty before a step."""
+        state = self.optimizer.state
+        return {
+            f"{kind}.{name}": tensor
+            for name, p in self.parameters.items()
+            for kind, tensor in state[p].items()
+        }
+
+    def resume(self, taken: int, moments: Mapping[str, Tensor]) -> None:
+        """Go on after step `taken`, whose moments these are."""
+        for key, tensor in moments.items():
+            kind, _, name = key.partition(".")
+            fused = devices.has_fused_adamw(self.device)  # else the host counts the steps
+            home = self.device if kind != "step" or fused else torch.device("cpu")
+            self.optimizer.state[self.parameters[name]][kind] = tensor.to(home, copy=True)
+        self.taken = taken
+
+    @contextmanager
+    def _counted(self) -> Generator[None]:
+        self.whole = False
+        yield
+        self.taken += 1
+        self.whole = True
 
     def _backward(self, share: Tensor, idx: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast):
@@ -122,9 +151,10 @@ class Stepper:
     def _replayed(self, graphs: GraphedCalls, batch: Batch, step: int, share: Tensor) -> Tensor:
         batch = batch.to(self.device)
         inputs = share, batch.idx, batch.labels
-        graphs.prepare(self._step, self._state, *inputs)  # it may draw numbers of its own
-        self._randomness.begin(step, 0)
-        return graphs(self._step, self._state, *inputs).clone()
+        with self._counted():
+            graphs.prepare(self._step, self._state, *inputs)  # it may draw numbers of its own
+            self._randomness.begin(step, 0)
+            return graphs(self._step, self._state, *inputs).clone()
 
     def _step(self, share: Tensor, idx: Tensor, labels: Tensor) -> Tensor:
         return self._update(self._backward(share, idx, labels))
