@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
@@ -44,7 +45,9 @@ def flags(to: ArgumentParser, argv: Arguments, *, defaults: bool = True) -> Name
         ) from None
 
 
-def with_config(to: ArgumentParser, argv: Arguments, default: Path) -> Namespace:
+def with_config(
+    to: ArgumentParser, argv: Arguments, default: Callable[[Namespace], Path]
+) -> Namespace:
     """Options from the YAML file that `--config` names, or the default one, and flags over them.
 
     Of `epochs` and `steps` a flag for one takes the place of the other in the file.
@@ -54,7 +57,7 @@ def with_config(to: ArgumentParser, argv: Arguments, default: Path) -> Namespace
     """
     given = flags(to, argv, defaults=False)
     options = to.get_defaults()
-    file = Path(given["config"]) if "config" in given else default
+    file = Path(given["config"]) if "config" in given else default(given)
     in_file = to.parse_object(read_yaml(file, _known(to)), defaults=False)
     if null := [n for n, value in in_file.items() if value is None and not _optional(to, n)]:
         raise ValueError(f"{file}: {', '.join(null)} cannot be null.")

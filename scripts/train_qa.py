@@ -20,11 +20,14 @@ import folder
 import gpt2
 import guard
 import inputs
+import keeping
 import lora
 import options as opts
 import report
 import results
 import tasks
+import validation
+from gpt2.training import snapshots
 
 DEMO = Path(__file__).resolve().parent / "configs" / "demo.yaml"
 
@@ -52,9 +55,10 @@ def parse(argv: guard.Arguments) -> Namespace:
         gpt2.encode, skip={"examples", "tokenizer", "max_length"}, as_group=False
     )
     parser.add_class_arguments(gpt2.TrainConfig, skip={"batch_size"}, as_group=False)
+    validation.add_options(parser)
     opts.add_lora(parser)
     parser.add_class_arguments(gpt2.GenerateConfig, "generate", skip={"seed"}, as_group=False)
-    options = opts.with_config(parser, argv, DEMO)
+    options = opts.with_config(parser, argv, lambda given: keeping.options_file(given, DEMO))
     for name, least in (("logging_steps", 1), ("max_token_length", 2)):
         if options[name] < least:
             raise ValueError(f"{name} must be at least {least}, got {options[name]}.")
@@ -68,38 +72,46 @@ def main(argv: guard.Arguments = None) -> None:
     training = cli.build(gpt2.TrainConfig, options, batch_size=options.train_batch_size)
     sampling = cli.build(gpt2.GenerateConfig, options.generate, seed=options.seed)
     tokenizer, device = gpt2.Tokenizer(), cli.pick_device(options.device)
+    cli.build(gpt2.RunConfig, options, folder=keeping.check(options))  # bad options first of all
     if options.tasks:
         tasks.run(options, training, sampling, tokenizer, device, console)
         return
-    folder.check(options.res_path, overwrite=options.overwrite)
     (examples,), prompts = inputs.read([options.data], options)
+    examples, held_out, told = validation.apart(examples, options)
     model = gpt2.GPT2.from_pretrained(options.model_name, device=device)
     data = inputs.encode(examples, tokenizer, model, options)
+    unseen = inputs.encode(held_out, tokenizer, model, options) if held_out else None
     counts = {"base": lora.count_parameters(model)}
     opts.inject(model, options)
     counts["LoRA"] = lora.count_parameters(model)
     ids = inputs.encode_prompts(prompts, tokenizer, model, sampling.max_new_tokens)
-    total, losses = gpt2.total_steps(len(data), training), list[float]()
+    total = gpt2.total_steps(len(data), training)
     console.print(report.parameter_table(counts))
-    told = f"{report.examples_line(data)} {total:,} steps, by {options.config or DEMO.name}."
+    told = f"{report.examples_line(data)} {total:,} steps, by {options.config or DEMO.name}.{told}"
     console.print(told, soft_wrap=True)
     clock.lap("load")
 
     with lora.disabled(model):
         base = gpt2.generate(model, ids, sampling)
     clock.lap("base answers")
-    place = folder.prepare(options.res_path)
-    with folder.saved(model, place / folder.ADAPTER, losses):
-        steps = folder.recorded(gpt2.train(model, data, training), place)
-        report.follow(steps, losses, console, total=total, every=options.logging_steps)
-    clock.lap("training")
-    tuned = gpt2.generate(model, ids, sampling)
-    clock.lap("tuned answers")
-
-    told = answers.decoded(tokenizer, base, tuned, sampling)
-    compared = answers.compare(prompts, *told, examples)
-    if compared:
-        console.print(report.answer_table(compared), answers.score(compared))
-    run = {**results.about(options, counts, data), "device": device, "seconds": clock.laps}
-    results.write(place, losses=losses, every=options.logging_steps, answers=compared, run=run)
+    with keeping.begun(options) as place:
+        around = cli.build(gpt2.RunConfig, options, folder=place)
+        again = bool(options.resume)
+        fit = gpt2.fit(model, data, training, validation=unseen, run=around, resume=again)
+        losses = keeping.earlier_losses(fit, place)
+        with keeping.saved(fit, place / folder.ADAPTER):
+            steps = keeping.recorded(fit, place)
+            report.follow(fit, steps, losses, console, every=options.logging_steps)
+        if fit.evaluated:
+            console.print(report.validation_table(fit))
+        clock.lap("training")
+        tuned = gpt2.generate(model, ids, sampling)
+        clock.lap("tuned answers")
+        told = answers.decoded(tokenizer, base, tuned, sampling)
+        compared = answers.compare(prompts, *told, examples)
+        if compared:
+            console.print(report.answer_table(compared), answers.score(compared))
+        run = {**results.about(options, counts, data), "device": device, "seconds": clock.laps}
+        results.write(place, fit, losses, every=options.logging_steps, answers=compared, run=run)
+    snapshots.remove(place)  # the run is over
     report.end(console, place, [place], options.model_name, prompts)

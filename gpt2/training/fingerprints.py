@@ -68,7 +68,7 @@ def _probe(tensor: Tensor) -> bytes:
     whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(flat.element_size())
     bits = flat.view(whole) if whole else flat.to(torch.int64)
     total = int(bits.sum(dtype=torch.int64))
-    return few.view(torch.uint8).cpu().numpy().tobytes() + str(total).encode()
+    return few.contiguous().view(torch.uint8).cpu().numpy().tobytes() + str(total).encode()
 
 
 def _digest(text: bytes) -> str:

@@ -96,7 +96,7 @@ class Fit(Iterator[StepRecord]):
         self.training.run.pauses = lambda step: due(step) or run.is_save_step(step)
         self.made_of: Mapping[str, str] = {}
         self._kept, self._last = _Kept(), dict[str, Tensor]()
-        self._saved_at = time.monotonic()
+        self._saved_at, self.saved_step = time.monotonic(), 0
         try:
             if run.folder is not None:
                 self.made_of = fingerprints.of_run(model, data, config, validation)
@@ -133,6 +133,16 @@ class Fit(Iterator[StepRecord]):
         return self.training.run.taken
 
     @property
+    def told(self) -> int:
+        """How many steps the records told of, in this process and before."""
+        return self.training.run.told
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole run, if nothing stops it early."""
+        return self.training.run.total
+
+    @property
     def evaluated(self) -> dict[int, float]:
         """The validation loss after each step that was evaluated; 0 is before the first."""
         return dict(self._kept.evaluated)
@@ -165,16 +175,12 @@ class Fit(Iterator[StepRecord]):
         run = self.training.run
         if self.options.folder is None or not self.taken or not run.is_whole or self._last:
             return False
-        kept = self._kept
-        snapshots.write(
-            Path(self.options.folder),
-            Snapshot(
-                made_of=self.made_of,
-                state=run.state(),
-                evaluated=kept.evaluated,
-                best=kept.best,
-            ),
+        kept, state = self._kept, run.state()
+        found = Snapshot(
+            made_of=self.made_of, state=state, evaluated=kept.evaluated, best=kept.best
         )
+        snapshots.write(Path(self.options.folder), found)
+        self.saved_step = state.step
         return True
 
     def _ended(self) -> None:
@@ -226,5 +232,5 @@ class Fit(Iterator[StepRecord]):
                 RuntimeWarning,
                 stacklevel=2,
             )
-        self._kept = _Kept(found.evaluated, found.best)
+        self._kept, self.saved_step = _Kept(found.evaluated, found.best), found.state.step
         self.training.run.go_on_from(found.state)

@@ -84,12 +84,16 @@ class Run:
         return self._resumed.step if self._resumed else 0
 
     @property
+    def told(self) -> int:
+        """How many steps were told of and dealt with."""
+        return self.taken - len(self._untold)
+
+    @property
     def is_whole(self) -> bool:
         """Whether a state can be taken: not where an interrupt fell in the midst of an update."""
-        told = self.taken - len(self._untold)
         steps = [step for step, _, _ in self._untold]
         whole = self._stepper is None or self._stepper.whole
-        return whole and steps == list(range(told + 1, self.taken + 1))
+        return whole and steps == list(range(self.told + 1, self.taken + 1))
 
     def state(self) -> RunState:
         """Where the run is; tensors are the run's own, which its next step changes.
@@ -116,6 +120,10 @@ class Run:
         """
         if self._stepper is not None:
             raise RuntimeError("The run has begun: only a new one can go on from a state.")
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                if p.requires_grad:
+                    p.copy_(state.parameters[name])
         self._resumed, self._seconds = state, state.seconds
         self._untold = [(n, tokens, torch.tensor(two)) for n, tokens, *two in state.untold]
 
@@ -128,9 +136,6 @@ class Run:
         """Take the steps, and tell of each."""
         stepper = self._stepper = Stepper(self.model, self.config, self.groups)
         if self._resumed:
-            with torch.no_grad():
-                for name, p in stepper.parameters.items():
-                    p.copy_(self._resumed.parameters[name])
             stepper.resume(self._resumed.step, self._resumed.moments)
             yield from self._told(stepper)
         steps = _steps(self.data, self.config, stepper)

@@ -20,6 +20,7 @@ from torch import Tensor
 from gpt2.training.run import RunState
 
 NAME, BEFORE = "snapshot.safetensors", "snapshot-before.safetensors"
+NAMES = (NAME, BEFORE)
 FORMAT = 1
 
 
@@ -73,6 +74,19 @@ def write(folder: Path, snapshot: Snapshot) -> None:
         made.unlink(missing_ok=True)
 
 
+def check(folder: Path) -> None:
+    """Find out whether there is anything to go on from.
+
+    Raises:
+        FileNotFoundError: there is not.
+    """
+    if not any((folder / name).is_file() for name in NAMES):
+        raise FileNotFoundError(
+            f"{folder} holds no snapshot ({NAME}) to go on from: none was saved there, or the run "
+            "came to its end."
+        )
+
+
 def read(folder: Path) -> tuple[Snapshot, str]:
     """The last snapshot that is whole; and what is wrong with a later one, "" for nothing.
 
@@ -80,25 +94,21 @@ def read(folder: Path) -> tuple[Snapshot, str]:
         FileNotFoundError: there is none.
         ValueError: none is whole.
     """
+    check(folder)
     faults: list[str] = []
-    for file in (folder / NAME, folder / BEFORE):
+    for file in (folder / name for name in NAMES):
         if not file.is_file():
             continue
         try:
             return _read(file), "; ".join(faults)
         except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
             faults.append(f"{file} is cut short or damaged ({str(error)[:200]})")
-    if not faults and not (folder / BEFORE).is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no snapshot ({NAME}) to go on from: none was saved there, or the run "
-            "came to its end."
-        )
     raise ValueError(f"{'; '.join(faults)}: there is no whole snapshot to go on from.")
 
 
 def remove(folder: Path) -> None:
     """Take the snapshots away."""
-    for name in (NAME, BEFORE):
+    for name in NAMES:
         (folder / name).unlink(missing_ok=True)
 
 
