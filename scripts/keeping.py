@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import ArgumentParser, Namespace
 
+import cli
 import folder
 import gpt2
 import lock
@@ -22,38 +24,52 @@ from gpt2.training import snapshots
 TRANSIENT = ("config", "resume", "overwrite", "res_path")  # options of one start, not of the run
 
 
-def check(options: Namespace) -> str:
-    """Find out, and write nothing, whether the run may be begun or gone on with; gives its folder.
+def add_options(to: ArgumentParser) -> None:
+    """Where the results go, and whether a run is there."""
+    place = "folder for the results, by default a new runs/qa-N"
+    to.add_argument("--res_path", type=str | None, help=place)
+    flag: dict[str, Any] = {"nargs": "?", "const": True, "default": False}
+    over = "replace the run that res_path holds"
+    to.add_argument("--overwrite", type=bool, help=over, **flag)
+    again = "go on with the run of res_path, or of the folder that is named"
+    to.add_argument("--resume", type=bool | str, help=again, **flag)
+
+
+def check(options: Namespace) -> None:
+    """Find out, and write nothing, whether the run may be begun or gone on with.
 
     Raises:
         FileNotFoundError: there is nothing to go on with.
-        ValueError: as `folder.check`; options that do not go together.
+        ValueError: as `folder.check`; another run works there; options that do not go together.
     """
-    one = {"validation": options.validation, "save_every": options.save_every}
-    if options.tasks and (
-        given := [n for n, v in one.items() if v] + ["resume"] * bool(options.resume)
-    ):
+    one = {name: options[name] for name in ("validation", "save_every", "resume")}
+    if options.tasks and (given := [name for name, value in one.items() if value]):
         raise ValueError(f"--tasks goes without --{', --'.join(given)}.")
-    if not options.resume:
-        if not options.tasks:
-            folder.check(options.res_path, overwrite=options.overwrite)
-    else:
+    if options.resume:
         named = options.resume if isinstance(options.resume, str) else options.res_path
         if named is None:
             raise ValueError("Name the folder of the run that is to go on: --resume FOLDER.")
         snapshots.check(Path(named))
         options.res_path = named
-    return options.res_path or str(folder.NUMBERED)
+    elif not options.tasks:
+        folder.check(options.res_path, overwrite=options.overwrite)
+    place = Path(options.res_path or folder.NUMBERED)
+    cli.build(gpt2.RunConfig, options, folder=place)
+    if options.res_path and place.is_dir():
+        with lock.held(place):
+            pass
 
 
 @contextmanager
-def begun(options: Namespace) -> Iterator[Path]:
-    """The run's folder, for this run alone, with its options."""
+def begun(options: Namespace) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The run's folder, for this run alone, with its options; and what `gpt2.fit` is told of it."""
     place = Path(options.res_path) if options.resume else folder.prepare(options.res_path)
     with lock.held(place):
         if not options.resume:
             write_options(options, place)
-        yield place
+        run = cli.build(gpt2.RunConfig, options, folder=place)
+        yield place, {"run": run, "resume": bool(options.resume)}
+        snapshots.remove(place)  # the run is over
 
 
 def write_options(options: Namespace, place: Path) -> None:
@@ -143,8 +159,7 @@ def recorded(run: gpt2.Fit, place: Path) -> Iterator[gpt2.StepRecord]:
 def earlier_losses(run: gpt2.Fit, place: Path) -> list[float]:
     """The losses of the steps before this process; lines of steps that are lost are taken away."""
     file = place / folder.METRICS
-    if not run.told or not file.exists():
-        file.unlink(missing_ok=True)
+    if not run.taken or not file.exists():
         return []
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)[: run.told]
     made = file.with_suffix(".part")

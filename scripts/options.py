@@ -66,6 +66,7 @@ def with_config(
             in_file[other] = None
     for name, value in (*in_file.items(), *given.items()):
         options[name] = value
+    options["config"] = given.get("config") or file.name
     return options
 
 

@@ -27,7 +27,6 @@ import report
 import results
 import tasks
 import validation
-from gpt2.training import snapshots
 
 DEMO = Path(__file__).resolve().parent / "configs" / "demo.yaml"
 
@@ -48,9 +47,7 @@ def parse(argv: guard.Arguments) -> Namespace:
     add("--max_token_length", type=int, default=longest, help="longer examples are cut")
     add("--train_batch_size", type=int, default=batch, help="examples a batch")
     add("--logging_steps", type=int, default=5, help="steps between two lines of output")
-    add("--res_path", type=str | None, help="folder for the results, by default a new runs/qa-N")
-    flag = {"type": bool, "nargs": "?", "const": True, "default": False}
-    add("--overwrite", **flag, help="replace the run that res_path holds")
+    keeping.add_options(parser)
     parser.add_function_arguments(
         gpt2.encode, skip={"examples", "tokenizer", "max_length"}, as_group=False
     )
@@ -72,7 +69,7 @@ def main(argv: guard.Arguments = None) -> None:
     training = cli.build(gpt2.TrainConfig, options, batch_size=options.train_batch_size)
     sampling = cli.build(gpt2.GenerateConfig, options.generate, seed=options.seed)
     tokenizer, device = gpt2.Tokenizer(), cli.pick_device(options.device)
-    cli.build(gpt2.RunConfig, options, folder=keeping.check(options))  # bad options first of all
+    keeping.check(options)
     if options.tasks:
         tasks.run(options, training, sampling, tokenizer, device, console)
         return
@@ -86,18 +83,15 @@ def main(argv: guard.Arguments = None) -> None:
     counts["LoRA"] = lora.count_parameters(model)
     ids = inputs.encode_prompts(prompts, tokenizer, model, sampling.max_new_tokens)
     total = gpt2.total_steps(len(data), training)
-    console.print(report.parameter_table(counts))
-    told = f"{report.examples_line(data)} {total:,} steps, by {options.config or DEMO.name}.{told}"
-    console.print(told, soft_wrap=True)
+    line = f"{report.examples_line(data)} {total:,} steps, by {options.config}.{told}"
+    console.print(report.parameter_table(counts), line, sep="\n", soft_wrap=True)
     clock.lap("load")
 
     with lora.disabled(model):
         base = gpt2.generate(model, ids, sampling)
     clock.lap("base answers")
-    with keeping.begun(options) as place:
-        around = cli.build(gpt2.RunConfig, options, folder=place)
-        again = bool(options.resume)
-        fit = gpt2.fit(model, data, training, validation=unseen, run=around, resume=again)
+    with keeping.begun(options) as (place, around):
+        fit = gpt2.fit(model, data, training, validation=unseen, **around)
         losses = keeping.earlier_losses(fit, place)
         with keeping.saved(fit, place / folder.ADAPTER):
             steps = keeping.recorded(fit, place)
@@ -107,11 +101,10 @@ def main(argv: guard.Arguments = None) -> None:
         clock.lap("training")
         tuned = gpt2.generate(model, ids, sampling)
         clock.lap("tuned answers")
-        told = answers.decoded(tokenizer, base, tuned, sampling)
-        compared = answers.compare(prompts, *told, examples)
+        texts = answers.decoded(tokenizer, base, tuned, sampling)
+        compared = answers.compare(prompts, *texts, examples)
         if compared:
             console.print(report.answer_table(compared), answers.score(compared))
         run = {**results.about(options, counts, data), "device": device, "seconds": clock.laps}
         results.write(place, fit, losses, every=options.logging_steps, answers=compared, run=run)
-    snapshots.remove(place)  # the run is over
     report.end(console, place, [place], options.model_name, prompts)

@@ -13,12 +13,10 @@ Examples = Sequence[gpt2.Example]
 
 
 def add_options(to: ArgumentParser) -> None:
-    """When to evaluate, to stop and to save."""
+    """What to evaluate on, and when; when to stop, and to save."""
     said = "file to evaluate on, or a share of the data such as 0.1"
     to.add_argument("--validation", type=str | None, help=said)
     to.add_class_arguments(gpt2.RunConfig, skip={"folder"}, as_group=False)
-    said = "go on with the run of res_path, or of the folder that is named"
-    to.add_argument("--resume", type=bool | str, nargs="?", const=True, default=False, help=said)
 
 
 def apart(examples: Examples, options: Namespace) -> tuple[Examples, Examples, str]:
@@ -30,12 +28,12 @@ def apart(examples: Examples, options: Namespace) -> tuple[Examples, Examples, s
     told = f" {twice:,} of the data's {len(examples):,} stand there more than once." * bool(twice)
     if (share := _share(wanted)) is not None:
         learnt, held_out = split(examples, share)
-        return learnt, held_out, f"Validation: {len(held_out):,} examples, by their prompts.{told}"
+        return learnt, held_out, f" Validation: {len(held_out):,} examples, by their prompts.{told}"
     given = gpt2.read_examples(wanted, options.fields)
     held_out = without_overlap(given, examples)
     if left_out := len(given) - len(held_out):
         told += f" {left_out:,} others have a prompt that is learnt too, and are left out."
-    return examples, held_out, f"Validation: {len(held_out):,} examples.{told}"
+    return examples, held_out, f" Validation: {len(held_out):,} examples.{told}"
 
 
 def _share(text: str) -> float | None:
