@@ -13,12 +13,14 @@ from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
 
 import cli
 import folder
 import gpt2
 import lock
 import lora
+import report
 from gpt2.training import snapshots
 
 TRANSIENT = ("config", "resume", "overwrite", "res_path")  # options of one start, not of the run
@@ -84,6 +86,16 @@ def options_file(given: Namespace, default: Path) -> Path:
     place = resumed if isinstance(resumed, str) else given.get("res_path") if resumed else None
     file = Path(place or "", folder.OPTIONS)
     return file if place and file.is_file() else default
+
+
+def train(run: gpt2.Fit, place: Path, console: Console, every: int) -> list[float]:
+    """Take the steps, shown and recorded, and save the adapter; gives the loss of each step."""
+    losses = earlier_losses(run, place)
+    with saved(run, place / folder.ADAPTER):
+        report.follow(run, recorded(run, place), losses, console, every=every)
+    if run.evaluated:
+        console.print(report.validation_table(run))
+    return losses
 
 
 @contextmanager

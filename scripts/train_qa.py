@@ -16,7 +16,6 @@ from jsonargparse import Namespace
 
 import answers
 import cli
-import folder
 import gpt2
 import guard
 import inputs
@@ -92,12 +91,7 @@ def main(argv: guard.Arguments = None) -> None:
     clock.lap("base answers")
     with keeping.begun(options) as (place, around):
         fit = gpt2.fit(model, data, training, validation=unseen, **around)
-        losses = keeping.earlier_losses(fit, place)
-        with keeping.saved(fit, place / folder.ADAPTER):
-            steps = keeping.recorded(fit, place)
-            report.follow(fit, steps, losses, console, every=options.logging_steps)
-        if fit.evaluated:
-            console.print(report.validation_table(fit))
+        losses = keeping.train(fit, place, console, options.logging_steps)
         clock.lap("training")
         tuned = gpt2.generate(model, ids, sampling)
         clock.lap("tuned answers")
