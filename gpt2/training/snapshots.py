@@ -20,7 +20,7 @@ from torch import Tensor
 from gpt2.training.run import RunState
 
 NAME, BEFORE = "snapshot.safetensors", "snapshot-before.safetensors"
-NAMES = (NAME, BEFORE)
+NAMES, PART = (NAME, BEFORE), f".{NAME}.part"
 FORMAT = 1
 
 
@@ -61,7 +61,7 @@ def write(folder: Path, snapshot: Snapshot) -> None:
     }
     held = {name: tensor.contiguous() for name, tensor in tensors.items()}
     content = save(held, {"run": json.dumps(about)})
-    made = folder / f".{NAME}-{os.getpid()}"
+    made = folder / PART
     try:
         with made.open("wb") as file:
             file.write(content)
@@ -108,7 +108,7 @@ def read(folder: Path) -> tuple[Snapshot, str]:
 
 def remove(folder: Path) -> None:
     """Take the snapshots away."""
-    for name in NAMES:
+    for name in (*NAMES, PART):
         (folder / name).unlink(missing_ok=True)
 
 
