@@ -39,7 +39,7 @@ def logits(head: nn.Module, x: Tensor) -> Tensor:
 def summed_loss(head: nn.Module, x: Tensor, labels: Tensor, *, compiling: bool) -> Tensor:
     """`summed(head(x), labels)`, with the head applied to supervised positions only.
 
-    A frozen head's logits exist for a chunk of positions at a time.
+    A head's logits exist for a chunk of positions at a time where it takes no gradient.
 
     Args:
         head: from `(…, C)` to `(…, V)`.
@@ -54,7 +54,7 @@ def summed_loss(head: nn.Module, x: Tensor, labels: Tensor, *, compiling: bool) 
         supervised = targets != IGNORE
         hidden, targets = hidden[supervised], targets[supervised]
     weight = cast(Tensor, head.weight) if _is_plain(head) else None
-    if weight is not None and not weight.requires_grad:
+    if weight is not None and not (weight.requires_grad and torch.is_grad_enabled()):
         chunk_loss = compiled(_chunk) if compiling and devices.fuses_loss(x.device) else _chunk
         return apply(_FrozenHeadLoss, hidden, weight, targets, chunk_loss)
     found = head(hidden) if weight is None else linear(hidden, weight)
