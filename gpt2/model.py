@@ -134,6 +134,7 @@ class Transformer(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.checkpointing = False  # keep only the blocks' inputs for backward, recompute the rest
         self.compiling = False  # run the blocks, unless there is a cache, through torch.compile
+        self.smoothing = 0.0  # share of a target that the loss spreads over all tokens
 
     def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """Hidden states `(B, T, C)` of the token ids `idx` `(B, T)`, after the last LayerNorm.
@@ -220,7 +221,8 @@ class GPT2(nn.Module):
         x = self.transformer(idx, cache)  # (B, T, C)
         if labels is None:
             return head.logits(self.lm_head, x)
-        return head.summed_loss(self.lm_head, x, labels, compiling=self.transformer.compiling)
+        how = {"compiling": self.transformer.compiling, "smoothing": self.transformer.smoothing}
+        return head.summed_loss(self.lm_head, x, labels, **how)
 
     @classmethod
     def from_pretrained(

@@ -125,8 +125,9 @@ class Stepper:
         self.whole = True
 
     def _backward(self, share: Tensor, idx: Tensor, labels: Tensor) -> Tensor:
+        smoothing = self.config.label_smoothing
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast):
-            loss = summed_loss(self.model, idx, labels) * share
+            loss = summed_loss(self.model, idx, labels, smoothing=smoothing) * share
         if not loss.requires_grad:
             raise RuntimeError(
                 "No parameter that requires grad has a part in the loss. Is what you train "
@@ -195,7 +196,7 @@ class Stepper:
 
 def check(
     model: nn.Module, config: TrainConfig, groups: Groups | None
-) -> tuple[dict[str, bool], list[dict[str, Any]]]:
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What is set in the GPT-2 during a step, and the optimiser's groups.
 
     Raises:
@@ -214,8 +215,9 @@ def check(
     if faults:
         raise ValueError(f"The model cannot be trained so: {'; '.join(faults)}.")
     compiling = config.compile and not compiled  # else torch.compile has the whole of it
-    flags = {"compiling": compiling, "checkpointing": config.checkpointing} if is_gpt2 else {}
-    return flags, grouped(parameters, config, groups)
+    flags = {"compiling": compiling, "checkpointing": config.checkpointing}
+    flags["smoothing"] = config.label_smoothing
+    return flags if is_gpt2 else {}, grouped(parameters, config, groups)
 
 
 def _adamw(groups: list[dict[str, Any]], device: torch.device) -> torch.optim.AdamW:

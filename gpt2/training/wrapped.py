@@ -33,7 +33,7 @@ def is_compiled(model: nn.Module) -> bool:
     return held is not None and ("_orig_mod" in children(model) or is_compiled(held))
 
 
-def summed_loss(model: nn.Module, idx: Tensor, labels: Tensor) -> Tensor:
+def summed_loss(model: nn.Module, idx: Tensor, labels: Tensor, *, smoothing: float = 0.0) -> Tensor:
     """The cross-entropy summed over the supervised tokens, a float32 scalar.
 
     Only the model itself is called: a GPT-2, wrapped or not, for its loss; any other for its
@@ -43,6 +43,7 @@ def summed_loss(model: nn.Module, idx: Tensor, labels: Tensor) -> Tensor:
         model: a GPT-2, with adapters or without; or a module from `(B, T)` ids to logits
             `(B, T, V)`, or to an object with `logits`, as transformers' models give it.
         idx, labels: `(B, T)`; a label is `IGNORE` where nothing is learnt.
+        smoothing: as for `gpt2.training.loss.summed`, of logits; a GPT-2 knows its own.
 
     Raises:
         ValueError: the model gives no logits.
@@ -56,7 +57,7 @@ def summed_loss(model: nn.Module, idx: Tensor, labels: Tensor) -> Tensor:
             f"{type(model).__name__} gives {type(out).__name__}: what is trained must map (B, T) "
             "token ids to (B, T, V) logits, or to an object that has them as .logits."
         )
-    return summed(found, labels)
+    return summed(found, labels, smoothing)
 
 
 def _held(model: nn.Module) -> nn.Module | None:
