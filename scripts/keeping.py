@@ -47,6 +47,8 @@ def check(options: Namespace) -> None:
     one = {name: options[name] for name in ("validation", "save_every", "resume")}
     if options.tasks and (given := [name for name, value in one.items() if value]):
         raise ValueError(f"--tasks goes without --{', --'.join(given)}.")
+    if options.validation is None and (options.patience or options.eval_every):
+        raise ValueError("patience and eval_every need validation data: give --validation.")
     if options.resume:
         named = options.resume if isinstance(options.resume, str) else options.res_path
         if named is None:
