@@ -24,11 +24,13 @@ def main() -> None:
 
     def build(fused: bool = True, train_all: bool = False) -> gpt2.GPT2:
         model = models.ours("gpt2", a.device, torch.bfloat16, targets="all", r=a.r, config=config)
+        if train_all:
+            lora.eject(model)
+            model.requires_grad_(False)
+            model.transformer.h.requires_grad_(True)
         for module in model.modules():
             if isinstance(module, lora.LoRALinear):
-                module.fused, module.enabled = fused, not train_all
-        if train_all:
-            model.transformer.h.requires_grad_(True)
+                module.fused = fused
         return model.train()
 
     def body(model: gpt2.GPT2) -> Callable[[], Any]:

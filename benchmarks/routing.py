@@ -5,6 +5,7 @@ python -m benchmarks.routing --B 32 --T 64 --adapters 16 --against peft
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -25,29 +26,15 @@ def main() -> None:
     idx = models.batch(model, a.B, a.T).idx
     rows = [names[b % len(names)] for b in range(a.B)]
 
+    mixed = copy.deepcopy(model)
+
     @torch.no_grad()
-    def one() -> Any:
-        return model(idx)
-
-    with torch.no_grad():
-        routing = lora.routed(model, rows)
-
-        def mixed() -> Any:
-            with torch.no_grad():
-                return model(idx)
-
-        routing.__enter__()
-        layers = [m for m in model.modules() if isinstance(m, lora.LoRALinear)]
-        routes = [layer.routing for layer in layers]
-
-    def switch(on: bool, run: Any) -> Any:
-        for layer, route in zip(layers, routes, strict=True):
-            layer.routing = route if on else None
-        return run()
+    def run(which: Any) -> Any:
+        return which(idx)
 
     runs: dict[str, Any] = {
-        "ours, one adapter": lambda: switch(False, one),
-        f"ours, {a.adapters} adapters mixed": lambda: switch(True, mixed),
+        "ours, one adapter": lambda: run(model),
+        f"ours, {a.adapters} adapters mixed": lambda: run(mixed),
     }
     if a.against:
         other = models.theirs(model, dtype)
@@ -67,10 +54,11 @@ def main() -> None:
             return other(input_ids=idx, adapter_names=rows)
 
         runs |= {"PEFT, one adapter": peft_one, f"PEFT, {a.adapters} adapters mixed": peft_mixed}
-    for run in runs.values():
-        for _ in range(3):
-            run()
-    times = harness.interleaved(runs, a.repeats, a.device)
+    with torch.no_grad(), lora.routed(mixed, rows):
+        for case in runs.values():
+            for _ in range(3):
+                case()
+        times = harness.interleaved(runs, a.repeats, a.device)
     for name, ms in times.items():
         one_ms = times[f"{name.split(',')[0]}, one adapter"]["median"]
         ratio = round(ms["median"] / one_ms, 3)

@@ -5,6 +5,7 @@ import typing
 from gpt2.cache import KVCache
 from gpt2.config import SIZES, GPT2Config
 from gpt2.data.batches import Batch, batches
+from gpt2.data.encoding import encode
 from gpt2.data.examples import (
     Example,
     from_texts,
@@ -12,9 +13,11 @@ from gpt2.data.examples import (
     read_prompts,
     stream_examples,
 )
-from gpt2.data.tokens import Dataset, encode
+from gpt2.data.store import open_data
+from gpt2.data.tokens import Dataset
 from gpt2.generation import generate, stream
-from gpt2.model import GPT2, Conv1D
+from gpt2.layers import Conv1D
+from gpt2.model import GPT2
 from gpt2.sampling import GenerateConfig
 from gpt2.tokenizer import Tokenizer
 from gpt2.training.config import TrainConfig
@@ -52,6 +55,7 @@ __all__ = [
     "generate",
     "learning_rate",
     "next_token_loss",
+    "open_data",
     "read_examples",
     "read_prompts",
     "stream",

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from gpt2.cache import KVCache
-from gpt2.fast import head
 from gpt2.fast.compiling import compiled
 from gpt2.fast.decoding import Repeated
 from gpt2.fast.devices import draws_on
@@ -111,7 +110,7 @@ class Decoder:
             chosen = greedy(logits)
         self.text[self.n] = chosen
         self.n += 1
-        self.tokens.copy_(chosen.clamp(min=0))  # -1 is no id to feed back
+        torch.clamp(chosen, min=0, out=self.tokens)  # -1 is no id to feed back
         if self.seen is not None:
             self.seen.scatter_(1, self.tokens[:, None], True)
         return self.tokens
@@ -135,7 +134,7 @@ def prefill(model: GPT2, rows: Sequence[Sequence[int]], slots: int) -> tuple[Ten
     hidden = model.transformer(torch.tensor(padded, device=weight.device), cache)  # (B, T, C)
     last = hidden[torch.arange(len(rows), device=weight.device), lengths - 1]  # (B, C)
     cache.lengths = lengths  # the padding's slots are overwritten before they are ever seen
-    return head.logits(model.lm_head, last), cache
+    return model.lm_head(last), cache
 
 
 def step(model: GPT2, tokens: Tensor, cache: KVCache) -> Tensor:

@@ -2,7 +2,7 @@
 
 Read from the bottom up for the whole (`GPT2`), from the top down for the parts. Nothing here knows
 of LoRA: an adapter replaces a layer such as `transformer.h.0.attn.c_attn` from outside. What
-comes from `gpt2.fast` computes what its name says (`linear`, `attend`, `drop`), only faster.
+comes from `gpt2.fast` computes what its name says (`attend`, `summed_loss`), only faster.
 
 Shapes: B batch · T time · C n_embd · H heads · D head size · V vocab.
 """
@@ -20,44 +20,9 @@ from gpt2 import pretrained
 from gpt2.cache import KVCache, LayerCache, Place
 from gpt2.config import GPT2Config
 from gpt2.fast import head
-from gpt2.fast.attention import attend
+from gpt2.fast.attention import Documents, attend
 from gpt2.fast.compiling import through
-from gpt2.fast.dropout import drop
-from gpt2.fast.products import linear
-
-
-class Conv1D(nn.Module):
-    """A linear layer whose weight is stored `(in, out)`, as the published GPT-2 stores it.
-
-    Args:
-        in_features: size of the last axis of the input.
-        out_features: size of the last axis of the output.
-
-    `slices` names the equal parts of the output, where several projections lie side by side.
-    """
-
-    slices: tuple[str, ...] = ()
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(in_features, out_features))
-        self.bias = nn.Parameter(torch.empty(out_features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `(…, in)` to `(…, out)`: `x W + b`."""
-        return linear(x, self.weight.t(), self.bias)
-
-    def extra_repr(self) -> str:
-        """Shown by `print(model)`."""
-        return "in_features={}, out_features={}".format(*self.weight.shape)
-
-
-class Dropout(nn.Dropout):
-    """Zeros at random in training mode, and the rest scaled up so that the mean stays."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Map `(…)` to `(…)`."""
-        return drop(input, self.p)[0] if self.training and self.p else input
+from gpt2.layers import Conv1D, Dropout, LMHead
 
 
 class CausalSelfAttention(nn.Module):
@@ -73,14 +38,14 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = Dropout(config.resid_pdrop)
 
     def forward(
-        self, x: Tensor, cache: LayerCache | None = None, place: Place | None = None
+        self, x: Tensor, cache: LayerCache | None = None, place: Place | Documents | None = None
     ) -> Tensor:
-        """Attend over `x` `(B, T, C)`, and over what the cache holds."""
+        """Attend over `x` `(B, T, C)`, and over what the cache holds; a document over itself."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
-        visible, pdrop = None, self.attn_pdrop if self.training else 0.0
-        if cache is not None and place is not None:
+        visible, pdrop = place, self.attn_pdrop if self.training else 0.0
+        if cache is not None and isinstance(place, Place):
             every_k, every_v = cache.write(qkv[:, :, 1:], place)
             if (visible := place.visible) is not None:
                 k, v = every_k, every_v
@@ -114,7 +79,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, cache: LayerCache | None = None, place: Place | None = None
+        self, x: Tensor, cache: LayerCache | None = None, place: Place | Documents | None = None
     ) -> Tensor:
         """Map the stream `(B, T, C)` to the stream `(B, T, C)`."""
         x = x + self.attn(self.ln_1(x), cache, place)
@@ -136,7 +101,9 @@ class Transformer(nn.Module):
         self.compiling = False  # run the blocks, unless there is a cache, through torch.compile
         self.smoothing = 0.0  # share of a target that the loss spreads over all tokens
 
-    def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, idx: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
+    ) -> Tensor:
         """Hidden states `(B, T, C)` of the token ids `idx` `(B, T)`, after the last LayerNorm.
 
         With a cache, `idx` continues each row after the `cache.lengths` tokens that it holds.
@@ -144,12 +111,13 @@ class Transformer(nn.Module):
         Raises:
             ValueError: `idx` is not a (B, T) tensor of integers, or does not fit the context.
         """
-        positions = self._positions(idx, cache)
+        apart = Documents.of(idx, documents, self.config.block_size, cache)
+        positions = self._positions(idx, cache) if apart is None else apart.positions()
         if cache is None:
             how = {"compiling": self.compiling, "checkpointing": self.checkpointing}
             x = through(_embed, self, idx, positions, compiling=self.compiling)
             for block in self.h:
-                x = through(block, x, **how)
+                x = through(block, x, None, apart, **how)
         else:
             x, place = _embed(self, idx, positions), cache.advance(positions)
             for block, layer in zip(self.h, cache.layers, strict=True):
@@ -188,7 +156,7 @@ class GPT2(nn.Module):
         self.config = config
         self.name_or_path: str | None = None  # where the weights came from, as in transformers
         self.transformer = Transformer(config)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = LMHead(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
         for name, p in self.named_parameters():
             if p.dim() == 2:
@@ -198,7 +166,11 @@ class GPT2(nn.Module):
                 nn.init.zeros_(p)
 
     def forward(
-        self, idx: Tensor, labels: Tensor | None = None, cache: KVCache | None = None
+        self,
+        idx: Tensor,
+        labels: Tensor | None = None,
+        cache: KVCache | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """Logits `(B, T, V)` of the next token after each of `idx` `(B, T)`; with labels the loss.
 
@@ -207,22 +179,23 @@ class GPT2(nn.Module):
             labels: `(B, T)`, beside the ids: the token at that position, or `gpt2.IGNORE` where it
                 is not to be learnt. The shift by one happens here.
             cache: what came before; see `Transformer.forward`.
+            documents: `(S + 1,)`, where each text of a row of several begins, and the last ends.
 
         Returns:
             Logits; or, given labels, the cross-entropy summed over the supervised tokens, a
             float32 scalar. A sum over parts of a batch is the batch's sum, a mean would not be.
 
         Raises:
-            ValueError: as `Transformer.forward`; labels that lie not beside the ids.
+            ValueError: as `Transformer.forward`; labels or documents that do not fit the ids.
         """
         if labels is not None and labels.shape != idx.shape:
             shapes = f"labels {tuple(labels.shape)} and token ids {tuple(idx.shape)}"
             raise ValueError(f"{shapes} differ: give each id its label, or gpt2.IGNORE.")
-        x = self.transformer(idx, cache)  # (B, T, C)
+        x = self.transformer(idx, cache, documents)  # (B, T, C)
         if labels is None:
-            return head.logits(self.lm_head, x)
-        how = {"compiling": self.transformer.compiling, "smoothing": self.transformer.smoothing}
-        return head.summed_loss(self.lm_head, x, labels, **how)
+            return self.lm_head(x)
+        compiling, smoothing = self.transformer.compiling, self.transformer.smoothing
+        return head.summed_loss(self.lm_head, x, labels, compiling=compiling, smoothing=smoothing)
 
     @classmethod
     def from_pretrained(

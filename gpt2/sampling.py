@@ -127,7 +127,8 @@ def apply_top_p(logits: Tensor, p: float) -> Tensor:
 
 def greedy(logits: Tensor) -> Tensor:
     """The most likely token `(B,)` of each row; -1 where `sample` gives -1."""
-    return _or_none(logits, logits.argmax(-1))
+    greatest, tokens = logits.max(-1)
+    return _or_none(greatest, tokens)
 
 
 def sample(logits: Tensor, config: GenerateConfig, uniform: Tensor) -> Tensor:
@@ -156,9 +157,9 @@ def sample(logits: Tensor, config: GenerateConfig, uniform: Tensor) -> Tensor:
     cumulative = logits.double().softmax(-1).cumsum(-1)
     drawn = uniform[:, None] * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, drawn, right=True)[:, 0]
-    return _or_none(whole, tokens).to(device)
+    return _or_none(whole.amax(-1), tokens).to(device)
 
 
-def _or_none(logits: Tensor, tokens: Tensor) -> Tensor:
+def _or_none(greatest: Tensor, tokens: Tensor) -> Tensor:
     """The tokens `(B,)`, or -1 for the rows whose greatest logit is not finite; NaN is greatest."""
-    return tokens.masked_fill(~logits.amax(-1).isfinite(), -1)
+    return torch.where(greatest.abs() < math.inf, tokens, -1)  # three kernels; isfinite takes four

@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import SupportsIndex, cast
+from typing import Any, SupportsIndex, cast
 
+import numpy as np
 import tiktoken
 
 from gpt2.faults import listed
@@ -20,6 +21,7 @@ _SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 # the rest, and runs of white space. Possessive quantifiers (++) only make it faster.
 _PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 _END_OF_TEXT = "<|endoftext|>"
+Ids = np.ndarray[Any, np.dtype[Any]]
 
 
 class Tokenizer:
@@ -41,6 +43,8 @@ class Tokenizer:
         pairs = (line.split() for line in data.splitlines())
         ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
         self._ranks = ranks
+        self.fingerprint = f"gpt2, sha256 of its ranks {_SHA256}"
+        """What tells its ids from those of any other tokenizer."""
         self.eos = len(ranks)
         """The id that ends a text, 50256; no text encodes to it."""
         self.vocab_size = len(ranks) + 1
@@ -55,6 +59,23 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of `text`; `<|endoftext|>` in it is text like any other."""
         return self._encoding.encode_ordinary(text)
+
+    def encode_many(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
+        """The ids of many texts, each as `encode` gives them, in one call: several times as fast.
+
+        Python's other threads run meanwhile.
+
+        Returns:
+            All ids end to end, `eos` after each text; and where each text's `eos` stands.
+        """
+        joined = "".join(text + _END_OF_TEXT for text in texts)
+        if joined.count(_END_OF_TEXT) == len(texts) and _is_sound(joined):
+            end = {_END_OF_TEXT}
+            ids = self._encoding.encode_to_numpy(joined, allowed_special=end).astype(np.int32)
+            return ids, np.flatnonzero(ids == self.eos)
+        rows = [[*self.encode(text), self.eos] for text in texts]
+        lengths = np.array([len(row) for row in rows], np.int64)
+        return np.concatenate([[], *rows]).astype(np.int32), np.cumsum(lengths) - 1
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD.
@@ -116,6 +137,15 @@ class Tokenizer:
             first = min(range(len(pairs)), key=lambda i: self._ranks.get(pairs[i], self.eos))
             parts[first : first + 2] = [pairs[first]]
         return parts[0], parts[1] if len(parts) == 2 else b""
+
+
+def _is_sound(text: str) -> bool:
+    """Whether it holds no half of a surrogate pair, which JSON can escape."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _glyphs() -> list[str]:

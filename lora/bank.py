@@ -13,7 +13,6 @@ from lora.injection import detach
 from lora.merging import refold
 from lora.tree import Tree, survey, survey_adapted
 from lora.undo import all_or_nothing
-from lora.updates import LowRankUpdate
 
 Mixture = str | Mapping[str, float]
 """An adapter's name, or names with the weights of their updates in the sum."""
@@ -24,7 +23,7 @@ def adapters(model: nn.Module) -> dict[str, dict[str, UpdateConfig]]:
     tree = survey_adapted(model)
     return {
         name: {
-            path: cast(LowRankUpdate, layer.updates[name]).config
+            path: layer.update(name).config
             for path, layer in tree.layers.items()
             if name in layer.updates
         }

@@ -103,9 +103,13 @@ class LoRALinear(Adapted):
         tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
         return call_with(self.base, tensors, x) if tensors else self.base(x)
 
+    def update(self, adapter: str) -> LowRankUpdate:
+        """The adapter's update of this layer."""
+        return cast(LowRankUpdate, self.updates[adapter])
+
     def active_updates(self) -> Iterable[tuple[LowRankUpdate, float]]:
         """The updates in force, each with its weight in the sum."""
-        return [(cast(LowRankUpdate, self.updates[n]), w) for n, w in self.active.items()]
+        return [(self.update(name), weight) for name, weight in self.active.items()]
 
     @property
     def weight(self) -> Tensor:

@@ -34,11 +34,14 @@ def is_plain(base: nn.Module) -> bool:
     """Whether the layer computes its class's formula, and not one of its own, such as a scaled one.
 
     Beside any other forward no update can be added: only the layer's own forward on the weight in
-    force is right there.
+    force is right there. A subclass of `nn.Linear` whose forward computes the same in another way
+    says so by `computes_linear = True`.
     """
+    kind = type(base)
     if "forward" in vars(base):
         return False
-    kind = type(base)
+    if vars(kind).get("computes_linear"):
+        return True
     return kind.__name__ == "Conv1D" or kind.forward in (nn.Linear.forward, nn.Embedding.forward)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,7 +12,6 @@ from lora.config import is_finite
 from lora.messages import brief
 from lora.tree import survey_adapted, unwrap
 from lora.untyped import named_modules
-from lora.updates import LowRankUpdate
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -40,8 +39,7 @@ def parameter_groups(model: nn.Module, lr: float, *, b_ratio: float = 16.0) -> l
         shown = f"{brief(lr)} and {brief(b_ratio)}"
         raise ValueError(f"lr and b_ratio must be finite and above 0, got {shown}.")
     layers = survey_adapted(model).layers.values()
-    updates = [cast(LowRankUpdate, u) for layer in layers for u in layer.updates.values()]
-    late = {id(update.B) for update in updates}
+    late = {id(layer.update(name).B) for layer in layers for name in layer.updates}
     trainable = trainable_parameters(model)
     return [
         {"params": [p for p in trainable if id(p) not in late], "lr": lr},

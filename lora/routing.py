@@ -148,7 +148,7 @@ def _with_biases(tree: Tree) -> list[str]:
     return [
         f"{path}.bias"
         for path, layer in tree.layers.items()
-        if any(cast(LowRankUpdate, update).bias is not None for update in layer.updates.values())
+        if any(layer.update(name).bias is not None for name in layer.updates)
     ]
 
 
@@ -156,7 +156,7 @@ def _routing(
     layer: LoRALinear, names: Sequence[str], mixtures: Sequence[Mapping[str, float]]
 ) -> BankRouting:
     """The routing of one layer; an adapter that it lacks adds nothing here."""
-    bank = [cast(LowRankUpdate | None, dict(layer.updates).get(name)) for name in names]
+    bank = [layer.update(name) if name in layer.updates else None for name in names]
     here = {n: update for n, update in zip(names, bank, strict=True) if update is not None}
     used = {name for mixture in mixtures for name in mixture}
     dropouts = {update.config.dropout for name, update in here.items() if name in used}

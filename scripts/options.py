@@ -13,6 +13,8 @@ import lora
 from config_file import read_yaml, unknown_option
 from guard import Arguments
 
+INSTEAD = (("epochs", "steps"), ("tokens_per_batch", "train_batch_size"))
+
 
 def add_lora(to: ArgumentParser) -> None:
     """The options of an adapter, under `lora.`."""
@@ -50,7 +52,7 @@ def with_config(
 ) -> Namespace:
     """Options from the YAML file that `--config` names, or the default one, and flags over them.
 
-    Of `epochs` and `steps` a flag for one takes the place of the other in the file.
+    Of two options that exclude each other, a flag for one takes the place of the other in the file.
 
     Raises:
         ValueError: an option that is unknown, stands twice, or has a value of the wrong kind.
@@ -61,9 +63,9 @@ def with_config(
     in_file = to.parse_object(read_yaml(file, _known(to)), defaults=False)
     if null := [n for n, value in in_file.items() if value is None and not _optional(to, n)]:
         raise ValueError(f"{file}: {', '.join(null)} cannot be null.")
-    for one, other in (("epochs", "steps"), ("steps", "epochs")):
+    for one, other in (*INSTEAD, *(pair[::-1] for pair in INSTEAD)):
         if given.get(one) is not None and other not in given:
-            in_file[other] = None
+            in_file[other] = options[other]
     for name, value in (*in_file.items(), *given.items()):
         options[name] = value
     options["config"] = given.get("config") or file.name

@@ -81,7 +81,7 @@ def main(argv: guard.Arguments = None) -> None:
     opts.inject(model, options)
     counts["LoRA"] = lora.count_parameters(model)
     ids = inputs.encode_prompts(prompts, tokenizer, model, sampling.max_new_tokens)
-    total = gpt2.total_steps(len(data), training)
+    total = gpt2.total_steps(data, training)
     line = f"{report.examples_line(data)} {total:,} steps, by {options.config}.{told}"
     console.print(report.parameter_table(counts), line, sep="\n", soft_wrap=True)
     clock.lap("load")

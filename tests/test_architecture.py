@@ -22,7 +22,7 @@ SEAMS = {
     ("lora.updates", "lora.fast"),
     ("lora.routing", "lora.fast"),
     ("gpt2.model", "gpt2.fast"),
-    ("gpt2.model", "gpt2.training"),
+    ("gpt2.layers", "gpt2.fast"),
     ("gpt2.generation", "gpt2.fast"),
     ("gpt2.decoder", "gpt2.fast"),
     ("gpt2.sampling", "gpt2.fast"),

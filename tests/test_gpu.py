@@ -11,6 +11,7 @@ import gpt2
 import lora
 from gpt2.data.batches import Batch
 from gpt2.training.step import Stepper
+from lora.fast import forms
 from tests.toys import randomize
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -78,7 +79,7 @@ def test_the_wide_product_is_the_readable_sum(dropout):
     layer = build(DRY, torch.float32, dropout).transformer.h[0].attn.c_attn.train()
     x = torch.randn(4096, 128, device="cuda", requires_grad=True)
     update = layer.updates["default"]
-    assert layer._can_widen(x)
+    assert forms.pays_wide(x, update.config.r)
     results = []
     for layer.fused in (True, False):
         torch.cuda.manual_seed(5)

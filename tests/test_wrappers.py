@@ -97,8 +97,10 @@ def test_labels_that_lie_not_beside_the_ids_are_refused():
         model_of()(idx, idx[:, :4])
 
 
-def test_the_head_is_a_plain_linear_layer():
-    assert type(model_of().lm_head) is nn.Linear
+def test_the_head_computes_what_a_linear_layer_does():
+    head, x = model_of().lm_head, torch.randn(2, 3, 16)
+    assert isinstance(head, nn.Linear)
+    torch.testing.assert_close(head(x), nn.functional.linear(x, head.weight))
 
 
 # Wrappers

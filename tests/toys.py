@@ -81,4 +81,4 @@ def raw(tensor: Tensor) -> bytes:
     """A tensor's bytes; on the meta device it has none."""
     if tensor.is_meta:
         return str(tensor.shape).encode()
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

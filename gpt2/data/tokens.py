@@ -1,54 +1,42 @@
-"""Examples to token ids, which lie end to end in one array: four bytes a token.
+"""A dataset: token ids of all examples end to end, in memory or on disk.
 
-Shapes: T time.
+Shapes: T time · N tokens of several examples.
 """
 
 from __future__ import annotations
 
-import reprlib
-from array import array
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gpt2.data.examples import SHOWN, Example
 from gpt2.training.loss import IGNORE
 
-
-class Encoder(Protocol):
-    """What turns text into token ids; `gpt2.Tokenizer` is one."""
-
-    @property
-    def eos(self) -> int:
-        """The id that ends a text."""
-        ...
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of an ordinary text."""
-        ...
+Array = np.ndarray[Any, np.dtype[Any]]
+AT_A_TIME = 1 << 16  # examples that are looked at together
 
 
 class Dataset(Sequence[tuple[Tensor, Tensor]]):
     """Tokenised examples: item i is its token ids and its labels, `(T,)` each.
 
     Args:
-        tokens: all ids end to end.
-        ends: where each example ends in `tokens`.
+        ids: all token ids end to end.
+        ends: where each example ends in `ids`.
         ignored: how many of each example's first tokens are not learnt.
         truncated: how many examples were cut to the longest length.
+        known: what a store has counted already: `histogram`, `by_length`, `fingerprint`.
     """
 
     def __init__(
-        self, tokens: array[int], ends: array[int], ignored: array[int], truncated: int = 0
+        self, ids: Array, ends: Array, ignored: Array, truncated: int = 0, **known: Any
     ) -> None:
-        self._tokens = np.frombuffer(tokens, np.int32)
-        self._ends = np.frombuffer(ends, np.int64)
-        self._starts = np.concatenate([[0], self._ends[:-1]])
-        self._ignored = np.frombuffer(ignored, np.int32)
+        self._ids, self._ends, self._ignored = ids, ends, ignored
         self.truncated = truncated
+        vars(self).update(known)
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -58,97 +46,80 @@ class Dataset(Sequence[tuple[Tensor, Tensor]]):
             return [self[j] for j in range(*i.indices(len(self)))]
         if not -len(self) <= i < len(self):
             raise IndexError(f"example {i} of {len(self)}")
-        held = self._tokens[self._starts[i] : self._ends[i]]
-        ids = torch.tensor(held, dtype=torch.long, device="cpu")
-        labels = ids.clone()
-        labels[: int(self._ignored[i])] = IGNORE
-        return ids, labels
+        ids, learnt, _ = self.take(np.array([i % len(self)]))
+        return torch.from_numpy(ids), torch.from_numpy(np.where(learnt, ids, IGNORE))
+
+    def take(self, chosen: Array) -> tuple[Array, Array, Array]:
+        """Several examples end to end.
+
+        Args:
+            chosen: their numbers, from 0.
+
+        Returns:
+            Their token ids, int64, and whether each is learnt, `(N,)`; and each one's length.
+        """
+        ends = self._ends[chosen]
+        starts = np.where(chosen > 0, self._ends[chosen - 1], 0)
+        lengths = ends - starts
+        within = places(lengths)
+        ids = self._ids[within + np.repeat(starts, lengths)].astype(np.int64)
+        return ids, within >= np.repeat(self._ignored[chosen], lengths), lengths
 
     @property
-    def lengths(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Tokens of each example."""
-        return self._ends - self._starts
+    def lengths(self) -> Array:
+        """Tokens of each example: an array of eight bytes for each."""
+        return np.diff(self._ends, prepend=0)
 
     @property
     def n_tokens(self) -> int:
         """Tokens of all examples."""
-        return len(self._tokens)
+        return len(self._ids)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example."""
+        return len(self.histogram) - 1
+
+    @cached_property
+    def histogram(self) -> Array:
+        """How many examples have 0, 1, 2, … tokens, up to the longest."""
+        return np.bincount(self.lengths)
+
+    @cached_property
+    def by_length(self) -> Array:
+        """The numbers of all examples, the shortest first."""
+        return np.argsort(self.lengths, kind="stable")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells this data from any other: equal for the same in memory and on disk."""
+        digest = Digest()
+        for first in range(0, len(self), AT_A_TIME):
+            ends = self._ends[first : first + AT_A_TIME]
+            begin = int(self._ends[first - 1]) if first else 0
+            digest.add(
+                self._ids[begin : int(ends[-1])], ends, self._ignored[first : first + len(ends)]
+            )
+        return digest.hexdigest()
 
 
-def encode(
-    examples: Iterable[Example | str],
-    tokenizer: Encoder,
-    *,
-    max_length: int = 1024,
-    eos: bool = True,
-    answer_only: bool = False,
-) -> Dataset:
-    """Tokenise examples; a string is learnt as a whole.
+class Digest:
+    """A hash of examples, however they were cut into parts."""
 
-    Prompt and completion are tokenised apart, as they are when a model continues the prompt.
+    def __init__(self) -> None:
+        self.parts = [hashlib.sha256() for _ in range(3)]
 
-    Args:
-        examples: any number, read once.
-        tokenizer: as `gpt2.Tokenizer`.
-        max_length: tokens an example at most; a longer one is cut and counted in `truncated`.
-        eos: end each example with the end-of-text token, and learn to write it.
-        answer_only: learn the completion, not the prompt.
+    def add(self, *arrays: Array) -> None:
+        """More ids, ends and counts of ignored tokens."""
+        for part, array in zip(self.parts, arrays, strict=True):
+            part.update(np.ascontiguousarray(array, "<i8").data)
 
-    Raises:
-        ValueError: no examples, one string for all, `max_length` below 2, or listing the examples
-            (by number, from 1) that are left without a token to learn.
-    """
-    _check(examples, tokenizer, max_length, (eos, answer_only))
-    tokens, ends, ignored = array("i"), array("q"), array("i")
-    truncated, untaught = 0, list[int]()
-    for number, example in enumerate(examples, 1):
-        example = _example(example, number)
-        prompt = tokenizer.encode(example.prompt)
-        ids = prompt + tokenizer.encode(example.completion) + [tokenizer.eos] * eos
-        truncated += len(ids) > max_length
-        ids = ids[:max_length]
-        skipped = len(prompt) if answer_only else 0
-        if len(ids) <= max(skipped, 1):  # the first token is never predicted
-            untaught.append(number)
-        tokens.extend(ids)
-        ends.append(len(tokens))
-        ignored.append(skipped)
-    if untaught:
-        listed = ", ".join(map(str, untaught[:SHOWN])) + ("…" if len(untaught) > SHOWN else "")
-        raise ValueError(
-            f"{len(untaught)} examples leave no token to learn within {max_length}: {listed}. "
-            "Remove them, or raise max_length."
-        )
-    if not ends:
-        raise ValueError("There are no examples.")
-    return Dataset(tokens, ends, ignored, truncated)
+    def hexdigest(self) -> str:
+        """The hash of all so far."""
+        return hashlib.sha256(b"".join(part.digest() for part in self.parts)).hexdigest()
 
 
-def _check(
-    examples: object, tokenizer: object, max_length: int, options: tuple[bool, bool]
-) -> None:
-    """The errors that `encode` promises before it reads."""
-    if type(max_length) is not int or max_length < 2:
-        raise ValueError(f"max_length must be at least 2, and whole, got {max_length!r}.")
-    if isinstance(examples, str | Example):
-        kind = "string" if type(examples) is str else "Example"
-        raise ValueError(f"examples is one {kind}, {str(examples)[:20]!r}…: give a list of them.")
-    if not isinstance(examples, Iterable):
-        raise ValueError(f"examples must be several, got {type(examples).__name__}.")
-    if not hasattr(tokenizer, "encode") or not all(type(option) is bool for option in options):
-        raise ValueError(
-            "Give a tokenizer such as gpt2.Tokenizer(), and True or False for options."
-        )
-
-
-def _example(found: object, number: int) -> Example:
-    if isinstance(found, str):
-        return Example("", found)
-    if not isinstance(found, Example):
-        raise ValueError(
-            f"Example {number} is a {type(found).__name__}: give a string, which is learnt as a "
-            "whole, or gpt2.Example(prompt, completion)."
-        )
-    if {type(found.prompt), type(found.completion)} != {str}:
-        raise ValueError(f"Example {number} must hold two strings, got {reprlib.repr(found)}.")
-    return found
+def places(lengths: Array) -> Array:
+    """The place of each token within its own example: 0 … length-1 for each length."""
+    starts = np.cumsum(lengths) - lengths
+    return np.arange(int(lengths.sum())) - np.repeat(starts, lengths)

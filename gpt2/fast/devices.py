@@ -66,6 +66,11 @@ def positions_at_a_time(device: torch.device) -> int:
     return 128 if device.type == "cpu" else 2048
 
 
+def attends_apart(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether one kernel attends within each of many documents, at the cost of their own sizes."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+
+
 def copied(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on the device; to a GPU without waiting for what runs there.
 

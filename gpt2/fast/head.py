@@ -1,6 +1,6 @@
 """The head's fast forms: few logits on a GPU, and a loss that never holds all logits.
 
-Each is taken where the head is a plain `nn.Linear` without a bias; elsewhere the head is called.
+The loss is taken where the head computes `x Wᵀ` and nothing else; elsewhere the head is called.
 
 Shapes: B batch · T time · C n_embd · V vocab · N positions, flattened.
 """
@@ -20,18 +20,13 @@ from gpt2.fast.products import linear
 from gpt2.fast.untyped import apply, is_transforming
 from gpt2.training.loss import IGNORE, cross_entropy, shifted, summed
 
-# Rows between which a GPU makes logits three times as fast as (V, rows), since V is odd. A batch's
-# last bits then differ from the head's own; those of one row, on any device, do not.
+# Rows between which a GPU makes logits three times as fast as (V, rows), since V is odd.
 FEW_ROWS = range(3, 65)
 
 
-def logits(head: nn.Module, x: Tensor) -> Tensor:
-    """`head(x)`, from `(…, C)` to `(…, V)`; one row, and any on a CPU, to the bit."""
-    rows, aligned = x.numel() // x.shape[-1], devices.wants_aligned(x.device)
-    if not (rows in FEW_ROWS if aligned else rows == 1) or not _is_plain(head):
-        return head(x)
-    weight = cast(Tensor, head.weight)  # under FSDP no parameter
-    if aligned:
+def logits(x: Tensor, weight: Tensor) -> Tensor:
+    """`x Wᵀ`, from `(…, C)` to `(…, V)`."""
+    if devices.wants_aligned(x.device) and x.numel() // x.shape[-1] in FEW_ROWS:
         return (weight @ x.flatten(0, -2).t()).t().reshape(*x.shape[:-1], -1)
     return linear(x, weight)
 
@@ -65,11 +60,11 @@ def summed_loss(
 
 
 def _is_plain(head: nn.Module) -> bool:
-    """Whether calling the head is `x Wᵀ` and nothing else: no subclass, bias or hook."""
+    """Whether calling the head is `x Wᵀ` and nothing else: no other forward, bias or hook."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     own = vars(head)
     return (
-        type(head) is nn.Linear
+        (type(head) is nn.Linear or getattr(type(head), "computes_linear", False))
         and own["_parameters"].get("bias") is None
         and "forward" not in own
         and not any(own[name] for name in hooks)

@@ -27,7 +27,7 @@ def check_readable(model: nn.Module, data: Dataset) -> None:
         raise ValueError("There is no example in the data.")
     network = inner(model)
     if isinstance(network, GPT2):
-        longest, limit = int(data.lengths.max()), network.config.block_size
+        longest, limit = data.longest, network.config.block_size
         if longest > limit:
             raise ValueError(
                 f"An example has {longest} tokens and the model's context takes {limit}: "

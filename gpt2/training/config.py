@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 from gpt2.config import is_number
 from gpt2.faults import listed
@@ -24,6 +24,12 @@ class TrainConfig:
         epochs: passes over the data.
         steps: optimiser steps.
         batch_size: examples a micro-batch.
+        tokens_per_batch: tokens a micro-batch at most, in place of `batch_size`: examples of about
+            one length are padded together.
+        packing: lay whole examples end to end in one row of `tokens_per_batch` tokens, each read as
+            if it stood alone: nothing is padded, and one shape is all there is. On a GPU attention
+            then has no dropout; where the model wants it, the run says so and pads instead, unless
+            packing is "always".
         accumulate: micro-batches an optimiser step; the step's loss is the mean over all their
             supervised tokens.
         schedule: "linear" or "cosine" decay to zero, or "constant", after the warm-up.
@@ -53,6 +59,8 @@ class TrainConfig:
     epochs: int | None = None
     steps: int | None = None
     batch_size: int = 1
+    tokens_per_batch: int | None = None
+    packing: bool | Literal["always"] = False
     accumulate: int = 1
     schedule: str = "linear"
     warmup_ratio: float = 0.0
@@ -75,6 +83,12 @@ class TrainConfig:
             faults.append("give epochs or steps, and not both")
         if self.warmup_steps is not None and self.warmup_ratio:
             faults.append("give warmup_ratio or warmup_steps, and not both")
+        if self.tokens_per_batch is not None and self.batch_size != 1:
+            faults.append("give batch_size or tokens_per_batch, and not both")
+        if self.packing not in (False, True, "always"):
+            faults.append(f"packing must be True, False or 'always', got {self.packing!r}")
+        elif self.packing and self.tokens_per_batch is None:
+            faults.append("packing takes tokens_per_batch, the length of a row")
         faults += self._faulty_rates()
         if not isinstance(cast(object, self.schedule), str) or self.schedule not in SCHEDULES:
             faults.append(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
@@ -90,8 +104,8 @@ class TrainConfig:
 
     def _faulty_counts(self) -> list[str]:
         counts = {"epochs": 1, "steps": 1, "batch_size": 1, "accumulate": 1, "seed": 0}
-        counts |= {"sync_every": 1, "warmup_steps": 0}
-        optional = ("epochs", "steps", "warmup_steps")
+        counts |= {"sync_every": 1, "warmup_steps": 0, "tokens_per_batch": 1}
+        optional = ("epochs", "steps", "warmup_steps", "tokens_per_batch")
         return [
             f"{name} must be an integer of at least {least}, got {value!r}"
             for name, least in counts.items()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -54,7 +53,7 @@ def evaluate(
     if type(batch_size) is not int or batch_size < 1:
         raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
     device = next(iter(model.parameters())).device
-    order = np.argsort(data.lengths, kind="stable")[::-1]  # alike in length: little padding
+    order = data.by_length[::-1]  # alike in length: little padding; the largest batch first
     total, tokens = torch.zeros((), dtype=torch.float64), 0
     with in_mode(model, training=False), RandomState(0, device), torch.no_grad():
         for start in range(0, len(data), batch_size):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -70,8 +70,8 @@ def fit(
 class _Kept:
     """What was found so far; replaced as a whole, so that no interrupt leaves half of it."""
 
-    evaluated: Mapping[int, float] = field(default_factory=dict)
-    best: Mapping[str, Tensor] = field(default_factory=dict)
+    evaluated: Mapping[int, float] = field(default_factory=dict[int, float])
+    best: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
 class Fit(Iterator[StepRecord]):
@@ -89,11 +89,16 @@ class Fit(Iterator[StepRecord]):
     ) -> None:
         self.model, self.config, self.validation, self.options = model, config, validation, run
         self.training = train(model, data, config, groups=groups)
-        every = run.eval_every or steps_an_epoch(len(data), config)
+        every = run.eval_every or steps_an_epoch(data, config)
         total = self.training.run.total
-        due = lambda step: validation is not None and (step % every == 0 or step == total)  # noqa: E731
-        self._is_due: Callable[[int], bool] = due
-        self.training.run.pauses = lambda step: due(step) or run.is_save_step(step)
+
+        def is_due(step: int) -> bool:
+            return validation is not None and (step % every == 0 or step == total)
+
+        def pauses(step: int) -> bool:
+            return is_due(step) or run.is_save_step(step)
+
+        self._is_due, self.training.run.pauses = is_due, pauses
         self.made_of: Mapping[str, str] = {}
         self._kept, self._last = _Kept(), dict[str, Tensor]()
         self._saved_at, self.saved_step = time.monotonic(), 0
@@ -194,6 +199,8 @@ class Fit(Iterator[StepRecord]):
         if self.validation is None or step in self._kept.evaluated or not self._is_due(step):
             return
         size, autocast = self.config.batch_size, self.config.autocast
+        if budget := self.config.tokens_per_batch:
+            size = max(1, budget // self.validation.longest)
         loss = evaluate(self.model, self.validation, batch_size=size, autocast=autocast).loss
         evaluated = {**self._kept.evaluated, step: loss}
         best = trained(self.model) if lowest(evaluated) == step else self._kept.best

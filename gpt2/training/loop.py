@@ -14,8 +14,10 @@ from gpt2.data.tokens import Dataset
 from gpt2.training.checks import check_readable
 from gpt2.training.config import TrainConfig
 from gpt2.training.groups import Groups, listed
+from gpt2.training.packing import settled
 from gpt2.training.run import Run, StepRecord
 from gpt2.training.step import check
+from gpt2.training.wrapped import inner
 
 __all__ = ["StepRecord", "Training", "train"]
 
@@ -82,6 +84,7 @@ def train(
     check_readable(model, data)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("Nothing in the model requires grad: inject an adapter or unfreeze it.")
+    config = settled(inner(model), config)
     groups = None if groups is None else listed(groups)
     check(model, config, groups)
     return Training(Run(model, data, config, groups))

@@ -11,15 +11,14 @@ from itertools import count, islice
 import torch
 from torch import Tensor, nn
 
-from gpt2.data.batches import Batch, batches
+from gpt2.data.batches import Batch, batch
 from gpt2.data.tokens import Dataset
-from gpt2.fast.compiling import bucket
 from gpt2.fast.untyped import floats
 from gpt2.model import GPT2
 from gpt2.training.config import TrainConfig
 from gpt2.training.groups import Groups
 from gpt2.training.modes import in_mode
-from gpt2.training.schedule import lr_scale, steps_an_epoch, total_steps
+from gpt2.training.schedule import lr_scale, planned, steps_an_epoch, total_steps
 from gpt2.training.step import Stepper
 from gpt2.training.wrapped import inner, is_compiled
 
@@ -69,7 +68,7 @@ class Run:
         self, model: nn.Module, data: Dataset, config: TrainConfig, groups: Groups | None
     ) -> None:
         self.model, self.data, self.config, self.groups = model, data, config, groups
-        self.total = total_steps(len(data), config)
+        self.total = total_steps(data, config)
         self.pauses: Callable[[int], bool] = lambda step: False
         self._stepper: Stepper | None = None
         self._seconds = 0.0
@@ -107,7 +106,7 @@ class Run:
         return RunState(
             step=self.taken,
             seconds=self._seconds,
-            untold=[(n, tokens, *floats(figures)) for n, tokens, figures in self._untold],
+            untold=[(n, tokens, *_two(figures)) for n, tokens, figures in self._untold],
             parameters={name: p.detach() for name, p in stepper.parameters.items()},
             moments=stepper.moments(),
         )
@@ -162,7 +161,7 @@ class Run:
 
     def _told(self, stepper: Stepper) -> Generator[StepRecord]:
         """The records of a burst; a step is told once the caller comes back for the next."""
-        per_epoch = steps_an_epoch(len(self.data), self.config)
+        per_epoch = steps_an_epoch(self.data, self.config)
         rows = (
             floats(torch.stack([f for _, _, f in self._untold]).flatten()) if self._untold else []
         )
@@ -184,6 +183,11 @@ class Run:
             self.tell(record)
 
 
+def _two(figures: Tensor) -> tuple[float, float]:
+    loss, norm = floats(figures)
+    return loss, norm
+
+
 def not_finite(stepper: Stepper) -> list[str]:
     """The names of trained parameters that hold an infinity or NaN."""
     return [name for name, p in stepper.parameters.items() if not p.isfinite().all()]
@@ -202,15 +206,14 @@ def _blame(said: str, bad: list[str]) -> str:
 
 def _steps(data: Dataset, config: TrainConfig, stepper: Stepper) -> Iterator[list[Batch]]:
     """The micro-batches of each optimiser step after the last that was taken, without end."""
-    network, per_epoch = inner(stepper.model), steps_an_epoch(len(data), config)
+    network, plan = inner(stepper.model), planned(data, config)
     static = config.compile or is_compiled(stepper.model) or stepper.graphs is not None
-    first, skipped = divmod(stepper.taken, per_epoch)
+    limit = network.config.block_size if static and isinstance(network, GPT2) else None
+    first, skipped = divmod(stepper.taken, steps_an_epoch(data, config))
     for epoch in count(first):
-        epochs = batches(data, config.batch_size, seed=config.seed, epoch=epoch)
-        if epoch == first:
-            epochs = islice(epochs, skipped * config.accumulate, None)
-        if static and isinstance(network, GPT2):
-            rows, limit = min(config.batch_size, len(data)), network.config.block_size
-            epochs = (b.padded(rows, bucket(b.idx.shape[1], limit)) for b in epochs)
+        numbers = range(skipped * config.accumulate if epoch == first else 0, len(plan))
+        epochs = (batch(data, plan, k, seed=config.seed, epoch=epoch) for k in numbers)
+        if limit is not None:
+            epochs = (b.padded(*plan.shape(b.idx.shape[1], limit)) for b in epochs)
         while micro_batches := list(islice(epochs, config.accumulate)):
             yield micro_batches

@@ -5,20 +5,23 @@ from __future__ import annotations
 import math
 from typing import cast
 
+from gpt2.data.batches import plan
+from gpt2.data.plans import Plan
+from gpt2.data.tokens import Dataset
 from gpt2.training.config import TrainConfig
 
 
-def total_steps(n_examples: int, config: TrainConfig) -> int:
-    """The optimiser steps of a run over so many examples.
+def total_steps(data: Dataset | int, config: TrainConfig) -> int:
+    """The optimiser steps of a run over the data; how many examples it has is enough for most.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none; a number of examples, where their lengths count.
     """
-    if n_examples < 1:
+    if (data if isinstance(data, int) else len(data)) < 1:
         raise ValueError("There is no example to train on.")
     if config.steps is not None:
         return config.steps
-    return (config.epochs or 0) * steps_an_epoch(n_examples, config)
+    return (config.epochs or 0) * steps_an_epoch(data, config)
 
 
 def learning_rate(step: int, total: int, config: TrainConfig) -> float:
@@ -53,6 +56,20 @@ def lr_scale(step: int, total: int, config: TrainConfig) -> float:
     return 1 - progress if config.schedule == "linear" else 1.0
 
 
-def steps_an_epoch(n_examples: int, config: TrainConfig) -> int:
-    """The optimiser steps of one pass over so many examples; the last may be a smaller one."""
-    return math.ceil(n_examples / (config.batch_size * config.accumulate))
+def steps_an_epoch(data: Dataset | int, config: TrainConfig) -> int:
+    """The optimiser steps of one pass over the data; the last may be a smaller one."""
+    if not isinstance(data, int):
+        batches = len(planned(data, config))
+    elif config.tokens_per_batch is None:
+        batches = math.ceil(data / config.batch_size)
+    else:
+        raise ValueError(
+            "Steps of tokens_per_batch are counted in a Dataset: give it, not a number."
+        )
+    return math.ceil(batches / config.accumulate)
+
+
+def planned(data: Dataset, config: TrainConfig) -> Plan:
+    """How an epoch of the data falls into micro-batches."""
+    size = config.batch_size if config.tokens_per_batch is None else None
+    return plan(data, size, tokens_per_batch=config.tokens_per_batch, packing=bool(config.packing))

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -114,9 +114,9 @@ def remove(folder: Path) -> None:
 
 def _read(file: Path) -> Snapshot:
     tensors: dict[str, dict[str, Tensor]] = {"parameters": {}, "moments": {}, "best": {}}
-    with safe_open(file, "pt") as opened:
-        about: Any = json.loads((opened.metadata() or {})["run"])
-        for key in opened.keys():  # noqa: SIM118
+    with cast(Any, safe_open(file, "pt")) as opened:
+        about: Any = json.loads(cast(dict[str, str], opened.metadata() or {})["run"])
+        for key in cast(list[str], opened.keys()):
             part, _, name = key.partition(".")
             tensors[part][name] = opened.get_tensor(key)
     if about["format"] != FORMAT:

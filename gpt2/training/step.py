@@ -17,6 +17,7 @@ from gpt2.fast.untyped import backward, whole
 from gpt2.model import GPT2
 from gpt2.training.config import GRAPHED_TOKENS, TrainConfig
 from gpt2.training.groups import Groups, grouped
+from gpt2.training.packing import undropped
 from gpt2.training.randomness import RandomState
 from gpt2.training.watch import Watch
 from gpt2.training.wrapped import inner, is_compiled, summed_loss
@@ -58,6 +59,7 @@ class Stepper:
         self.graphs = GraphedCalls() if devices.can_capture(self.device) else None
         self._randomness = RandomState(config.seed, self.device)
         self._network = inner(model)
+        self._undropped = undropped(self._network, config)
         self._watch = Watch(self._network, self._trained)
 
     def __call__(self, batches: Sequence[Batch], step: int, scale: float = 1.0) -> Tensor:
@@ -88,7 +90,7 @@ class Stepper:
             for i, batch in enumerate(batches):
                 batch = batch.to(self.device)
                 self._randomness.begin(step, i)
-                losses.append(self._backward(share, batch.idx, batch.labels))
+                losses.append(self._backward(share, *_inputs(batch)))
             with self._counted():
                 figures = self._update(torch.stack(losses).sum())
         self._watch.renew_after_step()
@@ -124,10 +126,10 @@ class Stepper:
         self.taken += 1
         self.whole = True
 
-    def _backward(self, share: Tensor, idx: Tensor, labels: Tensor) -> Tensor:
+    def _backward(self, share: Tensor, *inputs: Tensor) -> Tensor:
         smoothing = self.config.label_smoothing
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast):
-            loss = summed_loss(self.model, idx, labels, smoothing=smoothing) * share
+            loss = summed_loss(self.model, *inputs, smoothing=smoothing) * share
         if not loss.requires_grad:
             raise RuntimeError(
                 "No parameter that requires grad has a part in the loss. Is what you train "
@@ -151,14 +153,14 @@ class Stepper:
 
     def _replayed(self, graphs: GraphedCalls, batch: Batch, step: int, share: Tensor) -> Tensor:
         batch = batch.to(self.device)
-        inputs = share, batch.idx, batch.labels
+        inputs = share, *_inputs(batch)
         with self._counted():
             graphs.prepare(self._step, self._state, *inputs)  # it may draw numbers of its own
             self._randomness.begin(step, 0)
             return graphs(self._step, self._state, *inputs).clone()
 
-    def _step(self, share: Tensor, idx: Tensor, labels: Tensor) -> Tensor:
-        return self._update(self._backward(share, idx, labels))
+    def _step(self, share: Tensor, *inputs: Tensor) -> Tensor:
+        return self._update(self._backward(share, *inputs))
 
     def _is_graphed(self, batches: Sequence[Batch]) -> bool:
         if self.config.cuda_graph is None:
@@ -185,13 +187,20 @@ class Stepper:
         if not self._flags:
             yield
             return
-        own = vars(self._network.transformer)
-        before = {name: own[name] for name in self._flags}
+        changes = [(vars(self._network.transformer), self._flags)]
+        changes += [(vars(attention), {"attn_pdrop": 0.0}) for attention in self._undropped]
+        before = [{name: own[name] for name in flags} for own, flags in changes]
         try:
-            own.update(self._flags)
+            for own, flags in changes:
+                own.update(flags)
             yield
         finally:
-            own.update(before)
+            for (own, _), was in zip(changes, before, strict=True):
+                own.update(was)
+
+
+def _inputs(batch: Batch) -> list[Tensor]:
+    return [batch.idx, batch.labels, *([] if batch.documents is None else [batch.documents])]
 
 
 def check(
@@ -215,7 +224,7 @@ def check(
     if faults:
         raise ValueError(f"The model cannot be trained so: {'; '.join(faults)}.")
     compiling = config.compile and not compiled  # else torch.compile has the whole of it
-    flags = {"compiling": compiling, "checkpointing": config.checkpointing}
+    flags: dict[str, Any] = {"compiling": compiling, "checkpointing": config.checkpointing}
     flags["smoothing"] = config.label_smoothing
     return flags if is_gpt2 else {}, grouped(parameters, config, groups)
 

@@ -33,7 +33,14 @@ def is_compiled(model: nn.Module) -> bool:
     return held is not None and ("_orig_mod" in children(model) or is_compiled(held))
 
 
-def summed_loss(model: nn.Module, idx: Tensor, labels: Tensor, *, smoothing: float = 0.0) -> Tensor:
+def summed_loss(
+    model: nn.Module,
+    idx: Tensor,
+    labels: Tensor,
+    documents: Tensor | None = None,
+    *,
+    smoothing: float = 0.0,
+) -> Tensor:
     """The cross-entropy summed over the supervised tokens, a float32 scalar.
 
     Only the model itself is called: a GPT-2, wrapped or not, for its loss; any other for its
@@ -43,13 +50,17 @@ def summed_loss(model: nn.Module, idx: Tensor, labels: Tensor, *, smoothing: flo
         model: a GPT-2, with adapters or without; or a module from `(B, T)` ids to logits
             `(B, T, V)`, or to an object with `logits`, as transformers' models give it.
         idx, labels: `(B, T)`; a label is `IGNORE` where nothing is learnt.
+        documents: of a GPT-2's one row, as `GPT2.forward` has it.
         smoothing: as for `gpt2.training.loss.summed`, of logits; a GPT-2 knows its own.
 
     Raises:
         ValueError: the model gives no logits.
     """
     if isinstance(inner(model), GPT2):
-        return model(idx, labels).sum()  # DataParallel gives a loss for each of its devices
+        more = {} if documents is None else {"documents": documents}
+        return model(idx, labels, **more).sum()  # DataParallel gives a loss for each of its devices
+    if documents is not None:
+        raise ValueError(f"{type(model).__name__} reads a row as one text: packing takes a GPT-2.")
     out: Any = model(idx)
     found = getattr(out, "logits", out)
     if not (isinstance(found, Tensor) and found.dim() == 3):

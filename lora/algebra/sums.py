@@ -54,11 +54,12 @@ def factors(model: nn.Module, adapter: str = "default") -> dict[str, Factors]:
     Raises:
         RuntimeError: no adapter here. ValueError: none of this name.
     """
-    carrying = survey_adapted(model).carrying(adapter)
-    updates = {path: module.updates[adapter] for path, module in carrying.items()}
-    if whole := [p for p, u in updates.items() if len(dict(u.named_parameters())) != 2]:
+    tree = survey_adapted(model)
+    carrying = tree.carrying(adapter)
+    updates = {path: tree.layers[path].update(adapter) for path in carrying if path in tree.layers}
+    if whole := [p for p in carrying if p not in updates or updates[p].bias is not None]:
         raise ValueError(f"{adapter!r} trains more than factors: a copy or a bias of {whole[0]}.")
-    return {path: _value(cast(LowRankUpdate, update)) for path, update in updates.items()}
+    return {path: _value(update) for path, update in updates.items()}
 
 
 def read(folder: str | Path) -> dict[str, Factors]:

@@ -155,7 +155,7 @@ def load(
 def _updates(tree: Tree, adapter: str) -> dict[str, LowRankUpdate]:
     """The adapter's low-rank updates, by the path of their layer."""
     updates = {
-        path: cast(LowRankUpdate, tree.layers[path].updates[adapter])
+        path: tree.layers[path].update(adapter)
         for path in tree.carrying(adapter)
         if path in tree.layers
     }

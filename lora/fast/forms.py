@@ -104,7 +104,7 @@ class _AddUpdate(torch.autograd.Function):
         (dy,) = grad_outputs
         _, needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
         dh = _rows(dy) @ _scaled(b, ctx.scaling, dy.dtype)
-        dx = _masked((dh @ a.to(dh.dtype)).view(x.shape), keep, ctx.p) if needs_x else None
+        dx = _masked(dh @ a.to(dh.dtype), keep, ctx.p).view(x.shape) if needs_x else None
         da = _grad_of_a(dh, x, keep, a, ctx.p) if needs_a else None
         db = _grad_of_b(dy, _again(h, x, keep, a, ctx.p), b, ctx.scaling) if needs_b else None
         return dy, dx, da, db, None, None
@@ -168,7 +168,7 @@ class _WideLinear(torch.autograd.Function):
         if needs_x:
             d = _rows(dy) @ _widened(weight, b, ctx.scaling).t()  # (N, in + r)
             through, dh = d[:, : x.shape[-1]], d[:, x.shape[-1] :]
-            dx = through.view(x.shape) + _masked((dh @ a.to(dh.dtype)).view(x.shape), keep, ctx.p)
+            dx = (through + _masked(dh @ a.to(dh.dtype), keep, ctx.p)).view(x.shape)
         else:
             dh = _rows(dy) @ _scaled(b, ctx.scaling, dy.dtype)
         da = _grad_of_a(dh, x, keep, a, ctx.p) if needs_a else None
@@ -177,21 +177,25 @@ class _WideLinear(torch.autograd.Function):
 
 
 def _down(x: Tensor, a: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
-    """`h = drop(x) Aᵀ` `(N, r)`, and what dropout kept."""
-    dropped, keep = drop(x, p) if p else (x, None)
-    return _rows(dropped) @ a.to(x.dtype).t(), keep
+    """`h = drop(x) Aᵀ` `(N, r)`, and what dropout kept, `(N, in)`.
+
+    Rows are dropped, not `x`: only so does torch.compile make the mask again, and keep none.
+    """
+    rows = _rows(x)
+    dropped, keep = drop(rows, p) if p else (rows, None)
+    return dropped @ a.to(x.dtype).t(), keep
 
 
 def _again(h: Tensor, x: Tensor, keep: Tensor | None, a: Tensor, p: float) -> Tensor:
     """`h`; for second derivatives made again from x and A, on which it depends."""
     if not torch.is_grad_enabled():
         return h
-    return _rows(_masked(x, keep, p)) @ a.to(x.dtype).t()
+    return _masked(_rows(x), keep, p) @ a.to(x.dtype).t()
 
 
 def _grad_of_a(dh: Tensor, x: Tensor, keep: Tensor | None, a: Tensor, p: float) -> Tensor:
     """From the gradient of `drop(x) Aᵀ`, `(N, r)`."""
-    return (dh.t() @ _rows(_masked(x, keep, p))).to(a.dtype)
+    return (dh.t() @ _masked(_rows(x), keep, p)).to(a.dtype)
 
 
 def _grad_of_b(dy: Tensor, h: Tensor, b: Tensor, scaling: float) -> Tensor:

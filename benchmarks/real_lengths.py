@@ -1,0 +1,165 @@
+"""Training on examples of real lengths: tokens a second that are no padding, by case.
+
+python -m benchmarks.real_lengths --against peft
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+import gpt2
+from benchmarks import harness, models
+from gpt2.data.batches import batch, collate, plan
+from gpt2.data.order import shuffled
+
+# Median and spread of log-normal lengths, how many examples, and how many a padded batch has.
+LENGTHS = {"E2E": (48, 0.27, 16_000, 64), "articles": (320, 0.59, 4_000, 16)}
+DEMO = gpt2.GPT2Config(n_layer=8, n_head=4, n_embd=256)  # the bundled base's size
+
+
+def main() -> None:
+    a = harness.arguments(
+        __doc__, size="gpt2", lengths="E2E;articles", tokens=16_384, cases="", data=None, steps=30
+    )
+    for lengths in a.lengths.split(";"):
+        for name, run in cases(a, lengths).items():
+            if a.cases and name not in a.cases.split(";"):
+                continue
+            harness.free()
+            try:
+                facts = run()
+            except Exception as error:  # a case that cannot run is a result too
+                facts = {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
+            harness.emit("real_lengths", a.out, case=name, lengths=lengths, **facts)
+
+
+def cases(a: Any, lengths: str) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What is measured, by name; on a GPU in bfloat16 and compiled, on a CPU as it is."""
+    on_gpu = a.device != "cpu"
+    median, sigma, n, size = LENGTHS[lengths]
+    size, n, tokens = (size, n, a.tokens) if on_gpu else (8, n // 40, 512)
+    data = read(a.data) if a.data else drawn(median, sigma, n)
+    budget = {"tokens_per_batch": tokens, "compile": on_gpu}
+    found: dict[str, Callable[[], dict[str, Any]]] = {
+        "ours, packed": lambda: ours(model(a), data, **budget, packing="always"),
+        "ours, buckets": lambda: ours(model(a), data, **budget),
+        "ours, padded": lambda: ours(model(a), data, batch_size=size),
+    }
+    if on_gpu:
+        found["ours, 16 x 1,024 all real"] = lambda: fixed(model(a), a.steps)
+    for grouped in (1, 50) if a.against else ():
+        how = ", grouped by length" if grouped > 1 else ""
+        rows = partial(padded, data, size, a.device, grouped=grouped)
+        found[f"PEFT{how}"] = lambda r=rows: peft(model(a), torch.float32, r(), a.steps)
+        if on_gpu:
+            found[f"PEFT bf16{how}"] = lambda r=rows: peft(model(a), torch.bfloat16, r(), a.steps)
+    return found
+
+
+def model(a: Any) -> gpt2.GPT2:
+    """GPT-2 124M in bfloat16; on a CPU one of the demo base's size, without its dropouts."""
+    if a.device != "cpu":
+        return models.ours(a.size, a.device, torch.bfloat16)
+    return models.ours("", "cpu", torch.float32, r=4, base_dropout=False, config=DEMO)
+
+
+def drawn(median: float, sigma: float, n: int) -> gpt2.Dataset:
+    """Random tokens in examples of log-normal lengths."""
+    random = np.random.default_rng(0)
+    lengths = np.clip(np.round(random.lognormal(np.log(median), sigma, n)), 2, 1024).astype(int)
+    ids = random.integers(0, 50257, int(lengths.sum()), np.int32)
+    return gpt2.Dataset(ids, np.cumsum(lengths), np.zeros(n, np.int32))
+
+
+def read(file: str) -> gpt2.Dataset:
+    """A file's examples."""
+    return gpt2.encode(gpt2.stream_examples(file), gpt2.Tokenizer())
+
+
+def ours(network: gpt2.GPT2, data: gpt2.Dataset, **config: Any) -> dict[str, Any]:
+    """Two epochs: the first with all that is compiled in it, and the rate of the second."""
+    training = gpt2.TrainConfig(epochs=2, lr=1e-4, **config)
+    records = list(gpt2.train(network, data, training))
+    epoch = len(records) // 2
+    first, second = records[0], records[epoch - 1]
+    steady = records[-1].seconds - second.seconds
+    options = {k: v for k, v in config.items() if k != "compile"}
+    made = plan(data, **{**options, "packing": bool(options.get("packing"))})
+    loader = timed_batches(data, made)
+    return {
+        "real_tokens_per_s": round(data.n_tokens / steady),
+        "first_epoch_s": round(second.seconds, 2),
+        "first_step_s": round(first.seconds, 2),
+        "rate_from_second_step": round(
+            data.n_tokens * (epoch - 1) / epoch / (second.seconds - first.seconds)
+        ),
+        "steps": epoch,
+        "loader_ms": round(loader * 1e3, 3),
+        "loader_share": round(loader / (steady / epoch), 4),
+    }
+
+
+def timed_batches(data: gpt2.Dataset, made: Any) -> float:
+    """Seconds that a batch takes to make, the first ones left out."""
+    times: list[float] = []
+    for k in range(min(60, len(made))):
+        began = time.perf_counter()
+        batch(data, made, k, seed=0, epoch=0)
+        times.append(time.perf_counter() - began)
+    return float(np.median(times))
+
+
+def fixed(network: gpt2.GPT2, steps: int) -> dict[str, Any]:
+    """The rate of one shape without padding."""
+    step = models.OurStep(network, models.batch(network, 16, 1024), compile=True)
+    began = time.perf_counter()
+    for done in range(steps + 3):
+        step().tolist()
+        began = time.perf_counter() if done == 2 else began
+    return {"real_tokens_per_s": round(16 * 1024 * steps / (time.perf_counter() - began))}
+
+
+def padded(
+    data: gpt2.Dataset, size: int, device: str, *, grouped: int = 1
+) -> Iterator[tuple[gpt2.Batch, int]]:
+    """Batches padded to their longest, and their real tokens; of every so many sorted by length."""
+    order, lengths = shuffled(np.arange(len(data)), len(data), seed=0, epoch=0), data.lengths
+    for first in range(0, len(data), size * grouped):
+        some = order[first : first + size * grouped]
+        some = some[np.argsort(-lengths[some], kind="stable")] if grouped > 1 else some
+        for start in range(0, len(some) - size + 1, size):
+            chosen = some[start : start + size]
+            real = int(lengths[chosen].sum())
+            rows = collate([data[int(i)] for i in chosen])
+            yield rows.to(torch.device(device)), real
+
+
+def peft(
+    network: gpt2.GPT2,
+    kind: torch.dtype,
+    rows: Iterator[tuple[gpt2.Batch, int]],
+    steps: int,
+) -> dict[str, Any]:
+    """A plain loop with dynamic padding, the first three steps left out."""
+    autocast = kind is torch.float32 and network.lm_head.weight.is_cuda
+    step: Any = None
+    began, tokens = 0.0, 0
+    for done, (data, real) in enumerate(itertools.islice(rows, steps + 3)):
+        step = step or models.PeftStep(models.theirs(network, kind), data, autocast=autocast)
+        if done == 3:
+            began, tokens = time.perf_counter(), 0
+        step.data = data
+        step().item()
+        tokens += real
+    return {"real_tokens_per_s": round(tokens / (time.perf_counter() - began))}
+
+
+if __name__ == "__main__":
+    main()

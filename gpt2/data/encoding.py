@@ -1,0 +1,194 @@
+"""Examples to token ids: many at a time, since a tokenizer that is called once is fastest.
+
+Shapes: N tokens of several examples.
+"""
+
+from __future__ import annotations
+
+import os
+import reprlib
+from array import array
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Protocol
+
+import numpy as np
+
+from gpt2.data.examples import SHOWN, Example
+from gpt2.data.tokens import Array, Dataset, places
+
+AT_A_TIME = 4096  # examples that are encoded together
+THREADS = 8  # at most; one reads the examples meanwhile
+
+
+class Encoder(Protocol):
+    """What turns text into token ids; `gpt2.Tokenizer` is one."""
+
+    @property
+    def eos(self) -> int:
+        """The id that ends a text."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of an ordinary text."""
+        ...
+
+
+@dataclass(frozen=True)
+class Options:
+    """How examples become ids, as `encode` has it."""
+
+    max_length: int = 1024
+    eos: bool = True
+    answer_only: bool = False
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some examples: ids end to end, `(N,)`, and of each its length and what is not learnt."""
+
+    ids: Array
+    lengths: Array
+    ignored: Array
+    truncated: int
+
+
+def encode(
+    examples: Iterable[Example | str],
+    tokenizer: Encoder,
+    *,
+    max_length: int = 1024,
+    eos: bool = True,
+    answer_only: bool = False,
+) -> Dataset:
+    """Tokenise examples; a string is learnt as a whole.
+
+    Prompt and completion are tokenised apart, as they are when a model continues the prompt.
+
+    Args:
+        examples: any number, read once.
+        tokenizer: as `gpt2.Tokenizer`.
+        max_length: tokens an example at most; a longer one is cut and counted in `truncated`.
+        eos: end each example with the end-of-text token, and learn to write it.
+        answer_only: learn the completion, not the prompt.
+
+    Raises:
+        ValueError: no examples, one string for all, `max_length` below 2, or listing the examples
+            (by number, from 1) that are left without a token to learn.
+    """
+    ids, ends, ignored, truncated = array("i"), array("q"), array("i"), 0
+    for block in blocks(examples, tokenizer, Options(max_length, eos, answer_only)):
+        ends.frombytes((len(ids) + np.cumsum(block.lengths)).tobytes())
+        ids.frombytes(block.ids.tobytes())
+        ignored.frombytes(block.ignored.tobytes())
+        truncated += block.truncated
+    held = (np.frombuffer(ids, np.int32), np.frombuffer(ends, np.int64))
+    return Dataset(*held, np.frombuffer(ignored, np.int32), truncated)
+
+
+def blocks(
+    examples: Iterable[Example | str], tokenizer: Encoder, options: Options
+) -> Iterator[Block]:
+    """The examples encoded, some thousands at a time, in order; errors as `encode`."""
+    check(tokenizer, options)
+    _check_several(examples)
+    untaught, shown, number = 0, list[str](), 0
+    for block in _in_threads(_texts(examples), tokenizer, options):
+        # The first token of an example is never predicted.
+        bad = np.flatnonzero(block.lengths <= np.maximum(block.ignored, 1))
+        untaught += len(bad)
+        shown += [str(number + int(i) + 1) for i in bad[: SHOWN - len(shown)]]
+        number += len(block.lengths)
+        yield block
+    if untaught:
+        listed = ", ".join(shown) + ("…" if untaught > SHOWN else "")
+        raise ValueError(
+            f"{untaught} examples leave no token to learn within {options.max_length}: {listed}. "
+            "Remove them, or raise max_length."
+        )
+    if not number:
+        raise ValueError("There are no examples.")
+
+
+def check(tokenizer: object, options: Options) -> None:
+    """The errors that `encode` promises of its options."""
+    longest = options.max_length
+    if type(longest) is not int or longest < 2:
+        raise ValueError(f"max_length must be at least 2, and whole, got {longest!r}.")
+    booleans = type(options.eos) is type(options.answer_only) is bool
+    if not hasattr(tokenizer, "encode") or not booleans:
+        raise ValueError(
+            "Give a tokenizer such as gpt2.Tokenizer(), and True or False for options."
+        )
+
+
+def _check_several(examples: object) -> None:
+    if isinstance(examples, str | Example):
+        kind = "string" if type(examples) is str else "Example"
+        raise ValueError(f"examples is one {kind}, {str(examples)[:20]!r}…: give a list of them.")
+    if not isinstance(examples, Iterable):
+        raise ValueError(f"examples must be several, got {type(examples).__name__}.")
+
+
+def _texts(examples: Iterable[Example | str]) -> Iterator[list[str]]:
+    """The prompts and completions of some examples, in turns."""
+    numbered = enumerate(examples, 1)
+    while some := list(islice(numbered, AT_A_TIME)):
+        yield [text for number, example in some for text in _two(example, number)]
+
+
+def _two(found: object, number: int) -> tuple[str, str]:
+    if isinstance(found, str):
+        return "", found
+    if not isinstance(found, Example):
+        raise ValueError(
+            f"Example {number} is a {type(found).__name__}: give a string, which is learnt as a "
+            "whole, or gpt2.Example(prompt, completion)."
+        )
+    if {type(found.prompt), type(found.completion)} != {str}:
+        raise ValueError(f"Example {number} must hold two strings, got {reprlib.repr(found)}.")
+    return found.prompt, found.completion
+
+
+def _in_threads(
+    texts: Iterator[list[str]], tokenizer: Encoder, options: Options
+) -> Iterator[Block]:
+    """The blocks in order; encoded beside the reading where the tokenizer lets Python go on."""
+    if not hasattr(tokenizer, "encode_many"):
+        yield from (_block(some, tokenizer, options) for some in texts)
+        return
+    threads = min(THREADS, os.cpu_count() or 1)
+    waiting: deque[Future[Block]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for some in texts:
+            waiting.append(pool.submit(_block, some, tokenizer, options))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _block(texts: list[str], tokenizer: Any, options: Options) -> Block:
+    """Examples of a prompt and a completion each, encoded and cut."""
+    many = getattr(tokenizer, "encode_many", None)
+    ids, ends = many(texts) if many else _one_by_one(texts, tokenizer)
+    keep = np.ones(len(ids), bool)
+    keep[ends[::2]] = False  # what ends a prompt is no part of the example
+    keep[ends[1::2]] = options.eos
+    prompts = np.diff(ends, prepend=-1)[::2] - 1
+    lengths = np.diff(ends[1::2], prepend=-1) - 1 - (not options.eos)
+    ids = ids[keep]
+    if long := int((lengths > options.max_length).sum()):
+        ids = ids[places(lengths) < options.max_length]
+    ignored = prompts if options.answer_only else np.zeros_like(prompts)
+    return Block(ids, np.minimum(lengths, options.max_length), ignored.astype(np.int32), long)
+
+
+def _one_by_one(texts: Sequence[str], tokenizer: Encoder) -> tuple[Array, Array]:
+    """As `Tokenizer.encode_many`, by any tokenizer."""
+    rows = [[*tokenizer.encode(text), tokenizer.eos] for text in texts]
+    ids = np.fromiter((i for row in rows for i in row), np.int32)
+    return ids, np.cumsum([len(row) for row in rows]) - 1

@@ -1,0 +1,307 @@
+"""Tokens on disk: made once, found again, never half; and what a training set of millions costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gpt2
+from gpt2 import batches, encode, open_data, read_examples
+from gpt2.data.store import open_store
+
+ROWS = [
+    {"question": f"What is {i}?", "answer": f"It is {'very ' * (i % 7)}{i}."} for i in range(300)
+]
+
+
+class Letters:
+    """A tokenizer of one id a letter, its code."""
+
+    eos, fingerprint = 0, "letters"
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) for letter in text]
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    found = tmp_path / "data.jsonl"
+    found.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return found
+
+
+def same(one: gpt2.Dataset, other: gpt2.Dataset) -> bool:
+    return len(one) == len(other) and all(
+        a.tolist() == b.tolist() and c.tolist() == d.tolist()
+        for (a, c), (b, d) in zip(one, other, strict=True)
+    )
+
+
+class Told:
+    """What is told of a store, and how many examples were encoded."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.examples = 0
+
+    def open(self, file: Path, **options) -> gpt2.Dataset:
+        tokenizer = options.pop("tokenizer", Letters())
+        cache = options.pop("cache", file.parent / "cache")
+        self.lines, self.examples = [], 0
+        return open_data(
+            file, tokenizer, cache=cache, tell=self.lines.append, progress=self.count, **options
+        )
+
+    def count(self, examples: int) -> None:
+        self.examples += examples
+
+
+def test_a_store_holds_what_memory_holds(file, tokenizer):
+    for options in ({}, {"answer_only": True}, {"eos": False, "max_length": 9}):
+        told = Told()
+        stored = told.open(file, tokenizer=tokenizer, **options)
+        held = encode(read_examples(file), tokenizer, **options)
+        assert told.examples == len(held) == 300
+        assert same(stored, held)
+        assert stored.truncated == held.truncated
+        assert stored.n_tokens == held.n_tokens
+        assert stored.lengths.tolist() == held.lengths.tolist()
+        assert stored.histogram.tolist() == held.histogram.tolist()
+        assert stored.by_length.tolist() == held.by_length.tolist()
+        assert stored.fingerprint == held.fingerprint
+        assert stored.longest == held.longest
+
+
+def test_a_store_is_made_once_and_found_again(file):
+    told = Told()
+    first = told.open(file)
+    assert len(told.lines) == 1
+    assert "there are none yet" in told.lines[0]
+    again = told.open(file)
+    assert (told.lines, told.examples) == ([], 0)
+    assert same(first, again)
+    assert [f.name for f in (file.parent / "cache").iterdir()] == ["data.jsonl.tokens"]
+
+
+def test_small_data_stays_in_memory_and_other_data_lies_beside_its_file(file, monkeypatch):
+    open_data(file, Letters())
+    assert [f.name for f in file.parent.iterdir()] == ["data.jsonl"]
+    monkeypatch.setattr("gpt2.data.store.SMALL", 10)
+    stored = open_data(file, Letters())
+    assert sorted(f.name for f in file.parent.iterdir()) == ["data.jsonl", "data.jsonl.tokens"]
+    assert same(stored, encode(read_examples(file), Letters()))
+
+
+def test_ids_take_two_bytes_where_they_can(file):
+    Told().open(file)
+    assert (file.parent / "cache/data.jsonl.tokens/ids").stat().st_size == 2 * encode(
+        read_examples(file), Letters()
+    ).n_tokens
+
+
+def test_ids_that_do_not_fit_two_bytes_take_four(tmp_path, monkeypatch):
+    monkeypatch.setattr("gpt2.data.encoding.AT_A_TIME", 2)
+    file = tmp_path / "data.jsonl"
+    texts = ["abc", "de", "f😀g", "h", "😀"]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    assert same(Told().open(file), encode(texts, Letters()))
+
+
+def test_it_is_made_again_where_something_is_another_now(file):
+    told = Told()
+    told.open(file)
+    for options, said in (
+        ({"max_length": 10}, "max_length was 1024 and is 10"),
+        ({"max_length": 10, "answer_only": True, "tokenizer": gpt2.Tokenizer()}, "tokenizer was"),
+        ({"max_length": 20, "eos": False, "tokenizer": gpt2.Tokenizer()}, "is 20"),
+        ({"fields": {"question": "answer", "answer": "question"}}, "was"),
+    ):
+        stored = told.open(file, **options)
+        assert said in told.lines[0]
+        tokenizer, fields = options.pop("tokenizer", Letters()), options.pop("fields", None)
+        assert same(stored, encode(read_examples(file, fields), tokenizer, **options))
+
+
+def test_a_source_that_changed_is_read_again(file):
+    told = Told()
+    told.open(file)
+    os.utime(file, ns=(1, 1))  # another time, the same content
+    told.open(file)
+    assert told.lines == []
+    text = file.read_text()
+    file.write_text(text.replace("What", "When"))  # the same size
+    assert "data.jsonl has changed" in (told.open(file), told.lines[0])[1]
+    with file.open("a") as more:
+        more.write(json.dumps(ROWS[0]) + "\n")
+    assert len(told.open(file)) == 301
+    assert "data.jsonl has changed" in told.lines[0]
+
+
+def damages(store: Path) -> dict[str, tuple]:
+    header = json.loads((store / "header.json").read_text())
+
+    def cut(name):
+        with (store / name).open("r+b") as file:
+            file.truncate(10)
+
+    def stated(**changes):
+        (store / "header.json").write_text(json.dumps({**header, **changes}))
+
+    return {
+        "cut": (lambda: cut("ids"), "its ids has 10 bytes and should have"),
+        "gone": (lambda: (store / "by_length").unlink(), "its by_length has 0 bytes"),
+        "version": (lambda: stated(format=7), "version 7 of the format and this is 1"),
+        "no header": (lambda: (store / "header.json").unlink(), "header.json cannot be used"),
+        "no JSON": (lambda: (store / "header.json").write_text("{"), "header.json"),
+    }
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "version", "no header", "no JSON"])
+def test_a_store_that_cannot_be_used_is_told_and_made_again(file, damage):
+    told = Told()
+    whole = told.open(file)
+    store = file.parent / "cache/data.jsonl.tokens"
+    spoil, said = damages(store)[damage]
+    spoil()
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(store.name)):
+        open_store(store)
+    again = told.open(file)
+    assert said in told.lines[0]
+    assert same(again, encode(read_examples(file), Letters()))
+    assert len(whole) == 300
+
+
+def test_a_store_that_is_not_finished_is_never_there(file, monkeypatch):
+    def interrupted(examples: int) -> None:
+        raise KeyboardInterrupt
+
+    cache = file.parent / "cache"
+    monkeypatch.setattr("gpt2.data.encoding.AT_A_TIME", 50)
+    with pytest.raises(KeyboardInterrupt):
+        open_data(file, Letters(), cache=cache, progress=interrupted)
+    assert list(cache.iterdir()) == []
+    told = Told()
+    before = told.open(file)
+    with pytest.raises(KeyboardInterrupt):
+        open_data(file, Letters(), cache=cache, max_length=9, progress=interrupted)
+    assert same(told.open(file), before)  # the one before is as it was
+    assert told.lines == []
+
+
+def test_a_file_that_changes_while_it_is_read_gives_no_store(file, monkeypatch):
+    def meddle(examples: int) -> None:
+        with file.open("a") as more:
+            more.write("\n")
+
+    with pytest.raises(RuntimeError, match=r"data\.jsonl changed while it was read"):
+        open_data(file, Letters(), cache=file.parent / "cache", progress=meddle)
+    assert list((file.parent / "cache").iterdir()) == []
+
+
+def test_faults_are_those_of_reading_and_encoding(file, tmp_path):
+    with file.open("a") as more:
+        more.write("{}\n")
+    with pytest.raises(ValueError, match=r"data\.jsonl:301: wants 'text'"):
+        Told().open(file)
+    with pytest.raises(FileNotFoundError, match="missing"):
+        Told().open(tmp_path / "none.jsonl")
+    with pytest.raises(ValueError, match="max_length"):
+        Told().open(file, max_length=1)
+    anonymous = type("Anonymous", (), {"eos": 0, "encode": lambda self, text: [1]})()
+    with pytest.raises(ValueError, match="Anonymous has no fingerprint"):
+        Told().open(file, tokenizer=anonymous)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("way", [{"batch_size": 4}, {"tokens_per_batch": 200}])
+def test_batches_of_a_store_are_those_of_memory(file, way, tokenizer):
+    stored, held = Told().open(file, tokenizer=tokenizer), encode(read_examples(file), tokenizer)
+    pairs = zip(
+        batches(stored, **way, seed=1, epoch=2), batches(held, **way, seed=1, epoch=2), strict=True
+    )
+    assert all(a.idx.equal(b.idx) and a.labels.equal(b.labels) for a, b in pairs)
+
+
+# many texts in one call
+
+
+def test_many_texts_have_the_ids_of_each(tokenizer):
+    texts = ["", "a", " a", "Hello  world ", "\n\n", "é😀", "<|endoftext", "|>", "it's 12\t"]
+    for some in (texts, [*texts, "x<|endoftext|>y"], [*texts, "\ud800"], [""], []):
+        ids, ends = tokenizer.encode_many(some)
+        found = [part[:-1].tolist() for part in np.split(ids, ends + 1)[:-1]]
+        assert found == [tokenizer.encode(text) for text in some]
+        assert all(ids[ends] == tokenizer.eos)
+
+
+# millions
+
+
+MEASURED = """
+import sys, time
+from pathlib import Path
+from itertools import islice
+import gpt2
+from gpt2.data.store import open_store
+
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+way = {"tokens_per_batch": 16384, "packing": True} if sys.argv[2] == "rows" else {
+    "tokens_per_batch": 16384} if sys.argv[2] == "buckets" else {"batch_size": 64}
+tiny = gpt2.encode(["a b", "c"], gpt2.Tokenizer())
+list(gpt2.batches(tiny, **way, seed=0, epoch=0))
+before, began = anonymous(), time.perf_counter()
+data = open_store(sys.argv[1])
+opened = time.perf_counter() - began
+for epoch in range(2):
+    for batch in islice(gpt2.batches(data, **way, seed=0, epoch=epoch), 300):
+        pass
+next(gpt2.batches(data, **way, seed=0, epoch=1, start=10))
+print(opened * 1e3, anonymous() - before)
+"""
+
+
+def write_store(place: Path, n: int, length: int = 32) -> None:
+    """A store of so many examples, without a source."""
+    from gpt2.data.encoding import Block
+    from gpt2.data.storing import made
+
+    random, step = np.random.default_rng(0), 1 << 16
+    with made(place, {"source": {}}) as write:
+        for first in range(0, n, step):
+            lengths = random.integers(length // 2, 3 * length // 2, min(step, n - first))
+            ids = random.integers(0, 50257, int(lengths.sum()), np.int32)
+            write(Block(ids, lengths, np.zeros(len(lengths), np.int32), 0))
+
+
+def measured(place: Path, way: str) -> tuple[float, float]:
+    """Milliseconds to open, and MiB of anonymous memory that opening and batches took."""
+    command = [sys.executable, "-c", MEASURED, str(place), way]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return float(found[0]), float(found[1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("way", ["rows", "buckets", "counted"])
+def test_memory_does_not_grow_with_the_data(tmp_path, way):
+    """`LONG=1` takes 5,000,000 examples against 500,000."""
+    more = 5_000_000 if os.environ.get("LONG") else 300_000
+    found = []
+    for n in (more // 10, more):
+        write_store(tmp_path / "store", n)
+        found.append(measured(tmp_path / "store", way))
+        shutil.rmtree(tmp_path / "store")
+    (_, small), (opened, large) = found
+    assert opened <= 50
+    assert large <= 150
+    assert large - small <= 5
