@@ -402,3 +402,27 @@ def test_a_run_killed_at_random_equals_one_that_never_was():
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["kills"] == 6
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_size": 3, "accumulate": 2},
+        {"tokens_per_batch": 16},
+        {"tokens_per_batch": 16, "packing": True},
+        {"batch_size": 2, "label_smoothing": 0.1, "warmup_steps": 3, "sync_every": 2},
+    ],
+    ids=str,
+)
+def test_every_kind_of_batch_is_gone_on_with(options, tmp_path):
+    config = TrainConfig(lr=1e-2, steps=9, **options)
+    whole = fit(model_of(dropout=True, adapter=True), DATA, config, validation=HELD_OUT)
+    want = list(whole)
+    run = RunConfig(folder=tmp_path, save_every=4)
+    first = fit(model_of(dropout=True, adapter=True), DATA, config, validation=HELD_OUT, run=run)
+    got = [next(first) for _ in range(5)]
+    model = model_of(dropout=True, adapter=True)
+    again = fit(model, DATA, config, validation=HELD_OUT, run=run, resume=True)
+    assert again.told == 4
+    assert [r.loss for r in [*got[:4], *again]] == [r.loss for r in want]
+    assert outcome(again) == outcome(whole)
