@@ -19,8 +19,8 @@ import lora
 from gpt2 import RunConfig, TrainConfig, encode, evaluate, fit
 from gpt2.training import fitting, snapshots
 from gpt2.training.run_config import waited
-from tests.test_train import DATA, Letters, model_of, weights
-from tests.toys import raw
+from tests.test_train import DATA, STILL, Letters, model_of, weights
+from tests.toys import raw, tiny_gpt2
 
 HELD_OUT = encode(["abd", "hallo", "lowtank", "as"], Letters())
 CONFIG = TrainConfig(lr=1e-2, steps=12, batch_size=3)
@@ -296,6 +296,13 @@ def other_base() -> nn.Module:
     return model
 
 
+def other_dropout() -> nn.Module:
+    model = gpt2.GPT2(replace(STILL, attn_pdrop=0.2))  # which no module shows
+    model.load_state_dict(tiny_gpt2(0).state_dict())
+    lora.inject(model, r=4, dropout=0.0, seed=0)
+    return model
+
+
 def wider() -> nn.Module:
     model = model_of()
     lora.inject(model, r=5, seed=0)
@@ -314,6 +321,7 @@ def wider() -> nn.Module:
             r"steps was 12, is 13; .*seed was 42, is 1",
         ),
         ({"model": other_base()}, "base was"),
+        ({"model": other_dropout()}, "modules was"),
         ({"model": wider()}, "trained parameters was"),
         ({"model": model_of()}, "trained parameters was"),
         ({"model": model_of(dropout=True, adapter=True)}, "modules was"),

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from gpt2.data.tokens import Dataset
 from gpt2.faults import listed
+from gpt2.model import GPT2
 from gpt2.training.config import TrainConfig
+from gpt2.training.wrapped import inner
 
 PROBED = 1024  # elements of each tensor that are read one by one, beside the sum of all
 FREE = ("sync_every",)  # options that change no result
@@ -23,12 +25,14 @@ def of_run(
     """Everything that a run is a function of, by name."""
     options = {name: repr(value) for name, value in asdict(config).items() if name not in FREE}
     trained = {n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad}
+    network = inner(model)
+    sizes = network.config if isinstance(network, GPT2) else ""  # and attention's dropout
     return {
         **options,
         "data": _of(data),
         "validation data": _of(validation) if validation else "none",
         "base": of_base(model),
-        "modules": _digest(str(model).encode()),
+        "modules": _digest(f"{model} {sizes}".encode()),
         "trained parameters": _digest(repr(sorted(trained.items())).encode()),
         "kind of device": next(iter(model.parameters())).device.type,
     }
