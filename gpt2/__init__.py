@@ -21,8 +21,11 @@ from gpt2.model import GPT2
 from gpt2.sampling import GenerateConfig
 from gpt2.tokenizer import Tokenizer
 from gpt2.training.config import TrainConfig
+from gpt2.training.evaluation import Evaluation, evaluate
+from gpt2.training.fitting import Fit, fit
 from gpt2.training.loop import StepRecord, Training, train
 from gpt2.training.loss import IGNORE, next_token_loss
+from gpt2.training.run_config import RunConfig
 from gpt2.training.schedule import learning_rate, total_steps
 from gpt2.training.wrapped import summed_loss
 
@@ -33,16 +36,21 @@ __all__ = [
     "Batch",
     "Conv1D",
     "Dataset",
+    "Evaluation",
     "Example",
+    "Fit",
     "GPT2Config",
     "GenerateConfig",
     "KVCache",
+    "RunConfig",
     "StepRecord",
     "Tokenizer",
     "TrainConfig",
     "Training",
     "batches",
     "encode",
+    "evaluate",
+    "fit",
     "from_texts",
     "generate",
     "learning_rate",

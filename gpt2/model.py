@@ -99,6 +99,7 @@ class Transformer(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.checkpointing = False  # keep only the blocks' inputs for backward, recompute the rest
         self.compiling = False  # run the blocks, unless there is a cache, through torch.compile
+        self.smoothing = 0.0  # share of a target that the loss spreads over all tokens
 
     def forward(
         self, idx: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
@@ -193,7 +194,8 @@ class GPT2(nn.Module):
         x = self.transformer(idx, cache, documents)  # (B, T, C)
         if labels is None:
             return self.lm_head(x)
-        return head.summed_loss(self.lm_head, x, labels, compiling=self.transformer.compiling)
+        compiling, smoothing = self.transformer.compiling, self.transformer.smoothing
+        return head.summed_loss(self.lm_head, x, labels, compiling=compiling, smoothing=smoothing)
 
     @classmethod
     def from_pretrained(

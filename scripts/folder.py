@@ -1,26 +1,23 @@
-"""A run's folder: a new one, or one that is empty of runs; the adapter in it outlives a crash."""
+"""A run's folder: a new one, one that is empty of runs, or one whose run is gone on with."""
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
 from itertools import count
 from pathlib import Path
 
-from torch import nn
-
 import cli
-import gpt2
-import lora
+import lock
+from gpt2.training.snapshots import NAMES as SNAPSHOTS
 
-ADAPTER = "adapter"
+ADAPTER, LAST = "adapter", "last"
 METRICS, PLOT, ANSWERS, RUN = "metrics.jsonl", "loss.png", "answers.md", "run.json"
+OPTIONS = "options.yaml"
+OURS = (METRICS, PLOT, ANSWERS, RUN, OPTIONS, *SNAPSHOTS)
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 NUMBERED = Path("runs")
 
@@ -35,11 +32,11 @@ def check(place: str | None, *, overwrite: bool, adapters: Sequence[str] = (ADAP
     if place is not None and (not place.strip() or "\0" in place):
         raise ValueError(f"res_path {place!r} names no folder; leave it out for a new one.")
     folder = NUMBERED if place is None else Path(place)
-    names = () if place is None else (*adapters, METRICS, PLOT, ANSWERS, RUN)
+    names = () if place is None else (*adapters, *OURS)
     if (held := [name for name in names if (folder / name).exists()]) and not overwrite:
         raise ValueError(
             f"{folder} holds a run ({', '.join(held)}): name another res_path, leave it out for a "
-            "new folder, or pass --overwrite true."
+            "new folder, pass --overwrite true, or go on with it by --resume."
         )
     nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
@@ -57,9 +54,10 @@ def prepare(place: str | None, adapters: Sequence[str] = (ADAPTER,)) -> Path:
     folder = Path(place)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        old = [folder / name / file for name in adapters for file in (WEIGHTS, CONFIG)]
-        for file in (*old, *(folder / name for name in (METRICS, PLOT, ANSWERS, RUN))):
-            file.unlink(missing_ok=True)
+        old = [folder / name / file for name in (*adapters, LAST) for file in (WEIGHTS, CONFIG)]
+        with lock.held(folder):
+            for file in (*old, *(folder / name for name in OURS)):
+                file.unlink(missing_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:
@@ -76,48 +74,6 @@ def _numbered() -> Path:
             continue
         return folder
     raise AssertionError("count ends never")
-
-
-@contextmanager
-def saved(
-    model: nn.Module, place: Path, losses: Sequence[float], adapter: str = "default"
-) -> Iterator[None]:
-    """Save the adapter when the block ends, also when training is interrupted or fails.
-
-    Args:
-        model: carries the adapter.
-        place: the folder to save it in.
-        losses: of the steps so far; without any there is nothing to save.
-        adapter: its name.
-    """
-    try:
-        yield
-        lora.save(model, place, adapter=adapter)
-    except BaseException as stop:
-        if losses:
-            stop.add_note(_rescue(model, place, len(losses), adapter))
-        raise
-
-
-def _rescue(model: nn.Module, place: Path, steps: int, adapter: str) -> str:
-    """Save the adapter in its place, or else where temporary files go; say where."""
-    reasons: list[str] = []
-    for folder in (place, Path(tempfile.gettempdir(), f"lora-gpt2-{os.getpid()}", adapter)):
-        try:
-            lora.save(model, folder, adapter=adapter)
-        except (OSError, ValueError, RuntimeError) as error:
-            reasons.append(str(error))
-        else:
-            return f"The adapter as it was after step {steps} is saved in {folder}."
-    return f"The adapter cannot be saved either: {'; '.join(reasons)}."
-
-
-def recorded(steps: Iterable[gpt2.StepRecord], folder: Path) -> Iterator[gpt2.StepRecord]:
-    """Write each step as a line of JSON, as it comes."""
-    with (folder / METRICS).open("w", encoding="utf-8", buffering=1) as file:
-        for step in steps:
-            yield step  # first: if the disk is full, the step counts
-            file.write(json.dumps(asdict(step)) + "\n")
 
 
 def next_commands(folder: Path, adapters: Iterable[Path], base: str, prompt: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
@@ -46,7 +47,9 @@ def flags(to: ArgumentParser, argv: Arguments, *, defaults: bool = True) -> Name
         ) from None
 
 
-def with_config(to: ArgumentParser, argv: Arguments, default: Path) -> Namespace:
+def with_config(
+    to: ArgumentParser, argv: Arguments, default: Callable[[Namespace], Path]
+) -> Namespace:
     """Options from the YAML file that `--config` names, or the default one, and flags over them.
 
     Of two options that exclude each other, a flag for one takes the place of the other in the file.
@@ -56,7 +59,7 @@ def with_config(to: ArgumentParser, argv: Arguments, default: Path) -> Namespace
     """
     given = flags(to, argv, defaults=False)
     options = to.get_defaults()
-    file = Path(given["config"]) if "config" in given else default
+    file = Path(given["config"]) if "config" in given else default(given)
     in_file = to.parse_object(read_yaml(file, _known(to)), defaults=False)
     if null := [n for n, value in in_file.items() if value is None and not _optional(to, n)]:
         raise ValueError(f"{file}: {', '.join(null)} cannot be null.")
@@ -65,6 +68,7 @@ def with_config(to: ArgumentParser, argv: Arguments, default: Path) -> Namespace
             in_file[other] = options[other]
     for name, value in (*in_file.items(), *given.items()):
         options[name] = value
+    options["config"] = given.get("config") or file.name
     return options
 
 

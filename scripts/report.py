@@ -77,35 +77,56 @@ def end(
     console.print(folder.next_commands(place, adapters, base, prompt), soft_wrap=True)
 
 
+def validation_table(run: gpt2.Fit) -> Table:
+    """The validation loss before the first step, of the best step and of the last."""
+    table = Table("adapter", title="Validation")
+    for heading in ("step", "loss", "perplexity"):
+        table.add_column(heading, justify="right")
+    last = max(run.evaluated)
+    for name, step in {"none": 0, "best": run.best_step, "last": last}.items():
+        if step is not None:
+            loss = run.evaluated[step]
+            found = gpt2.Evaluation(loss=loss, tokens=1, examples=1).perplexity
+            table.add_row(name, f"{step:,}", f"{loss:.4f}", f"{found:,.2f}")
+    return table
+
+
 def follow(
+    run: gpt2.Fit,
     steps: Iterable[gpt2.StepRecord],
     losses: list[float],
     console: Console,
     *,
-    total: int,
     every: int,
 ) -> None:
     """Run the training and show how it goes.
 
     Args:
+        run: the training.
         steps: what it yields.
         losses: gets the loss of each step.
         console: gets a line every few steps, and below them a progress bar if it is a terminal.
-        total: steps of the run.
         every: steps a line; its loss is their mean.
     """
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-    tokens = 0
+    tokens, before, shown = 0, None if losses else 0.0, len(losses)
     with Progress(
         *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
     ) as bar:
-        task = bar.add_task("", total=total)
+        task = bar.add_task("", total=run.total, completed=len(losses))
         for step in steps:
+            if not losses and run.evaluated:
+                console.print(f"step     0 · validation {run.evaluated[0]:.4f}")
             losses.append(step.loss)
+            if before is None:  # what an earlier process took is no part of this one's speed
+                before, tokens = step.seconds, -step.tokens
             tokens += step.tokens
-            speed = f"{tokens / step.seconds:,.0f} tokens/s"
-            bar.update(task, advance=1, description=f"loss {step.loss:.4f} · {speed}")
-            if len(losses) % every == 0 or len(losses) == total:
-                recent = losses[-(len(losses) % every or every) :]
-                mean = sum(recent) / len(recent)
-                console.print(f"step {len(losses):>5} · loss {mean:.4f} · {speed}")
+            speed = f"{tokens / max(step.seconds - before, 1e-9):,.0f} tokens/s"
+            found = "" if step.validation is None else f" · validation {step.validation:.4f}"
+            bar.update(task, advance=1, description=f"loss {step.loss:.4f}{found} · {speed}")
+            if len(losses) % every == 0 or len(losses) == run.total or found:
+                recent = losses[shown:]
+                shown, mean = len(losses), sum(recent) / len(recent)
+                console.print(f"step {shown:>5} · loss {mean:.4f}{found} · {speed}")
+    if len(losses) < run.total:
+        console.print(f"Stopped after step {len(losses)}: the validation loss fell no more.")

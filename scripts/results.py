@@ -32,21 +32,25 @@ def about(
 
 def write(
     folder: Path,
-    *,
+    fit: gpt2.Fit,
     losses: Sequence[float],
+    *,
     every: int,
     answers: Sequence[Answer],
     run: Mapping[str, Any],
 ) -> None:
     """Write what is known at the end: the plot, the answers and the record of the run."""
-    plot_losses(losses, every, folder / PLOT)
+    plot_losses(losses, every, folder / PLOT, fit.evaluated)
     (folder / ANSWERS).write_text(answers_markdown(answers), encoding="utf-8")
     outcome = {
         "steps": len(losses),
         "last_losses": losses[-every:],
+        "validation": {"losses": fit.evaluated, "best_step": fit.best_step},
         "answers": [{**asdict(a), "verdict": a.verdict} for a in answers],
         "versions": versions(),
     }
+    if not fit.evaluated:
+        del outcome["validation"]
     record = json.dumps({**run, **outcome}, indent=2, ensure_ascii=False, default=str)
     odd = "backslashreplace"  # a path may hold bytes that are no text
     (folder / RUN).write_text(record + "\n", encoding="utf-8", errors=odd)
@@ -65,8 +69,10 @@ class Clock:
         self.laps[name], self._last = round(now - self._last, 3), now
 
 
-def plot_losses(losses: Sequence[float], every: int, file: Path) -> None:
-    """Draw the loss of each step, and the mean of every few."""
+def plot_losses(
+    losses: Sequence[float], every: int, file: Path, evaluated: Mapping[int, float]
+) -> None:
+    """Draw the loss of each step, the mean of every few, and that on the validation data."""
     from matplotlib.figure import Figure  # slow to import; drawn this way it needs no display
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -76,6 +82,9 @@ def plot_losses(losses: Sequence[float], every: int, file: Path) -> None:
     means = [sum(losses[end - every : end]) / every for end in ends]
     middles = [end - (every - 1) / 2 for end in ends]
     axes.plot(middles, means, color="tab:blue", label=f"mean of {every} steps")
+    if evaluated:
+        line = (list(evaluated), list(evaluated.values()))
+        axes.plot(*line, color="tab:orange", marker=".", label="validation")
     axes.set(xlabel="step", ylabel="loss (nats a token)", ylim=(0, None))
     axes.legend()
     figure.savefig(file, dpi=150)

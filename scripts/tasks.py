@@ -15,6 +15,8 @@ from rich.console import Console
 import folder
 import gpt2
 import inputs
+import keeping
+import lock
 import lora
 import options as opts
 import report
@@ -51,10 +53,9 @@ def run(
         lora.activate(model, name)
         told = f"{name}: {report.examples_line(dataset)} {lora.count_parameters(model)}"
         console.print(told, soft_wrap=True)
-        total, losses = gpt2.total_steps(dataset, training), list[float]()
-        with folder.saved(model, place / name, losses, adapter=name):
-            steps = gpt2.train(model, dataset, training)
-            report.follow(steps, losses, console, total=total, every=options.logging_steps)
+        fit = gpt2.fit(model, dataset, training)
+        with lock.held(place), keeping.saved(fit, place / name, adapter=name):
+            report.follow(fit, fit, [], console, every=options.logging_steps)
 
     if prompts:
         answer(model, names, prompts, ids, sampling, tokenizer, console, place)

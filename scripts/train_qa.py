@@ -16,15 +16,16 @@ from jsonargparse import Namespace
 
 import answers
 import cli
-import folder
 import gpt2
 import guard
 import inputs
+import keeping
 import lora
 import options as opts
 import report
 import results
 import tasks
+import validation
 
 DEMO = Path(__file__).resolve().parent / "configs" / "demo.yaml"
 
@@ -46,16 +47,15 @@ def parse(argv: guard.Arguments) -> Namespace:
     add("--max_token_length", type=int, default=longest, help="longer examples are cut")
     add("--train_batch_size", type=int, default=batch, help="examples a batch")
     add("--logging_steps", type=int, default=5, help="steps between two lines of output")
-    add("--res_path", type=str | None, help="folder for the results, by default a new runs/qa-N")
-    flag = {"type": bool, "nargs": "?", "const": True, "default": False}
-    add("--overwrite", **flag, help="replace the run that res_path holds")
+    keeping.add_options(parser)
     parser.add_function_arguments(
         gpt2.encode, skip={"examples", "tokenizer", "max_length"}, as_group=False
     )
     parser.add_class_arguments(gpt2.TrainConfig, skip={"batch_size"}, as_group=False)
+    validation.add_options(parser)
     opts.add_lora(parser)
     parser.add_class_arguments(gpt2.GenerateConfig, "generate", skip={"seed"}, as_group=False)
-    options = opts.with_config(parser, argv, DEMO)
+    options = opts.with_config(parser, argv, lambda given: keeping.options_file(given, DEMO))
     for name, least in (("logging_steps", 1), ("max_token_length", 2)):
         if options[name] < least:
             raise ValueError(f"{name} must be at least {least}, got {options[name]}.")
@@ -69,38 +69,37 @@ def main(argv: guard.Arguments = None) -> None:
     training = cli.build(gpt2.TrainConfig, options, batch_size=options.train_batch_size)
     sampling = cli.build(gpt2.GenerateConfig, options.generate, seed=options.seed)
     tokenizer, device = gpt2.Tokenizer(), cli.pick_device(options.device)
+    keeping.check(options)
     if options.tasks:
         tasks.run(options, training, sampling, tokenizer, device, console)
         return
-    folder.check(options.res_path, overwrite=options.overwrite)
     (examples,), prompts = inputs.read([options.data], options)
+    examples, held_out, told = validation.apart(examples, options)
     model = inputs.base(options, device)
     data = inputs.encode(examples, tokenizer, model, options)
+    unseen = inputs.encode(held_out, tokenizer, model, options) if held_out else None
     counts = {"base": lora.count_parameters(model)}
     opts.inject(model, options)
     counts["LoRA"] = lora.count_parameters(model)
     ids = inputs.encode_prompts(prompts, tokenizer, model, sampling, options.separator)
-    total, losses = gpt2.total_steps(data, training), list[float]()
-    console.print(report.parameter_table(counts))
-    told = f"{report.examples_line(data)} {total:,} steps, by {options.config or DEMO.name}."
-    console.print(told, soft_wrap=True)
+    total = gpt2.total_steps(data, training)
+    line = f"{report.examples_line(data)} {total:,} steps, by {options.config}.{told}"
+    console.print(report.parameter_table(counts), line, sep="\n", soft_wrap=True)
     clock.lap("load")
 
     with lora.disabled(model):
         base = gpt2.generate(model, ids, sampling)
     clock.lap("base answers")
-    place = folder.prepare(options.res_path)
-    with folder.saved(model, place / folder.ADAPTER, losses):
-        steps = folder.recorded(gpt2.train(model, data, training), place)
-        report.follow(steps, losses, console, total=total, every=options.logging_steps)
-    clock.lap("training")
-    tuned = gpt2.generate(model, ids, sampling)
-    clock.lap("tuned answers")
-
-    told = answers.decoded(tokenizer, base, tuned, sampling)
-    compared = answers.compare(prompts, *told, examples)
-    if compared:
-        console.print(report.answer_table(compared), answers.score(compared))
-    run = {**results.about(options, counts, data), "device": device, "seconds": clock.laps}
-    results.write(place, losses=losses, every=options.logging_steps, answers=compared, run=run)
+    with keeping.begun(options) as (place, around):
+        fit = gpt2.fit(model, data, training, validation=unseen, **around)
+        losses = keeping.train(fit, place, console, options.logging_steps)
+        clock.lap("training")
+        tuned = gpt2.generate(model, ids, sampling)
+        clock.lap("tuned answers")
+        texts = answers.decoded(tokenizer, base, tuned, sampling)
+        compared = answers.compare(prompts, *texts, examples)
+        if compared:
+            console.print(report.answer_table(compared), answers.score(compared))
+        run = {**results.about(options, counts, data), "device": device, "seconds": clock.laps}
+        results.write(place, fit, losses, every=options.logging_steps, answers=compared, run=run)
     report.end(console, place, [place], options.model_name, prompts)

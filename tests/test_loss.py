@@ -341,3 +341,30 @@ def _padded(rows, extra: int, filler: int) -> tuple[torch.Tensor, torch.Tensor]:
         idx[i, : len(ids)] = torch.tensor(ids)
         labels[i, ignored : len(ids)] = idx[i, ignored : len(ids)]
     return idx, labels
+
+
+# Label smoothing
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen head", "trained head"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.6])
+def test_smoothed_targets_are_torchs(smoothing, frozen):
+    """Loss and gradients, by the chunks of a frozen head and by the logits."""
+    idx, labels = some(3, 9)
+    ours, theirs = tiny_gpt2(), tiny_gpt2()
+    for model in (ours, theirs):
+        model.lm_head.weight.requires_grad_(not frozen)
+    ours.transformer.smoothing = smoothing
+    got = ours(idx, labels)
+    targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
+    want = torch.nn.functional.cross_entropy(
+        theirs(idx).flatten(0, 1), targets, reduction="sum", label_smoothing=smoothing
+    )
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    got.backward()
+    want.backward()
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5, msg=name)
+    plain = summed_loss(Plain(theirs), idx, labels, smoothing=smoothing)
+    torch.testing.assert_close(plain, want, rtol=1e-5, atol=1e-5)

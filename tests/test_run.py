@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import time
 import warnings
 from itertools import islice
 from pathlib import Path
@@ -264,9 +265,65 @@ def test_torch_func_differentiates_the_whole_model():
         ({"betas": (0.9,)}, "betas must be two numbers"),
         ({"eps": 0.0}, "eps must be finite and above 0"),
         ({"eps": math.inf}, "eps must be finite and above 0"),
+        ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\)"),
+        ({"label_smoothing": -0.1}, r"label_smoothing must be in \[0, 1\)"),
+        ({"warmup_steps": -1}, "warmup_steps must be an integer of at least 0"),
+        ({"warmup_steps": 1.5}, "warmup_steps must be an integer of at least 0"),
+        ({"warmup_steps": 1, "warmup_ratio": 0.1}, "warmup_ratio or warmup_steps, and not both"),
     ],
     ids=str,
 )
-def test_bad_options_of_adamw_are_refused(options, said):
+def test_bad_options_are_refused(options, said):
     with pytest.raises(ValueError, match=said):
         TrainConfig(steps=1, **options)
+
+
+# The paper's recipe
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("warmup", [0, 1, 7, 25, 40])
+def test_warm_up_by_steps_is_transformers(schedule, warmup):
+    transformers = pytest.importorskip("transformers")
+    config = TrainConfig(lr=3e-3, steps=25, schedule=schedule, warmup_steps=warmup)
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=3e-3)
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    theirs = transformers.get_scheduler(name, optimizer, warmup, 25)
+    for step in range(1, 26):
+        want = theirs.get_last_lr()[0]
+        assert learning_rate(step, 25, config) == pytest.approx(want, rel=1e-12, abs=1e-18)
+        optimizer.step()
+        theirs.step()
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["GPT-2", "logits"])
+def test_label_smoothing_is_in_the_steps_and_not_in_an_evaluation(wrapped):
+    class Logits(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, idx: torch.Tensor) -> torch.Tensor:
+            return self.inner(idx)
+
+    def made() -> nn.Module:
+        return Logits(model_of(adapter=True)) if wrapped else model_of(adapter=True)
+
+    plain, smooth = (run(made(), steps=1, label_smoothing=s)[0].loss for s in (0.0, 0.3))
+    (batch,) = micro_batches(TrainConfig(steps=1))[0]
+    logits = model_of(adapter=True)(batch.idx)[0, :-1]
+    want = torch.nn.functional.cross_entropy(logits, batch.labels[0, 1:], label_smoothing=0.3)
+    assert smooth == pytest.approx(float(want), rel=1e-5)
+    assert smooth != pytest.approx(plain, rel=1e-3)
+    model = made()
+    before = gpt2.evaluate(model, DATA)
+    run(model, steps=2, lr=1e-12, label_smoothing=0.3)
+    assert gpt2.evaluate(model, DATA).loss == pytest.approx(before.loss, rel=1e-6)
+
+
+def test_seconds_leave_out_what_the_caller_does():
+    records: list[gpt2.StepRecord] = []
+    for record in train(model_of(), DATA, TrainConfig(steps=4)):
+        records.append(record)
+        time.sleep(0.2)
+    assert records[-1].seconds - records[0].seconds < 0.3

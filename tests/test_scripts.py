@@ -259,11 +259,11 @@ def test_ctrl_c_leaves_a_saved_adapter_and_says_so(tmp_path):
 def test_a_signal_saves_the_step_it_met_and_others_change_nothing(
     name, code, script, tmp_path, monkeypatch, capsys
 ):
-    folder, save = script("folder"), lora.save
-    recorded, kill = folder.recorded, getattr(signal, name)
+    keeping, save = script("keeping"), lora.save
+    recorded, kill = keeping.recorded, getattr(signal, name)
 
-    def killed(steps, place):
-        for step in recorded(steps, place):
+    def killed(run, place):
+        for step in recorded(run, place):
             yield step
             if step.step == 2:
                 os.kill(os.getpid(), kill)
@@ -273,14 +273,15 @@ def test_a_signal_saves_the_step_it_met_and_others_change_nothing(
             os.kill(os.getpid(), other)
         save(*arguments, **options)
 
-    monkeypatch.setattr(folder, "recorded", killed)
+    monkeypatch.setattr(keeping, "recorded", killed)
     monkeypatch.setattr(lora, "save", impatient)
     before = signal.getsignal(kill)
     out = tmp_path / "cut"
     assert script("train_qa").main([*QUICK, "--res_path", str(out)]) == code
     error = capsys.readouterr().err
     said = "Interrupted." if name == "SIGINT" else f"Stopped by {name}."
-    assert error == f"{said} The adapter as it was after step 2 is saved in {out / 'adapter'}.\n"
+    saved = f"The adapter as it was after step 2 is saved in {out / 'adapter'}."
+    assert error == f"{said} {saved} Go on with --resume {out}.\n"
     assert_trained(out / "adapter")
     assert signal.getsignal(kill) == before
 
@@ -347,7 +348,7 @@ def test_an_adapter_that_cannot_be_saved_in_its_place_is_saved_elsewhere(
         save(model, folder, **options)
 
     monkeypatch.setattr(lora, "save", full)
-    monkeypatch.setattr(script("folder").tempfile, "TemporaryFile", open_nothing)
+    monkeypatch.setattr(script("keeping").tempfile, "TemporaryFile", open_nothing)
     assert script("train_qa").main([*QUICK, "--res_path", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1

@@ -18,7 +18,7 @@ from gpt2.fast import devices
 from gpt2.fast.compiling import compiled
 from gpt2.fast.products import linear
 from gpt2.fast.untyped import apply, is_transforming
-from gpt2.training.loss import IGNORE, shifted, summed
+from gpt2.training.loss import IGNORE, cross_entropy, shifted, summed
 
 # Rows between which a GPU makes logits three times as fast as (V, rows), since V is odd.
 FEW_ROWS = range(3, 65)
@@ -31,29 +31,32 @@ def logits(x: Tensor, weight: Tensor) -> Tensor:
     return linear(x, weight)
 
 
-def summed_loss(head: nn.Module, x: Tensor, labels: Tensor, *, compiling: bool) -> Tensor:
+def summed_loss(
+    head: nn.Module, x: Tensor, labels: Tensor, *, compiling: bool, smoothing: float = 0.0
+) -> Tensor:
     """`summed(head(x), labels)`, with the head applied to supervised positions only.
 
-    A frozen head's logits exist for a chunk of positions at a time.
+    A head's logits exist for a chunk of positions at a time where it takes no gradient.
 
     Args:
         head: from `(…, C)` to `(…, V)`.
         x: hidden states `(B, T, C)`.
         labels: `(B, T)`.
         compiling: run a chunk through torch.compile, on a GPU.
+        smoothing: as for `summed`.
     """
     if is_transforming():  # torch.func sees the formula itself
-        return summed(head(x), labels)
+        return summed(head(x), labels, smoothing)
     hidden, targets = x.flatten(0, 1), shifted(labels)  # (N, C) and (N,)
     if devices.tells_counts(x.device) and not torch.compiler.is_compiling():
         supervised = targets != IGNORE
         hidden, targets = hidden[supervised], targets[supervised]
     weight = cast(Tensor, head.weight) if _is_plain(head) else None
-    if weight is not None and not weight.requires_grad:
+    if weight is not None and not (weight.requires_grad and torch.is_grad_enabled()):
         chunk_loss = compiled(_chunk) if compiling and devices.fuses_loss(x.device) else _chunk
-        return apply(_FrozenHeadLoss, hidden, weight, targets, chunk_loss)
+        return apply(_FrozenHeadLoss, hidden, weight, targets, smoothing, chunk_loss)
     found = head(hidden) if weight is None else linear(hidden, weight)
-    return F.cross_entropy(found.float(), targets, ignore_index=IGNORE, reduction="sum")
+    return cross_entropy(found, targets, smoothing)
 
 
 def _is_plain(head: nn.Module) -> bool:
@@ -77,7 +80,12 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_loss: Callable[..., Any]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        smoothing: float,
+        chunk_loss: Callable[..., Any],
     ) -> Tensor:
         n, vocab = len(hidden), weight.shape[0]
         if devices.wants_aligned(weight.device):
@@ -91,7 +99,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
             loss, gradient = chunk_loss(
-                hidden[part], weight, targets[part], vocab, ctx.needs_input_grad[0]
+                hidden[part], weight, targets[part], vocab, ctx.needs_input_grad[0], smoothing
             )
             total = total + loss
             gradients.append(gradient)
@@ -99,7 +107,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # What is saved is a number, so a second derivative would be wrong without a word.
             raise RuntimeError(
@@ -107,11 +115,16 @@ class _FrozenHeadLoss(torch.autograd.Function):
                 "given). For more take gpt2.next_token_loss(model(idx), labels), or torch.func."
             )
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_outputs[0].to(gradient.dtype), None, None, None
+        return gradient * grad_outputs[0].to(gradient.dtype), None, None, None, None
 
 
 def _chunk(
-    hidden: Tensor, weight: Tensor, targets: Tensor, vocab: int, needs_gradient: bool
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocab: int,
+    needs_gradient: bool,
+    smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Loss and gradient of some positions; rows of `weight` past `vocab` are padding."""
     found = _times(hidden, weight).float()  # (N, V padded)
@@ -122,13 +135,20 @@ def _chunk(
     wanted = targets.where(supervised, 0)[:, None]
     top = found.amax(-1, keepdim=True)  # subtracted: far from zero, float32 is coarse
     at_wanted = found.gather(1, wanted) - top
+    sought, right = at_wanted, 1.0
+    if smoothing:
+        sought = at_wanted.lerp(found[:, :vocab].mean(-1, keepdim=True) - top, smoothing)
+        right = 1 - smoothing + smoothing / vocab
     scores = found.sub_(top).exp_()
     total = scores.sum(-1, keepdim=True)  # in pairs; a softmax kernel's running sum is off by 1e-5
-    loss = (total.log() - at_wanted).squeeze(1).where(supervised, 0.0).sum()
+    loss = (total.log() - sought).squeeze(1).where(supervised, 0.0).sum()
     if not needs_gradient:
         return loss, hidden
-    probabilities = scores.div_(total).to(weight.dtype)
-    less_one = (at_wanted.exp() / total - 1).to(weight.dtype)  # where the token is the right one
+    probabilities = scores.div_(total)
+    if smoothing:
+        probabilities[:, :vocab] -= smoothing / vocab
+    probabilities = probabilities.to(weight.dtype)
+    less_one = (at_wanted.exp() / total - right).to(weight.dtype)  # where the token is right
     gradient = _times(probabilities.scatter_(1, wanted, less_one), weight.t())
     return loss, gradient.to(hidden.dtype) * supervised[:, None]
 

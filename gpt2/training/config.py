@@ -35,9 +35,12 @@ class TrainConfig:
         schedule: "linear" or "cosine" decay to zero, or "constant", after the warm-up.
         warmup_ratio: share of the steps, in [0, 1], in which the learning rate rises from zero; a
             run of one step has none.
+        warmup_steps: the same as a number of steps, in place of `warmup_ratio`.
         weight_decay: AdamW's.
         betas: AdamW's, how much of the averages of gradient and square a step keeps.
         eps: AdamW's, added to the root of the average square.
+        label_smoothing: share of each target, in [0, 1), that is spread evenly over all tokens; the
+            records' loss has it, an evaluation's has not.
         clip: largest global norm of the gradient; None leaves it as it is.
         seed: of the order of examples and of dropout.
         autocast: compute in bfloat16 beside float32 weights.
@@ -61,9 +64,11 @@ class TrainConfig:
     accumulate: int = 1
     schedule: str = "linear"
     warmup_ratio: float = 0.0
+    warmup_steps: int | None = None
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    label_smoothing: float = 0.0
     clip: float | None = 1.0
     seed: int = 42
     autocast: bool = False
@@ -76,6 +81,8 @@ class TrainConfig:
         faults = self._faulty_counts()
         if (self.epochs is None) == (self.steps is None):
             faults.append("give epochs or steps, and not both")
+        if self.warmup_steps is not None and self.warmup_ratio:
+            faults.append("give warmup_ratio or warmup_steps, and not both")
         if self.tokens_per_batch is not None and self.batch_size != 1:
             faults.append("give batch_size or tokens_per_batch, and not both")
         if self.packing not in (False, True, "always"):
@@ -97,11 +104,12 @@ class TrainConfig:
 
     def _faulty_counts(self) -> list[str]:
         counts = {"epochs": 1, "steps": 1, "batch_size": 1, "accumulate": 1, "seed": 0}
+        counts |= {"sync_every": 1, "warmup_steps": 0, "tokens_per_batch": 1}
+        optional = ("epochs", "steps", "warmup_steps", "tokens_per_batch")
         return [
             f"{name} must be an integer of at least {least}, got {value!r}"
-            for name, least in {**counts, "sync_every": 1, "tokens_per_batch": 1}.items()
-            if (value := getattr(self, name)) is not None
-            or name not in ("epochs", "steps", "tokens_per_batch")
+            for name, least in counts.items()
+            if (value := getattr(self, name)) is not None or name not in optional
             if type(value) is not int or value < least
         ]
 
@@ -115,6 +123,7 @@ class TrainConfig:
             "eps must be finite and above 0": _within(self.eps, 0, math.inf) and self.eps > 0,
             "clip must be above 0, or None": self.clip is None
             or (is_number(self.clip) and self.clip > 0),
+            "label_smoothing must be in [0, 1)": _within(self.label_smoothing, 0, 1),
             "warmup_ratio must be in [0, 1]": self.warmup_ratio == 1
             or _within(self.warmup_ratio, 0, 1),
         }

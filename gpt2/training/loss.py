@@ -31,11 +31,12 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return total / count
 
 
-def summed(logits: Tensor, labels: Tensor) -> Tensor:
+def summed(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     """The cross-entropy summed over the supervised tokens, a float32 scalar.
 
     Args:
         logits, labels: as for `next_token_loss`.
+        smoothing: share of each target that is spread evenly over all tokens.
 
     Raises:
         ValueError: the shapes do not fit.
@@ -43,8 +44,17 @@ def summed(logits: Tensor, labels: Tensor) -> Tensor:
     if logits.shape[:2] != labels.shape:
         raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} differ.")
     targets = shifted(labels)
+    return cross_entropy(logits.flatten(0, 1), targets, smoothing)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    """The sum over the targets `(N,)` that are not `IGNORE`, of logits `(N, V)`, in float32."""
     return F.cross_entropy(
-        logits.flatten(0, 1).float(), targets, ignore_index=IGNORE, reduction="sum"
+        logits.float(),
+        targets,
+        ignore_index=IGNORE,
+        reduction="sum",
+        label_smoothing=smoothing,
     )
 
 

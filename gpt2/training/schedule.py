@@ -44,7 +44,10 @@ def lr_scale(step: int, total: int, config: TrainConfig) -> float:
 
     Source: transformers' `get_linear_schedule_with_warmup` and its cosine sibling.
     """
-    done, warmup = step - 1, math.ceil(total * config.warmup_ratio) if total > 1 else 0
+    warmup = config.warmup_steps
+    if warmup is None:
+        warmup = math.ceil(total * config.warmup_ratio)
+    done, warmup = step - 1, warmup if total > 1 else 0
     if done < warmup:
         return done / warmup
     progress = (done - warmup) / max(1, total - warmup)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,6 +37,8 @@ class Stepper:
         optimizer: the AdamW; its groups' `lr` are those of the last step.
         peaks: each group's own learning rate, before the schedule.
         failed: 1 on the device after a step whose loss or gradient was not finite, else 0.
+        taken: how many steps the weights have taken, all runs that were gone on with included.
+        whole: whether weights and moments are of step `taken`; not in the midst of an update.
         graphs: the captured steps, None where they cannot be captured.
 
     Raises:
@@ -53,6 +55,7 @@ class Stepper:
         self.peaks = [float(group["initial_lr"]) for group in self.optimizer.param_groups]
         self.optimizer.zero_grad()  # of what the caller, or a run that was cut short, left
         self.failed = torch.zeros((), dtype=torch.float32, device=self.device)
+        self.taken, self.whole = 0, True
         self.graphs = GraphedCalls() if devices.can_capture(self.device) else None
         self._randomness = RandomState(config.seed, self.device)
         self._network = inner(model)
@@ -88,7 +91,8 @@ class Stepper:
                 batch = batch.to(self.device)
                 self._randomness.begin(step, i)
                 losses.append(self._backward(share, *_inputs(batch)))
-            figures = self._update(torch.stack(losses).sum())
+            with self._counted():
+                figures = self._update(torch.stack(losses).sum())
         self._watch.renew_after_step()
         return figures
 
@@ -97,9 +101,35 @@ class Stepper:
         if self.graphs is not None:
             self.graphs = GraphedCalls()
 
+    def moments(self) -> dict[str, Tensor]:
+        """The optimiser's state by its kind and the parameter's name; empty before a step."""
+        state = self.optimizer.state
+        return {
+            f"{kind}.{name}": tensor
+            for name, p in self.parameters.items()
+            for kind, tensor in state[p].items()
+        }
+
+    def resume(self, taken: int, moments: Mapping[str, Tensor]) -> None:
+        """Go on after step `taken`, whose moments these are."""
+        for key, tensor in moments.items():
+            kind, _, name = key.partition(".")
+            fused = devices.has_fused_adamw(self.device)  # else the host counts the steps
+            home = self.device if kind != "step" or fused else torch.device("cpu")
+            self.optimizer.state[self.parameters[name]][kind] = tensor.to(home, copy=True)
+        self.taken = taken
+
+    @contextmanager
+    def _counted(self) -> Generator[None]:
+        self.whole = False
+        yield
+        self.taken += 1
+        self.whole = True
+
     def _backward(self, share: Tensor, *inputs: Tensor) -> Tensor:
+        smoothing = self.config.label_smoothing
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast):
-            loss = summed_loss(self.model, *inputs) * share
+            loss = summed_loss(self.model, *inputs, smoothing=smoothing) * share
         if not loss.requires_grad:
             raise RuntimeError(
                 "No parameter that requires grad has a part in the loss. Is what you train "
@@ -124,9 +154,10 @@ class Stepper:
     def _replayed(self, graphs: GraphedCalls, batch: Batch, step: int, share: Tensor) -> Tensor:
         batch = batch.to(self.device)
         inputs = share, *_inputs(batch)
-        graphs.prepare(self._step, self._state, *inputs)  # it may draw numbers of its own
-        self._randomness.begin(step, 0)
-        return graphs(self._step, self._state, *inputs).clone()
+        with self._counted():
+            graphs.prepare(self._step, self._state, *inputs)  # it may draw numbers of its own
+            self._randomness.begin(step, 0)
+            return graphs(self._step, self._state, *inputs).clone()
 
     def _step(self, share: Tensor, *inputs: Tensor) -> Tensor:
         return self._update(self._backward(share, *inputs))
@@ -174,7 +205,7 @@ def _inputs(batch: Batch) -> list[Tensor]:
 
 def check(
     model: nn.Module, config: TrainConfig, groups: Groups | None
-) -> tuple[dict[str, bool], list[dict[str, Any]]]:
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What is set in the GPT-2 during a step, and the optimiser's groups.
 
     Raises:
@@ -193,8 +224,9 @@ def check(
     if faults:
         raise ValueError(f"The model cannot be trained so: {'; '.join(faults)}.")
     compiling = config.compile and not compiled  # else torch.compile has the whole of it
-    flags = {"compiling": compiling, "checkpointing": config.checkpointing} if is_gpt2 else {}
-    return flags, grouped(parameters, config, groups)
+    flags: dict[str, Any] = {"compiling": compiling, "checkpointing": config.checkpointing}
+    flags["smoothing"] = config.label_smoothing
+    return flags if is_gpt2 else {}, grouped(parameters, config, groups)
 
 
 def _adamw(groups: list[dict[str, Any]], device: torch.device) -> torch.optim.AdamW:

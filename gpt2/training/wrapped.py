@@ -34,7 +34,12 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 def summed_loss(
-    model: nn.Module, idx: Tensor, labels: Tensor, documents: Tensor | None = None
+    model: nn.Module,
+    idx: Tensor,
+    labels: Tensor,
+    documents: Tensor | None = None,
+    *,
+    smoothing: float = 0.0,
 ) -> Tensor:
     """The cross-entropy summed over the supervised tokens, a float32 scalar.
 
@@ -46,6 +51,7 @@ def summed_loss(
             `(B, T, V)`, or to an object with `logits`, as transformers' models give it.
         idx, labels: `(B, T)`; a label is `IGNORE` where nothing is learnt.
         documents: of a GPT-2's one row, as `GPT2.forward` has it.
+        smoothing: as for `gpt2.training.loss.summed`, of logits; a GPT-2 knows its own.
 
     Raises:
         ValueError: the model gives no logits.
@@ -62,7 +68,7 @@ def summed_loss(
             f"{type(model).__name__} gives {type(out).__name__}: what is trained must map (B, T) "
             "token ids to (B, T, V) logits, or to an object that has them as .logits."
         )
-    return summed(found, labels)
+    return summed(found, labels, smoothing)
 
 
 def _held(model: nn.Module) -> nn.Module | None:

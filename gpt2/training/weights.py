@@ -1,0 +1,34 @@
+"""Trained weights by name: taken, put back, exchanged for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of what is trained, in the host's memory."""
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p.detach().to("cpu", copy=True) for name, p in own.items()}
+
+
+def put(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Give the parameters of these names these values."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name in values:
+                p.copy_(values[name])
+
+
+@contextmanager
+def swapped(model: nn.Module, values: Mapping[str, Tensor]) -> Generator[None]:
+    """The parameters of these names have these values within, and their own after."""
+    own = trained(model) if values else {}
+    try:
+        put(model, values)
+        yield
+    finally:
+        put(model, own)

@@ -1,0 +1,436 @@
+"""A run with validation, the best kept, early stop and snapshots."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import gpt2
+import lora
+from gpt2 import RunConfig, TrainConfig, encode, evaluate, fit
+from gpt2.training import fitting, snapshots
+from gpt2.training.run_config import waited
+from tests.test_train import DATA, STILL, Letters, model_of, weights
+from tests.toys import raw, tiny_gpt2
+
+HELD_OUT = encode(["abd", "hallo", "lowtank", "as"], Letters())
+CONFIG = TrainConfig(lr=1e-2, steps=12, batch_size=3)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_two_threads: None) -> None:
+    torch.set_num_threads(1)
+
+
+def fitted(model: nn.Module, config: TrainConfig = CONFIG, **options) -> gpt2.Fit:
+    run = RunConfig(**{"eval_every": 2} | options)
+    return fit(model, DATA, config, validation=HELD_OUT, run=run)
+
+
+def outcome(run: gpt2.Fit) -> tuple:
+    """All that must be equal to the bit: weights, moments, best, evaluations."""
+    state = run.training.run.state()
+    with run.last_weights():
+        last = weights(run.model)
+    moments = {name: raw(tensor) for name, tensor in state.moments.items()}
+    best = {name: raw(tensor) for name, tensor in run._kept.best.items()}
+    return last, moments, best, run.evaluated, run.best_step
+
+
+@pytest.mark.parametrize("stop", [1, 2, 5, 9])
+def test_a_resumed_run_equals_one_that_never_stopped(stop, tmp_path):
+    whole = fitted(model_of(dropout=True, adapter=True))
+    want = list(whole)
+    first = fitted(model_of(dropout=True, adapter=True), save_every=1, folder=tmp_path)
+    got = [next(first) for _ in range(stop + 1)]  # the last is not told yet
+    run = RunConfig(eval_every=2, folder=tmp_path)
+    second = model_of(dropout=True, adapter=True)
+    nn.init.zeros_(next(p for p in second.parameters() if p.requires_grad))
+    again = fit(second, DATA, CONFIG, validation=HELD_OUT, run=run, resume=True)
+    rest = list(again)
+    assert [replace(r, seconds=0) for r in [*got[:stop], *rest]] == [
+        replace(r, seconds=0) for r in want
+    ]
+    assert outcome(again) == outcome(whole)
+
+
+def test_resuming_twice_is_as_never_stopping(tmp_path):
+    whole = fitted(model_of(dropout=True, adapter=True))
+    want = list(whole)
+    run = RunConfig(eval_every=2, folder=tmp_path, save_every=1)
+    got: list[gpt2.StepRecord] = []
+    for until in (3, 7, 12):
+        model = model_of(dropout=True, adapter=True)
+        resume = bool(got)
+        part = fit(model, DATA, CONFIG, validation=HELD_OUT, run=run, resume=resume)
+        got += [record for record in part if record.step <= until] if until == 12 else []
+        while len(got) < until:
+            got.append(next(part))
+        part.training.run.tell(got[-1])
+        if until < 12:
+            assert part.save()
+    assert [r.loss for r in got] == [r.loss for r in want]
+    assert outcome(part) == outcome(whole)
+
+
+def test_resuming_is_more_than_loading_the_weights(tmp_path):
+    whole = list(fitted(model_of(dropout=True, adapter=True)))
+    first = fitted(model_of(dropout=True, adapter=True), folder=tmp_path, save_every=1)
+    for _ in range(6):
+        next(first)
+    snapshot, _ = snapshots.read(tmp_path)
+    assert snapshot.state.step == 5
+    run = fitted(model_of(dropout=True, adapter=True), folder=tmp_path)
+    run.training.run.go_on_from(replace(snapshot.state, moments={}))
+    losses = [record.loss for record in run]
+    assert losses[0] == whole[5].loss
+    assert losses[1:] != [r.loss for r in whole[6:]]
+
+
+@pytest.mark.parametrize("every", [1, 2, 5, 100])
+def test_bursts_end_where_something_is_looked_at(every, tmp_path):
+    """With `sync_every` above 1, evaluation and snapshot are of the weights of their own step."""
+    seldom = replace(CONFIG, sync_every=every)
+    got = fitted(model_of(adapter=True), seldom, eval_every=3, folder=tmp_path, save_every=4)
+    want = fitted(model_of(adapter=True), eval_every=3)
+    saved = [snapshots.read(tmp_path)[0].state.step for r in got if r.step % 4 == 1 and r.step > 1]
+    list(want)
+    assert got.evaluated == want.evaluated
+    assert list(got.evaluated) == [0, 3, 6, 9, 12]
+    assert saved == [4, 8]
+
+
+def test_an_interrupt_in_a_burst_or_an_evaluation_loses_no_record(tmp_path, monkeypatch):
+    want = list(whole := fitted(model_of(dropout=True, adapter=True)))
+    config = replace(CONFIG, sync_every=5)
+    first = fitted(model_of(dropout=True, adapter=True), config, folder=tmp_path, eval_every=4)
+    got = [next(first)]
+    assert first.taken == 4
+    assert first.save()
+    run = RunConfig(eval_every=4, folder=tmp_path)
+    model = model_of(dropout=True, adapter=True)
+    again = fit(model, DATA, config, validation=HELD_OUT, run=run, resume=True)
+    assert (again.taken, again.told) == (4, 0)
+    rest = list(again)
+    assert [r.loss for r in rest] == [r.loss for r in want]
+    assert got[0].loss == want[0].loss
+    assert weights(model) != {}
+    assert again.evaluated == {s: v for s, v in whole.evaluated.items() if s % 4 == 0}
+
+
+def test_no_snapshot_is_made_of_half_an_update(tmp_path, monkeypatch):
+    run = fitted(model_of(), folder=tmp_path)
+    next(run)
+    real = torch.optim.AdamW.step
+
+    def stopped(self, *args, **kwargs):
+        real(self, *args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        next(run)
+    assert not run.save()
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(RuntimeError, match="in the midst of an update"):
+        run.training.run.state()
+
+
+# Validation
+
+
+def test_the_best_is_what_the_model_has_at_the_end(monkeypatch):
+    real, given = fitting.evaluate, [5.0, 4.0, 3.0, 2.0, 3.0, 2.0, 4.0]
+    fake = lambda *a, **k: replace(real(*a, **k), loss=given[len(run.evaluated)])  # noqa: E731
+    monkeypatch.setattr(fitting, "evaluate", fake)
+    model = model_of(dropout=True, adapter=True)
+    run = fitted(model)
+    seen = {r.step: weights(model) for r in run}
+    assert run.evaluated == dict(zip(range(0, 13, 2), given, strict=True))
+    assert run.best_step == 6  # the first of two equal ones
+    assert weights(model) == seen[6]
+    with run.last_weights():
+        assert weights(model) == seen[12]
+    with run.best_weights():
+        assert weights(model) == seen[6]
+    assert weights(model) == seen[6]
+    assert list(run) == []  # a run is over once
+    assert weights(model) == seen[6]
+
+
+def test_the_base_is_evaluated_before_the_first_step():
+    model = model_of(adapter=True)
+    want = evaluate(model, HELD_OUT).loss
+    run = fitted(model)
+    next(run)
+    assert run.evaluated[0] == pytest.approx(want, rel=1e-6)
+    assert [r.validation is not None for r in run] == [True, False] * 5 + [True]
+
+
+def test_evaluations_and_snapshots_change_no_step(tmp_path):
+    plain, watched = model_of(dropout=True), model_of(dropout=True)
+    want = list(gpt2.train(plain, DATA, CONFIG))
+    run = fitted(watched, eval_every=1, save_every=1, folder=tmp_path)
+    assert [(r.loss, r.grad_norm) for r in run] == [(r.loss, r.grad_norm) for r in want]
+    with run.last_weights():
+        assert weights(watched) == weights(plain)
+
+
+def test_without_validation_the_last_weights_are_the_result(tmp_path):
+    plain, kept = model_of(), model_of()
+    want = list(gpt2.train(plain, DATA, CONFIG))
+    got = list(fit(kept, DATA, CONFIG, run=RunConfig(folder=tmp_path, save_every=3)))
+    assert [r.loss for r in got] == [r.loss for r in want]
+    assert weights(kept) == weights(plain)
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(snapshots.NAMES)
+
+
+@pytest.mark.parametrize(
+    ("losses", "min_delta", "want"),
+    [
+        ([], 0.0, 0),
+        ([3.0], 0.0, 0),
+        ([3.0, 2.0, 2.5, 2.0], 0.0, 2),
+        ([3.0, 2.95, 2.9, 2.85], 0.1, 0),
+        ([3.0, 2.95, 2.92], 0.1, 2),
+        ([math.nan, math.nan], 0.0, 2),
+        ([3.0, math.nan, 2.0, math.nan], 0.0, 1),
+        ([math.inf, 2.0], 0.0, 0),
+    ],
+)
+def test_patience_counts_evaluations_without_a_lower_loss(losses, min_delta, want):
+    assert waited(losses, min_delta) == want
+
+
+def test_nan_never_becomes_best(monkeypatch):
+    given = iter([math.nan, 3.0, math.nan, 2.0, math.nan, math.inf, math.nan])
+    fake = lambda *_, **__: gpt2.Evaluation(loss=next(given), tokens=1, examples=1)  # noqa: E731
+    monkeypatch.setattr(fitting, "evaluate", fake)
+    model = model_of(adapter=True)
+    run = fitted(model)
+    seen = {r.step: weights(model) for r in run}
+    assert run.best_step == 6
+    assert weights(model) == seen[6]
+    monkeypatch.setattr(
+        fitting, "evaluate", lambda *_, **__: gpt2.Evaluation(loss=math.nan, tokens=1, examples=1)
+    )
+    run = fitted(model_of(adapter=True))
+    list(run)
+    assert run.best_step is None
+    with run.best_weights():
+        assert weights(run.model) == seen[12]  # the last, where none is the best
+
+
+@pytest.mark.parametrize("stop", [None, 3, 5])
+def test_patience_stops_a_run_and_survives_a_resume(stop, monkeypatch, tmp_path):
+    losses = {0: 5.0, 2: 4.0, 4: 4.5, 6: 4.2, 8: 4.1, 10: 1.0, 12: 1.0}
+    at = lambda: next(step for step in losses if step not in run.evaluated)  # noqa: E731
+    fake = lambda *_, **__: gpt2.Evaluation(loss=losses[at()], tokens=1, examples=1)  # noqa: E731
+    monkeypatch.setattr(fitting, "evaluate", fake)
+    options = {"patience": 3, "folder": tmp_path, "save_every": 1}
+    run = fitted(model_of(adapter=True), **options)
+    if stop:
+        for _ in range(stop):
+            next(run)
+        config = RunConfig(eval_every=2, **options)
+        model = model_of(adapter=True)
+        run = fit(model, DATA, CONFIG, validation=HELD_OUT, run=config, resume=True)
+    *_, last = run
+    assert last.step == 8
+    assert run.best_step == 2
+
+
+# Snapshots
+
+
+def begun(tmp_path: Path) -> Path:
+    """A folder with two snapshots, of steps 4 and 5."""
+    run = fitted(model_of(adapter=True), folder=tmp_path, save_every=1)
+    for _ in range(6):
+        next(run)
+    return tmp_path
+
+
+def resumed(tmp_path: Path, **changed) -> gpt2.Fit:
+    given = {"model": model_of(adapter=True), "data": DATA, "config": CONFIG} | changed
+    validation = given.pop("validation", HELD_OUT)
+    run = RunConfig(eval_every=2, folder=tmp_path)
+    return fit(**given, validation=validation, run=run, resume=True)
+
+
+def test_a_snapshot_cut_short_is_passed_over_with_a_warning(tmp_path):
+    begun(tmp_path)
+    file = tmp_path / snapshots.NAME
+    content = file.read_bytes()
+    for length in (0, 7, 300, len(content) - 1):
+        file.write_bytes(content[:length])
+        with pytest.warns(RuntimeWarning, match=r"cut short.* the snapshot before, of step 4\."):
+            run = resumed(tmp_path)
+        assert run.taken == 4
+    (tmp_path / snapshots.BEFORE).write_bytes(b"")
+    with pytest.raises(ValueError, match="no whole snapshot to go on from"):
+        resumed(tmp_path)
+    file.unlink()
+    (tmp_path / snapshots.BEFORE).write_bytes(content)
+    assert resumed(tmp_path).taken == 5  # a kill came between the two renames
+
+
+def test_an_empty_folder_cannot_be_resumed(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no snapshot"):
+        resumed(tmp_path)
+
+
+def other_base() -> nn.Module:
+    model = model_of(adapter=True)
+    with torch.no_grad():
+        model.transformer.wte.weight[3, 3] += 1e-3
+    return model
+
+
+def other_dropout() -> nn.Module:
+    model = gpt2.GPT2(replace(STILL, attn_pdrop=0.2))  # which no module shows
+    model.load_state_dict(tiny_gpt2(0).state_dict())
+    lora.inject(model, r=4, dropout=0.0, seed=0)
+    return model
+
+
+def wider() -> nn.Module:
+    model = model_of()
+    lora.inject(model, r=5, seed=0)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"data": encode(["abc", "hello"], Letters())}, "data was 8 examples.*is 2 examples"),
+        ({"validation": encode(["abc"], Letters())}, "validation data was 4 examples"),
+        ({"validation": None}, "validation data was 4 .*is none"),
+        ({"config": replace(CONFIG, lr=2e-2)}, r"lr was 0\.01, is 0\.02"),
+        (
+            {"config": replace(CONFIG, seed=1, steps=13)},
+            r"steps was 12, is 13; .*seed was 42, is 1",
+        ),
+        ({"model": other_base()}, "base was"),
+        ({"model": other_dropout()}, "modules was"),
+        ({"model": wider()}, "trained parameters was"),
+        ({"model": model_of()}, "trained parameters was"),
+        ({"model": model_of(dropout=True, adapter=True)}, "modules was"),
+    ],
+    ids=lambda value: str(value)[:20] if isinstance(value, str) else "",
+)
+def test_another_run_cannot_be_resumed(changed, said, tmp_path):
+    if changed.get("validation", HELD_OUT) is None:
+        with pytest.raises(ValueError, match="need validation data"):
+            resumed(begun(tmp_path), **changed)
+        return
+    with pytest.raises(ValueError, match=f"cannot be gone on with: .*{said}"):
+        resumed(begun(tmp_path), **changed)
+
+
+def test_what_changes_no_result_may_change(tmp_path):
+    begun(tmp_path)
+    assert resumed(tmp_path, config=replace(CONFIG, sync_every=4)).taken == 5
+
+
+def test_a_full_disk_lets_the_run_go_on_and_the_snapshot_before_stay(tmp_path, monkeypatch):
+    want = list(fitted(model_of(adapter=True)))
+    run = fitted(model_of(adapter=True), folder=tmp_path, save_every=1)
+    got = [next(run) for _ in range(4)]
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert len(before) == 2
+    with monkeypatch.context() as patch:
+
+        def full(_: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        patch.setattr(os, "fsync", full)
+        with pytest.warns(RuntimeWarning, match=r"step 4 could not .*No space.* run goes on"):
+            got.append(next(run))
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    got += run
+    assert [r.loss for r in got] == [r.loss for r in want]
+    assert snapshots.read(tmp_path)[0].state.step == 12
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"eval_every": 0}, "eval_every must be an integer of at least 1"),
+        ({"patience": 0}, "patience must be an integer of at least 1"),
+        ({"min_delta": -1}, "min_delta must be finite and at least 0"),
+        ({"min_delta": math.nan}, "min_delta must be finite"),
+        ({"save_every": 0, "folder": "a"}, "save_every must be steps"),
+        (
+            {"save_every": "soon", "folder": "a"},
+            "save_every must be steps, such as 500, or seconds",
+        ),
+        ({"save_every": "0s", "folder": "a"}, "save_every must be"),
+        ({"save_every": 1}, "save_every needs a folder"),
+    ],
+    ids=str,
+)
+def test_a_bad_run_config_is_refused(options, said):
+    with pytest.raises(ValueError, match=f"^RunConfig: .*{said}"):
+        RunConfig(**options)
+
+
+@pytest.mark.parametrize("text", ["30s", "0.5 s", 30, "30"])
+def test_when_to_save(text):
+    config = RunConfig(save_every=text, folder="a")
+    in_steps = text in (30, "30")
+    assert config.is_save_due(30, 0) == in_steps
+    assert config.is_save_due(31, 31) != in_steps
+
+
+def test_patience_without_validation_is_refused():
+    for options in ({"patience": 1}, {"eval_every": 1}):
+        with pytest.raises(ValueError, match="need validation data"):
+            fit(model_of(), DATA, CONFIG, run=RunConfig(**options))
+    with pytest.raises(ValueError, match="name the folder"):
+        fit(model_of(), DATA, CONFIG, resume=True)
+
+
+def test_a_run_killed_at_random_equals_one_that_never_was():
+    """The short form; `python -m tests.kill_and_resume --kills 200` is the long one."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kill_and_resume", "--kills", "6", "--seed", "1"],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["kills"] == 6
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_size": 3, "accumulate": 2},
+        {"tokens_per_batch": 16},
+        {"tokens_per_batch": 16, "packing": True},
+        {"batch_size": 2, "label_smoothing": 0.1, "warmup_steps": 3, "sync_every": 2},
+    ],
+    ids=str,
+)
+def test_every_kind_of_batch_is_gone_on_with(options, tmp_path):
+    config = TrainConfig(lr=1e-2, steps=9, **options)
+    whole = fit(model_of(dropout=True, adapter=True), DATA, config, validation=HELD_OUT)
+    want = list(whole)
+    run = RunConfig(folder=tmp_path, save_every=4)
+    first = fit(model_of(dropout=True, adapter=True), DATA, config, validation=HELD_OUT, run=run)
+    got = [next(first) for _ in range(5)]
+    model = model_of(dropout=True, adapter=True)
+    again = fit(model, DATA, config, validation=HELD_OUT, run=run, resume=True)
+    assert again.told == 4
+    assert [r.loss for r in [*got[:4], *again]] == [r.loss for r in want]
+    assert outcome(again) == outcome(whole)

@@ -1,0 +1,232 @@
+"""`train_qa.py` with validation, snapshots and going on, as a user runs it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import gpt2
+import lora
+
+for package in ("jsonargparse", "docstring_parser", "yaml", "rich", "matplotlib"):
+    pytest.importorskip(package, reason="the scripts need the extra 'scripts'")
+
+from tests.test_scripts import QUICK, SCRIPTS, assert_trained, command  # noqa: E402
+
+ARTICLE = str(SCRIPTS / "data" / "article.jsonl")
+MANY = [f'{{"prompt": "Q{i}:", "completion": " answer {i}"}}' for i in range(12)]
+VALID = ["--validation", "0.4", "--eval_every", "2", "--train_batch_size", "2"]
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Import a script by its name, as if it had been started."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    return importlib.import_module
+
+
+@pytest.fixture
+def many(tmp_path) -> str:
+    file = tmp_path / "many.jsonl"
+    file.write_text("\n".join([*MANY, MANY[0]]))
+    return str(file)
+
+
+def losses_of(folder: Path) -> list[float]:
+    return [
+        json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
+
+
+def files_of(folder: Path, *names: str) -> list[bytes]:
+    return [(folder / name / "adapter_model.safetensors").read_bytes() for name in names]
+
+
+def test_validation_is_in_lines_table_metrics_plot_and_record(script, tmp_path, capsys, many):
+    out = tmp_path / "run"
+    arguments = [*QUICK, "--steps", "5", *VALID, "--data", many, "--res_path", str(out)]
+    assert script("train_qa").main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "examples, by their prompts. 1 of the data's 13 stand there more than once." in said
+    lines = [line for line in said.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines if "validation" in line] == ["0", "2", "4", "5"]
+    assert "Validation" in said
+    assert "perplexity" in said
+    record = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    losses = record["validation"]["losses"]
+    assert list(losses) == ["0", "2", "4", "5"]
+    assert str(record["validation"]["best_step"]) == min(losses, key=losses.get)
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert {str(m["step"]): m["validation"] for m in metrics if "validation" in m} == {
+        step: loss for step, loss in losses.items() if step != "0"
+    }
+    assert sorted(p.name for p in out.iterdir() if p.is_dir()) == ["adapter", "last"]
+    assert not list(out.glob("*snapshot*"))  # the run is over
+
+
+def test_the_best_adapter_has_the_loss_that_is_told(script, tmp_path, many):
+    out = tmp_path / "run"
+    arguments = [*QUICK, "--steps", "6", "--lr", "0.03", *VALID, "--data", many]
+    assert script("train_qa").main([*arguments, "--res_path", str(out)]) == 0
+    told = json.loads((out / "run.json").read_text(encoding="utf-8"))["validation"]
+    examples = gpt2.read_examples(many)
+    held_out = importlib.import_module("gpt2.data.held_out").split(examples, 0.4)[1]
+    model = gpt2.GPT2.from_pretrained("demo")
+    lora.load(model, out / "adapter")
+    found = gpt2.evaluate(model, gpt2.encode(held_out, gpt2.Tokenizer()), batch_size=2)
+    assert found.loss == pytest.approx(told["losses"][str(told["best_step"])], rel=1e-6)
+
+
+def test_patience_ends_a_run_early(script, tmp_path, capsys, many, monkeypatch):
+    fitting = importlib.import_module("gpt2.training.fitting")
+    worse = iter(range(1, 100))
+    fake = lambda *_, **__: gpt2.Evaluation(loss=float(next(worse)), tokens=1, examples=1)  # noqa: E731
+    monkeypatch.setattr(fitting, "evaluate", fake)
+    out = tmp_path / "run"
+    arguments = [*QUICK, "--steps", "30", *VALID, "--patience", "2", "--data", many]
+    assert script("train_qa").main([*arguments, "--res_path", str(out)]) == 0
+    assert "Stopped after step 4: the validation loss fell no more." in capsys.readouterr().out
+    assert len(losses_of(out)) == 4
+    model = gpt2.GPT2.from_pretrained("demo")
+    lora.load(model, out / "adapter")  # of step 0, which nothing was better than
+    updates = [m for m in model.modules() if isinstance(m, lora.LowRankUpdate)]
+    assert all(update.B.abs().max() == 0 for update in updates)
+    assert_trained(out / "last")
+
+
+def stopped_after(step: int, keeping, monkeypatch, number: int = signal.SIGTERM) -> None:
+    recorded = keeping.recorded
+
+    def killed(run, place):
+        for record in recorded(run, place):
+            yield record
+            if record.step == step:
+                os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(keeping, "recorded", killed)
+
+
+def test_a_run_that_is_stopped_and_gone_on_with_is_as_one_that_never_stopped(
+    script, tmp_path, capsys, many, monkeypatch
+):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    arguments = [*QUICK, "--steps", "7", *VALID, "--data", many, "--res_path"]
+    train, keeping = script("train_qa").main, script("keeping")
+    assert train([*arguments, str(whole)]) == 0
+    capsys.readouterr()
+    for i, step in enumerate((3, 5)):
+        with monkeypatch.context() as patch:
+            stopped_after(step, keeping, patch)
+            assert train(["--resume", str(cut)] if i else [*arguments, str(cut)]) == 143
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert error.startswith("Stopped by SIGTERM. The best adapter, of step ")
+        assert f"the last, of step {step}, in {cut / 'last'}." in error
+        assert error.endswith(f" Go on with --resume {cut}.\n")
+    assert train(["--resume", str(cut)]) == 0
+    assert losses_of(cut) == losses_of(whole)
+    assert files_of(cut, "adapter", "last") == files_of(whole, "adapter", "last")
+    one, other = (json.loads((p / "run.json").read_text()) for p in (whole, cut))
+    assert one["validation"] == other["validation"]
+    assert one["answers"] == other["answers"]
+    assert train(["--resume", str(cut)]) == 2
+    assert "holds no snapshot" in capsys.readouterr().err
+
+
+def test_what_cannot_be_gone_on_with_is_one_line(script, tmp_path, capsys, many, monkeypatch):
+    train, out = script("train_qa").main, tmp_path / "run"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+
+    def refused(*arguments: str) -> str:
+        before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+        assert train([*arguments]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+        return said
+
+    assert f"{empty} holds no snapshot" in refused("--resume", str(empty))
+    assert "--resume FOLDER" in refused("--resume")
+    with monkeypatch.context() as patch:
+        stopped_after(2, script("keeping"), patch)
+        arguments = [*QUICK, "--steps", "7", *VALID, "--data", many, "--res_path", str(out)]
+        assert train(arguments) == 143
+    capsys.readouterr()
+    assert "lr was 0.003, is 0.1" in refused("--resume", str(out), "--lr", "0.1")
+    assert "data was" in refused("--resume", str(out), "--data", ARTICLE)
+    assert "modules was" in refused("--resume", str(out), "--lora.alpha", "3")
+    assert "or go on with it by --resume" in refused(*arguments)
+    with script("lock").held(out):
+        assert f"Another run works in {out}" in refused("--resume", str(out))
+        assert f"Another run works in {out}" in refused(*arguments, "--overwrite")
+    assert train(["--resume", str(out)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--validation", "2"], "A share must be above 0 and below 1"),
+        (["--validation", "1e-9"], "leaves none to evaluate on"),
+        (["--validation", ARTICLE], "Every validation example has a prompt that is learnt too"),
+        (["--validation", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--patience", "2"], "patience and eval_every need validation data"),
+        (["--patience", "0", "--validation", "0.5"], "patience must be an integer of at least 1"),
+        (["--save_every", "soon"], "save_every must be steps"),
+        (["--tasks", ARTICLE, "--validation", "0.5", "--resume"], "without --validation, --resume"),
+    ],
+    ids=lambda value: " ".join(value)[-30:] if isinstance(value, list) else "",
+)
+def test_bad_validation_is_one_line(arguments, said, script, capsys, tmp_path):
+    assert script("train_qa").main([*QUICK, *arguments, "--res_path", str(tmp_path / "never")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert said in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_validation_that_overlaps_training_is_left_out_and_said(script, tmp_path, capsys, many):
+    file = tmp_path / "valid.jsonl"
+    file.write_text("\n".join([MANY[3], '{"prompt": "Q99:", "completion": " x"}']))
+    arguments = [*QUICK, "--data", many, "--validation", str(file), "--eval_every", "2"]
+    assert script("train_qa").main([*arguments, "--res_path", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert "Validation: 1 examples." in said
+    assert "1 others have a prompt that is learnt too, and are left out." in said
+
+
+def test_a_full_disk_in_a_snapshot_does_not_end_the_run(script, tmp_path, many, monkeypatch):
+    real = os.fsync
+
+    def full(descriptor: int) -> None:
+        if ".snapshot.safetensors" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    out = tmp_path / "run"
+    arguments = [*QUICK, "--save_every", "1", "--data", many, *VALID, "--res_path", str(out)]
+    with pytest.warns(RuntimeWarning, match="snapshot of step 1 could not be written"):
+        assert script("train_qa").main(arguments) == 0
+    assert_trained(out / "last")
+    assert len(losses_of(out)) == 3
+
+
+def test_one_run_at_a_time_in_a_folder(script, tmp_path):
+    lock = script("lock")
+    with lock.held(tmp_path):
+        done = subprocess.run(
+            command("train_qa.py", *QUICK, "--res_path", str(tmp_path)),
+            capture_output=True,
+            encoding="utf-8",
+        )
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"Another run works in {tmp_path}: ")
+    with lock.held(tmp_path):
+        pass
