@@ -1,6 +1,7 @@
 """Training on examples of real lengths: tokens a second that are no padding, by case.
 
 python -m benchmarks.real_lengths --against peft
+python -m benchmarks.real_lengths --against peft --device cpu --lengths E2E --data train.jsonl
 """
 
 from __future__ import annotations
@@ -29,7 +30,13 @@ def main() -> None:
         __doc__, size="gpt2", lengths="E2E;articles", tokens=16_384, cases="", data=None, steps=30
     )
     for lengths in a.lengths.split(";"):
-        for name, run in cases(a, lengths).items():
+        median, sigma, n, size = LENGTHS[lengths]
+        data = read(a.data) if a.data else drawn(median, sigma, n)
+        if a.device == "cpu":
+            for name, facts in in_turns(data, a.steps, bool(a.against)).items():
+                harness.emit("real_lengths", a.out, case=name, lengths=lengths, **facts)
+            continue
+        for name, run in cases(a, data, size).items():
             if a.cases and name not in a.cases.split(";"):
                 continue
             harness.free()
@@ -40,34 +47,58 @@ def main() -> None:
             harness.emit("real_lengths", a.out, case=name, lengths=lengths, **facts)
 
 
-def cases(a: Any, lengths: str) -> dict[str, Callable[[], dict[str, Any]]]:
-    """What is measured, by name; on a GPU in bfloat16 and compiled, on a CPU as it is."""
-    on_gpu = a.device != "cpu"
-    median, sigma, n, size = LENGTHS[lengths]
-    size, n, tokens = (size, n, a.tokens) if on_gpu else (8, n // 40, 512)
-    data = read(a.data) if a.data else drawn(median, sigma, n)
-    budget = {"tokens_per_batch": tokens, "compile": on_gpu}
+def cases(a: Any, data: gpt2.Dataset, size: int) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What is measured on a GPU, by name, in bfloat16."""
+    budget = {"tokens_per_batch": a.tokens, "compile": True}
     found: dict[str, Callable[[], dict[str, Any]]] = {
         "ours, packed": lambda: ours(model(a), data, **budget, packing="always"),
         "ours, buckets": lambda: ours(model(a), data, **budget),
         "ours, padded": lambda: ours(model(a), data, batch_size=size),
+        "ours, 16 x 1,024 all real": lambda: fixed(model(a), a.steps),
     }
-    if on_gpu:
-        found["ours, 16 x 1,024 all real"] = lambda: fixed(model(a), a.steps)
     for grouped in (1, 50) if a.against else ():
         how = ", grouped by length" if grouped > 1 else ""
         rows = partial(padded, data, size, a.device, grouped=grouped)
         found[f"PEFT{how}"] = lambda r=rows: peft(model(a), torch.float32, r(), a.steps)
-        if on_gpu:
-            found[f"PEFT bf16{how}"] = lambda r=rows: peft(model(a), torch.bfloat16, r(), a.steps)
+        found[f"PEFT bf16{how}"] = lambda r=rows: peft(model(a), torch.bfloat16, r(), a.steps)
     return found
 
 
+def in_turns(data: gpt2.Dataset, steps: int, against: bool) -> dict[str, dict[str, Any]]:
+    """On a CPU: batches of about eight examples, a step of each case in turn."""
+    budget = 8 * data.n_tokens // len(data)
+    network = models.ours("", "cpu", torch.float32, r=4, base_dropout=False, config=DEMO)
+    ways: dict[str, dict[str, Any]] = {
+        "ours, packed": {"tokens_per_batch": budget, "packing": True},
+        "ours, buckets": {"tokens_per_batch": budget},
+        "ours, padded": {"batch_size": 8},
+    }
+    rows = {name: planned(data, **way) for name, way in ways.items()}
+    some = next(rows["ours, padded"])[0]
+    runs: dict[str, Any] = {name: models.OurStep(network, some) for name in ways}
+    if against:
+        other = models.theirs(network, torch.float32)
+        for name, grouped in (("PEFT", 1), ("PEFT, grouped by length", 50)):
+            rows[name] = padded(data, 8, "cpu", grouped=grouped)
+            runs[name] = models.PeftStep(other, some)
+    seconds, tokens = dict.fromkeys(runs, 0.0), dict.fromkeys(runs, 0)
+    for done in range(steps + 2):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run.data, real = next(rows[name])
+            run()
+            if done >= 2:
+                seconds[name] += time.perf_counter() - began
+                tokens[name] += real
+    return {
+        name: {"real_tokens_per_s": round(tokens[name] / seconds[name]), "steps": steps}
+        for name in runs
+    }
+
+
 def model(a: Any) -> gpt2.GPT2:
-    """GPT-2 124M in bfloat16; on a CPU one of the demo base's size, without its dropouts."""
-    if a.device != "cpu":
-        return models.ours(a.size, a.device, torch.bfloat16)
-    return models.ours("", "cpu", torch.float32, r=4, base_dropout=False, config=DEMO)
+    """A GPT-2 in bfloat16 with an adapter."""
+    return models.ours(a.size, a.device, torch.bfloat16)
 
 
 def drawn(median: float, sigma: float, n: int) -> gpt2.Dataset:
@@ -79,8 +110,8 @@ def drawn(median: float, sigma: float, n: int) -> gpt2.Dataset:
 
 
 def read(file: str) -> gpt2.Dataset:
-    """A file's examples."""
-    return gpt2.encode(gpt2.stream_examples(file), gpt2.Tokenizer())
+    """A file's examples, of which the completions are learnt."""
+    return gpt2.encode(gpt2.stream_examples(file), gpt2.Tokenizer(), answer_only=True)
 
 
 def ours(network: gpt2.GPT2, data: gpt2.Dataset, **config: Any) -> dict[str, Any]:
@@ -104,6 +135,14 @@ def ours(network: gpt2.GPT2, data: gpt2.Dataset, **config: Any) -> dict[str, Any
         "loader_ms": round(loader * 1e3, 3),
         "loader_share": round(loader / (steady / epoch), 4),
     }
+
+
+def planned(data: gpt2.Dataset, **way: Any) -> Iterator[tuple[gpt2.Batch, int]]:
+    """Our batches, and their real tokens."""
+    made, lengths = plan(data, **way), data.lengths
+    for k in range(len(made)):
+        real = int(lengths[made.examples(k, seed=0, epoch=0)].sum())
+        yield batch(data, made, k, seed=0, epoch=0), real
 
 
 def timed_batches(data: gpt2.Dataset, made: Any) -> float:

@@ -88,6 +88,22 @@ class KVCache:
         """
         self.filled = self.slots - 1
 
+    def repeat(self, times: int) -> None:
+        """Make of every row so many, side by side."""
+        self.lengths = self.lengths.repeat_interleave(times)
+        for layer in self.layers:
+            layer.kv = layer.kv.repeat_interleave(times, 0)
+
+    def reorder(self, rows: Tensor, start: int) -> None:
+        """Let row b hold what row `rows[b]` holds; they are alike before slot `start`, and as long.
+
+        Args:
+            rows: `(B,)`.
+            start: from here on slots are copied.
+        """
+        for layer in self.layers:
+            layer.kv[:, start : self.filled] = layer.kv[rows, start : self.filled]
+
     def advance(self, positions: Tensor) -> Place:
         """Make room for tokens at `positions` `(B, T)`, which continue the rows."""
         T = positions.shape[1]

@@ -44,12 +44,12 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
-        visible, pdrop = place, self.attn_pdrop if self.training else 0.0
+        visible = place if isinstance(place, Documents) else None
         if cache is not None and isinstance(place, Place):
             every_k, every_v = cache.write(qkv[:, :, 1:], place)
             if (visible := place.visible) is not None:
                 k, v = every_k, every_v
-        y = attend(q, k, v, visible, pdrop)  # (B, H, T, D)
+        y = attend(q, k, v, visible, self.attn_pdrop if self.training else 0.0)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.resid_dropout(self.c_proj(y))
 

@@ -31,7 +31,12 @@ class GenerateConfig:
         top_p: sample among the most likely tokens that together reach this probability.
         repetition_penalty: above 1 makes tokens that a row already holds less likely.
         seed: of the random numbers; row b of a batch draws as its prompt alone with seed + b.
-        eos: the token id that ends a row; None for no such id.
+        eos: the token id that ends a row, or several of them; None for no such id.
+        num_beams: texts that are followed at once, of which the best is given; see `gpt2.beams`.
+        length_penalty: a beam's score is its log-probability over its length to this power.
+        no_repeat_ngram: of beams, the length of the runs of tokens that may not come twice.
+        no_repeat_prompt: runs of the prompt may not come again either, as in transformers; else
+            the new tokens alone count, and field values may be copied.
 
     Raises:
         ValueError: naming each field that is out of range.
@@ -43,11 +48,15 @@ class GenerateConfig:
     top_p: float | None = None
     repetition_penalty: float = 1.0
     seed: int = 0
-    eos: int | None = 50256
+    eos: int | tuple[int, ...] | None = 50256
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    no_repeat_ngram: int | None = None
+    no_repeat_prompt: bool = False
 
     def __post_init__(self) -> None:
-        least = {"max_new_tokens": 1, "top_k": 1, "seed": 0, "eos": 0}
-        optional = ("top_k", "eos")
+        least = {"max_new_tokens": 1, "top_k": 1, "seed": 0, "num_beams": 1, "no_repeat_ngram": 1}
+        optional = ("top_k", "no_repeat_ngram")
         faults = [
             f"{name} must be an integer of at least {low}, got {value!r}"
             for name, low in least.items()
@@ -66,8 +75,41 @@ class GenerateConfig:
             faults.append(f"repetition_penalty must be above 0, got {penalty!r}")
         if type(self.seed) is int and self.seed >= 2**62:
             faults.append(f"seed must be below 2**62, got {self.seed!r}")
+        faults += self._faulty_ends() + self._faulty_beams()
         if faults:
             raise ValueError(f"GenerateConfig: {listed(faults)}.")
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The ids that end a row."""
+        if self.eos is None:
+            return ()
+        return self.eos if isinstance(self.eos, tuple) else (self.eos,)
+
+    def _faulty_ends(self) -> list[str]:
+        if all(type(end) is int and end >= 0 for end in self.ends):
+            return []
+        return [f"eos must be an integer of at least 0, a tuple of such, or None, got {self.eos!r}"]
+
+    def _faulty_beams(self) -> list[str]:
+        faults: list[str] = []
+        if not (is_number(self.length_penalty) and math.isfinite(self.length_penalty)):
+            faults.append(f"length_penalty must be finite, got {self.length_penalty!r}")
+        if type(self.no_repeat_prompt) is not bool:
+            faults.append(f"no_repeat_prompt must be True or False, got {self.no_repeat_prompt!r}")
+        if self.no_repeat_prompt and self.no_repeat_ngram is None:
+            faults.append("no_repeat_prompt takes a no_repeat_ngram")
+        beams = ("length_penalty", "no_repeat_ngram", "no_repeat_prompt")
+        draws = ("temperature", "top_k", "top_p", "repetition_penalty")
+        searches = self.num_beams != 1
+        if odd := [n for n in (draws if searches else beams) if getattr(self, n) != _default(n)]:
+            count = "1" if searches else "at least 2"
+            faults.append(f"{', '.join(odd)} takes num_beams of {count}, got {self.num_beams!r}")
+        return faults
+
+
+def _default(name: str) -> object:
+    return getattr(GenerateConfig, name)
 
 
 def uniform_numbers(rows: int, config: GenerateConfig) -> Tensor:

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from lora.config import LoRAConfig, UpdateConfig, as_names, is_float
 from lora.copies import bias_copy, own_bias, whole_copy
 from lora.layout import out_in_view
-from lora.messages import brief
+from lora.messages import brief, listed
 from lora.slices import SlicedUpdate, spans_of
 from lora.targets import by_pattern, find_targets, fits
 from lora.tree import Tree
 from lora.updates import EmbeddingUpdate, LowRankUpdate
 
 Spans = Mapping[str, tuple[int, int]]
-SHOWN = 5  # faults that a message lists
 
 
 def draw(tree: Tree, config: LoRAConfig) -> dict[str, nn.Module]:
@@ -92,7 +91,7 @@ def _drawn(tree: Tree, config: LoRAConfig) -> dict[str, LowRankUpdate]:
     alphas = by_pattern(config.alpha_pattern, found, config.alpha, "alpha_pattern")
     seed = int(torch.randint(2**63 - 1, (), device="cpu")) if config.seed is None else config.seed
     updates: dict[str, LowRankUpdate] = {}
-    faults: list[str] = []
+    faults: dict[str, list[str]] = {}  # the layers of which each is true
     for path, names in found.items():
         base = tree.bases[path]
         try:
@@ -103,15 +102,22 @@ def _drawn(tree: Tree, config: LoRAConfig) -> dict[str, LowRankUpdate]:
             require_rank(base, one.r, spans)
             update = _empty_update(base, one.stacked(max(1, len(spans))), spans, config.dtype)
         except ValueError as error:
-            faults.append(f"{path}: {str(error).removesuffix('.')}")
+            faults.setdefault(str(error).removesuffix("."), []).append(path)
             continue
         if not update.A.is_meta:
             update.reset(generator(seed, path))
         updates[path] = update
     if faults:
-        more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-        raise ValueError("; ".join(faults[:SHOWN]) + more + ".")
+        raise ValueError(f"{listed(_grouped(faults))}.")
     return updates
+
+
+def _grouped(faults: Mapping[str, list[str]]) -> list[str]:
+    """Each fault once, behind the first layers that have it."""
+    return [
+        f"{', '.join(paths[:2])}{f' and {len(paths) - 2} more' if len(paths) > 2 else ''}: {fault}"
+        for fault, paths in faults.items()
+    ]
 
 
 def _empty_update(

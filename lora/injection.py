@@ -38,7 +38,8 @@ def inject(
             `inject(model, r=8, alpha=16)`. See `lora.LoRAConfig` for them and their defaults.
         adapter: the new adapter's name; a model can carry several.
         untie: give a target whose weight is shared, such as a tied head, a weight of its own.
-        settings: the fields of `lora.LoRAConfig`.
+        settings: r, alpha, dropout, targets, exclude, layers, rank_pattern, alpha_pattern, slices,
+            rslora, modules_to_save, bias, seed, dtype; see `lora.LoRAConfig`.
 
     Returns:
         The dotted paths of the adapted layers. A module that stands under several paths is

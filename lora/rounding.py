@@ -38,6 +38,13 @@ class MergeReport:
     layers: dict[str, Rounding]
     agreement: Agreement | None
 
+    def __str__(self) -> str:
+        worst = max(self.layers.values(), key=lambda layer: layer.max_error, default=None)
+        if worst is None:
+            return "no layer merged"
+        error = f"largest error {worst.max_error:.2g} (bound {worst.bound:.2g})"
+        return f"{len(self.layers)} layers merged; {error}"
+
 
 def rounding(layer: LoRALinear, ideal: Tensor, weight: Tensor) -> Rounding:
     """How far a merged weight, in the base's layout, is from the ideal, `(out, in)`."""

@@ -21,6 +21,13 @@ PEFT_NAMES = {
     "layers_to_transform": "layers",
     "use_rslora": "rslora",
     "adapter_name": "adapter",
+    "rank": "r",
+}
+NEEDLESS = {
+    "fan_in_fan_out": "the layer's class tells the layout",
+    "task_type": "the model is called as it is",
+    "inference_mode": "call model.eval()",
+    "peft_type": "this is LoRA",
 }
 
 
@@ -56,7 +63,10 @@ def config_of(config: LoRAConfig | None, settings: LoRASettings) -> LoRAConfig:
     if config is None:
         return LoRAConfig(**settings)
     if not isinstance(cast(object, config), LoRAConfig):
-        raise TypeError(f"config must be a lora.LoRAConfig, got {brief(config)}.")
+        raise TypeError(
+            f"config must be a lora.LoRAConfig, got {brief(config)}. Of another library's config "
+            "pass the values: lora.inject(model, r=…, alpha=…, targets=…)."
+        )
     if settings:
         raise TypeError(
             f"Give a config or {', '.join(settings)}, not both; see dataclasses.replace."
@@ -67,7 +77,8 @@ def config_of(config: LoRAConfig | None, settings: LoRASettings) -> LoRAConfig:
 def _no_such_argument(name: str, known: Sequence[str]) -> str:
     if name in PEFT_NAMES:
         return f"{name!r} is PEFT's name: here it is {PEFT_NAMES[name]}"
-    if name == "fan_in_fan_out":
-        return "'fan_in_fan_out' is not needed: the layout is told by the layer's class"
+    if name in NEEDLESS:
+        return f"{name!r} is not needed: {NEEDLESS[name]}"
     near = get_close_matches(name, known, 1)
-    return f"there is no argument {name!r}" + (f"; did you mean {near[0]}?" if near else "")
+    hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known)}"
+    return f"there is no argument {name!r}; {hint}"

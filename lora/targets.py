@@ -43,7 +43,9 @@ def find_targets(tree: Tree, config: LoRAConfig) -> dict[str, tuple[str, ...]]:
     if config.layers is not None:
         wanted, present = set(config.layers), {_block(path) for path in found}
         if missing := sorted(wanted - present):
-            faults.append(f"layers={missing} match no target.")
+            there = sorted(number for number in present if number is not None)
+            blocks = f"{there[0]} to {there[-1]}" if there else "not numbered"
+            faults.append(f"layers={brief(missing)} match no target; blocks here are {blocks}.")
         found = {path: slices for path, slices in found.items() if _block(path) in wanted}
     if not found and not faults and config.targets:
         faults.append("Nothing is left of the targets.")

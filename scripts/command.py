@@ -1,4 +1,4 @@
-"""`lora-gpt2 train|generate|merge`: the scripts beside this file, from any folder.
+"""`lora-gpt2 train|generate|predict|merge`: the scripts beside this file, from any folder.
 
 Nothing slow is imported here, so that Ctrl-C while torch is loaded ends in one line.
 """
@@ -12,7 +12,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-SCRIPTS = {"train": "train_qa", "generate": "generate", "merge": "merge"}
+SCRIPTS = {
+    "train": "train_qa",
+    "generate": "generate",
+    "predict": "predict",
+    "merge": "merge",
+}
 USAGE = f"usage: lora-gpt2 {{{','.join(SCRIPTS)}}} ... (each has its own --help), or --version"
 
 

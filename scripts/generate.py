@@ -29,6 +29,7 @@ def main(argv: guard.Arguments = None) -> None:
     add("--base", type=str, default="demo", help="demo, gpt2, org/repo, a folder or a file")
     add("--adapter", type=str | None, help="a folder of train_qa.py, or of an adapter, PEFT's too")
     add("--device", type=str | None, help="by default the GPU if there is one")
+    add("--separator", type=int | None, help="the token id after each prompt in training")
     parser.add_class_arguments(gpt2.GenerateConfig, as_group=False)
     options = opts.flags(parser, argv)
     config = cli.build(gpt2.GenerateConfig, options)
@@ -36,9 +37,14 @@ def main(argv: guard.Arguments = None) -> None:
     model = gpt2.GPT2.from_pretrained(options.base, device=device)
     if options.adapter is not None:
         lora.load(model, cli.adapter_folder(options.adapter))
-    rows = gpt2.stream(model, [tokenizer.encode(options.prompt)], config)
+    last = [] if options.separator is None else [options.separator]
+    ids = [tokenizer.encode(options.prompt) + last]
+    if config.num_beams > 1:  # known when the search has ended, and not before
+        tokens = iter(gpt2.generate(model, ids, config)[0])
+    else:
+        tokens = (token for (token,) in gpt2.stream(model, ids, config) if token is not None)
     print(options.prompt, end="", flush=True)
-    for piece in pieces((token for (token,) in rows if token is not None), tokenizer):
+    for piece in pieces(tokens, tokenizer):
         print(piece, end="", flush=True)
     print()
 

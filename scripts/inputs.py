@@ -32,6 +32,12 @@ def read(
     return examples, [gpt2.Example(prompt, "") for prompt in list(distinct)[:TRIED]]
 
 
+def base(options: Namespace, device: str) -> gpt2.GPT2:
+    """The base that `--model_name` names, with the dropouts of `--base_dropout` if it is given."""
+    name, dropout = options.model_name, options.base_dropout
+    return gpt2.GPT2.from_pretrained(name, device=device, dropout=dropout)
+
+
 def encode(
     examples: Sequence[gpt2.Example],
     tokenizer: gpt2.Tokenizer,
@@ -45,21 +51,28 @@ def encode(
         max_length=min(options.max_token_length, model.config.block_size),
         eos=options.eos,
         answer_only=options.answer_only,
+        separator=options.separator,
     )
 
 
 def encode_prompts(
-    prompts: Sequence[gpt2.Example], tokenizer: gpt2.Tokenizer, model: gpt2.GPT2, new: int
+    prompts: Sequence[gpt2.Example],
+    tokenizer: gpt2.Tokenizer,
+    model: gpt2.GPT2,
+    config: gpt2.GenerateConfig,
+    separator: int | None = None,
 ) -> list[list[int]]:
-    """Token ids of the prompts.
+    """Token ids of the prompts, the separator's last if there is one.
 
     Raises:
         ValueError: listing the prompts that leave no room for so many new tokens.
     """
+    new = config.max_new_tokens
     limit = model.config.block_size - new
     if limit < 1:
         raise ValueError(f"max_new_tokens {new} does not fit a context of {limit + new} tokens.")
-    ids = [tokenizer.encode(example.prompt) for example in prompts]
+    last = [] if separator is None else [separator]
+    ids = [tokenizer.encode(example.prompt) + last for example in prompts]
     long = [str(number) for number, row in enumerate(ids, 1) if len(row) > limit]
     if long:
         raise ValueError(

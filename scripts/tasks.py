@@ -39,13 +39,15 @@ def run(
         ValueError: two files of one name, or what reading, training and generating raise.
     """
     names = named(options.tasks)
+    if sampling.num_beams > 1:
+        raise ValueError("--tasks routes each row of a batch, so generate.num_beams must be 1.")
     folder.check(options.res_path, overwrite=options.overwrite, adapters=names)
     examples, prompts = inputs.read(options.tasks, options)
-    model = gpt2.GPT2.from_pretrained(options.model_name, device=device)
+    model = inputs.base(options, device)
     data = [inputs.encode(texts, tokenizer, model, options) for texts in examples]
     for name in names:
         opts.inject(model, options, name)
-    ids = inputs.encode_prompts(prompts, tokenizer, model, sampling.max_new_tokens)
+    ids = inputs.encode_prompts(prompts, tokenizer, model, sampling, options.separator)
     place = folder.prepare(options.res_path, names)
     for name, dataset in zip(names, data, strict=True):
         lora.activate(model, name)

@@ -36,6 +36,7 @@ def parse(argv: guard.Arguments) -> Namespace:
     add = parser.add_argument
     add("--config", type=str | None, help="YAML file of options, by default the demo's; flags win")
     add("--model_name", type=str, default="demo", help="demo, gpt2, org/repo, a folder or a file")
+    add("--base_dropout", type=float | None, help="the base's own dropouts; by default as it says")
     add("--device", type=str | None, help="by default the GPU if there is one")
     add("--data", type=str, default=str(inputs.ARTICLE), help=inputs.FORMATS)
     add("--tasks", type=str, nargs="+", help="data files: an adapter for each, on one base")
@@ -74,13 +75,13 @@ def main(argv: guard.Arguments = None) -> None:
         return
     (examples,), prompts = inputs.read([options.data], options)
     examples, held_out, told = validation.apart(examples, options)
-    model = gpt2.GPT2.from_pretrained(options.model_name, device=device)
+    model = inputs.base(options, device)
     data = inputs.encode(examples, tokenizer, model, options)
     unseen = inputs.encode(held_out, tokenizer, model, options) if held_out else None
     counts = {"base": lora.count_parameters(model)}
     opts.inject(model, options)
     counts["LoRA"] = lora.count_parameters(model)
-    ids = inputs.encode_prompts(prompts, tokenizer, model, sampling.max_new_tokens)
+    ids = inputs.encode_prompts(prompts, tokenizer, model, sampling, options.separator)
     total = gpt2.total_steps(data, training)
     line = f"{report.examples_line(data)} {total:,} steps, by {options.config}.{told}"
     console.print(report.parameter_table(counts), line, sep="\n", soft_wrap=True)

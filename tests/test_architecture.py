@@ -25,6 +25,7 @@ SEAMS = {
     ("gpt2.layers", "gpt2.fast"),
     ("gpt2.generation", "gpt2.fast"),
     ("gpt2.decoder", "gpt2.fast"),
+    ("gpt2.beams", "gpt2.fast"),
     ("gpt2.sampling", "gpt2.fast"),
     ("gpt2.cache", "gpt2.fast"),
 }

@@ -232,7 +232,7 @@ def test_without_a_config_the_demo_runs():
     options, demo = parsed(), parsed("--config", str(SCRIPTS / "configs" / "demo.yaml"))
     assert {**options.as_dict(), "config": demo.config} == demo.as_dict()
     assert options.model_name == "demo"
-    assert options.epochs == 100
+    assert options.epochs == 40
 
 
 def test_a_flag_for_epochs_or_steps_beats_the_configs_other():
@@ -431,7 +431,7 @@ def test_the_installed_command_trains_generates_and_merges_anywhere(installed, h
     assert "is folded into 8 layers" in ran(merge)
     assert Path("runs", "qa-1", "merged", "model.safetensors").is_file()
     assert ran(["lora-gpt2", "--version"]) == f"{lora.__version__}\n"
-    assert "train,generate,merge" in ran(["lora-gpt2", "--help"])
+    assert "train,generate,predict,merge" in ran(["lora-gpt2", "--help"])
     for wrong in ([], ["fly"]):
         done = subprocess.run(["lora-gpt2", *wrong], capture_output=True, env=installed)
         assert (done.returncode, done.stderr.count(b"\n")) == (2, 1)

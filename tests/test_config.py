@@ -34,7 +34,9 @@ def test_a_config_and_its_fields_as_keywords_are_the_same():
     [
         ({"lora_alpha": 16}, "'lora_alpha' is PEFT's name: here it is alpha"),
         ({"target_modules": ["c_attn"]}, "'target_modules' is PEFT's name: here it is targets"),
-        ({"fan_in_fan_out": True}, "told by the layer's class"),
+        ({"fan_in_fan_out": True}, "the layer's class tells the layout"),
+        ({"task_type": "CAUSAL_LM"}, "'task_type' is not needed"),
+        ({"use_dora": True}, "no argument 'use_dora'; there are: r, alpha"),
         ({"rnak": 3, "lora_dropout": 0.1}, "no argument 'rnak'.*here it is dropout"),
         ({"rs_lora": True}, "did you mean rslora"),
         ({"config": lora.LoRAConfig(), "r": 4}, "Give a config or r, not both"),

@@ -594,3 +594,20 @@ def test_the_order_leaves_the_callers_random_numbers_alone():
 def test_a_batch_has_an_example(batch_size):
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         list(batches(encode(["ab"], Letters()), batch_size, seed=0, epoch=0))
+
+
+def test_a_separator_stands_between_prompt_and_completion_and_is_the_prompts(tokenizer):
+    examples = [Example("a b", " c"), Example("", "d e")]
+    end = tokenizer.eos
+    for answer_only, ignored in ((False, 0), (True, 3)):
+        data = encode(examples, tokenizer, separator=end, answer_only=answer_only)
+        ids, labels = data[0]
+        assert ids.tolist() == [*tokenizer.encode("a b"), end, *tokenizer.encode(" c"), end]
+        assert labels.tolist() == [IGNORE] * ignored + ids.tolist()[ignored:]
+        assert data[1][0].tolist() == [*tokenizer.encode("d e"), end]  # no prompt, nothing between
+
+
+@pytest.mark.parametrize("separator", [-1, True, "||", 1.0])
+def test_a_separator_is_a_token_id(tokenizer, separator):
+    with pytest.raises(ValueError, match=r"separator must be a token id, or None, got"):
+        encode(["a b"], tokenizer, separator=separator)

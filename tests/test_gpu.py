@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -102,7 +104,14 @@ def test_dropout_is_drawn_anew_in_each_step_and_a_seed_fixes_it(how):
 
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("rows", [1, 8])
-@pytest.mark.parametrize("config", [{}, {"temperature": 0.8, "repetition_penalty": 1.3}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"temperature": 0.8, "repetition_penalty": 1.3},
+        {"num_beams": 5, "length_penalty": 0.8, "no_repeat_ngram": 3},
+    ],
+)
 def test_captured_decoding_gives_the_tokens_of_the_cpu(compile, rows, config):
     model = build(DRY, torch.float32)
     with torch.no_grad():
@@ -188,3 +197,33 @@ def test_a_wrapper_is_called_in_each_step_and_groups_have_their_rates():
     for mine, theirs in zip(figures, want, strict=True):
         assert mine == pytest.approx(theirs, rel=2e-5)
     assert [float(g["lr"]) for g in bare.optimizer.param_groups] == pytest.approx([5e-4, 8e-3])
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_documents_end_to_end_step_as_documents_padded(how, dtype):
+    """One shape whatever they are, so that nothing is compiled or captured anew."""
+    texts = [[i % 1000 + 1] * (20 + 37 * i % 300) for i in range(12)]
+    lengths = torch.tensor([len(text) for text in texts])
+    data = gpt2.Dataset(
+        np.array([i for text in texts for i in text], np.int32),
+        lengths.cumsum(0).numpy(),
+        np.zeros(12, np.int32),
+    )
+    budget = {"tokens_per_batch": 1024, "seed": 0}
+    rows = list(gpt2.batches(data, tokens_per_batch=1024, packing=True, seed=0, epoch=0))
+    model = build(DRY, dtype).train()
+    stepper = Stepper(model, gpt2.TrainConfig(steps=3, lr=1e-9, packing=True, **budget, **HOW[how]))
+    for step, row in enumerate(rows, 1):
+        loss = stepper([row], step).tolist()[0]
+        starts = row.documents.tolist()
+        with torch.no_grad():
+            alone = [
+                model(row.idx[:, a:b].cuda(), row.labels[:, a:b].cuda())
+                for a, b in itertools.pairwise(starts)
+                if b > a
+            ]
+        wanted = float(torch.stack(alone).sum()) / row.n_tokens
+        assert loss == pytest.approx(wanted, rel=2e-5 if dtype == torch.float32 else 1e-2)
+    if stepper.graphs is not None:
+        assert len(stepper.graphs.captured) <= 1

@@ -120,11 +120,15 @@ def test_output_is_readable_when_it_is_not_a_terminal(run):
         assert file in saved.rpartition(folder.name)[2]
 
 
-def test_metrics_have_every_step(run):
+def test_metrics_have_every_step(run, demo, tokenizer):
     lines = (run[0] / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line) for line in lines]
-    assert [s["step"] for s in steps] == list(range(1, 501))
-    assert steps[0]["loss"] > 5 > 1 > steps[-1]["loss"]
+    assert [s["step"] for s in steps] == list(range(1, 201))
+    data = gpt2.encode(gpt2.read_examples(SCRIPTS / "data" / "article.jsonl"), tokenizer)
+    batch = next(gpt2.batches(data, 1, seed=42, epoch=0))
+    at_birth = demo(batch.idx, batch.labels).item() / batch.n_tokens  # the base drops nothing
+    assert steps[0]["loss"] == pytest.approx(at_birth, rel=1e-5)
+    assert steps[0]["loss"] > 4.5 > 0.2 > steps[-1]["loss"]
     assert steps[0]["lr"] == pytest.approx(3e-3, rel=0.01)
     assert all(s["tokens"] > 0 and s["seconds"] > 0 and s["grad_norm"] > 0 for s in steps)
 
@@ -188,6 +192,13 @@ def test_generate_with_and_without_the_adapter(run, script, capsys):
         assert capsys.readouterr().out == f"{PHYSICS}{next(iter(TRAINED[PHYSICS]))}\n"
     assert generate([PHYSICS, "--max_new_tokens", "5", "--device", "cpu"]) == 0
     assert capsys.readouterr().out == f"{PHYSICS} The first of the three\n"
+
+
+def test_generate_shows_the_best_of_several_beams(run, script, capsys):
+    beams = ["--num_beams", "3", "--length_penalty", "0.8", "--max_new_tokens", "12"]
+    folder = ["--adapter", str(run[0]), "--device", "cpu"]
+    assert script("generate").main([PHYSICS, *folder, *beams]) == 0
+    assert capsys.readouterr().out == f"{PHYSICS}{next(iter(TRAINED[PHYSICS]))}\n"
 
 
 def test_generate_samples_by_seed(script, capsys):
@@ -511,6 +522,56 @@ def test_tasks_train_each_adapter_as_alone(script, tmp_path):
         assert train([*QUICK, "--res_path", str(alone), "--tasks", file]) == 0
         weights = [(p / name / "adapter_model.safetensors") for p in (tmp_path / "both", alone)]
         assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_tasks_take_no_beams_and_say_so_before_they_train(script, tmp_path, capsys):
+    file = str(SCRIPTS / "data" / "article.jsonl")
+    beams = ["--generate.num_beams", "2", "--res_path", str(tmp_path / "out")]
+    assert script("train_qa").main([*QUICK, *beams, "--tasks", file]) == 2
+    assert "generate.num_beams must be 1" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_bases_dropouts_are_its_own_or_what_is_asked_for(script, tmp_path):
+    """The demo base states none; with some the same run takes other steps."""
+    losses = {}
+    for name, asked in {"own": [], "none": ["0"], "some": ["0.1"]}.items():
+        arguments = [*QUICK, "--lora.dropout", "0", "--res_path", str(tmp_path / name)]
+        arguments += ["--base_dropout", *asked] if asked else []
+        assert script("train_qa").main(arguments) == 0
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses[name] = [json.loads(line)["loss"] for line in lines]
+    assert losses["own"] == losses["none"] != losses["some"]
+
+
+def test_a_separator_is_between_prompt_and_completion_wherever_prompts_are_read(
+    script, tmp_path, capsys, monkeypatch
+):
+    asked: list[list[int]] = []
+    real = gpt2.generate
+    monkeypatch.setattr(
+        gpt2, "generate", lambda model, ids, config: asked.extend(ids) or real(model, ids, config)
+    )
+    data, out = tmp_path / "data.jsonl", tmp_path / "out"
+    data.write_text('{"prompt": "a b", "completion": " c"}\n')
+    ids = [*gpt2.Tokenizer().encode("a b"), 50256]
+    separator = ["--separator", "50256"]
+    train = [*QUICK, "--data", str(data), "--res_path", str(out), *separator]
+    assert script("train_qa").main(train) == 0
+    assert json.loads((out / "run.json").read_text())["data"]["tokens"] == len(ids) + 2
+    short = [*separator, "--max_new_tokens", "2", "--device", "cpu"]
+    assert script("predict").main([str(data), "--adapter", str(out), *short]) == 0
+    assert script("generate").main(["a b", *short, "--num_beams", "2"]) == 0
+    assert asked == [ids] * len(asked)
+    assert len(asked) >= 4
+
+
+def test_the_e2e_config_is_read_as_the_benchmark_reads_it(script):
+    options = script("train_qa").parse(["--config", str(SCRIPTS / "configs" / "e2e.yaml")])
+    assert (options.base_dropout, options.answer_only, options.eos) == (0.0, True, True)
+    assert options.lora["targets"] == ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+    beams = {"num_beams": 10, "length_penalty": 0.8, "no_repeat_ngram": 4}  # the paper's
+    assert {name: options.generate[name] for name in beams} == beams
 
 
 def test_tasks_of_one_name_are_refused(script, tmp_path, capsys):

@@ -159,12 +159,11 @@ def damages(store: Path) -> dict[str, tuple]:
         "cut": (lambda: cut("ids"), "its ids has 10 bytes and should have"),
         "gone": (lambda: (store / "by_length").unlink(), "its by_length has 0 bytes"),
         "version": (lambda: stated(format=7), "version 7 of the format and this is 1"),
-        "no header": (lambda: (store / "header.json").unlink(), "header.json cannot be used"),
         "no JSON": (lambda: (store / "header.json").write_text("{"), "header.json"),
     }
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "version", "no header", "no JSON"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "version", "no JSON"])
 def test_a_store_that_cannot_be_used_is_told_and_made_again(file, damage):
     told = Told()
     whole = told.open(file)
@@ -177,6 +176,45 @@ def test_a_store_that_cannot_be_used_is_told_and_made_again(file, damage):
     assert said in told.lines[0]
     assert same(again, encode(read_examples(file), Letters()))
     assert len(whole) == 300
+
+
+def test_what_is_no_store_is_never_replaced(file):
+    place = file.parent / "cache/data.jsonl.tokens"
+    place.mkdir(parents=True)
+    (place / "mine").write_text("dear")
+    with pytest.raises(ValueError, match="is in the way, and no store of tokens"):
+        Told().open(file)
+    with pytest.raises(FileNotFoundError, match=r"it has no header\.json"):
+        open_store(place)
+    assert (place / "mine").read_text() == "dear"
+
+
+def test_two_runs_may_make_it_at_once(file):
+    def second(examples: int) -> None:
+        assert same(Told().open(file), encode(read_examples(file), Letters()))
+
+    both = open_data(file, Letters(), cache=file.parent / "cache", progress=second)
+    assert same(both, encode(read_examples(file), Letters()))
+    assert [f.name for f in (file.parent / "cache").iterdir()] == ["data.jsonl.tokens"]
+
+
+KILLED = """
+import os, signal, sys, gpt2
+import gpt2.data.encoding
+gpt2.data.encoding.AT_A_TIME = 50
+kill = lambda examples: os.kill(os.getpid(), signal.SIGKILL)
+gpt2.open_data(sys.argv[1], gpt2.Tokenizer(), cache=sys.argv[2], progress=kill)
+"""
+
+
+def test_a_run_that_is_killed_leaves_no_store(file, tokenizer):
+    cache = file.parent / "cache"
+    ran = subprocess.run([sys.executable, "-c", KILLED, str(file), str(cache)], check=False)
+    assert ran.returncode == -9
+    assert not (cache / "data.jsonl.tokens").exists()
+    told = Told()
+    assert same(told.open(file, tokenizer=tokenizer), encode(read_examples(file), tokenizer))
+    assert "there are none yet" in told.lines[0]
 
 
 def test_a_store_that_is_not_finished_is_never_there(file, monkeypatch):

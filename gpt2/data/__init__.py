@@ -1,1 +1,1 @@
-"""Text to batches: rows (files), examples (text), tokens (ids), batches (order and padding)."""
+"""Text to batches: rows, examples, tokens in memory or in a store, order, plans, batches."""

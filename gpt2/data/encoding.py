@@ -21,7 +21,7 @@ from gpt2.data.examples import SHOWN, Example
 from gpt2.data.tokens import Array, Dataset, places
 
 AT_A_TIME = 4096  # examples that are encoded together
-THREADS = 8  # at most; one reads the examples meanwhile
+THREADS = 8  # at most
 
 
 class Encoder(Protocol):
@@ -44,6 +44,7 @@ class Options:
     max_length: int = 1024
     eos: bool = True
     answer_only: bool = False
+    separator: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def encode(
     max_length: int = 1024,
     eos: bool = True,
     answer_only: bool = False,
+    separator: int | None = None,
 ) -> Dataset:
     """Tokenise examples; a string is learnt as a whole.
 
@@ -74,13 +76,15 @@ def encode(
         max_length: tokens an example at most; a longer one is cut and counted in `truncated`.
         eos: end each example with the end-of-text token, and learn to write it.
         answer_only: learn the completion, not the prompt.
+        separator: a token id between prompt and completion, as the prompt's last; give it to the
+            model at the end of each prompt.
 
     Raises:
-        ValueError: no examples, one string for all, `max_length` below 2, or listing the examples
-            (by number, from 1) that are left without a token to learn.
+        ValueError: no examples, one string for all, `max_length` below 2, a separator that is no
+            id, or listing the examples (by number, from 1) that are left without a token to learn.
     """
     ids, ends, ignored, truncated = array("i"), array("q"), array("i"), 0
-    for block in blocks(examples, tokenizer, Options(max_length, eos, answer_only)):
+    for block in blocks(examples, tokenizer, Options(max_length, eos, answer_only, separator)):
         ends.frombytes((len(ids) + np.cumsum(block.lengths)).tobytes())
         ids.frombytes(block.ids.tobytes())
         ignored.frombytes(block.ignored.tobytes())
@@ -118,6 +122,10 @@ def check(tokenizer: object, options: Options) -> None:
     longest = options.max_length
     if type(longest) is not int or longest < 2:
         raise ValueError(f"max_length must be at least 2, and whole, got {longest!r}.")
+    if options.separator is not None and not (
+        type(options.separator) is int and 0 <= options.separator < 2**31
+    ):
+        raise ValueError(f"separator must be a token id, or None, got {options.separator!r}.")
     booleans = type(options.eos) is type(options.answer_only) is bool
     if not hasattr(tokenizer, "encode") or not booleans:
         raise ValueError(
@@ -160,7 +168,7 @@ def _in_threads(
     if not hasattr(tokenizer, "encode_many"):
         yield from (_block(some, tokenizer, options) for some in texts)
         return
-    threads = min(THREADS, os.cpu_count() or 1)
+    threads = min(THREADS, max(1, (os.cpu_count() or 1) - 1))  # one reads meanwhile
     waiting: deque[Future[Block]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for some in texts:
@@ -175,11 +183,16 @@ def _block(texts: list[str], tokenizer: Any, options: Options) -> Block:
     """Examples of a prompt and a completion each, encoded and cut."""
     many = getattr(tokenizer, "encode_many", None)
     ids, ends = many(texts) if many else _one_by_one(texts, tokenizer)
-    keep = np.ones(len(ids), bool)
-    keep[ends[::2]] = False  # what ends a prompt is no part of the example
-    keep[ends[1::2]] = options.eos
     prompts = np.diff(ends, prepend=-1)[::2] - 1
-    lengths = np.diff(ends[1::2], prepend=-1) - 1 - (not options.eos)
+    # What ends a prompt is no part of the example; it makes room for the separator.
+    between = (prompts > 0) & (options.separator is not None)
+    keep = np.ones(len(ids), bool)
+    keep[ends[::2]] = between
+    keep[ends[1::2]] = options.eos
+    if options.separator is not None:
+        ids[ends[::2]] = options.separator
+    prompts = prompts + between
+    lengths = np.diff(ends[1::2], prepend=-1) - (~between) - (not options.eos)
     ids = ids[keep]
     if long := int((lengths > options.max_length).sum()):
         ids = ids[places(lengths) < options.max_length]

@@ -33,6 +33,7 @@ def open_data(
     max_length: int = 1024,
     eos: bool = True,
     answer_only: bool = False,
+    separator: int | None = None,
     tell: Callable[[str], None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Dataset:
@@ -43,7 +44,7 @@ def open_data(
 
     Args:
         path, fields: as for `read_examples`.
-        tokenizer, max_length, eos, answer_only: as for `encode`; the tokenizer of a store has a
+        tokenizer, max_length, eos, answer_only, separator: as for `encode`; the tokenizer has a
             `fingerprint`.
         cache: the folder for the store; by default it lies beside the file.
         tell: is given a line where a store is made, and why.
@@ -51,11 +52,11 @@ def open_data(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: as `read_examples` and `encode`.
+        ValueError: as `read_examples` and `encode`; something else has the store's place.
         RuntimeError: the file changed while it was read.
         OSError: the store cannot be written.
     """
-    path, options = Path(path), Options(max_length, eos, answer_only)
+    path, options = Path(path), Options(max_length, eos, answer_only, separator)
     check(tokenizer, options)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing or no file.")
@@ -117,6 +118,10 @@ def _reason_to_make(place: Path, about: Mapping[str, Any], path: Path) -> str:
     """Why the store cannot be taken for these tokens; empty if it can."""
     if not place.exists():
         return "there are none yet"
+    if not (place / HEADER).is_file():
+        raise ValueError(
+            f"{place} is in the way, and no store of tokens: move it, or name another cache."
+        )
     try:
         header = read_json(place / HEADER)
         if faults := _faults(place, header):

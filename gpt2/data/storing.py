@@ -6,7 +6,8 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Generator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,6 +18,7 @@ from gpt2.data.tokens import AT_A_TIME, Digest
 
 FORMAT = 1
 HEADER = "header.json"
+TRIES = 9
 DTYPES = {"ends": "<i8", "ignored": "<i4", "by_length": "<u4"}
 
 
@@ -40,9 +42,12 @@ def made(place: Path, about: Mapping[str, Any]) -> Generator[Callable[[Block], N
         for file in folder.iterdir():
             with file.open("rb") as f:
                 os.fsync(f.fileno())
-        if place.exists():
-            os.replace(place, Path(beside) / "old")  # who has it open keeps it
-        os.replace(folder, place)
+        for n in count():
+            with suppress(FileNotFoundError):
+                os.replace(place, Path(beside) / str(n))  # who has it open keeps it
+            with suppress(OSError) if n < TRIES else nullcontext():  # another run was faster
+                os.replace(folder, place)
+                break
 
 
 class _Writer:

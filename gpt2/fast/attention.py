@@ -6,7 +6,7 @@ Shapes: B batch · T time · N slots seen · H heads · D head size · S documen
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from gpt2.fast.devices import attends_apart, draws_one_by_one, tells_counts
 from gpt2.fast.dropout import drop
-from gpt2.fast.untyped import attend_apart
+from gpt2.fast.untyped import attend_apart, integers
 
 
 class Documents(NamedTuple):
@@ -93,9 +93,10 @@ def _attend_apart(q: Tensor, k: Tensor, v: Tensor, documents: Documents, p: floa
     if not p and attends_apart(q.device, q.dtype):  # the kernel drops nothing
         return attend_apart(q, k, v, documents.starts, documents.longest)
     if tells_counts(q.device) and not torch.compiler.is_compiling():
-        ends: Any = documents.starts.tolist()
-        parts = [slice(start, end) for start, end in pairwise(ends) if start < end]
-        return torch.cat([attend(*(t[:, :, s] for t in (q, k, v)), None, p) for s in parts], 2)
+        ends = pairwise(integers(documents.starts))
+        parts = [slice(start, end) for start, end in ends if start < end]
+        each = [attend(q[:, :, s], k[:, :, s], v[:, :, s], None, p) for s in parts]
+        return torch.cat(each, 2)
     number = documents.numbers()
     visible = (number[:, None] == number).tril()
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=p)

@@ -43,8 +43,8 @@ def attend_apart(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) 
     """Causal attention within each document of a row, all `(1, H, T, D)`; by a GPU's kernel."""
     flat = [t[0].transpose(0, 1) for t in (q, k, v)]  # (T, H, D)
     causal = (-1, 0)
-    y: Any = varlen_attn(*flat, starts, starts, longest, longest, window_size=causal)
-    return y.transpose(0, 1)[None]
+    run = cast(Callable[..., Tensor], varlen_attn)
+    return run(*flat, starts, starts, longest, longest, window_size=causal).transpose(0, 1)[None]
 
 
 def is_transforming() -> bool:
@@ -70,6 +70,16 @@ def whole(tensor: Tensor) -> Tensor:
 def floats(tensor: Tensor) -> list[float]:
     """The numbers of a `(N,)` tensor; the host waits for the device."""
     return cast(Any, tensor).tolist()
+
+
+def integers(tensor: Tensor) -> list[int]:
+    """The numbers of a `(N,)` tensor of integers; the host waits for the device."""
+    return cast(Any, tensor).tolist()
+
+
+def from_numpy(array: Any) -> Tensor:
+    """A tensor of the array's memory."""
+    return _torch.from_numpy(array)
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:

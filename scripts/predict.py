@@ -1,0 +1,97 @@
+"""Continue every prompt of a file with a GPT-2, and with an adapter if one is given.
+
+The answers are written as they come, a line of JSON a prompt; the same command goes on where it
+was stopped.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # on top, so that Ctrl-C during the imports below ends in one line
+    import sys
+
+    import command
+
+    sys.exit(command.start("predict", sys.argv[1:]))
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import cli
+import gpt2
+import guard
+import inputs
+import lora
+import options as opts
+import predictions
+
+WINDOW = 4  # batches that are written at once, their prompts sorted by length
+
+
+def parse(argv: guard.Arguments) -> Namespace:
+    """The script's own options, and the library's."""
+    parser = cli.parser("predict", __doc__)
+    add = parser.add_argument
+    add("prompts", type=str, help="file of prompts; answers in it are references")
+    add("--base", type=str, default="demo", help="demo, gpt2, org/repo, a folder or a file")
+    add("--adapter", type=str | None, help="a folder of train_qa.py, or of an adapter, PEFT's too")
+    add("--output", type=str | None, help="by default predictions.jsonl beside the adapter")
+    flag = {"type": bool, "nargs": "?", "const": True, "default": False}
+    add("--overwrite", **flag, help="replace what the output holds")
+    add("--fields", type=dict[str, str] | None, help="--fields.question NAME: the file's own names")
+    add("--batch_size", type=int, default=64, help="rows at a time; a prompt takes num_beams rows")
+    add("--separator", type=int | None, help="the token id after each prompt in training")
+    add("--device", type=str | None, help="by default the GPU if there is one")
+    parser.add_class_arguments(gpt2.GenerateConfig, as_group=False)
+    options = opts.flags(parser, argv)
+    if options.batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {options.batch_size}.")
+    return options
+
+
+@guard.guarded
+def main(argv: guard.Arguments = None) -> None:
+    """Parse, build, predict, append."""
+    options, console = parse(argv), cli.Plain()
+    config, tokenizer = cli.build(gpt2.GenerateConfig, options), gpt2.Tokenizer()
+    wanted = predictions.asked(gpt2.read_prompts(options.prompts, options.fields))
+    adapter = None if options.adapter is None else cli.adapter_folder(options.adapter)
+    model = gpt2.GPT2.from_pretrained(options.base, device=cli.pick_device(options.device))
+    if adapter is not None:
+        lora.load(model, adapter)
+    texts = [gpt2.Example(a.prompt, "") for a in wanted]
+    ids = inputs.encode_prompts(texts, tokenizer, model, config, options.separator)
+    place = Path() if adapter is None else adapter.parent
+    output = place / "predictions.jsonl" if options.output is None else Path(options.output)
+    made_with = made(options, adapter)
+    done = predictions.begin(output, made_with, wanted, overwrite=options.overwrite)
+    at_once = max(1, options.batch_size // config.num_beams)
+    windows = [slice(i, i + WINDOW * at_once) for i in range(done, len(ids), WINDOW * at_once)]
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("prompts"), TimeRemainingColumn())
+    with (
+        predictions.told_where(output, len(ids)) as written,
+        Progress(*columns, console=console, disable=not console.is_terminal) as bar,
+    ):
+        task = bar.add_task("", total=len(ids), completed=done)
+        written.append(done)
+        for window in windows:
+            answers: list[str] = []
+            for tokens in predictions.continued(model, ids[window], config, at_once):
+                answers.append(tokenizer.decode(tokens))
+                bar.advance(task)
+            predictions.append(output, zip(wanted[window], answers, strict=True))
+            written.append(len(answers))
+    console.print(f"{predictions.score(output)}Predictions: {output}", soft_wrap=True)
+
+
+def made(options: Namespace, adapter: Path | None) -> dict[str, Any]:
+    """All that decides what the answers are."""
+    names = ("base", "fields", "separator", *(f.name for f in fields(gpt2.GenerateConfig)))
+    decided = {name: options[name] for name in names}
+    decided["prompts"] = predictions.digest([Path(options.prompts)])
+    if adapter is not None:
+        decided["adapter"] = predictions.digest(sorted(adapter.glob("adapter_*")))
+    return decided
