@@ -152,7 +152,7 @@ def test_a_state_dict_goes_round_and_a_plain_model_takes_the_bases_part():
         (MLP(), {"lora_alpha": 3}, TypeError, "PEFT's name: here it is alpha"),
         (MLP(), {"target_modules": "up"}, TypeError, "here it is targets"),
         (MLP(), {"tragets": "up"}, TypeError, "did you mean targets?"),
-        (MLP(), {"fan_in_fan_out": True}, TypeError, "the layout is told by the layer's class"),
+        (MLP(), {"fan_in_fan_out": True}, TypeError, "the layer's class tells the layout"),
         (nn.Sequential(nn.ReLU()), {}, ValueError, "There are no linear modules here."),
         (3, {}, ValueError, "must be a torch.nn.Module, got int"),
     ],

@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 _torch: Any = torch
@@ -41,6 +40,8 @@ def recompile_limit(graphs: int) -> AbstractContextManager[None]:
 
 def attend_apart(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> Tensor:
     """Causal attention within each document of a row, all `(1, H, T, D)`; by a GPU's kernel."""
+    from torch.nn.attention.varlen import varlen_attn  # it imports the compiler: a second
+
     flat = [t[0].transpose(0, 1) for t in (q, k, v)]  # (T, H, D)
     causal = (-1, 0)
     run = cast(Callable[..., Tensor], varlen_attn)
