@@ -143,6 +143,13 @@ TIMED = {
     "note": _note,
 }
 COLUMNS: dict[str, dict[str, Cell]] = {
+    "real_lengths": {
+        "work": lambda row, _: row["lengths"],
+        "case": _case,
+        "real tokens/s": _number("real_tokens_per_s"),
+        "first epoch, compile included, s": _number("first_epoch_s"),
+        "loader's share": _number("loader_share", ".1%"),
+    },
     "routing": {"work": _work, "case": _case, "median (p10–p90)": _took, "note": _note},
     "startup": {"case": _case, "median (p10–p90)": _took},
     "article_run": {"case": _case, "median (p10–p90)": _took},

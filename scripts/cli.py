@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from dataclasses import fields
@@ -68,6 +69,17 @@ def pick_device(name: str | None) -> str:
 def best_device(cuda: bool, mps: bool) -> str:
     """CUDA's GPU before Apple's, and the processor where there is neither."""
     return "cuda" if cuda else "mps" if mps else "cpu"
+
+
+def base_of(adapter: str | None) -> str:
+    """The base that an adapter says it was made for; the demo's where it does not say."""
+    if adapter is None:
+        return "demo"
+    try:
+        config = json.loads((adapter_folder(adapter) / "adapter_config.json").read_bytes())
+        return config["base_model_name_or_path"] or "demo"
+    except (OSError, ValueError, LookupError, TypeError):
+        return "demo"  # what is wrong with the adapter is said when it is loaded
 
 
 def adapter_folder(place: str) -> Path:

@@ -16,6 +16,7 @@ OTHER_NAMES = {  # of the article and of PEFT's and transformers' scripts
     "num_train_epochs": "epochs",
     "rank": "lora.r",
     "target_modules": "lora.targets",
+    "output_dir": "res_path",
 }
 
 

@@ -26,7 +26,7 @@ def main(argv: guard.Arguments = None) -> None:
     add(
         "prompt", type=str, help=r"text to continue, such as $'Q: What is overfitting?\nA:' in bash"
     )
-    add("--base", type=str, default="demo", help="demo, gpt2, org/repo, a folder or a file")
+    add("--base", type=str | None, help="demo, gpt2, org/repo, a folder; by default the adapter's")
     add("--adapter", type=str | None, help="a folder of train_qa.py, or of an adapter, PEFT's too")
     add("--device", type=str | None, help="by default the GPU if there is one")
     add("--separator", type=int | None, help="the token id after each prompt in training")
@@ -34,7 +34,7 @@ def main(argv: guard.Arguments = None) -> None:
     options = opts.flags(parser, argv)
     config = cli.build(gpt2.GenerateConfig, options)
     tokenizer, device = gpt2.Tokenizer(), cli.pick_device(options.device)
-    model = gpt2.GPT2.from_pretrained(options.base, device=device)
+    model = gpt2.GPT2.from_pretrained(options.base or cli.base_of(options.adapter), device=device)
     if options.adapter is not None:
         lora.load(model, cli.adapter_folder(options.adapter))
     last = [] if options.separator is None else [options.separator]

@@ -72,7 +72,13 @@ def begun(options: Namespace) -> Iterator[tuple[Path, dict[str, Any]]]:
         if not options.resume:
             write_options(options, place)
         run = cli.build(gpt2.RunConfig, options, folder=place)
-        yield place, {"run": run, "resume": bool(options.resume)}
+        try:
+            yield place, {"run": run, "resume": bool(options.resume)}
+        except BaseException as stop:
+            adapter = place / folder.ADAPTER
+            if not getattr(stop, "__notes__", ()) and any(adapter.glob("*.safetensors")):
+                stop.add_note(f"The trained adapter is in {adapter}.")
+            raise
         snapshots.remove(place)  # the run is over
 
 

@@ -28,7 +28,7 @@ def main(argv: guard.Arguments = None) -> None:
     add = parser.add_argument
     add("adapter", type=str, help="a folder of train_qa.py, or of an adapter, PEFT's too")
     add("out", type=str, help="a new or empty folder for the merged model")
-    add("--base", type=str, default="demo", help="demo, gpt2, org/repo, a folder or a file")
+    add("--base", type=str | None, help="demo, gpt2, org/repo, a folder; by default the adapter's")
     dtypes = Literal["float32", "bfloat16", "float16"]
     add("--dtype", type=dtypes, default="float32", help="of the merged weights")
     options = opts.flags(parser, argv)
@@ -38,10 +38,11 @@ def main(argv: guard.Arguments = None) -> None:
             f"{options.out or repr('')} is not an empty folder; merge.py overwrites nothing. "
             "Name a new one."
         )
-    model = gpt2.GPT2.from_pretrained(options.base, dtype=getattr(torch, options.dtype))
+    base = options.base or cli.base_of(options.adapter)
+    model = gpt2.GPT2.from_pretrained(base, dtype=getattr(torch, options.dtype))
     paths = lora.load(model, cli.adapter_folder(options.adapter))
     lora.eject(model, merge=True)
     model.save_pretrained(str(out))
     if write := getattr(gpt2.Tokenizer(), "save_pretrained", None):
         write(str(out))
-    print(f"{options.adapter} is folded into {len(paths)} layers of {options.base}: see {out}")
+    print(f"{options.adapter} is folded into {len(paths)} layers of {base}: see {out}")

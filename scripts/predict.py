@@ -34,7 +34,7 @@ def parse(argv: guard.Arguments) -> Namespace:
     parser = cli.parser("predict", __doc__)
     add = parser.add_argument
     add("prompts", type=str, help="file of prompts; answers in it are references")
-    add("--base", type=str, default="demo", help="demo, gpt2, org/repo, a folder or a file")
+    add("--base", type=str | None, help="demo, gpt2, org/repo, a folder; by default the adapter's")
     add("--adapter", type=str | None, help="a folder of train_qa.py, or of an adapter, PEFT's too")
     add("--output", type=str | None, help="by default predictions.jsonl beside the adapter")
     flag = {"type": bool, "nargs": "?", "const": True, "default": False}
@@ -61,6 +61,7 @@ def main(argv: guard.Arguments = None) -> None:
     config, tokenizer = cli.build(gpt2.GenerateConfig, options), gpt2.Tokenizer()
     wanted = predictions.asked(gpt2.read_prompts(options.prompts, options.fields))
     adapter = None if options.adapter is None else cli.adapter_folder(options.adapter)
+    options.base = options.base or cli.base_of(options.adapter)
     model = gpt2.GPT2.from_pretrained(options.base, device=options.device)
     if adapter is not None:
         lora.load(model, adapter)

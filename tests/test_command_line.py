@@ -435,3 +435,23 @@ def test_the_installed_command_trains_generates_and_merges_anywhere(installed, h
     for wrong in ([], ["fly"]):
         done = subprocess.run(["lora-gpt2", *wrong], capture_output=True, env=installed)
         assert (done.returncode, done.stderr.count(b"\n")) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("config", "base"),
+    [
+        ('{"base_model_name_or_path": "gpt2-medium"}', "gpt2-medium"),
+        ('{"base_model_name_or_path": null}', "demo"),
+        ("{", "demo"),
+        ("[]", "demo"),
+        (None, "demo"),
+    ],
+)
+def test_the_base_is_the_one_that_the_adapter_names(tmp_path, config, base):
+    base_of = importlib.import_module("cli").base_of
+    adapter = tmp_path / "trained" / "adapter"
+    adapter.mkdir(parents=True)
+    if config is not None:
+        (adapter / "adapter_config.json").write_text(config)
+    assert base_of(str(adapter)) == base_of(str(adapter.parent)) == base
+    assert base_of(None) == "demo"

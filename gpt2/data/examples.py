@@ -167,6 +167,13 @@ def _check(fields: Fields | None, *, complete: bool) -> None:
     if fields is None:
         return
     forms = [{*form} for form in FORMS] + ([] if complete else [{form[0]} for form in FORMS])
+    for form in FORMS:
+        if complete and isinstance(fields, Mapping) and {*fields} < {*form} and fields:  # pyright: ignore
+            lacking = ", ".join(repr(name) for name in form if name not in fields)
+            given = ", ".join(map(repr, fields))
+            raise ValueError(
+                f"fields gives a file's names for {given} and none for {lacking}: give it too."
+            )
     if not isinstance(fields, Mapping) or {*fields} not in forms:  # pyright: ignore
         raise ValueError(
             "fields gives a file's names for 'text', for 'question' and 'answer', or for 'prompt' "

@@ -91,8 +91,8 @@ class _AddUpdate(torch.autograd.Function):
         h, keep = _down(x, a, p)
         ctx.save_for_backward(x, keep, h, a, b)
         ctx.scaling, ctx.p = scaling, p
-        up = _scaled(b, scaling, x.dtype).t()  # (r, out)
-        out = torch.addmm(_rows(y), h, up)
+        # The product is scaled, not a factor of it: zeros stay zeros, whatever the scaling.
+        out = torch.addmm(_rows(y), h, b.to(x.dtype).t(), alpha=scaling)
         if y.device.type == "cpu" and not torch.compiler.is_compiling() and not out.all():
             # y + 0.0, which makes a -0.0 of the base 0.0: at birth nothing may change, no sign.
             out = torch.where((out == 0) & (_rows(y) == 0), _rows(y), out)
@@ -103,7 +103,7 @@ class _AddUpdate(torch.autograd.Function):
         x, keep, h, a, b = ctx.saved_tensors
         (dy,) = grad_outputs
         _, needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
-        dh = _rows(dy) @ _scaled(b, ctx.scaling, dy.dtype)
+        dh = (_rows(dy) @ b.to(dy.dtype)) * ctx.scaling
         dx = _masked(dh @ a.to(dh.dtype), keep, ctx.p).view(x.shape) if needs_x else None
         da = _grad_of_a(dh, x, keep, a, ctx.p) if needs_a else None
         db = _grad_of_b(dy, _again(h, x, keep, a, ctx.p), b, ctx.scaling) if needs_b else None
