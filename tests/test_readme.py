@@ -30,7 +30,10 @@ def test_the_named_tests_exist():
 def test_the_files_of_the_reading_order_exist():
     tree = TEXT[TEXT.index("## Reading order") :]
     files = {path.name for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
-    assert not set(re.findall(r"\b(\w+\.py)\b", tree)) - files
+    named = set(re.findall(r"\b(\w+\.py)\b", tree))
+    assert not named - files
+    ours = [path for part in ("lora", "gpt2", "scripts") for path in (ROOT / part).rglob("*.py")]
+    assert not {path.name for path in ours} - named - {"__init__.py"}
 
 
 def test_the_speeds_are_those_of_the_results():
