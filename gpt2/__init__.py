@@ -2,7 +2,6 @@
 
 import typing
 
-from gpt2.cache import KVCache
 from gpt2.config import SIZES, GPT2Config
 from gpt2.data.batches import Batch, batches
 from gpt2.data.encoding import encode
@@ -41,7 +40,6 @@ __all__ = [
     "Fit",
     "GPT2Config",
     "GenerateConfig",
-    "KVCache",
     "RunConfig",
     "StepRecord",
     "Tokenizer",

@@ -29,7 +29,7 @@ SEAMS = {
     ("gpt2.sampling", "gpt2.fast"),
     ("gpt2.cache", "gpt2.fast"),
 }
-FACE = {"lora": 30, "gpt2": 34}
+FACE = {"lora": 30, "gpt2": 32}
 ids = {"ids": lambda file: str(file.relative_to(ROOT))}
 
 

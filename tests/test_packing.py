@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import gpt2
 import lora
 from gpt2 import GPT2, IGNORE, Dataset, GPT2Config, TrainConfig, batches, encode, train
+from gpt2.cache import KVCache
 from gpt2.fast.attention import Documents, attend
 from gpt2.fast.dropout import drop
 from tests.test_data_order import Numbers
@@ -164,7 +165,7 @@ def test_documents_of_several_rows_too_long_or_beside_a_cache_are_refused():
         network(torch.ones(2, 5, dtype=torch.long), documents=torch.tensor([0, 5]))
     with pytest.raises(ValueError, match="of 0 to 12 each; they go from 0 to 13"):
         network(torch.ones(1, 13, dtype=torch.long), documents=torch.tensor([0, 13]))
-    cache = gpt2.KVCache(CONFIG, 1, 12, torch.float64, torch.device("cpu"))
+    cache = KVCache(CONFIG, 1, 12, torch.float64, torch.device("cpu"))
     with pytest.raises(ValueError, match="not both"):
         network(torch.ones(1, 5, dtype=torch.long), None, cache, torch.tensor([0, 5]))
 
