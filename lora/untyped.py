@@ -23,11 +23,6 @@ def unsafe_view(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     return _aten._unsafe_view(tensor, shape)
 
 
-def native_dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """Torch's own dropout, and what it kept."""
-    return _torch.native_dropout(x, p, True)
-
-
 LinAlgError: type[RuntimeError] = _torch.linalg.LinAlgError
 """What decompositions raise, such as that of a matrix that is not finite."""
 

@@ -43,6 +43,5 @@ def main(argv: guard.Arguments = None) -> None:
     paths = lora.load(model, cli.adapter_folder(options.adapter))
     lora.eject(model, merge=True)
     model.save_pretrained(str(out))
-    if write := getattr(gpt2.Tokenizer(), "save_pretrained", None):
-        write(str(out))
+    gpt2.Tokenizer().save_pretrained(out)
     print(f"{options.adapter} is folded into {len(paths)} layers of {base}: see {out}")

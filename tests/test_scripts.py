@@ -222,9 +222,6 @@ def test_a_character_of_several_tokens_is_shown_once_it_is_whole(script):
     assert "".join(cut) == tokenizer.decode(ids[:-4])
 
 
-@pytest.mark.skipif(
-    not hasattr(gpt2.Tokenizer, "save_pretrained"), reason="the tokenizer writes no files yet"
-)
 def test_a_merged_model_answers_in_a_pipeline(run, script, tmp_path):
     transformers = pytest.importorskip("transformers")
     assert script("merge").main([str(run[0]), str(tmp_path / "merged")]) == 0
