@@ -63,6 +63,16 @@ def forget_cublas_scratch() -> None:
     _torch._C._cuda_clearCublasWorkspaces()
 
 
+def add_each(to: list[Tensor], more: list[Tensor]) -> None:
+    """Add each of `more` to its tensor of `to`, in one call."""
+    _torch._foreach_add_(to, more)
+
+
+def collectives() -> Any:
+    """`torch.distributed`."""
+    return _torch.distributed
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The tensor itself, put together where several devices hold a part of it each."""
     return cast(Any, tensor).full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -70,6 +80,11 @@ def whole(tensor: Tensor) -> Tensor:
 
 def floats(tensor: Tensor) -> list[float]:
     """The numbers of a `(N,)` tensor; the host waits for the device."""
+    return cast(Any, tensor).tolist()
+
+
+def table(tensor: Tensor) -> list[list[float]]:
+    """The numbers of an `(N, M)` tensor, row by row; the host waits for the device."""
     return cast(Any, tensor).tolist()
 
 

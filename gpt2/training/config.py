@@ -49,6 +49,9 @@ class TrainConfig:
         cuda_graph: replay each shape's whole step as one CUDA graph; None does so on a GPU for
             compiled steps and for batches of at most `GRAPHED_TOKENS` tokens, but not beside
             `accumulate` or `checkpointing`, nor of a model that is wrapped.
+        in_order: where several processes share a step, add gradients in the order of the
+            micro-batches, so that any number of processes gives the same bits; False for an
+            all-reduce. None does so up to 256 MiB of gradients a step. A sharded model does not.
         sync_every: steps between two looks at the device; records then come in bursts.
 
     Raises:
@@ -75,6 +78,7 @@ class TrainConfig:
     compile: bool = False
     checkpointing: bool = False
     cuda_graph: bool | None = None
+    in_order: bool | None = None
     sync_every: int = 1
 
     def __post_init__(self) -> None:
@@ -97,8 +101,9 @@ class TrainConfig:
         for name in ("autocast", "compile", "checkpointing"):
             if type(getattr(self, name)) is not bool:
                 faults.append(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if self.cuda_graph not in (None, True, False):
-            faults.append(f"cuda_graph must be True, False or None, got {self.cuda_graph!r}")
+        for name in ("cuda_graph", "in_order"):
+            if getattr(self, name) not in (None, True, False):
+                faults.append(f"{name} must be True, False or None, got {getattr(self, name)!r}")
         if faults:
             raise ValueError(f"TrainConfig: {listed(faults)}.")
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from gpt2.data.batches import collate
 from gpt2.data.tokens import Dataset
+from gpt2.training import distributed
 from gpt2.training.checks import check_readable
 from gpt2.training.modes import in_mode
 from gpt2.training.randomness import RandomState
@@ -54,13 +55,16 @@ def evaluate(
         raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
     device = next(iter(model.parameters())).device
     order = data.by_length[::-1]  # alike in length: little padding; the largest batch first
-    total, tokens = torch.zeros((), dtype=torch.float64), 0
+    starts = range(0, len(data), batch_size)
+    found: list[list[float]] = []
     with in_mode(model, training=False), RandomState(0, device), torch.no_grad():
-        for start in range(0, len(data), batch_size):
+        for start in distributed.strided(starts):
             batch = collate([data[int(i)] for i in order[start : start + batch_size]])
             moved = batch.to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                 loss = summed_loss(model, moved.idx, moved.labels)
-            total += loss.cpu().double()
-            tokens += batch.n_tokens
-    return Evaluation(loss=float(total) / tokens, tokens=tokens, examples=len(data))
+            found.append([float(loss), batch.n_tokens])
+    total, tokens = 0.0, 0
+    for loss, count in distributed.interleaved(found, device)[: len(starts)]:
+        total, tokens = total + loss, tokens + int(count)
+    return Evaluation(loss=total / tokens, tokens=tokens, examples=len(data))

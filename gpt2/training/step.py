@@ -15,6 +15,7 @@ from gpt2.fast import devices
 from gpt2.fast.graphs import GraphedCalls
 from gpt2.fast.untyped import backward, whole
 from gpt2.model import GPT2
+from gpt2.training import distributed
 from gpt2.training.config import GRAPHED_TOKENS, TrainConfig
 from gpt2.training.groups import Groups, grouped
 from gpt2.training.packing import undropped
@@ -51,12 +52,16 @@ class Stepper:
         self.device = next(iter(self.parameters.values())).device
         self._trained = list(self.parameters.values())
         self._flags, full = check(model, config, groups)
-        self.optimizer: Any = _adamw(full, self.device)
+        self._sums = distributed.sums(self._trained, config)
+        sharded = isinstance(self._sums, distributed.Sharded)
+        self.optimizer: Any = _adamw(full, self.device, capturable=not sharded)
         self.peaks = [float(group["initial_lr"]) for group in self.optimizer.param_groups]
         self.optimizer.zero_grad()  # of what the caller, or a run that was cut short, left
         self.failed = torch.zeros((), dtype=torch.float32, device=self.device)
         self.taken, self.whole = 0, True
-        self.graphs = GraphedCalls() if devices.can_capture(self.device) else None
+        capturable = devices.can_capture(self.device) and not sharded
+        self.graphs = GraphedCalls() if capturable else None
+        self._updates = GraphedCalls()
         self._randomness = RandomState(config.seed, self.device)
         self._network = inner(model)
         self._undropped = undropped(self._network, config)
@@ -82,24 +87,27 @@ class Stepper:
             self.optimizer.zero_grad()
         self._set_learning_rates(scale)
         n_tokens = sum(batch.n_tokens for batch in batches)
-        share = torch.full((), 1 / n_tokens, dtype=torch.float32, device=self.device)
+        share = torch.full((), self._sums.scale / n_tokens, dtype=torch.float32, device=self.device)
+        own = self._sums.own(batches)
         with self._randomness, self._flagged():
             if self.graphs is not None and self._is_graphed(batches):
-                return self._replayed(self.graphs, batches[0], step, share)
-            losses: list[Tensor] = []
-            for i, batch in enumerate(batches):
+                if isinstance(self._sums, distributed.Alone):
+                    return self._replayed(self.graphs, batches[0], step, share)
+                return self._replayed_together(self.graphs, own, step, share)
+            for row, (i, batch) in enumerate(own):
                 batch = batch.to(self.device)
                 self._randomness.begin(step, i)
-                losses.append(self._backward(share, *_inputs(batch)))
+                self._sums.take(row, self._backward(share, *_inputs(batch)))
+            loss = self._sums.total()
             with self._counted():
-                figures = self._update(torch.stack(losses).sum())
+                figures = self._update(loss)
         self._watch.renew_after_step()
         return figures
 
     def forget_graphs(self) -> None:
         """Drop what was captured, and its memory: the next step captures anew."""
         if self.graphs is not None:
-            self.graphs = GraphedCalls()
+            self.graphs, self._updates = GraphedCalls(), GraphedCalls()
 
     def moments(self) -> dict[str, Tensor]:
         """The optimiser's state by its kind and the parameter's name; empty before a step."""
@@ -159,13 +167,36 @@ class Stepper:
             self._randomness.begin(step, 0)
             return graphs(self._step, self._state, *inputs).clone()
 
+    def _replayed_together(
+        self, graphs: GraphedCalls, own: list[tuple[int, Batch]], step: int, share: Tensor
+    ) -> Tensor:
+        """As `_replayed`; what processes do together is a graph of its own.
+
+        It has one shape, so that all capture it in the same step, whatever the batch each has.
+        """
+        for i, batch in own:  # at most one
+            inputs = share, *_inputs(batch.to(self.device))
+            graphs.prepare(self._gradients, self._sums.state, *inputs)
+            self._randomness.begin(step, i)
+            graphs(self._gradients, self._sums.state, *inputs)
+        with self._counted():
+            return self._updates(self._update_together, self._state).clone()
+
+    def _gradients(self, share: Tensor, *inputs: Tensor) -> Tensor:
+        loss = self._backward(share, *inputs)
+        self._sums.take(0, loss)
+        return loss
+
+    def _update_together(self) -> Tensor:
+        return self._update(self._sums.total())
+
     def _step(self, share: Tensor, *inputs: Tensor) -> Tensor:
         return self._update(self._backward(share, *inputs))
 
     def _is_graphed(self, batches: Sequence[Batch]) -> bool:
         if self.config.cuda_graph is None:
             small = self.config.compile or batches[0].idx.numel() <= GRAPHED_TOKENS
-            single = len(batches) == 1 and not self.config.checkpointing
+            single = self.config.accumulate == distributed.size() and not self.config.checkpointing
             return small and single and isinstance(self.model, GPT2)
         return self.config.cuda_graph
 
@@ -221,6 +252,7 @@ def check(
     device = next(iter(parameters.values())).device
     if config.cuda_graph and not devices.can_capture(device):
         faults.append(f"cuda_graph=True needs a CUDA device, and the model is on {device}")
+    faults += distributed.faults(model, config)
     if faults:
         raise ValueError(f"The model cannot be trained so: {'; '.join(faults)}.")
     compiling = config.compile and not compiled  # else torch.compile has the whole of it
@@ -229,9 +261,11 @@ def check(
     return flags if is_gpt2 else {}, grouped(parameters, config, groups)
 
 
-def _adamw(groups: list[dict[str, Any]], device: torch.device) -> torch.optim.AdamW:
+def _adamw(
+    groups: list[dict[str, Any]], device: torch.device, capturable: bool
+) -> torch.optim.AdamW:
     """Fused where it can be: one call a group, so that an interrupt comes before it or after it."""
-    capturable = devices.can_capture(device)
+    capturable = capturable and devices.can_capture(device)
     for group in groups:
         group["initial_lr"] = group["lr"]
         if capturable:  # a tensor, so that a captured step reads the rate of the moment

@@ -1,0 +1,67 @@
+"""Several processes train what one trains."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from hashlib import blake2b
+from typing import Any
+
+import pytest
+import torch
+
+import gpt2
+from gpt2.training import fitting
+from tests.processes import together
+from tests.test_train import DATA, Letters, model_of
+from tests.toys import raw
+
+HELD_OUT = gpt2.encode(["abd", "hallo", "lowtank", "as", "x"], Letters())
+PACKED = {"tokens_per_batch": 16, "packing": True}
+PLANS: dict[str, dict[str, Any]] = {
+    "rows": {"batch_size": 1},
+    "buckets": {"tokens_per_batch": 12},
+    "packed": PACKED,
+}
+
+
+def fitted(adapter: bool, options: dict[str, Any], nan_on: int | None = None) -> dict[str, Any]:
+    """All that a run comes to: losses, norms, what was found, the bytes of weights and moments."""
+    model = model_of(dropout=True, adapter=adapter)
+    config = gpt2.TrainConfig(**{"lr": 3e-2, "steps": 7, "weight_decay": 0.1} | options)
+    if nan_on is not None and torch.distributed.get_rank() == nan_on:
+        first = next(p for p in model.parameters() if p.requires_grad)
+        first.register_hook(lambda grad: grad * torch.nan)
+    run = gpt2.RunConfig(eval_every=3)
+    fit = fitting.fit(model, DATA, config, validation=HELD_OUT, run=run)
+    told: list[Any] = []
+    error = ""
+    try:
+        told += [asdict(r) | {"seconds": 0} for r in fit]
+    except RuntimeError as failed:
+        error = str(failed)
+    with fit.last_weights():
+        state = fit.training.run.state()
+        return {
+            "told": told,
+            "error": error,
+            "evaluated": fit.evaluated,
+            "parameters": digest(state.parameters),
+            "moments": digest(state.moments),
+        }
+
+
+def digest(tensors: Any) -> str:
+    found = blake2b(digest_size=8)
+    for name, tensor in sorted(tensors.items()):
+        found.update(name.encode() + raw(tensor))
+    return found.hexdigest()
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_any_number_of_processes_gives_the_same_bits(plan):
+    """With dropout, uneven token counts, and an epoch's end at which some have nothing to do."""
+    options = {"accumulate": 4} | PLANS[plan]
+    (alone,) = together(1, fitted, True, options)
+    for count in (2, 4):
+        for got in together(count, fitted, True, options):
+            assert got == alone
