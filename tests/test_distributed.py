@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import gpt2
+from gpt2.fast.untyped import whole
 from gpt2.training import fitting
+from gpt2.training.sharding import shard
 from tests.processes import together
 from tests.test_train import DATA, Letters, model_of
 from tests.toys import raw
@@ -65,3 +67,25 @@ def test_any_number_of_processes_gives_the_same_bits(plan):
     for count in (2, 4):
         for got in together(count, fitted, True, options):
             assert got == alone
+
+
+def sharded_run(accumulate: int, adapter: bool, world: int) -> Any:
+    model = model_of(adapter=adapter)
+    if world > 1:
+        model = shard(model)
+    # An eps above rounding: attention does not depend on the bias of the keys, whose gradient is 0.
+    config = gpt2.TrainConfig(lr=1e-2, steps=7, accumulate=accumulate, eps=1e-3)
+    told = [(r.loss, r.grad_norm) for r in gpt2.train(model, DATA, config)]
+    weights = {n: whole(p.detach()).numpy().copy() for n, p in model.named_parameters()}
+    return told, gpt2.evaluate(model, HELD_OUT, batch_size=2).loss, weights
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["all weights", "an adapter"])
+def test_a_sharded_model_trains_as_a_whole_one_to_rounding(adapter):
+    (want,) = together(1, sharded_run, 6, adapter, 1)
+    for got in together(2, sharded_run, 6, adapter, 2):
+        assert [*map(list, got[0])] == [pytest.approx(row, rel=1e-4) for row in want[0]]
+        assert got[1] == pytest.approx(want[1], rel=1e-5)
+        assert got[2].keys() == want[2].keys()
+        for name, values in want[2].items():
+            assert got[2][name] == pytest.approx(values, rel=1e-3, abs=1e-4)

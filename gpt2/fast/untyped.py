@@ -73,6 +73,13 @@ def collectives() -> Any:
     return _torch.distributed
 
 
+def gather_into(found: Tensor, own: Tensor) -> None:
+    """Put what each process has into `found`, one after another."""
+    group = _torch.distributed  # torch 2.13 renames it
+    gather = getattr(group, "all_gather_single", None) or group.all_gather_into_tensor
+    gather(found, own)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The tensor itself, put together where several devices hold a part of it each."""
     return cast(Any, tensor).full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2.data.batches import Batch
-from gpt2.fast.untyped import add_each, collectives, named_modules, table
+from gpt2.fast.untyped import add_each, collectives, gather_into, named_modules, table
 from gpt2.training.config import TrainConfig
 from gpt2.training.loss import IGNORE
 
@@ -52,7 +52,7 @@ def gathered_rows(rows: Tensor) -> Tensor:
     if size() == 1:
         return rows
     found = rows.new_empty(size() * len(rows), *rows.shape[1:])
-    collectives().all_gather_into_tensor(found, rows)
+    gather_into(found, rows)
     return found
 
 
