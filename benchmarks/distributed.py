@@ -66,7 +66,8 @@ CASES: dict[str, tuple[Callable[..., Stepper], str, tuple[str, ...], int]] = {
 
 def measured(case: str, how: str, world: int, a: Any) -> dict[str, Any]:
     """Times and memory of one process's steps."""
-    build, _, _, B = CASES[case]
+    build, _, _, usual = CASES[case]
+    B = a.B or usual
     stepper = build(how, world, B, a.T, bool(a.compile))
     held: list[int] = []
     hook = stepper.optimizer.register_step_pre_hook(
@@ -171,7 +172,7 @@ def checked(world: int, way: str) -> Any:
 
 
 def main() -> None:
-    a = harness.arguments(__doc__, cases="check;lora;full;xl", T=1024, compile=1, warmup=6)
+    a = harness.arguments(__doc__, cases="check;lora;full;xl", B=0, T=1024, compile=1, warmup=6)
     for case in a.cases.split(";"):
         if case == "check":
             want = run(1, checked, 1, "eager, in order")
@@ -181,9 +182,9 @@ def main() -> None:
                 apart = got if "failed" in got else _apart(want, got)
                 harness.emit("distributed", a.out, case="2 GPUs as 1", way=way, apart=apart)
             continue
-        _, about, ways, B = CASES[case]
+        _, about, ways, usual = CASES[case]
         one: dict[str, Any] = run(1, measured, case, ways[0], 1, a)
-        facts = {"case": about, "B": B, "T": a.T, "compile": bool(a.compile)}
+        facts = {"case": about, "B": a.B or usual, "T": a.T, "compile": bool(a.compile)}
         harness.emit("distributed", a.out, **facts, gpus=1, **one)
         for how in ways:
             two: dict[str, Any] = run(2, measured, case, how, 2, a)

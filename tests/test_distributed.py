@@ -89,3 +89,38 @@ def test_a_sharded_model_trains_as_a_whole_one_to_rounding(adapter):
         assert got[2].keys() == want[2].keys()
         for name, values in want[2].items():
             assert got[2][name] == pytest.approx(values, rel=1e-3, abs=1e-4)
+
+
+def test_a_gradient_that_is_not_finite_in_one_process_stops_all_at_the_same_step():
+    options = {"accumulate": 2, "batch_size": 1}
+    one, other = together(2, fitted, True, options, 1)
+    assert one == other
+    assert one["told"] == []
+    assert "Step 1: the loss is" in one["error"]
+    assert "the weights are good" in one["error"]
+
+
+def started(accumulate: int, seed: int | None) -> Any:
+    model = model_of(adapter=True, seed=torch.distributed.get_rank() if seed is None else seed)
+    return len(list(gpt2.train(model, DATA, gpt2.TrainConfig(steps=2, accumulate=accumulate))))
+
+
+def test_processes_that_cannot_share_a_step_are_refused_with_the_sizes_that_can():
+    for said in together(2, started, 3, 0):
+        assert "2 processes cannot share the 3 micro-batches" in said
+        assert "start 1, 3 of them" in said
+
+
+def test_processes_that_begin_with_other_weights_are_refused():
+    for said in together(2, started, 2, None):
+        assert "Process 1 begins with other weights" in said
+
+
+def test_all_reduce_gives_the_same_to_rounding():
+    (alone,) = together(1, fitted, False, {"accumulate": 4, "in_order": False, "eps": 1e-3})
+    one, other = together(2, fitted, False, {"accumulate": 4, "in_order": False, "eps": 1e-3})
+    assert one == other
+    for got, want in zip(one["told"], alone["told"], strict=True):
+        assert (got["loss"], got["grad_norm"]) == pytest.approx(
+            (want["loss"], want["grad_norm"]), rel=1e-5
+        )

@@ -1,12 +1,18 @@
-"""Whether this model can read this data: said before anything is done."""
+"""Whether this model can read this data and be trained so: said before anything is done."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import nn
 
 from gpt2.data.tokens import Dataset
+from gpt2.fast import devices
 from gpt2.model import GPT2
-from gpt2.training.wrapped import inner
+from gpt2.training import distributed
+from gpt2.training.config import TrainConfig
+from gpt2.training.groups import Groups, grouped
+from gpt2.training.wrapped import inner, is_compiled
 
 
 def check_readable(model: nn.Module, data: Dataset) -> None:
@@ -33,3 +39,30 @@ def check_readable(model: nn.Module, data: Dataset) -> None:
                 f"An example has {longest} tokens and the model's context takes {limit}: "
                 f"encode the data with max_length={limit}."
             )
+
+
+def check_options(
+    model: nn.Module, config: TrainConfig, groups: Groups | None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What is set in the GPT-2 during a step, and the optimiser's groups.
+
+    Raises:
+        ValueError: groups that do not fit; options that model, device or processes cannot follow.
+    """
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    is_gpt2, compiled = isinstance(inner(model), GPT2), is_compiled(model)
+    faults: list[str] = []
+    if config.checkpointing and not is_gpt2:
+        faults.append("checkpointing=True needs a GPT2; another model checkpoints itself")
+    if config.compile and not (is_gpt2 or compiled):
+        faults.append("compile=True needs a GPT2; give torch.compile(model) instead")
+    device = next(iter(parameters.values())).device
+    if config.cuda_graph and not devices.can_capture(device):
+        faults.append(f"cuda_graph=True needs a CUDA device, and the model is on {device}")
+    faults += distributed.faults(model, config)
+    if faults:
+        raise ValueError(f"The model cannot be trained so: {'; '.join(faults)}.")
+    compiling = config.compile and not compiled  # else torch.compile has the whole of it
+    flags: dict[str, Any] = {"compiling": compiling, "checkpointing": config.checkpointing}
+    flags["smoothing"] = config.label_smoothing
+    return flags if is_gpt2 else {}, grouped(parameters, config, groups)

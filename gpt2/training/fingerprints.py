@@ -38,6 +38,15 @@ def of_run(
     }
 
 
+def of_start(model: nn.Module, data: Dataset, config: TrainConfig, taken: int) -> str:
+    """What processes that train together must have alike, in short."""
+    digest = blake2b(f"{taken} {config} {_of(data)}".encode(), digest_size=8)
+    for name, p in model.named_parameters():
+        if p.requires_grad and not hasattr(p, "full_tensor"):
+            digest.update(name.encode() + _probe(p.detach()))
+    return digest.hexdigest()
+
+
 def of_base(model: nn.Module) -> str:
     """Names, shapes, some elements and the sum of all bits of what is not trained."""
     frozen = {n: p.detach() for n, p in model.named_parameters() if not p.requires_grad}

@@ -16,7 +16,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from gpt2.data.tokens import Dataset
-from gpt2.training import fingerprints, snapshots
+from gpt2.training import distributed, fingerprints, snapshots
 from gpt2.training.checks import check_readable
 from gpt2.training.config import TrainConfig
 from gpt2.training.evaluation import evaluate
@@ -172,13 +172,20 @@ class Fit(Iterator[StepRecord]):
     def save(self) -> bool:
         """Keep a snapshot; False where there is nothing that could be gone on from.
 
-        That is so before the first step, and where an interrupt fell in the midst of an update.
+        That is so before the first step, where an interrupt fell in the midst of an update, and in
+        all processes but the first, which writes for all.
 
         Raises:
             OSError: it cannot be written; those of before are as they were.
         """
         run = self.training.run
-        if self.options.folder is None or not self.taken or not run.is_whole or self._last:
+        if (
+            distributed.rank()
+            or self.options.folder is None
+            or not self.taken
+            or not run.is_whole
+            or self._last
+        ):
             return False
         kept, state = self._kept, run.state()
         found = Snapshot(

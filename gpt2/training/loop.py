@@ -11,12 +11,11 @@ from collections.abc import Iterator
 from torch import nn
 
 from gpt2.data.tokens import Dataset
-from gpt2.training.checks import check_readable
+from gpt2.training.checks import check_options, check_readable
 from gpt2.training.config import TrainConfig
 from gpt2.training.groups import Groups, listed
 from gpt2.training.packing import settled
 from gpt2.training.run import Run, StepRecord
-from gpt2.training.step import check
 from gpt2.training.wrapped import inner
 
 __all__ = ["StepRecord", "Training", "train"]
@@ -86,5 +85,5 @@ def train(
         raise ValueError("Nothing in the model requires grad: inject an adapter or unfreeze it.")
     config = settled(inner(model), config)
     groups = None if groups is None else listed(groups)
-    check(model, config, groups)
+    check_options(model, config, groups)
     return Training(Run(model, data, config, groups))

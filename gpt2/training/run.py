@@ -16,6 +16,7 @@ from gpt2.data.plans import Plan
 from gpt2.data.tokens import Dataset
 from gpt2.fast.untyped import floats
 from gpt2.model import GPT2
+from gpt2.training import distributed, fingerprints
 from gpt2.training.config import TrainConfig
 from gpt2.training.groups import Groups
 from gpt2.training.modes import in_mode
@@ -134,6 +135,7 @@ class Run:
 
     def records(self) -> Generator[StepRecord]:
         """Take the steps, and tell of each."""
+        self._agree()
         stepper = self._stepper = Stepper(self.model, self.config, self.groups)
         if self._resumed:
             stepper.resume(self._resumed.step, self._resumed.moments)
@@ -145,6 +147,18 @@ class Run:
         if bad := not_finite(stepper):
             raise RuntimeError(
                 _blame(f"Step {self.total}, the last, was not finite in its outcome", bad)
+            )
+
+    def _agree(self) -> None:
+        """Find out whether all processes begin alike."""
+        if distributed.size() == 1:
+            return
+        mine = fingerprints.of_start(self.model, self.data, self.config, self.taken)
+        all_of_them = distributed.gathered(mine)
+        if other := [i for i, found in enumerate(all_of_them) if found != all_of_them[0]]:
+            raise RuntimeError(
+                f"Process {other[0]} begins with other weights, data or options than process 0: "
+                "give all the same, and lora.inject a seed."
             )
 
     def _burst(self, stepper: Stepper, steps: Iterator[list[Batch]]) -> None:

@@ -15,13 +15,14 @@ from gpt2.fast import devices
 from gpt2.fast.graphs import GraphedCalls
 from gpt2.fast.untyped import backward, whole
 from gpt2.model import GPT2
-from gpt2.training import distributed
+from gpt2.training import distributed, summing
+from gpt2.training.checks import check_options
 from gpt2.training.config import GRAPHED_TOKENS, TrainConfig
-from gpt2.training.groups import Groups, grouped
+from gpt2.training.groups import Groups
 from gpt2.training.packing import undropped
 from gpt2.training.randomness import RandomState
 from gpt2.training.watch import Watch
-from gpt2.training.wrapped import inner, is_compiled, summed_loss
+from gpt2.training.wrapped import inner, summed_loss
 
 
 class Stepper:
@@ -51,9 +52,9 @@ class Stepper:
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.device = next(iter(self.parameters.values())).device
         self._trained = list(self.parameters.values())
-        self._flags, full = check(model, config, groups)
-        self._sums = distributed.sums(self._trained, config)
-        sharded = isinstance(self._sums, distributed.Sharded)
+        self._flags, full = check_options(model, config, groups)
+        self._sums = summing.sums(self._trained, config)
+        sharded = isinstance(self._sums, summing.Sharded)
         self.optimizer: Any = _adamw(full, self.device, capturable=not sharded)
         self.peaks = [float(group["initial_lr"]) for group in self.optimizer.param_groups]
         self.optimizer.zero_grad()  # of what the caller, or a run that was cut short, left
@@ -88,10 +89,10 @@ class Stepper:
         self._set_learning_rates(scale)
         n_tokens = sum(batch.n_tokens for batch in batches)
         share = torch.full((), self._sums.scale / n_tokens, dtype=torch.float32, device=self.device)
-        own = self._sums.own(batches)
+        own = self._sums.begin(batches)
         with self._randomness, self._flagged():
             if self.graphs is not None and self._is_graphed(batches):
-                if isinstance(self._sums, distributed.Alone):
+                if isinstance(self._sums, summing.Alone):
                     return self._replayed(self.graphs, batches[0], step, share)
                 return self._replayed_together(self.graphs, own, step, share)
             for row, (i, batch) in enumerate(own):
@@ -232,33 +233,6 @@ class Stepper:
 
 def _inputs(batch: Batch) -> list[Tensor]:
     return [batch.idx, batch.labels, *([] if batch.documents is None else [batch.documents])]
-
-
-def check(
-    model: nn.Module, config: TrainConfig, groups: Groups | None
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What is set in the GPT-2 during a step, and the optimiser's groups.
-
-    Raises:
-        ValueError: as `Stepper`.
-    """
-    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    is_gpt2, compiled = isinstance(inner(model), GPT2), is_compiled(model)
-    faults: list[str] = []
-    if config.checkpointing and not is_gpt2:
-        faults.append("checkpointing=True needs a GPT2; another model checkpoints itself")
-    if config.compile and not (is_gpt2 or compiled):
-        faults.append("compile=True needs a GPT2; give torch.compile(model) instead")
-    device = next(iter(parameters.values())).device
-    if config.cuda_graph and not devices.can_capture(device):
-        faults.append(f"cuda_graph=True needs a CUDA device, and the model is on {device}")
-    faults += distributed.faults(model, config)
-    if faults:
-        raise ValueError(f"The model cannot be trained so: {'; '.join(faults)}.")
-    compiling = config.compile and not compiled  # else torch.compile has the whole of it
-    flags: dict[str, Any] = {"compiling": compiling, "checkpointing": config.checkpointing}
-    flags["smoothing"] = config.label_smoothing
-    return flags if is_gpt2 else {}, grouped(parameters, config, groups)
 
 
 def _adamw(
