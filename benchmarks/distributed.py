@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 from torch import nn
+from torch.multiprocessing.spawn import spawn
 
 import gpt2
 from benchmarks import harness, models
@@ -128,7 +129,7 @@ def run(world: int, work: Callable[..., Any], *inputs: Any) -> Any:
     context = mp.get_context("spawn")
     pipe: Any = context.Queue()
     place = str(Path(tempfile.mkdtemp(), "group"))
-    started = mp.spawn(process, (world, place, pipe, work, *inputs), nprocs=world, join=False)
+    started: Any = spawn(process, (world, place, pipe, work, *inputs), nprocs=world, join=False)
     try:
         return pipe.get(timeout=240)
     except Exception as error:

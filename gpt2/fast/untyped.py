@@ -85,6 +85,11 @@ def whole(tensor: Tensor) -> Tensor:
     return cast(Any, tensor).full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def parts(tensor: Tensor, sizes: list[int]) -> list[Tensor]:
+    """A `(N,)` tensor in runs of these sizes, each a view of it."""
+    return list(cast(Any, tensor).split(sizes))
+
+
 def floats(tensor: Tensor) -> list[float]:
     """The numbers of a `(N,)` tensor; the host waits for the device."""
     return cast(Any, tensor).tolist()

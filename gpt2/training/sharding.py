@@ -7,6 +7,7 @@ from typing import TypeVar
 from torch import nn
 
 from gpt2.model import GPT2
+from gpt2.training.distributed import size
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -21,11 +22,14 @@ def shard(model: Model) -> Model:
     Raises:
         ValueError: the model is no GPT-2.
     """
-    from torch.distributed.fsdp import fully_shard  # it imports the compiler: a second
+    # Not at the top: they import the compiler, which takes a second.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
 
     if not isinstance(model, GPT2):
         raise ValueError(f"shard takes a GPT-2, got {type(model).__name__}: see fully_shard.")
+    mesh = init_device_mesh(next(model.parameters()).device.type, (size(),))
     for block in model.transformer.h:
-        fully_shard(block)
-    fully_shard(model)
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
     return model

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2.data.batches import Batch
-from gpt2.fast.untyped import add_each, collectives
+from gpt2.fast.untyped import add_each, collectives, parts
 from gpt2.training.config import TrainConfig
 from gpt2.training.distributed import gathered_rows, is_sharded, own, size
 from gpt2.training.loss import IGNORE
@@ -125,8 +125,8 @@ class InOrder:
                 f"{grads.count(None)} trained parameters have no part in the loss: freeze them, or "
                 "train in one process."
             )
-        parts = [grad.reshape(-1) for grad in grads if grad is not None]
-        torch.cat([*parts, loss.reshape(1)], out=self.rows[row])
+        flat = [grad.reshape(-1) for grad in grads if grad is not None]
+        torch.cat([*flat, loss.reshape(1)], out=self.rows[row])
         for p in self.trained:
             p.grad = None
 
@@ -149,8 +149,8 @@ class InOrder:
         return -(-self.count // size())
 
     def _gradients(self, row: Tensor) -> list[Tensor]:
-        parts = row[:-1].split(self.sizes)
-        return [g.view_as(p).to(p.dtype) for g, p in zip(parts, self.trained, strict=True)]
+        own_parts = parts(row[:-1], self.sizes)
+        return [g.view_as(p).to(p.dtype) for g, p in zip(own_parts, self.trained, strict=True)]
 
 
 class Reduced:
@@ -165,12 +165,12 @@ class Reduced:
         self.losses = torch.zeros(config.accumulate // size(), device=trained[0].device)
         self.flat: list[Tensor] = []
         self.views: list[tuple[nn.Parameter, Tensor]] = []
-        for _, group in groupby(sorted(trained, key=_dtype), _dtype):
-            own = list(group)
-            sizes = [p.numel() for p in own]
-            self.flat.append(torch.zeros(sum(sizes), dtype=own[0].dtype, device=own[0].device))
-            parts = self.flat[-1].split(sizes)
-            self.views += [(p, part.view_as(p)) for p, part in zip(own, parts, strict=True)]
+        for _, same in groupby(sorted(trained, key=_dtype), _dtype):
+            group = list(same)
+            sizes = [p.numel() for p in group]
+            self.flat.append(torch.zeros(sum(sizes), dtype=group[0].dtype, device=group[0].device))
+            views = parts(self.flat[-1], sizes)
+            self.views += [(p, v.view_as(p)) for p, v in zip(group, views, strict=True)]
 
     def begin(self, batches: Sequence[Batch]) -> list[tuple[int, Batch]]:
         """This process's run of the micro-batches."""
