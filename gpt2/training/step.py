@@ -181,7 +181,7 @@ class Stepper:
             self._randomness.begin(step, i)
             graphs(self._gradients, self._sums.state, *inputs)
         with self._counted():
-            return self._updates(self._update_together, self._state).clone()
+            return self._updates(self._update_together, self._shared_state).clone()
 
     def _gradients(self, share: Tensor, *inputs: Tensor) -> Tensor:
         loss = self._backward(share, *inputs)
@@ -205,6 +205,9 @@ class Stepper:
         """All that a step changes."""
         moments = [t for state in self.optimizer.state.values() for t in state.values()]
         return [self.failed, *(p.detach() for p in self._trained), *moments]
+
+    def _shared_state(self) -> list[Tensor]:
+        return [*self._sums.state(), *self._state()]  # in this order: moments appear in a trial
 
     def _set_learning_rates(self, scale: float) -> None:
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
