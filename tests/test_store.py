@@ -60,7 +60,7 @@ class Told:
             file, tokenizer, cache=cache, tell=self.lines.append, progress=self.count, **options
         )
 
-    def count(self, examples: int) -> None:
+    def count(self, examples: int, reached: float | None) -> None:
         self.examples += examples
 
 
@@ -158,7 +158,7 @@ def damages(store: Path) -> dict[str, tuple]:
     return {
         "cut": (lambda: cut("ids"), "its ids has 10 bytes and should have"),
         "gone": (lambda: (store / "by_length").unlink(), "its by_length has 0 bytes"),
-        "version": (lambda: stated(format=7), "version 7 of the format and this is 1"),
+        "version": (lambda: stated(format=7), "version 7 of the format and this is 2"),
         "no JSON": (lambda: (store / "header.json").write_text("{"), "header.json"),
     }
 
@@ -190,7 +190,7 @@ def test_what_is_no_store_is_never_replaced(file):
 
 
 def test_two_runs_may_make_it_at_once(file):
-    def second(examples: int) -> None:
+    def second(examples: int, reached: float | None) -> None:
         assert same(Told().open(file), encode(read_examples(file), Letters()))
 
     both = open_data(file, Letters(), cache=file.parent / "cache", progress=second)
@@ -202,7 +202,7 @@ KILLED = """
 import os, signal, sys, gpt2
 import gpt2.data.encoding
 gpt2.data.encoding.AT_A_TIME = 50
-kill = lambda examples: os.kill(os.getpid(), signal.SIGKILL)
+kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 gpt2.open_data(sys.argv[1], gpt2.Tokenizer(), cache=sys.argv[2], progress=kill)
 """
 
@@ -218,7 +218,7 @@ def test_a_run_that_is_killed_leaves_no_store(file, tokenizer):
 
 
 def test_a_store_that_is_not_finished_is_never_there(file, monkeypatch):
-    def interrupted(examples: int) -> None:
+    def interrupted(examples: int, reached: float | None) -> None:
         raise KeyboardInterrupt
 
     cache = file.parent / "cache"
@@ -235,7 +235,7 @@ def test_a_store_that_is_not_finished_is_never_there(file, monkeypatch):
 
 
 def test_a_file_that_changes_while_it_is_read_gives_no_store(file, monkeypatch):
-    def meddle(examples: int) -> None:
+    def meddle(examples: int, reached: float | None) -> None:
         with file.open("a") as more:
             more.write("\n")
 

@@ -87,8 +87,9 @@ class Fit(Iterator[StepRecord]):
         run: RunConfig,
         resume: bool,
     ) -> None:
-        self.model, self.config, self.validation, self.options = model, config, validation, run
+        self.model, self.validation, self.options = model, validation, run
         self.training = train(model, data, config, groups=groups)
+        config = self.config = self.training.run.config  # which may pack no more
         every = run.eval_every or steps_an_epoch(data, config)
         total = self.training.run.total
 

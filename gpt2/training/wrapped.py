@@ -61,6 +61,11 @@ def summed_loss(
         return model(idx, labels, **more).sum()  # DataParallel gives a loss for each of its devices
     if documents is not None:
         raise ValueError(f"{type(model).__name__} reads a row as one text: packing takes a GPT-2.")
+    return summed(logits_of(model, idx), labels, smoothing)
+
+
+def logits_of(model: nn.Module, idx: Tensor) -> Tensor:
+    """What a model as for `summed_loss` gives for these ids; errors as there."""
     out: Any = model(idx)
     found = getattr(out, "logits", out)
     if not (isinstance(found, Tensor) and found.dim() == 3):
@@ -68,7 +73,7 @@ def summed_loss(
             f"{type(model).__name__} gives {type(out).__name__}: what is trained must map (B, T) "
             "token ids to (B, T, V) logits, or to an object that has them as .logits."
         )
-    return summed(found, labels, smoothing)
+    return found
 
 
 def _held(model: nn.Module) -> nn.Module | None:
