@@ -2,10 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
 
+from rich.console import Console
+
+import bars
 import gpt2
+
+SHOWN = 12  # answers that are shown of many
+ROWS = {"cpu": 64, "mps": 64}  # rows that are continued at once, on a larger device more
+
+
+def rows_of(device: str) -> int:
+    """How many rows are continued at once by default."""
+    return ROWS.get(device, 512)
+
+
+def continued(
+    model: gpt2.GPT2,
+    ids: Sequence[list[int]],
+    config: gpt2.GenerateConfig,
+    rows: int,
+    *,
+    first: int = 0,
+) -> Iterator[list[list[int]]]:
+    """What follows the prompts, some of them at a time, so that many take no more memory.
+
+    Prompt i draws with seed + i, in whatever batch it is.
+
+    Args:
+        model, ids, config: as for `gpt2.generate`.
+        rows: at a time, `num_beams` of them a prompt.
+        first: the prompt to begin with.
+    """
+    at_once = max(1, rows // config.num_beams)
+    for start in range(first, len(ids), at_once):
+        own = replace(config, seed=config.seed + start)
+        yield gpt2.generate(model, ids[start : start + at_once], own)
+
+
+def tried(
+    model: gpt2.GPT2,
+    ids: Sequence[list[int]],
+    config: gpt2.GenerateConfig,
+    console: Console,
+) -> list[list[int]]:
+    """What follows each prompt, with a bar where there are many."""
+    found: list[list[int]] = []
+    at_once = rows_of(next(model.parameters()).device.type)
+    if len(ids) <= SHOWN:
+        return [row for rows in continued(model, ids, config, at_once) for row in rows]
+    with bars.bar(console, "prompts", len(ids)) as advance:
+        for rows in continued(model, ids, config, at_once):
+            found += rows
+            advance(len(rows), None)
+    return found
+
+
+def sample(answers: Sequence[Answer]) -> Sequence[Answer]:
+    """All of a few answers, and of many some from everywhere."""
+    return answers[:: -(-len(answers) // SHOWN)] if answers else answers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +77,7 @@ class Answer:
         stopped: whether the tuned model ended its answer by itself.
         trained: the continuations of this prompt that it was trained on.
         reference: the one that the file of prompts gives; "" for none.
+        searched: whether all that was trained was looked through.
     """
 
     prompt: str
@@ -26,19 +86,23 @@ class Answer:
     stopped: bool
     trained: tuple[str, ...]
     reference: str = ""
+    searched: bool = True
 
     @property
     def verdict(self) -> str:
         """How the tuned answer compares with what was trained, or else with the reference."""
         wanted = self.trained or ((self.reference,) if self.reference else ())
+        unknown = "not trained" if self.searched else "not compared"
         if not wanted:
-            return "not trained"
+            return unknown
         if self.tuned in wanted:
             said = "exact" if self.stopped else "exact, cut off"
         else:
             goes_on = any(self.tuned.startswith(answer) for answer in wanted)
             said = "exact, then goes on" if goes_on else "differs"
-        return said if self.trained else f"not trained; reference: {said}"
+        if self.trained:
+            return said
+        return f"not trained; reference: {said}" if self.searched else f"reference: {said}"
 
 
 def compare(
@@ -47,17 +111,28 @@ def compare(
     tuned: Sequence[str],
     stopped: Sequence[bool],
     examples: Iterable[gpt2.Example],
+    *,
+    searched: bool = True,
 ) -> list[Answer]:
     """The answers beside what the examples that begin with the same prompt go on with."""
     texts = [example.prompt + example.completion for example in examples]
+    order = sorted(range(len(texts)), key=texts.__getitem__)
+    found, n = [texts[i] for i in order], len(order)
+
+    def trained(prompt: str) -> tuple[str, ...]:
+        at = bisect_left(found, prompt)  # those that begin so stand together
+        own = takewhile(lambda i: texts[i].startswith(prompt), (order[k] for k in range(at, n)))
+        return tuple(texts[i][len(prompt) :] for i in sorted(own))
+
     return [
         Answer(
             prompt=example.prompt,
             base=before,
             tuned=after,
             stopped=ended,
-            trained=tuple(t[len(example.prompt) :] for t in texts if t.startswith(example.prompt)),
+            trained=trained(example.prompt),
             reference=example.completion,
+            searched=searched,
         )
         for example, before, after, ended in zip(prompts, base, tuned, stopped, strict=True)
     ]

@@ -213,3 +213,5 @@ def test_a_text_as_a_whole_is_no_reference():
         evaluate(model_of(), encode(["abc"], Letters()), references=True)
     data = encode([Example("", "abc"), Example("a", "b")], Letters())
     assert evaluate(model_of(), data, references=True).exact_match in (0.0, 1.0)
+    cut = encode([Example("abcde", "f")], Letters(), max_length=4)  # nothing of the completion
+    assert evaluate(model_of(), cut, references=True).exact_match == 0.0

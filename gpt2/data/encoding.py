@@ -9,7 +9,7 @@ import os
 import reprlib
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -110,14 +110,14 @@ def ignored(prompts: Array, answer_only: bool) -> Array:
 
 def blocks(
     examples: Iterable[Example | str], tokenizer: Encoder, options: Options
-) -> Iterator[Block]:
+) -> Generator[Block]:
     """The examples encoded, some thousands at a time, in order; errors as `encode`."""
     check(tokenizer, options)
     _check_several(examples)
     return checked(_in_threads(_texts(examples), tokenizer, options), options)
 
 
-def checked(found: Iterable[Block], options: Options) -> Iterator[Block]:
+def checked(found: Iterable[Block], options: Options) -> Generator[Block]:
     """The same blocks; then the errors that `encode` promises of all of them."""
     untaught, shown, number = 0, list[str](), 0
     for block in found:

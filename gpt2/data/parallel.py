@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -48,7 +48,7 @@ class _Part:
     lines: int
 
 
-def encoded_file(work: Work) -> Iterator[Block]:
+def encoded_file(work: Work) -> Generator[Block]:
     """The blocks of a file in order; errors as `stream_examples`, `within` and `encode`."""
     count = min(_processors(), PROCESSES, work.path.stat().st_size // PART)
     if work.path.suffix.lower() != ".jsonl" or count < 2:

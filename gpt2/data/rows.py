@@ -143,6 +143,7 @@ def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
+_OTHERS = {";", ",", "\t", "|"}  # that part cells in files of other programs
 _DECODER = json.JSONDecoder(object_pairs_hook=_once)
 
 
@@ -161,6 +162,13 @@ def _table(path: Path) -> Rows:
                     heading = row
                     if len({*row}) < len(row):
                         yield place, ValueError(f"a column stands twice in {reprlib.repr(row)}")
+                        return
+                    if len(row) == 1 and (other := _OTHERS & {*row[0]}):
+                        said = f"one column, {reprlib.repr(row[0])}: cells seem to be parted by"
+                        yield (
+                            place,
+                            ValueError(f"{said} {min(other)!r}; a .csv takes commas, a .tsv tabs"),
+                        )
                         return
                 elif row and len(row) != len(heading):
                     yield place, ValueError(f"{len(row)} cells under a heading of {len(heading)}")

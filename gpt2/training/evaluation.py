@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gpt2.data.batches import Batch, collate
 from gpt2.data.tokens import Array, Dataset
 from gpt2.fast.devices import positions_at_a_time
+from gpt2.fast.untyped import from_numpy
 from gpt2.model import GPT2
 from gpt2.training.checks import check_readable
 from gpt2.training.loss import IGNORE
@@ -79,7 +80,7 @@ def evaluate(
             with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                 loss = summed_loss(model, moved.idx, moved.labels)
                 if references:
-                    exact[some] = _are_greedy(model, moved, torch.from_numpy(asked[some]))
+                    exact[some] = _are_greedy(model, moved, from_numpy(asked[some]))
             total += loss.cpu().double()
             tokens += batch.n_tokens
     share = _share_of_prompts(data, exact) if references else None
@@ -101,13 +102,13 @@ def _are_greedy(model: nn.Module, batch: Batch, prompts: Tensor) -> Array:
     if isinstance(model, GPT2):
         hidden, found = model.transformer(idx)[:, :-1][wanted], targets[wanted]
         size = positions_at_a_time(idx.device)
-        parts = zip(hidden.split(size), found.split(size), strict=True)
-        right[wanted] = torch.cat([model.lm_head(x).argmax(-1) == y for x, y in parts])
+        parts = [slice(start, start + size) for start in range(0, max(1, len(found)), size)]
+        right[wanted] = torch.cat([model.lm_head(hidden[p]).argmax(-1) == found[p] for p in parts])
     else:
         for row in range(len(idx)):  # its logits are all that is held
             most_likely = logits_of(model, idx[row : row + 1])[0, :-1].argmax(-1)
             right[row] |= most_likely == targets[row]
-    return right.all(1).cpu().numpy()
+    return (right.all(1) & wanted.any(1)).cpu().numpy()
 
 
 def _share_of_prompts(data: Dataset, exact: Array) -> float:
