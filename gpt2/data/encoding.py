@@ -196,7 +196,7 @@ def _in_threads(
     if not hasattr(tokenizer, "encode_many"):
         yield from (encoded(some, tokenizer, options) for some in texts)
         return
-    threads = min(THREADS, max(1, (os.cpu_count() or 1) - 1))  # one reads meanwhile
+    threads = min(THREADS, os.cpu_count() or 1)  # reading takes a part of one
     waiting: deque[Future[Block]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for some in texts:
