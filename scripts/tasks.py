@@ -52,6 +52,8 @@ def run(
         else:
             opts.inject(model, options, name)
     training = settled(model, training)
+    for apart in data:
+        gpt2.total_steps(apart.learnt, training)  # raises what is wrong with it
     ids = inputs.encode_prompts(prompts, reader.tokenizer, model, sampling, options.separator)
     with starting.begun(options, names) as place:
         for name, apart in zip(names, data, strict=True):
