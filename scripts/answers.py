@@ -3,63 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 
-from rich.console import Console
-
-import bars
 import gpt2
+from inputs import Asked
 
 SHOWN = 12  # answers that are shown of many
-ROWS = {"cpu": 64, "mps": 64}  # rows that are continued at once, on a larger device more
-
-
-def rows_of(device: str) -> int:
-    """How many rows are continued at once by default."""
-    return ROWS.get(device, 512)
-
-
-def continued(
-    model: gpt2.GPT2,
-    ids: Sequence[list[int]],
-    config: gpt2.GenerateConfig,
-    rows: int,
-    *,
-    first: int = 0,
-) -> Iterator[list[list[int]]]:
-    """What follows the prompts, some of them at a time, so that many take no more memory.
-
-    Prompt i draws with seed + i, in whatever batch it is.
-
-    Args:
-        model, ids, config: as for `gpt2.generate`.
-        rows: at a time, `num_beams` of them a prompt.
-        first: the prompt to begin with.
-    """
-    at_once = max(1, rows // config.num_beams)
-    for start in range(first, len(ids), at_once):
-        own = replace(config, seed=config.seed + start)
-        yield gpt2.generate(model, ids[start : start + at_once], own)
-
-
-def tried(
-    model: gpt2.GPT2,
-    ids: Sequence[list[int]],
-    config: gpt2.GenerateConfig,
-    console: Console,
-) -> list[list[int]]:
-    """What follows each prompt, with a bar where there are many."""
-    found: list[list[int]] = []
-    at_once = rows_of(next(model.parameters()).device.type)
-    if len(ids) <= SHOWN:
-        return [row for rows in continued(model, ids, config, at_once) for row in rows]
-    with bars.bar(console, "prompts", len(ids)) as advance:
-        for rows in continued(model, ids, config, at_once):
-            found += rows
-            advance(len(rows), None)
-    return found
 
 
 def sample(answers: Sequence[Answer]) -> Sequence[Answer]:
@@ -76,7 +27,7 @@ class Answer:
         base, tuned: how the two continue it.
         stopped: whether the tuned model ended its answer by itself.
         trained: the continuations of this prompt that it was trained on.
-        reference: the one that the file of prompts gives; "" for none.
+        references: those that the file of prompts gives.
         searched: whether all that was trained was looked through.
     """
 
@@ -85,13 +36,13 @@ class Answer:
     tuned: str
     stopped: bool
     trained: tuple[str, ...]
-    reference: str = ""
+    references: tuple[str, ...] = ()
     searched: bool = True
 
     @property
     def verdict(self) -> str:
         """How the tuned answer compares with what was trained, or else with the reference."""
-        wanted = self.trained or ((self.reference,) if self.reference else ())
+        wanted = self.trained or self.references
         unknown = "not trained" if self.searched else "not compared"
         if not wanted:
             return unknown
@@ -106,7 +57,7 @@ class Answer:
 
 
 def compare(
-    prompts: Sequence[gpt2.Example],
+    prompts: Sequence[Asked],
     base: Sequence[str],
     tuned: Sequence[str],
     stopped: Sequence[bool],
@@ -126,15 +77,15 @@ def compare(
 
     return [
         Answer(
-            prompt=example.prompt,
+            prompt=asked.prompt,
             base=before,
             tuned=after,
             stopped=ended,
-            trained=trained(example.prompt),
-            reference=example.completion,
+            trained=trained(asked.prompt),
+            references=asked.references,
             searched=searched,
         )
-        for example, before, after, ended in zip(prompts, base, tuned, stopped, strict=True)
+        for asked, before, after, ended in zip(prompts, base, tuned, stopped, strict=True)
     ]
 
 
@@ -153,7 +104,7 @@ def score(answers: Sequence[Answer]) -> str:
     """How many of the trained prompts were answered word for word, and of the other references."""
     trained = [a.verdict for a in answers if a.trained]
     said = f"{trained.count('exact')} of {len(trained)} trained prompts answered word for word."
-    if others := [a.verdict for a in answers if a.reference and not a.trained]:
+    if others := [a.verdict for a in answers if a.references and not a.trained]:
         exact = sum(verdict.endswith(": exact") for verdict in others)
         said += f" {exact} of {len(others)} others answered as their reference."
     return said

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
@@ -21,6 +21,14 @@ ARTICLE, PROMPTS = DATA / "article.jsonl", DATA / "article_prompts.jsonl"
 FORMATS = ".jsonl, .json, .csv, .tsv, .parquet or .txt file to train on"
 TRIED = 6  # prompts that are taken from the examples where no file of prompts is given
 FIRST = 1000  # examples of a large file that are looked at
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt, and all the answers that a file gives for it; there may be none."""
+
+    prompt: str
+    references: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,7 @@ class Reader:
             )
 
 
-def read(files: Sequence[str], options: Namespace) -> tuple[list[Source], list[gpt2.Example]]:
+def read(files: Sequence[str], options: Namespace) -> tuple[list[Source], list[Asked]]:
     """The files, and the prompts, whose completions are references.
 
     Prompts come from the file that `--prompts` names, for the article's data from the article's,
@@ -72,11 +80,21 @@ def read(files: Sequence[str], options: Namespace) -> tuple[list[Source], list[g
     """
     sources = [source(file, options) for file in files]
     if options.prompts is not None:
-        return sources, gpt2.read_prompts(options.prompts, options.fields)
+        return sources, asked(gpt2.read_prompts(options.prompts, options.fields))
     if all(DATA in Path(file).resolve().parents for file in files):
-        return sources, gpt2.read_prompts(PROMPTS)
+        return sources, asked(gpt2.read_prompts(PROMPTS))
     distinct = dict.fromkeys(e.prompt for s in sources for e in s.examples if e.prompt)
-    return sources, [gpt2.Example(prompt, "") for prompt in list(distinct)[:TRIED]]
+    return sources, [Asked(prompt, ()) for prompt in list(distinct)[:TRIED]]
+
+
+def asked(examples: Iterable[gpt2.Example]) -> list[Asked]:
+    """Each prompt once, in the order of its first row, with the answers of all its rows."""
+    answers: dict[str, list[str]] = {}
+    for example in examples:
+        answers.setdefault(example.prompt, []).extend(
+            [example.completion] * bool(example.completion)
+        )
+    return [Asked(prompt, tuple(dict.fromkeys(found))) for prompt, found in answers.items()]
 
 
 def source(file: str, options: Namespace) -> Source:
@@ -94,7 +112,7 @@ def base(options: Namespace, device: str) -> gpt2.GPT2:
 
 
 def encode_prompts(
-    prompts: Sequence[gpt2.Example],
+    prompts: Sequence[Asked],
     tokenizer: gpt2.Tokenizer,
     model: gpt2.GPT2,
     config: gpt2.GenerateConfig,
@@ -110,7 +128,7 @@ def encode_prompts(
     if limit < 1:
         raise ValueError(f"max_new_tokens {new} does not fit a context of {limit + new} tokens.")
     last = [] if separator is None else [separator]
-    ids = [tokenizer.encode(example.prompt) + last for example in prompts]
+    ids = [tokenizer.encode(asked.prompt) + last for asked in prompts]
     long = [str(number) for number, row in enumerate(ids, 1) if len(row) > limit]
     if long:
         raise ValueError(

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 
-import answers
 import bars
 import cli
+import continuing
 import gpt2
 import guard
 import inputs
@@ -51,7 +51,7 @@ def parse(argv: guard.Arguments) -> Namespace:
     options = opts.flags(parser, argv)
     options.device = cli.pick_device(options.device)
     if options.batch_size is None:
-        options.batch_size = answers.rows_of(torch.device(options.device).type)
+        options.batch_size = continuing.rows_of(torch.device(options.device).type)
     if options.batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {options.batch_size}.")
     return options
@@ -62,15 +62,14 @@ def main(argv: guard.Arguments = None) -> None:
     """Parse, build, predict, append."""
     options, console = parse(argv), cli.Plain()
     config, tokenizer = cli.build(gpt2.GenerateConfig, options), gpt2.Tokenizer()
-    wanted = predictions.asked(gpt2.read_prompts(options.prompts, options.fields))
+    wanted = inputs.asked(gpt2.read_prompts(options.prompts, options.fields))
     adapter = None if options.adapter is None else cli.adapter_folder(options.adapter)
     options.base = options.base or cli.base_of(options.adapter)
     model = gpt2.GPT2.from_pretrained(options.base, device=options.device).requires_grad_(False)
     made_with = made(options, model, adapter)
     if adapter is not None:
         lora.load(model, adapter)
-    texts = [gpt2.Example(a.prompt, "") for a in wanted]
-    ids = inputs.encode_prompts(texts, tokenizer, model, config, options.separator)
+    ids = inputs.encode_prompts(wanted, tokenizer, model, config, options.separator)
     place = Path() if adapter is None else adapter.parent
     output = place / "predictions.jsonl" if options.output is None else Path(options.output)
     with predictions.begun(output, made_with, wanted, overwrite=options.overwrite) as done:
@@ -79,7 +78,7 @@ def main(argv: guard.Arguments = None) -> None:
             bars.bar(console, "prompts", len(ids), done) as advance,
         ):
             written.append(done)
-            for rows in answers.continued(model, ids, config, options.batch_size, first=done):
+            for rows in continuing.continued(model, ids, config, options.batch_size, first=done):
                 some = wanted[sum(written) : sum(written) + len(rows)]
                 said = zip(some, map(tokenizer.decode, rows), strict=True)
                 predictions.append(output, said)

@@ -10,32 +10,13 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gpt2
 import lock
+from inputs import Asked
 
 AGAIN = "Name another --output, or pass --overwrite true."
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A prompt, and all the answers that a file gives for it; there may be none."""
-
-    prompt: str
-    references: tuple[str, ...]
-
-
-def asked(examples: Iterable[gpt2.Example]) -> list[Asked]:
-    """Each prompt once, in the order of its first row, with the answers of all its rows."""
-    answers: dict[str, list[str]] = {}
-    for example in examples:
-        answers.setdefault(example.prompt, []).extend(
-            [example.completion] * bool(example.completion)
-        )
-    return [Asked(prompt, tuple(dict.fromkeys(found))) for prompt, found in answers.items()]
 
 
 def digest(files: Iterable[Path]) -> str:

@@ -13,6 +13,7 @@ import folder
 import gpt2
 import lora
 from answers import Answer, sample
+from inputs import Asked
 
 
 def parameter_table(counts: Mapping[str, lora.ParameterCount]) -> Table:
@@ -68,7 +69,7 @@ def end(
     place: Path,
     adapters: Sequence[Path],
     base: str,
-    prompts: Sequence[gpt2.Example],
+    prompts: Sequence[Asked],
 ) -> None:
     """Where everything is, and the commands that use it, unbroken so that they can be copied."""
     names = ", ".join(sorted(file.name for file in place.iterdir()))

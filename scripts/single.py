@@ -6,6 +6,7 @@ import functools
 from collections.abc import Sequence
 
 import answers
+import continuing
 import folder
 import gpt2
 import inputs
@@ -23,7 +24,7 @@ from gpt2.training.packing import settled
 def run(
     names: list[str],
     sources: Sequence[inputs.Source],
-    prompts: list[gpt2.Example],
+    prompts: list[inputs.Asked],
     reader: inputs.Reader,
     training: gpt2.TrainConfig,
     sampling: gpt2.GenerateConfig,
@@ -40,7 +41,7 @@ def run(
     console.print(report.parameter_table(counts), line, sep="\n", soft_wrap=True)
     clock.lap("load")
 
-    tried = functools.partial(answers.tried, model, ids, sampling, console)
+    tried = functools.partial(continuing.tried, model, ids, sampling, console)
     with lora.disabled(model):
         base = tried()
     clock.lap("base answers")

@@ -28,7 +28,7 @@ from gpt2.training.packing import settled
 def run(
     names: list[str],
     sources: Sequence[inputs.Source],
-    prompts: list[gpt2.Example],
+    prompts: list[inputs.Asked],
     reader: inputs.Reader,
     training: gpt2.TrainConfig,
     sampling: gpt2.GenerateConfig,
@@ -88,7 +88,7 @@ def train(
 def answer(
     model: gpt2.GPT2,
     names: list[str],
-    prompts: list[gpt2.Example],
+    prompts: list[inputs.Asked],
     ids: list[list[int]],
     sampling: gpt2.GenerateConfig,
     reader: inputs.Reader,

@@ -193,35 +193,35 @@ def test_many_prompts_are_tried_in_chunks_and_shown_by_a_sample(
         return real(model, ids, config)
 
     arguments = [*SHORT, "--data", str(data), "--prompts", str(data), "--generate.temperature", "1"]
-    train, answers = script("train_qa").main, script("answers")
+    train, continuing = script("train_qa").main, script("continuing")
     assert train([*arguments, "--res_path", str(tmp_path / "one")]) == 0
     monkeypatch.setattr(gpt2, "generate", counted)
-    monkeypatch.setattr(answers, "ROWS", {"cpu": 8})
+    monkeypatch.setattr(continuing, "ROWS", {"cpu": 8})
     capsys.readouterr()
     assert train([*arguments, "--res_path", str(tmp_path / "chunks")]) == 0
     said = capsys.readouterr().out
     assert max(asked) == 8
-    assert sum(asked) == 2 * 61
-    assert "Answers, 11 of 61" in said
-    assert said.partition("To use it:")[0].count("Q: What is") == 11
-    assert " of 61 trained prompts answered word for word." in said
+    assert sum(asked) == 2 * 60  # one prompt stands there twice
+    assert "Answers, 12 of 60" in said
+    assert said.partition("To use it:")[0].count("Q: What is") == 12
+    assert " of 60 trained prompts answered word for word." in said
     for name in ("one", "chunks"):
         record = json.loads((tmp_path / name / "run.json").read_text())
-        assert len(record["answers"]) == 11
-        assert " of 61 trained prompts" in record["score"]
+        assert len(record["answers"]) == 12
+        assert " of 60 trained prompts" in record["score"]
         text = (tmp_path / name / "answers.md").read_text()
-        assert "11 of 61; all are in answers.jsonl" in text
+        assert "12 of 60; all are in answers.jsonl" in text
     one, other = ((tmp_path / name / "answers.jsonl").read_bytes() for name in ("one", "chunks"))
     assert one == other  # each prompt draws its own numbers
     lines = [json.loads(line) for line in one.splitlines()]
-    assert [line["prompt"] for line in lines[:60]] == [f"Q: What is {i}?\nA:" for i in range(60)]
+    assert [line["prompt"] for line in lines] == [f"Q: What is {i}?\nA:" for i in range(60)]
 
 
 def test_what_was_trained_is_found_for_every_prompt(script):
     answers = script("answers")
     texts = [("a b", " c"), ("a", " b d"), ("", "a b e"), ("z", " y"), ("a b", " c")]
     examples = [gpt2.Example(*two) for two in texts]
-    prompts = [gpt2.Example(p, "") for p in ("a b", "a", "z y", "none", "")]
+    prompts = [script("inputs").Asked(p, ()) for p in ("a b", "a", "z y", "none", "")]
     said = [""] * len(prompts)
     found = answers.compare(prompts, said, said, [True] * len(prompts), examples)
     slow = [
