@@ -103,8 +103,12 @@ def decoded(
 def score(answers: Sequence[Answer]) -> str:
     """How many of the trained prompts were answered word for word, and of the other references."""
     trained = [a.verdict for a in answers if a.trained]
-    said = f"{trained.count('exact')} of {len(trained)} trained prompts answered word for word."
-    if others := [a.verdict for a in answers if a.references and not a.trained]:
-        exact = sum(verdict.endswith(": exact") for verdict in others)
-        said += f" {exact} of {len(others)} others answered as their reference."
-    return said
+    others = [a.verdict for a in answers if a.references and not a.trained]
+    said: list[str] = []
+    if trained or not others:
+        exact = trained.count("exact")
+        said.append(f"{exact:,} of {len(trained):,} trained prompts answered word for word.")
+    if others:
+        exact, which = sum(v.endswith(": exact") for v in others), "others" if trained else "prompts"
+        said.append(f"{exact:,} of {len(others):,} {which} answered as a reference.")
+    return " ".join(said)
