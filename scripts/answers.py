@@ -109,6 +109,9 @@ def score(answers: Sequence[Answer]) -> str:
         exact = trained.count("exact")
         said.append(f"{exact:,} of {len(trained):,} trained prompts answered word for word.")
     if others:
-        exact, which = sum(v.endswith(": exact") for v in others), "others" if trained else "prompts"
+        exact, which = (
+            sum(v.endswith(": exact") for v in others),
+            "others" if trained else "prompts",
+        )
         said.append(f"{exact:,} of {len(others):,} {which} answered as a reference.")
     return " ".join(said)

@@ -70,8 +70,11 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     text = json.dumps(record, indent=2, ensure_ascii=False, default=str)
     odd = "backslashreplace"  # a path may hold bytes that are no text
     made = folder / f".{RUN}.part"
-    made.write_text(text + "\n", encoding="utf-8", errors=odd)
-    os.replace(made, folder / RUN)
+    try:
+        made.write_text(text + "\n", encoding="utf-8", errors=odd)
+        os.replace(made, folder / RUN)
+    finally:
+        made.unlink(missing_ok=True)
 
 
 class Clock:

@@ -18,6 +18,7 @@ import validation
 from gpt2.training import snapshots
 
 TRANSIENT = ("config", "resume", "overwrite", "res_path")  # options of one start, not of the run
+FREE = ("logging_steps", "prompts", "generate", "device", "cache", "sync_every", "save_every")
 
 
 def add_options(to: ArgumentParser) -> None:
@@ -47,7 +48,9 @@ def check(options: Namespace, adapters: Sequence[str] = (folder.ADAPTER,)) -> No
         named = options.resume if isinstance(options.resume, str) else options.res_path
         if named is None:
             raise ValueError("Name the folder of the run that is to go on: --resume FOLDER.")
-        if not (options.tasks and folder.is_begun(Path(named), adapters)):
+        if options.tasks and folder.is_begun(Path(named), adapters):
+            _check_same(options, Path(named))
+        else:
             snapshots.check(Path(named))
         options.res_path = named
     else:
@@ -78,8 +81,25 @@ def begun(options: Namespace, adapters: Sequence[str] = (folder.ADAPTER,)) -> It
 
 def write_options(options: Namespace, place: Path) -> None:
     """Write the options, so that `--resume FOLDER` needs no other."""
+    (place / folder.OPTIONS).write_text(_kept(options), encoding="utf-8")
+
+
+def _kept(options: Namespace) -> str:
     kept = {name: value for name, value in options.as_dict().items() if name not in TRANSIENT}
-    (place / folder.OPTIONS).write_text(yaml.safe_dump(kept, sort_keys=False), encoding="utf-8")
+    return yaml.safe_dump(kept, sort_keys=False)
+
+
+def _check_same(options: Namespace, place: Path) -> None:
+    """The error of several adapters that would not all be made by the same options."""
+    text = (place / folder.OPTIONS).read_text(encoding="utf-8")
+    then, now = yaml.safe_load(text) or {}, yaml.safe_load(_kept(options))
+    names = [n for n in {**then, **now} if n not in FREE and then.get(n) != now.get(n)]
+    if names:
+        odd = ", ".join(f"{n} was {then.get(n)!r:.80}, is {now.get(n)!r:.80}" for n in names)
+        raise ValueError(
+            f"The run in {place} cannot be gone on with: {odd}. Give what it was begun with, or "
+            "begin anew in another folder."
+        )
 
 
 def options_file(given: Namespace, default: Path) -> Path:
