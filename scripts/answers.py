@@ -6,14 +6,16 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import TypeVar
 
 import gpt2
 from inputs import Asked
 
+T = TypeVar("T")
 SHOWN = 12  # answers that are shown of many
 
 
-def sample(answers: Sequence[Answer]) -> Sequence[Answer]:
+def sample(answers: Sequence[T]) -> Sequence[T]:
     """All of a few answers, and of many some from everywhere."""
     return answers[:: -(-len(answers) // SHOWN)] if answers else answers
 

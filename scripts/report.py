@@ -41,14 +41,13 @@ def answer_table(answers: Sequence[Answer]) -> Table:
     return table
 
 
-def task_table(
-    prompts: Sequence[str], columns: Sequence[str], answers: Sequence[Sequence[str]]
-) -> Table:
-    """The prompts with the answer under each adapter."""
-    table = Table(title="One batch, many adapters", show_lines=True)
-    for heading in ("prompt", *columns):
+def task_table(columns: Sequence[str], shown: Sequence[Sequence[str]], of: int) -> Table:
+    """The prompts, perhaps a sample of so many, with the answer under each adapter."""
+    few = "" if len(shown) == of else f", {len(shown)} of {of:,}"
+    table = Table(title=f"One batch, many adapters{few}", show_lines=True)
+    for heading in columns:
         table.add_column(Text(heading), ratio=1, overflow="fold")
-    for prompt, row in zip(prompts, answers, strict=True):
+    for prompt, *row in shown:
         table.add_row(Text(prompt), *(Text(answer.strip()) for answer in row))
     return table
 

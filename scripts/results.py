@@ -51,10 +51,14 @@ def write(
         "versions": versions(),
     }
     if len(said) < len(answers):
-        lines = (json.dumps({**asdict(a), "verdict": a.verdict}) + "\n" for a in answers)
-        with (folder / ALL_ANSWERS).open("w", encoding="utf-8") as file:
-            file.writelines(lines)
+        write_lines(folder / ALL_ANSWERS, ({**asdict(a), "verdict": a.verdict} for a in answers))
     write_record(folder, {**run, **outcome})
+
+
+def write_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a line of JSON a row."""
+    with file.open("w", encoding="utf-8") as made:
+        made.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def trained(fit: gpt2.Fit, losses: Sequence[float], every: int) -> dict[str, Any]:

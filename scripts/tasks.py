@@ -6,10 +6,12 @@ All answers come from one batch, in which each row is under the base, an adapter
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+import continuing
 import folder
 import gpt2
 import inputs
@@ -20,6 +22,7 @@ import report
 import results
 import starting
 import validation
+from answers import sample
 from folder import RUN
 from gpt2.training import snapshots
 from gpt2.training.packing import settled
@@ -97,16 +100,24 @@ def answer(
     """Show and write what the base, each adapter and their mixture say to each prompt."""
     mixture = dict.fromkeys(names, 1 / len(names))
     columns = {"base": None, **{name: name for name in names}, "mixture": mixture}
-    with torch.no_grad(), lora.routed(model, [column for _ in ids for column in columns.values()]):
-        rows = gpt2.generate(model, [row for row in ids for _ in columns], sampling)
-    texts = [reader.tokenizer.decode(row) for row in rows]
-    answers = [texts[i : i + len(columns)] for i in range(0, len(texts), len(columns))]
-    shown = [example.prompt for example in prompts]
-    reader.console.print(report.task_table(shown, list(columns), answers))
-    markdown = results.markdown_table(
-        ["prompt", *columns], [[p, *row] for p, row in zip(shown, answers, strict=True)]
-    )
+    at_once = max(1, continuing.rows_of(next(model.parameters()).device.type) // len(columns))
+    said: list[list[str]] = []
+    for first in range(0, len(ids), at_once):  # of many prompts some at a time
+        some = ids[first : first + at_once]
+        routes = [column for _ in some for column in columns.values()]
+        own = replace(sampling, seed=sampling.seed + first * len(columns))
+        with torch.no_grad(), lora.routed(model, routes):
+            rows = gpt2.generate(model, [row for row in some for _ in columns], own)
+        texts = [reader.tokenizer.decode(row) for row in rows]
+        said += [texts[i : i + len(columns)] for i in range(0, len(texts), len(columns))]
+    answers = [[a.prompt, *row] for a, row in zip(prompts, said, strict=True)]
+    shown = sample(answers)
+    reader.console.print(report.task_table(["prompt", *columns], shown, len(answers)))
+    markdown = results.markdown_table(["prompt", *columns], shown)
     (place / folder.ANSWERS).write_text(markdown, encoding="utf-8")
+    if len(shown) < len(answers):
+        lines = (dict(zip(("prompt", *columns), row, strict=True)) for row in answers)
+        results.write_lines(place / folder.ALL_ANSWERS, lines)
 
 
 def named(files: Sequence[str]) -> list[str]:

@@ -158,3 +158,32 @@ def test_another_file_or_option_is_refused(script, tmp_path, files, capsys, monk
         assert train([*arguments, "--overwrite"]) == 2
     assert "Another run works in" in capsys.readouterr().err
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+
+
+def test_many_prompts_are_tried_in_chunks_and_shown_by_a_sample(
+    script, tmp_path, files, capsys, monkeypatch
+):
+    train, continuing, real = script("train_qa").main, script("continuing"), gpt2.generate
+    asked: list[int] = []
+
+    def counted(model, ids, config):
+        asked.append(len(ids))
+        return real(model, ids, config)
+
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"{name} {i}:\n" for i in range(10) for name in NAMES))
+    arguments = [*QUICK, "--tasks", *files, "--prompts", str(prompts)]
+    arguments += ["--generate.temperature", "1", "--res_path"]
+    assert train([*arguments, str(tmp_path / "one")]) == 0
+    monkeypatch.setattr(gpt2, "generate", counted)
+    monkeypatch.setattr(continuing, "ROWS", {"cpu": 16})
+    capsys.readouterr()
+    assert train([*arguments, str(tmp_path / "chunks")]) == 0
+    assert "One batch, many adapters, 10 of 30" in capsys.readouterr().out
+    assert asked == [15] * 10  # three prompts of base, three adapters and their mixture
+    for file in ("answers.md", "answers.jsonl"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "chunks" / file).read_bytes()
+    lines = (tmp_path / "one" / "answers.jsonl").read_text().splitlines()
+    assert [list(json.loads(line)) for line in lines] == [
+        ["prompt", "base", *NAMES, "mixture"]
+    ] * 30
