@@ -65,6 +65,12 @@ class Dataset(Sequence[tuple[Tensor, Tensor]]):
         ids = self._ids[within + np.repeat(starts, lengths)].astype(np.int64)
         return ids, within >= np.repeat(self._ignored[chosen], lengths), lengths
 
+    def supervised(self, chosen: Array) -> Array:
+        """How many tokens of each of these examples are learnt, the first of an example never."""
+        starts = np.where(chosen > 0, self._ends[chosen - 1], 0)
+        unlearnt = np.maximum(self._ignored[chosen], 1)
+        return np.maximum(self._ends[chosen] - starts - unlearnt, 0)
+
     @property
     def lengths(self) -> Array:
         """Tokens of each example: an array of eight bytes for each."""
