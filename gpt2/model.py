@@ -184,8 +184,8 @@ class GPT2(nn.Module):
             documents: `(S + 1,)`, where each text of a row of several begins, and the last ends.
 
         Returns:
-            Logits; or, given labels, the cross-entropy summed over the supervised tokens, a
-            scalar of float32 at least. A sum over parts of a batch is the batch's sum, a mean would not be.
+            Logits; or, given labels, the cross-entropy summed over the supervised tokens, a scalar
+            of float32 at least. A sum over parts of a batch is the batch's, a mean would not be.
 
         Raises:
             ValueError: as `Transformer.forward`; labels or documents that do not fit the ids.

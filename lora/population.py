@@ -10,7 +10,7 @@ Shapes: k slots · P parameters of a slot · r, in, out of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Unpack
@@ -25,7 +25,7 @@ from lora.layout import is_plain
 from lora.messages import listed
 from lora.settings import LoRASettings, config_of
 from lora.slices import SlicedUpdate
-from lora.stacked import StackedLinear
+from lora.stacked import Stack, StackedLinear
 from lora.tree import survey, survey_adapted
 from lora.undo import all_or_nothing
 from lora.updates import LowRankUpdate
@@ -84,11 +84,21 @@ class Population:
             raise ValueError(f"{next(iter(shared))}.weight is shared: leave it out of the targets.")
         if own := [path for path in drawn if not is_plain(self._tree.bases[path])]:
             raise ValueError(f"{own[0]} has a forward of its own: leave it out of the targets.")
-        self.parameters: list[Tensor] = []
-        self.gradients: list[Tensor] = []
         self._configs: list[dict[str, UpdateConfig]] = [{} for _ in range(slots)]
-        self._allocate(slots, drawn)
-        self.layers = self._stacked(drawn)
+        some = next(iter(drawn.values())).A
+        shapes = {path: update.factors() for path, update in drawn.items()}
+        self._stack = Stack(slots, shapes, some.dtype, some.device)
+        self.flat, self.grad, self.parts = self._stack.flat, self._stack.grad, self._stack.parts
+        self.layers = {
+            path: StackedLinear(self._tree.bases[path], *self._stack.of(self.flat, path))
+            for path in drawn
+        }
+        self.parameters: Sequence[Tensor] = [
+            factor for layer in self.layers.values() for factor in (layer.A, layer.B)
+        ]
+        self.gradients: Sequence[Tensor] = [
+            part for path in drawn for part in self._stack.of(self.grad, path)
+        ]
         self._thawed = [p for p in model.parameters() if p.requires_grad]
         with all_or_nothing(self._tree.root.modules()):
             self._install()
@@ -118,17 +128,15 @@ class Population:
             raise ValueError(f"There is no room in the population: {listed(faults)}.")
         row = torch.zeros(self.flat.shape[1], dtype=self.flat.dtype)
         for path, update in updates.items():
-            for part, factor in zip(self._columns[path], update.factors(), strict=True):
-                start, shape = part
-                whole = row[start : start + shape.numel()].view(shape)
-                whole[: factor.shape[0], : factor.shape[1]] = factor
+            for room, factor in zip(self._stack.of(row, path), update.factors(), strict=True):
+                room[: factor.shape[0], : factor.shape[1]] = factor
         self.flat[slot] = row.to(self.flat.device)
         self.grad[slot] = 0
         self._configs[slot] = {path: update.config for path, update in updates.items()}
-        for i, path in enumerate(self.layers):
+        for path, layer in self.layers.items():
             config = self._configs[slot].get(path)
-            self._scales[i, slot] = config.scaling if config else 0.0
-            self._rates[i, slot] = config.dropout if config else 0.0
+            layer.scales[slot] = config.scaling if config else 0.0
+            layer.rates[slot] = config.dropout if config else 0.0
 
     def take(self, slot: int) -> dict[str, LowRankUpdate]:
         """A copy of a slot's adapter, as updates off the model.
@@ -141,10 +149,9 @@ class Population:
             raise ValueError(f"Slot {slot} is empty.")
         row, found = self.flat[slot].detach(), dict[str, LowRankUpdate]()
         for path, config in self._configs[slot].items():
-            (at_a, of_a), (at_b, of_b) = self._columns[path]
-            a = row[at_a : at_a + of_a.numel()].view(of_a)[: config.r]
-            b = row[at_b : at_b + of_b.numel()].view(of_b)[:, : config.r]
-            found[path] = build(self._tree.bases[path], config, a, b, dtype=row.dtype)
+            a, b = self._stack.of(row, path)
+            own = a[: config.r], b[:, : config.r]
+            found[path] = build(self._tree.bases[path], config, *own, dtype=row.dtype)
         return found
 
     def clear(self, slot: int) -> None:
@@ -209,40 +216,6 @@ class Population:
             layer.A.requires_grad_(True)
             layer.B.requires_grad_(True)
 
-    def _allocate(self, slots: int, drawn: Updates) -> None:
-        """One tensor for all parameters, and where each layer's lie in a row of it."""
-        shapes = {path: [f.shape for f in update.factors()] for path, update in drawn.items()}
-        starts, total = dict[tuple[str, int], int](), 0
-        for which in (0, 1):
-            for path, pair in shapes.items():
-                starts[path, which] = total
-                total += pair[which].numel()
-        self._columns = {
-            path: [(starts[path, which], pair[which]) for which in (0, 1)]
-            for path, pair in shapes.items()
-        }
-        some = next(iter(drawn.values())).A
-        self.flat = torch.zeros(slots, total, dtype=some.dtype, device=some.device)
-        self.grad = torch.zeros_like(self.flat)
-        first_b = starts[next(iter(shapes)), 1]
-        self.parts: Mapping[str, slice] = {"A": slice(0, first_b), "B": slice(first_b, total)}
-        self._scales = torch.zeros(len(shapes), slots, dtype=some.dtype, device=some.device)
-        self._rates = torch.zeros_like(self._scales)
-
-    def _stacked(self, drawn: Updates) -> dict[str, StackedLinear]:
-        found: dict[str, StackedLinear] = {}
-        for i, path in enumerate(drawn):
-            a, b, *gradients = [
-                tensor[:, start : start + shape.numel()].view(-1, *shape)
-                for tensor in (self.flat, self.grad)
-                for start, shape in self._columns[path]
-            ]
-            base = self._tree.bases[path]
-            found[path] = StackedLinear(base, a, b, self._scales[i], self._rates[i])
-            self.parameters += [found[path].A, found[path].B]
-            self.gradients += gradients
-        return found
-
     def _check_slot(self, slot: int) -> None:
         if type(slot) is not int or not 0 <= slot < len(self):
             raise ValueError(f"slot must be in 0..{len(self) - 1}, got {slot!r}.")
@@ -272,4 +245,3 @@ def _low_rank(modules: Mapping[str, nn.Module]) -> dict[str, LowRankUpdate]:
             raise ValueError(f"{path}: a population takes no {kind}, only whole linear layers.")
         found[path] = module
     return found
-

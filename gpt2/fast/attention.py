@@ -17,7 +17,6 @@ from gpt2.fast.devices import attends_apart, draws_one_by_one, tells_counts
 from gpt2.fast.dropout import drop
 from gpt2.fast.untyped import attend_apart, integers
 
-
 Drops = Callable[[Tensor, float], Tensor]
 """Drops elements of a tensor with a probability, and scales the rest."""
 

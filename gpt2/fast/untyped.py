@@ -68,6 +68,11 @@ def forget_cublas_scratch() -> None:
     _torch._C._cuda_clearCublasWorkspaces()
 
 
+def row_norms(tensor: Tensor) -> Tensor:
+    """The Euclidean norm of each row of a `(k, P)` tensor."""
+    return _torch.linalg.vector_norm(tensor, dim=1)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The tensor itself, put together where several devices hold a part of it each."""
     return cast(Any, tensor).full_tensor() if hasattr(tensor, "full_tensor") else tensor

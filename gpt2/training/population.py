@@ -119,8 +119,8 @@ class PopulationTraining:
             raise ValueError(f"Slot {slot} is in the midst of a step: let it come to rest first.")
         return SlotState(
             occupant=self.slots.take(slot),
-            first=self.step.first[slot].cpu(),
-            second=self.step.second[slot].cpu(),
+            first=self.step.first[slot].to("cpu", copy=True),
+            second=self.step.second[slot].to("cpu", copy=True),
             config=own.config,
             ratios=own.ratios,
             taken=own.taken,
@@ -203,9 +203,7 @@ class PopulationTraining:
             if is_last:
                 over.append((own, own.record(tokens)))
             own.go_on(is_last=is_last)
-        idx, labels, sizes = rows_of(
-            self.data, chosen, self.config.batch_size, self.width, IGNORE
-        )
+        idx, labels, sizes = rows_of(self.data, chosen, self.config.batch_size, self.width, IGNORE)
         table = torch.tensor(numbers, dtype=self.slots.flat.dtype, device="cpu").t().contiguous()
         figures = self.step(from_numpy(idx), from_numpy(labels), table, seeds, sizes)
         self._untold.append((over, figures))

@@ -105,7 +105,7 @@ class Slot:
         return self.config.lr * lr_scale(self.taken + 1, self.total, self.config)
 
     def micro_batch(self) -> tuple[Integers, int, bool]:
-        """The examples of the micro-batch to come, its step's tokens, and whether it is the last."""
+        """The examples of the next micro-batch, its step's tokens, and whether it is the last."""
         numbers = self.numbers
         tokens = int(self.data.supervised(self._examples(numbers)).sum())
         own = numbers[self.micro : self.micro + 1]
@@ -129,7 +129,7 @@ class Slot:
         self.taken += is_last
 
     def tell(self, record: StepRecord, loss: float, norm: float, seconds: float) -> None:
-        """What the device says of a step; one that was not finite was not applied, nor any after."""
+        """What the device says of a step; one not finite was not applied, nor any after it."""
         if self.ended is not None:
             return
         record = replace(record, loss=loss, grad_norm=norm, seconds=seconds)

@@ -16,7 +16,7 @@ from gpt2.fast import devices, head
 from gpt2.fast.compiling import compiled
 from gpt2.fast.graphs import GraphedCalls
 from gpt2.fast.slot_dropout import Hashes, Streams, places
-from gpt2.fast.untyped import gradients
+from gpt2.fast.untyped import gradients, named_modules, row_norms
 from gpt2.model import GPT2
 from gpt2.training.config import TrainConfig
 from gpt2.training.loss import cross_entropies, shifted
@@ -144,7 +144,7 @@ class StackStep:
             for sum_so_far, gradient in zip(slots.gradients, found, strict=True):
                 sum_so_far += gradient
             self._loss += loss
-        norm = torch.linalg.vector_norm(slots.grad, dim=1)
+        norm = row_norms(slots.grad)
         over = numbers[-1] > 0
         figures = torch.stack([self._loss, norm])
         self.failed |= over & ~figures.isfinite().all(0)
@@ -177,7 +177,7 @@ def check(model: nn.Module, config: TrainConfig) -> None:
     ]
     dropping = [
         name
-        for name, module in model.named_modules()
+        for name, module in named_modules(model).items()
         if isinstance(module, nn.Dropout) and module.p and not hasattr(module, "drops")
     ]
     if dropping:
