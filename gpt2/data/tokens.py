@@ -87,6 +87,12 @@ class Dataset(Sequence[tuple[Tensor, Tensor]]):
         ignored, prompts = self._ignored[chosen], self.prompts[chosen]
         return Dataset(ids.astype(np.int32), np.cumsum(lengths), ignored, prompts=prompts)
 
+    def supervised(self, chosen: Array) -> Array:
+        """How many tokens of each of these examples are learnt, the first of an example never."""
+        starts = np.where(chosen > 0, self._ends[chosen - 1], 0)
+        unlearnt = np.maximum(self._ignored[chosen], 1)
+        return np.maximum(self._ends[chosen] - starts - unlearnt, 0)
+
     @property
     def lengths(self) -> Array:
         """Tokens of each example: an array of eight bytes for each."""

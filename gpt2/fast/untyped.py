@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -21,6 +21,11 @@ def apply(function: type[torch.autograd.Function], *inputs: Any) -> Tensor:
 def backward(loss: Tensor) -> None:
     """Add the loss's gradients to those of the parameters."""
     cast(Any, loss).backward()
+
+
+def gradients(loss: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The loss's gradient for each of the tensors, zeros for one that has no part in it."""
+    return _torch.autograd.grad(loss, tensors, materialize_grads=True)
 
 
 def checkpointed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
@@ -61,6 +66,11 @@ def new_cuda_graph() -> Any:
 def forget_cublas_scratch() -> None:
     """Drop the scratch memory of cuBLAS, which it then allocates anew."""
     _torch._C._cuda_clearCublasWorkspaces()
+
+
+def row_norms(tensor: Tensor) -> Tensor:
+    """The Euclidean norm of each row of a `(k, P)` tensor."""
+    return _torch.linalg.vector_norm(tensor, dim=1)
 
 
 def whole(tensor: Tensor) -> Tensor:

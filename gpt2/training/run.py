@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2.data.batches import Batch, batch
+from gpt2.data.plans import Plan
 from gpt2.data.tokens import Dataset
 from gpt2.fast.untyped import floats
 from gpt2.model import GPT2
@@ -205,15 +206,24 @@ def _blame(said: str, bad: list[str]) -> str:
 
 
 def _steps(data: Dataset, config: TrainConfig, stepper: Stepper) -> Iterator[list[Batch]]:
-    """The micro-batches of each optimiser step after the last that was taken, without end."""
+    """The micro-batches of each step to come, of few shapes where each costs a compile."""
     network, plan = inner(stepper.model), planned(data, config)
     static = config.compile or is_compiled(stepper.model) or stepper.graphs is not None
     limit = network.config.block_size if static and isinstance(network, GPT2) else None
-    first, skipped = divmod(stepper.taken, steps_an_epoch(data, config))
+    for micro_batches in micro_batches_after(stepper.taken, data, config, plan):
+        if limit is not None:
+            shapes = [plan.shape(b.idx.shape[1], limit) for b in micro_batches]
+            micro_batches = [b.padded(*s) for b, s in zip(micro_batches, shapes, strict=True)]
+        yield micro_batches
+
+
+def micro_batches_after(
+    taken: int, data: Dataset, config: TrainConfig, plan: Plan
+) -> Iterator[list[Batch]]:
+    """The micro-batches of each optimiser step after so many, without end."""
+    first, skipped = divmod(taken, steps_an_epoch(data, config))
     for epoch in count(first):
         numbers = range(skipped * config.accumulate if epoch == first else 0, len(plan))
         epochs = (batch(data, plan, k, seed=config.seed, epoch=epoch) for k in numbers)
-        if limit is not None:
-            epochs = (b.padded(*plan.shape(b.idx.shape[1], limit)) for b in epochs)
         while micro_batches := list(islice(epochs, config.accumulate)):
             yield micro_batches

@@ -41,7 +41,7 @@ def summed_loss(
     *,
     smoothing: float = 0.0,
 ) -> Tensor:
-    """The cross-entropy summed over the supervised tokens, a float32 scalar.
+    """The cross-entropy summed over the supervised tokens, a scalar of float32 at least.
 
     Only the model itself is called: a GPT-2, wrapped or not, for its loss; any other for its
     logits.
@@ -65,7 +65,11 @@ def summed_loss(
 
 
 def logits_of(model: nn.Module, idx: Tensor) -> Tensor:
-    """What a model as for `summed_loss` gives for these ids; errors as there."""
+    """The logits `(B, T, V)` of any model that has some.
+
+    Raises:
+        ValueError: it has none.
+    """
     out: Any = model(idx)
     found = getattr(out, "logits", out)
     if not (isinstance(found, Tensor) and found.dim() == 3):
