@@ -7,25 +7,48 @@ Weights are random, since timing does not depend on them.
 
 from __future__ import annotations
 
+import statistics
 import subprocess
 import sys
 import time
 
 from benchmarks import harness
 
+PARTS = (
+    "start and imports",
+    "model",
+    "adapter",
+    "data",
+    "first steps",
+    "other steps",
+    "save",
+    "exit",
+)
 CODE = """
-import sys, tempfile, torch, gpt2, lora
+import sys, tempfile, time
+import torch, gpt2, lora
 device, steps, dtype = sys.argv[1], int(sys.argv[2]), getattr(torch, sys.argv[3])
+marks = [float(sys.argv[4]), time.time()]
 with torch.device(device):
     model = gpt2.GPT2(gpt2.SIZES["gpt2"])
 model = model.to(dtype)
+if device != "cpu":
+    torch.cuda.synchronize()
+marks.append(time.time())
 lora.inject(model, r=8, alpha=16, dropout=0.1, seed=42)
+marks.append(time.time())
 examples = gpt2.read_examples("scripts/data/article.jsonl")
 data = gpt2.encode(examples, gpt2.Tokenizer(), max_length=128)
+marks.append(time.time())
 config = gpt2.TrainConfig(lr=1e-4, steps=steps, sync_every=5)
-last = [record for record in gpt2.train(model, data, config)][-1]
+records = gpt2.train(model, data, config)
+for record in records:
+    if record.step == 5:  # one of each text: all that is captured is captured
+        marks.append(time.time())
+marks.append(time.time())
 lora.save(model, tempfile.mkdtemp())
-print(last.loss, last.seconds)
+marks.append(time.time())
+print(*[after - before for before, after in zip(marks, marks[1:])], marks[-1], record.seconds)
 """
 PEFT = """
 import sys, tempfile, time, torch, peft, gpt2
@@ -54,7 +77,7 @@ while step < steps:
 loss = loss.item()
 seconds = time.perf_counter() - began
 model.save_pretrained(tempfile.mkdtemp())
-print(loss, seconds)
+print(time.time(), seconds)
 """
 
 
@@ -66,12 +89,16 @@ def main() -> None:
     for name, (code, steps) in cases.items():
         seconds: list[float] = []
         training: list[float] = []
+        parts: list[list[float]] = []
         for _ in range(min(a.repeats, 3)):
-            began = time.perf_counter()
-            command = [sys.executable, "-c", code, a.device, str(steps), a.dtype]
+            began = time.time()
+            how = [a.device, str(steps), a.dtype, str(began)]
+            command = [sys.executable, "-c", code, *how]
             ran = subprocess.run(command, capture_output=True, text=True, check=True)
-            seconds.append(time.perf_counter() - began)
-            training.append(float(ran.stdout.split()[-1]))
+            *took, saved, last = map(float, ran.stdout.split())
+            parts.append([*took, time.time() - saved])
+            seconds.append(saved - began)
+            training.append(last)
         harness.emit(
             "article_run",
             a.out,
@@ -79,6 +106,11 @@ def main() -> None:
             dtype=a.dtype,
             seconds=harness.spread(seconds),
             training_seconds=harness.spread(training),
+            parts={
+                name: round(statistics.median(values), 3)
+                for name, *values in zip(PARTS, *parts, strict=False)
+                if code == CODE
+            },
         )
 
 

@@ -71,6 +71,8 @@ def _table(
 def _work(row: Row, _: Sequence[Row]) -> str:
     words = [row["size"]] if row.get("size", "gpt2") != "gpt2" else []
     words += [f"{key}={row[key]}" for key in ("B", "T", "new", "targets", "r") if key in row]
+    if row.get("packed"):
+        words += [f"packed {row['packed']}, documents to {row['context']}"]
     if row.get("base_dropout") is False:
         words.append("base dropouts off")
     return " ".join(words)
@@ -115,6 +117,14 @@ def _ratios(row: Row, rows: Sequence[Row], key: str) -> list[str]:
     ]
 
 
+def _of_fixed(row: Row, rows: Sequence[Row]) -> str:
+    """The share of the rate that one shape without padding reaches."""
+    full = [r for r in rows if "all real" in r["case"] and r["lengths"] == row["lengths"]]
+    if not full or "all real" in row["case"] or not row.get("real_tokens_per_s"):
+        return ""
+    return f"{row['real_tokens_per_s'] / full[-1]['real_tokens_per_s']:.2f}"
+
+
 def _median(row: Row) -> float:
     return row["ms"]["median"]
 
@@ -147,12 +157,31 @@ COLUMNS: dict[str, dict[str, Cell]] = {
         "work": lambda row, _: row["lengths"],
         "case": _case,
         "real tokens/s": _number("real_tokens_per_s"),
+        "of 16 x 1,024's": _of_fixed,
         "first epoch, compile included, s": _number("first_epoch_s"),
         "loader's share": _number("loader_share", ".1%"),
     },
     "routing": {"work": _work, "case": _case, "median (p10–p90)": _took, "note": _note},
     "startup": {"case": _case, "median (p10–p90)": _took},
-    "article_run": {"case": _case, "median (p10–p90)": _took},
+    "article_run": {
+        "case": _case,
+        "median (p10–p90)": _took,
+        "seconds of": lambda row, _: ", ".join(
+            f"{part} {seconds:.2f}" for part, seconds in row.get("parts", {}).items()
+        ),
+    },
+    "snapshot": {
+        "work": _work,
+        "case": _case,
+        "file, MB": _number("megabytes", ".1f"),
+        "a save": _took,
+        "of a second": _number("share", ".2%"),
+    },
+    "repeat": {
+        "case": _case,
+        "two runs": lambda row, _: "equal" if row["equal"] else "differ",
+        "where they part": _number("where", ""),
+    },
     "decode": {
         "work": _work,
         "case": _case,
@@ -177,10 +206,12 @@ COLUMNS: dict[str, dict[str, Cell]] = {
         "held-out loss": _number("valid_loss", ".3f"),
         "BLEU, greedy": _number("greedy_bleu", ".1f"),
         "BLEU, beams": _number("beams_bleu", ".1f"),
+        "steps": _number("steps"),
         "training, s": _number("training_seconds", ".0f"),
         "steps/s": _number("steps_per_s", ".0f"),
         "greedy, s": _number("greedy_seconds", ".1f"),
         "beams, s": _number("beams_seconds", ".1f"),
+        "timed": lambda row, _: row.get("timed", "alone"),
     },
     "curve": {
         "base": _case,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2.fast import head
+from gpt2.fast.attention import Drops
 from gpt2.fast.dropout import drop
 from gpt2.fast.products import linear
 
@@ -37,11 +38,18 @@ class Conv1D(nn.Module):
 
 
 class Dropout(nn.Dropout):
-    """Zeros at random in training mode, and the rest scaled up so that the mean stays."""
+    """Zeros at random in training mode, and the rest scaled up so that the mean stays.
+
+    `drops` drops instead of torch's own random numbers where a population's step has set it.
+    """
+
+    drops: Drops | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """Map `(…)` to `(…)`."""
-        return drop(input, self.p)[0] if self.training and self.p else input
+        if not (self.training and self.p):
+            return input
+        return drop(input, self.p)[0] if self.drops is None else self.drops(input, self.p)
 
 
 class LMHead(nn.Linear):

@@ -20,7 +20,7 @@ from gpt2 import pretrained
 from gpt2.cache import KVCache, LayerCache, Place
 from gpt2.config import GPT2Config
 from gpt2.fast import head
-from gpt2.fast.attention import Documents, attend
+from gpt2.fast.attention import Documents, Drops, attend
 from gpt2.fast.compiling import through
 from gpt2.layers import Conv1D, Dropout, LMHead
 
@@ -32,6 +32,7 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.attn_pdrop = config.attn_pdrop
+        self.drops: Drops | None = None  # as `Dropout.drops`
         self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)
         self.c_attn.slices = ("q", "k", "v")
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
@@ -49,7 +50,8 @@ class CausalSelfAttention(nn.Module):
             every_k, every_v = cache.write(qkv[:, :, 1:], place)
             if (visible := place.visible) is not None:
                 k, v = every_k, every_v
-        y = attend(q, k, v, visible, self.attn_pdrop if self.training else 0.0)  # (B, H, T, D)
+        p = self.attn_pdrop if self.training else 0.0
+        y = attend(q, k, v, visible, p, self.drops)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
@@ -182,8 +184,8 @@ class GPT2(nn.Module):
             documents: `(S + 1,)`, where each text of a row of several begins, and the last ends.
 
         Returns:
-            Logits; or, given labels, the cross-entropy summed over the supervised tokens, a
-            float32 scalar. A sum over parts of a batch is the batch's sum, a mean would not be.
+            Logits; or, given labels, the cross-entropy summed over the supervised tokens, a scalar
+            of float32 at least. A sum over parts of a batch is the batch's, a mean would not be.
 
         Raises:
             ValueError: as `Transformer.forward`; labels or documents that do not fit the ids.

@@ -17,6 +17,7 @@ from lora.parameters import (
     parameter_groups,
     trainable_parameters,
 )
+from lora.population import Population
 from lora.rounding import MergeReport
 from lora.routing import routed
 from lora.updates import LowRankUpdate
@@ -27,6 +28,7 @@ __all__ = [
     "LowRankUpdate",
     "MergeReport",
     "ParameterCount",
+    "Population",
     "UpdateConfig",
     "activate",
     "activated",

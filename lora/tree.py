@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lora.adapted import Adapted
 from lora.copies import ModuleCopy
 from lora.layer import LoRALinear
+from lora.stacked import StackedLinear
 
 
 class Place(NamedTuple):
@@ -141,6 +142,7 @@ def survey(model: nn.Module) -> Tree:
 
     Raises:
         ValueError: it is no module, or a module contains itself.
+        RuntimeError: the model runs under a population.
     """
     root = unwrap(model)
     bases: dict[str, nn.Module] = {}
@@ -154,6 +156,10 @@ def survey(model: nn.Module) -> Tree:
         order.append(path)
         if not first:
             continue
+        if isinstance(module, StackedLinear):
+            raise RuntimeError(
+                "The model runs under a population. Call its eject(), or work within its adapter()."
+            )
         if isinstance(module, Adapted):
             adapted[path] = module
             module = module.base

@@ -7,6 +7,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
@@ -16,10 +17,23 @@ from gpt2.training.snapshots import NAMES as SNAPSHOTS
 
 ADAPTER, LAST = "adapter", "last"
 METRICS, PLOT, ANSWERS, RUN = "metrics.jsonl", "loss.png", "answers.md", "run.json"
-OPTIONS = "options.yaml"
-OURS = (METRICS, PLOT, ANSWERS, RUN, OPTIONS, *SNAPSHOTS)
+OPTIONS, ALL_ANSWERS = "options.yaml", "answers.jsonl"
+OURS = (METRICS, PLOT, ANSWERS, ALL_ANSWERS, RUN, OPTIONS, *SNAPSHOTS)
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 NUMBERED = Path("runs")
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where an adapter of this name goes: its best, and beside validation data its last.
+
+    `run` is the folder that a run of it, and perhaps of others, is gone on with.
+    """
+
+    adapter: str
+    run: Path
+    best: Path
+    last: Path
 
 
 def check(place: str | None, *, overwrite: bool, adapters: Sequence[str] = (ADAPTER,)) -> None:
@@ -54,14 +68,22 @@ def prepare(place: str | None, adapters: Sequence[str] = (ADAPTER,)) -> Path:
     folder = Path(place)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        old = [folder / name / file for name in (*adapters, LAST) for file in (WEIGHTS, CONFIG)]
+        places = [folder / name for name in adapters]
+        both = [*places, folder / LAST, *(place / LAST for place in places)]
+        old = [place / file for place in both for file in (WEIGHTS, CONFIG)]
         with lock.held(folder):
-            for file in (*old, *(folder / name for name in OURS)):
+            for file in (*old, *(place / name for place in (folder, *places) for name in OURS)):
                 file.unlink(missing_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:
         raise OSError(f"{folder} cannot be written: {error}. Choose another res_path.") from None
+
+
+def is_begun(folder: Path, adapters: Sequence[str]) -> bool:
+    """Whether a run of several adapters was begun here, and has not come to its end."""
+    ended = all((folder / name / RUN).is_file() for name in adapters)
+    return (folder / OPTIONS).is_file() and not ended
 
 
 def _numbered() -> Path:

@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -38,7 +39,7 @@ def guarded(body: Callable[[Arguments], None]) -> Callable[[Arguments], int]:
     @functools.wraps(body)
     def main(argv: Arguments = None) -> int:
         try:
-            with _stoppable():
+            with _stoppable(), _warnings_in_a_line():
                 if isinstance(sys.stdout, io.TextIOWrapper):  # which may know no such letter
                     sys.stdout.reconfigure(errors="backslashreplace")
                 body(argv)
@@ -75,6 +76,21 @@ def _stoppable() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """A warning is shown as what it says, without the place in the code that says it."""
+    before = warnings.formatwarning
+
+    def plain(message: Warning | str, *_: object, **__: object) -> str:
+        return f"{' '.join(str(message).split())}\n"
+
+    warnings.formatwarning = plain
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _say(message: str, error: BaseException, code: int) -> int:

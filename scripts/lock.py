@@ -7,32 +7,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from gpt2 import locks
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Nobody else runs in the folder meanwhile; the lock goes with the process, however it ends.
+def held(place: Path, *, instead: str = "res_path") -> Iterator[None]:
+    """Nobody else writes in the folder or the file meanwhile, whose process heeds this lock too.
 
     Raises:
-        ValueError: somebody does.
+        ValueError: somebody does; `instead` is the option that names another.
     """
-    if fcntl is None:
-        yield
-        return
-    place = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"Another run works in {folder}: wait for its end, or name another res_path."
-            ) from None
-        except OSError:  # a file system without locks
-            pass
+        descriptor = locks.take(place)
+    except BlockingIOError:
+        raise ValueError(
+            f"Another run works in {place}: wait for its end, or name another {instead}."
+        ) from None
+    try:
         yield
     finally:
-        os.close(place)
+        if descriptor is not None:
+            os.close(descriptor)

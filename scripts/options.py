@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,11 @@ import lora
 from config_file import read_yaml, unknown_option
 from guard import Arguments
 
-INSTEAD = (("epochs", "steps"), ("tokens_per_batch", "train_batch_size"))
+INSTEAD = (
+    ("epochs", "steps"),
+    ("tokens_per_batch", "train_batch_size"),
+    ("warmup_ratio", "warmup_steps"),
+)
 
 
 def add_lora(to: ArgumentParser) -> None:
@@ -53,10 +58,16 @@ def with_config(
     """Options from the YAML file that `--config` names, or the default one, and flags over them.
 
     Of two options that exclude each other, a flag for one takes the place of the other in the file.
+    What --help shows as defaults are the file's.
 
     Raises:
         ValueError: an option that is unknown, stands twice, or has a value of the wrong kind.
     """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if asked := {"-h", "--help"} & {*words}:
+        rest = [word for word in words if word not in asked]
+        found = with_config(to, rest, default)
+        to.set_defaults({name: found[name] for name in _known(to) if found[name] is not None})
     given = flags(to, argv, defaults=False)
     options = to.get_defaults()
     file = Path(given["config"]) if "config" in given else default(given)

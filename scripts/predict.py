@@ -13,20 +13,23 @@ if __name__ == "__main__":  # on top, so that Ctrl-C during the imports below en
 
     sys.exit(command.start("predict", sys.argv[1:]))
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import Namespace
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+import bars
 import cli
+import continuing
 import gpt2
 import guard
 import inputs
 import lora
 import options as opts
 import predictions
+from gpt2.training import fingerprints
 
 
 def parse(argv: guard.Arguments) -> Namespace:
@@ -48,7 +51,7 @@ def parse(argv: guard.Arguments) -> Namespace:
     options = opts.flags(parser, argv)
     options.device = cli.pick_device(options.device)
     if options.batch_size is None:
-        options.batch_size = 64 if options.device == "cpu" else 512
+        options.batch_size = continuing.rows_of(torch.device(options.device).type)
     if options.batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {options.batch_size}.")
     return options
@@ -59,41 +62,37 @@ def main(argv: guard.Arguments = None) -> None:
     """Parse, build, predict, append."""
     options, console = parse(argv), cli.Plain()
     config, tokenizer = cli.build(gpt2.GenerateConfig, options), gpt2.Tokenizer()
-    wanted = predictions.asked(gpt2.read_prompts(options.prompts, options.fields))
+    wanted = inputs.asked(gpt2.read_prompts(options.prompts, options.fields))
     adapter = None if options.adapter is None else cli.adapter_folder(options.adapter)
     options.base = options.base or cli.base_of(options.adapter)
-    model = gpt2.GPT2.from_pretrained(options.base, device=options.device)
+    model = gpt2.GPT2.from_pretrained(options.base, device=options.device).requires_grad_(False)
+    made_with = made(options, model, adapter)
     if adapter is not None:
         lora.load(model, adapter)
-    texts = [gpt2.Example(a.prompt, "") for a in wanted]
-    ids = inputs.encode_prompts(texts, tokenizer, model, config, options.separator)
+    ids = inputs.encode_prompts(wanted, tokenizer, model, config, options.separator)
     place = Path() if adapter is None else adapter.parent
     output = place / "predictions.jsonl" if options.output is None else Path(options.output)
-    made_with = made(options, adapter)
-    done = predictions.begin(output, made_with, wanted, overwrite=options.overwrite)
-    at_once = max(1, options.batch_size // config.num_beams)
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("prompts"), TimeRemainingColumn())
-    with (
-        predictions.told_where(output, len(ids)) as written,
-        Progress(*columns, console=console, disable=not console.is_terminal) as bar,
-    ):
-        task = bar.add_task("", total=len(ids), completed=done)
-        written.append(done)
-        for start in range(done, len(ids), at_once):
-            some = slice(start, start + at_once)
-            # Prompt i draws with seed + i, in whatever batch it is.
-            rows = gpt2.generate(model, ids[some], replace(config, seed=config.seed + start))
-            predictions.append(output, zip(wanted[some], map(tokenizer.decode, rows), strict=True))
-            written.append(len(rows))
-            bar.advance(task, len(rows))
-    console.print(f"{predictions.score(output)}Predictions: {output}", soft_wrap=True)
+    with predictions.begun(output, made_with, wanted, overwrite=options.overwrite) as done:
+        with (
+            predictions.told_where(output, len(ids)) as written,
+            bars.bar(console, "prompts", len(ids), done) as advance,
+        ):
+            written.append(done)
+            for rows in continuing.continued(model, ids, config, options.batch_size, first=done):
+                some = wanted[sum(written) : sum(written) + len(rows)]
+                said = zip(some, map(tokenizer.decode, rows), strict=True)
+                predictions.append(output, said)
+                written.append(len(rows))
+                advance(len(rows), None)
+        console.print(f"{predictions.score(output)}Predictions: {output}", soft_wrap=True)
 
 
-def made(options: Namespace, adapter: Path | None) -> dict[str, Any]:
+def made(options: Namespace, base: gpt2.GPT2, adapter: Path | None) -> dict[str, Any]:
     """All that decides what the answers are."""
     names = ("base", "fields", "separator", *(f.name for f in fields(gpt2.GenerateConfig)))
     decided = {name: options[name] for name in names}
     decided["prompts"] = predictions.digest([Path(options.prompts)])
+    decided["base's weights"] = fingerprints.of_base(base)
     if adapter is not None:
         decided["adapter"] = predictions.digest(sorted(adapter.glob("adapter_*")))
     return decided

@@ -10,29 +10,13 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gpt2
+import lock
+from inputs import Asked
 
-
-@dataclass(frozen=True)
-class Asked:
-    """A prompt, and all the answers that a file gives for it; there may be none."""
-
-    prompt: str
-    references: tuple[str, ...]
-
-
-def asked(examples: Iterable[gpt2.Example]) -> list[Asked]:
-    """Each prompt once, in the order of its first row, with the answers of all its rows."""
-    answers: dict[str, list[str]] = {}
-    for example in examples:
-        answers.setdefault(example.prompt, []).extend(
-            [example.completion] * bool(example.completion)
-        )
-    return [Asked(prompt, tuple(dict.fromkeys(found))) for prompt, found in answers.items()]
+AGAIN = "Name another --output, or pass --overwrite true."
 
 
 def digest(files: Iterable[Path]) -> str:
@@ -44,8 +28,11 @@ def digest(files: Iterable[Path]) -> str:
     return sha.hexdigest()[:16]
 
 
-def begin(file: Path, made: Mapping[str, Any], wanted: Sequence[Asked], *, overwrite: bool) -> int:
-    """Make the file ready to be appended to; gives how many prompts it answers already.
+@contextmanager
+def begun(
+    file: Path, made: Mapping[str, Any], wanted: Sequence[Asked], *, overwrite: bool
+) -> Iterator[int]:
+    """Have the file for oneself and append to it; gives how many prompts it answers already.
 
     A line that was cut short when its writer was stopped is taken off.
 
@@ -57,35 +44,37 @@ def begin(file: Path, made: Mapping[str, Any], wanted: Sequence[Asked], *, overw
 
     Raises:
         ValueError: it answers other prompts or was made with something else, and nothing said to
-            overwrite it.
+            overwrite it; somebody else appends to it.
         OSError: it cannot be written.
     """
     record = file.with_name(f"{file.name}.made.json")
-    if overwrite or not file.exists():
-        _make(file, record, made)
-        return 0
-    again = "Name another --output, or pass --overwrite true."
-    if not (file.is_file() and record.is_file()):
-        raise ValueError(f"{file} is not this script's, for {record.name} is missing. {again}")
+    if file.exists() and not file.is_file():
+        raise ValueError(f"{file} is not this script's, for it is no file. {AGAIN}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not file.exists():
+        file.touch()
+    with lock.held(file, instead="--output"):
+        if overwrite or not file.stat().st_size:
+            os.truncate(file, 0)
+            part = record.with_suffix(".part")
+            part.write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+            part.replace(record)
+        else:
+            _check(file, record, made)
+        prompts = [line.get("prompt") for line in _lines(file)]
+        if prompts != [a.prompt for a in wanted[: len(prompts)]]:
+            raise ValueError(f"{file} answers other prompts than these. {AGAIN}")
+        yield len(prompts)
+
+
+def _check(file: Path, record: Path, made: Mapping[str, Any]) -> None:
+    if not record.is_file():
+        raise ValueError(f"{file} is not this script's, for {record.name} is missing. {AGAIN}")
     before = json.loads(record.read_text(encoding="utf-8"))
     now = json.loads(json.dumps(made))  # as it is read back
     if odd := sorted(k for k in {*now, *before} if now.get(k) != before.get(k)):
         told = ", ".join(f"{k} {before.get(k)!r:.60} (now {now.get(k)!r:.60})" for k in odd)
-        raise ValueError(f"{file} was made with other options: {told}. {again}")
-    prompts = [line.get("prompt") for line in _lines(file)]
-    if prompts != [a.prompt for a in wanted[: len(prompts)]]:
-        raise ValueError(f"{file} answers other prompts than these. {again}")
-    return len(prompts)
-
-
-def _make(file: Path, record: Path, made: Mapping[str, Any]) -> None:
-    """An empty file, and beside it what it is made with."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.unlink(missing_ok=True)
-    part = record.with_suffix(".part")
-    part.write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
-    part.replace(record)
-    file.touch()
+        raise ValueError(f"{file} was made with other options: {told}. {AGAIN}")
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:

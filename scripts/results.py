@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -11,20 +12,20 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from jsonargparse import Namespace
-
 import gpt2
 import lora
-from answers import Answer, score
-from folder import ANSWERS, PLOT, RUN
+from answers import Answer, sample, score
+from folder import ALL_ANSWERS, ANSWERS, PLOT, RUN
+from inputs import Reader
 
 
 def about(
-    options: Namespace, counts: Mapping[str, lora.ParameterCount], data: gpt2.Dataset
+    reader: Reader, counts: Mapping[str, lora.ParameterCount], data: gpt2.Dataset
 ) -> dict[str, Any]:
     """What is known of a run before it ends."""
     return {
-        "config": {k: v for k, v in options.as_dict().items() if k != "config"},
+        "config": {k: v for k, v in reader.options.as_dict().items() if k != "config"},
+        "device": str(next(reader.model.parameters()).device),
         "parameters": {name: asdict(count) for name, count in counts.items()},
         "data": {"examples": len(data), "tokens": data.n_tokens, "truncated": data.truncated},
     }
@@ -42,18 +43,42 @@ def write(
     """Write what is known at the end: the plot, the answers and the record of the run."""
     plot_losses(losses, every, folder / PLOT, fit.evaluated)
     (folder / ANSWERS).write_text(answers_markdown(answers), encoding="utf-8")
+    said = [{**asdict(a), "verdict": a.verdict} for a in sample(answers)]
     outcome = {
-        "steps": len(losses),
-        "last_losses": losses[-every:],
-        "validation": {"losses": fit.evaluated, "best_step": fit.best_step},
-        "answers": [{**asdict(a), "verdict": a.verdict} for a in answers],
+        **trained(fit, losses, every),
+        "answers": said,
+        "score": score(answers),
         "versions": versions(),
     }
-    if not fit.evaluated:
-        del outcome["validation"]
-    record = json.dumps({**run, **outcome}, indent=2, ensure_ascii=False, default=str)
+    if len(said) < len(answers):
+        write_lines(folder / ALL_ANSWERS, ({**asdict(a), "verdict": a.verdict} for a in answers))
+    write_record(folder, {**run, **outcome})
+
+
+def write_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a line of JSON a row."""
+    with file.open("w", encoding="utf-8") as made:
+        made.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def trained(fit: gpt2.Fit, losses: Sequence[float], every: int) -> dict[str, Any]:
+    """What is known of a training that has ended."""
+    outcome: dict[str, Any] = {"steps": len(losses), "last_losses": losses[-every:]}
+    if fit.evaluated:
+        outcome["validation"] = {"losses": fit.evaluated, "best_step": fit.best_step}
+    return outcome
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write the record of a run, whole or not at all, since it says that the run has ended."""
+    text = json.dumps(record, indent=2, ensure_ascii=False, default=str)
     odd = "backslashreplace"  # a path may hold bytes that are no text
-    (folder / RUN).write_text(record + "\n", encoding="utf-8", errors=odd)
+    made = folder / f".{RUN}.part"
+    try:
+        made.write_text(text + "\n", encoding="utf-8", errors=odd)
+        os.replace(made, folder / RUN)
+    finally:
+        made.unlink(missing_ok=True)
 
 
 class Clock:
@@ -91,10 +116,12 @@ def plot_losses(
 
 
 def answers_markdown(answers: Sequence[Answer]) -> str:
-    """The table of answers in Markdown."""
-    cells = [(a.prompt, a.base, a.tuned, a.verdict) for a in answers]
+    """The table of answers, or of a sample of many, in Markdown."""
+    shown = sample(answers)
+    cells = [(a.prompt, a.base, a.tuned, a.verdict) for a in shown]
     table = markdown_table(("prompt", "base", "tuned", "as trained?"), cells)
-    return f"{score(answers)}\n\n{table}"
+    many = f" {len(shown)} of {len(answers):,}; all are in {ALL_ANSWERS}."
+    return f"{score(answers)}{many * (len(shown) < len(answers))}\n\n{table}"
 
 
 def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -6,85 +6,118 @@ All answers come from one batch, in which each row is under the base, an adapter
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from jsonargparse import Namespace
-from rich.console import Console
 
+import continuing
 import folder
 import gpt2
 import inputs
 import keeping
-import lock
 import lora
 import options as opts
 import report
 import results
+import starting
+import validation
+from answers import sample
+from folder import RUN
+from gpt2.training import snapshots
+from gpt2.training.packing import settled
 
 
 def run(
-    options: Namespace,
+    names: list[str],
+    sources: Sequence[inputs.Source],
+    prompts: list[inputs.Asked],
+    reader: inputs.Reader,
     training: gpt2.TrainConfig,
     sampling: gpt2.GenerateConfig,
-    tokenizer: gpt2.Tokenizer,
-    device: str,
-    console: Console,
 ) -> None:
     """Train an adapter on each file, save it under the file's name, and compare.
 
-    All files are read and all adapters are made before the first is trained.
+    All files are read and all adapters are made before the first is trained. Of a run that is gone
+    on with, those that were trained to their end are read.
 
     Raises:
-        ValueError: two files of one name, or what reading, training and generating raise.
+        ValueError: what reading, training and generating raise.
     """
-    names = named(options.tasks)
+    model, options, console = reader.model, reader.options, reader.console
     if sampling.num_beams > 1:
         raise ValueError("--tasks routes each row of a batch, so generate.num_beams must be 1.")
-    folder.check(options.res_path, overwrite=options.overwrite, adapters=names)
-    examples, prompts = inputs.read(options.tasks, options)
-    model = inputs.base(options, device)
-    data = [inputs.encode(texts, tokenizer, model, options) for texts in examples]
+    data = [validation.apart(source, reader) for source in sources]
+    ended = {n for n in names if options.resume and (Path(options.res_path, n, RUN)).is_file()}
     for name in names:
-        opts.inject(model, options, name)
-    ids = inputs.encode_prompts(prompts, tokenizer, model, sampling, options.separator)
-    place = folder.prepare(options.res_path, names)
-    for name, dataset in zip(names, data, strict=True):
-        lora.activate(model, name)
-        told = f"{name}: {report.examples_line(dataset)} {lora.count_parameters(model)}"
-        console.print(told, soft_wrap=True)
-        fit = gpt2.fit(model, dataset, training)
-        with lock.held(place), keeping.saved(fit, place / name, adapter=name):
-            report.follow(fit, fit, [], console, every=options.logging_steps)
-
-    if prompts:
-        answer(model, names, prompts, ids, sampling, tokenizer, console, place)
+        if name in ended:
+            lora.load(model, Path(options.res_path, name), adapter=name)
+        else:
+            opts.inject(model, options, name)
+    training = settled(model, training)
+    for apart in data:
+        gpt2.total_steps(apart.learnt, training)  # raises what is wrong with it
+    ids = inputs.encode_prompts(prompts, reader.tokenizer, model, sampling, options.separator)
+    with starting.begun(options, names) as place:
+        for name, apart in zip(names, data, strict=True):
+            if name not in ended:
+                train(name, apart, place / name, reader, training)
+        if prompts:
+            answer(model, names, prompts, ids, sampling, reader, place)
+        for name in names:
+            snapshots.remove(place / name)  # the run is over
     report.end(console, place, [place / name for name in names], options.model_name, prompts)
+
+
+def train(
+    name: str,
+    apart: validation.Apart,
+    place: Path,
+    reader: inputs.Reader,
+    training: gpt2.TrainConfig,
+) -> None:
+    """Train one adapter, as if it were alone, or go on with it; its folder holds all of it."""
+    model, options = reader.model, reader.options
+    lora.activate(model, name)
+    told = f"{name}: {report.examples_line(apart.learnt)} {lora.count_parameters(model)}"
+    reader.console.print(f"{told}{apart.told}", soft_wrap=True)
+    place.mkdir(exist_ok=True)
+    resume = bool(options.resume) and any((place / file).is_file() for file in snapshots.NAMES)
+    places = folder.Places(name, place.parent, place, place / folder.LAST)
+    fit, losses = keeping.fitted(reader, apart, training, place, places, resume=resume)
+    results.write_record(place, results.trained(fit, losses, options.logging_steps))
 
 
 def answer(
     model: gpt2.GPT2,
     names: list[str],
-    prompts: list[gpt2.Example],
+    prompts: list[inputs.Asked],
     ids: list[list[int]],
     sampling: gpt2.GenerateConfig,
-    tokenizer: gpt2.Tokenizer,
-    console: Console,
+    reader: inputs.Reader,
     place: Path,
 ) -> None:
     """Show and write what the base, each adapter and their mixture say to each prompt."""
     mixture = dict.fromkeys(names, 1 / len(names))
     columns = {"base": None, **{name: name for name in names}, "mixture": mixture}
-    with torch.no_grad(), lora.routed(model, [column for _ in ids for column in columns.values()]):
-        rows = gpt2.generate(model, [row for row in ids for _ in columns], sampling)
-    texts = [tokenizer.decode(row) for row in rows]
-    answers = [texts[i : i + len(columns)] for i in range(0, len(texts), len(columns))]
-    shown = [example.prompt for example in prompts]
-    console.print(report.task_table(shown, list(columns), answers))
-    markdown = results.markdown_table(
-        ["prompt", *columns], [[p, *row] for p, row in zip(shown, answers, strict=True)]
-    )
+    at_once = max(1, continuing.rows_of(next(model.parameters()).device.type) // len(columns))
+    said: list[list[str]] = []
+    for first in range(0, len(ids), at_once):  # of many prompts some at a time
+        some = ids[first : first + at_once]
+        routes = [column for _ in some for column in columns.values()]
+        own = replace(sampling, seed=sampling.seed + first * len(columns))
+        with torch.no_grad(), lora.routed(model, routes):
+            rows = gpt2.generate(model, [row for row in some for _ in columns], own)
+        texts = [reader.tokenizer.decode(row) for row in rows]
+        said += [texts[i : i + len(columns)] for i in range(0, len(texts), len(columns))]
+    answers = [[a.prompt, *row] for a, row in zip(prompts, said, strict=True)]
+    shown = sample(answers)
+    reader.console.print(report.task_table(["prompt", *columns], shown, len(answers)))
+    markdown = results.markdown_table(["prompt", *columns], shown)
     (place / folder.ANSWERS).write_text(markdown, encoding="utf-8")
+    if len(shown) < len(answers):
+        lines = (dict(zip(("prompt", *columns), row, strict=True)) for row in answers)
+        results.write_lines(place / folder.ALL_ANSWERS, lines)
 
 
 def named(files: Sequence[str]) -> list[str]:

@@ -14,16 +14,14 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-import answers
 import cli
+import folder
 import gpt2
 import guard
 import inputs
-import keeping
-import lora
 import options as opts
-import report
-import results
+import single
+import starting
 import tasks
 import validation
 
@@ -47,7 +45,7 @@ def parse(argv: guard.Arguments) -> Namespace:
     add("--max_token_length", type=int, default=longest, help="longer examples are cut")
     add("--train_batch_size", type=int, default=batch, help="examples a batch")
     add("--logging_steps", type=int, default=5, help="steps between two lines of output")
-    keeping.add_options(parser)
+    starting.add_options(parser)
     parser.add_function_arguments(
         gpt2.encode, skip={"examples", "tokenizer", "max_length"}, as_group=False
     )
@@ -55,7 +53,7 @@ def parse(argv: guard.Arguments) -> Namespace:
     validation.add_options(parser)
     opts.add_lora(parser)
     parser.add_class_arguments(gpt2.GenerateConfig, "generate", skip={"seed"}, as_group=False)
-    options = opts.with_config(parser, argv, lambda given: keeping.options_file(given, DEMO))
+    options = opts.with_config(parser, argv, lambda given: starting.options_file(given, DEMO))
     for name, least in (("logging_steps", 1), ("max_token_length", 2)):
         if options[name] < least:
             raise ValueError(f"{name} must be at least {least}, got {options[name]}.")
@@ -65,41 +63,14 @@ def parse(argv: guard.Arguments) -> Namespace:
 @guard.guarded
 def main(argv: guard.Arguments = None) -> None:
     """Parse, build, train, show, save."""
-    options, console, clock = parse(argv), cli.Plain(), results.Clock()
+    options = parse(argv)
     training = cli.build(gpt2.TrainConfig, options, batch_size=options.train_batch_size)
     sampling = cli.build(gpt2.GenerateConfig, options.generate, seed=options.seed)
-    tokenizer, device = gpt2.Tokenizer(), cli.pick_device(options.device)
-    keeping.check(options)
-    if options.tasks:
-        tasks.run(options, training, sampling, tokenizer, device, console)
-        return
-    (examples,), prompts = inputs.read([options.data], options)
-    examples, held_out, told = validation.apart(examples, options)
+    device = cli.pick_device(options.device)
+    names = tasks.named(options.tasks) if options.tasks else [folder.ADAPTER]
+    starting.check(options, names)
+    sources, prompts = inputs.read(options.tasks or [options.data], options)
     model = inputs.base(options, device)
-    data = inputs.encode(examples, tokenizer, model, options)
-    unseen = inputs.encode(held_out, tokenizer, model, options) if held_out else None
-    counts = {"base": lora.count_parameters(model)}
-    opts.inject(model, options)
-    counts["LoRA"] = lora.count_parameters(model)
-    ids = inputs.encode_prompts(prompts, tokenizer, model, sampling, options.separator)
-    total = gpt2.total_steps(data, training)
-    line = f"{report.examples_line(data)} {total:,} steps, by {options.config}.{told}"
-    console.print(report.parameter_table(counts), line, sep="\n", soft_wrap=True)
-    clock.lap("load")
-
-    with lora.disabled(model):
-        base = gpt2.generate(model, ids, sampling)
-    clock.lap("base answers")
-    with keeping.begun(options) as (place, around):
-        fit = gpt2.fit(model, data, training, validation=unseen, **around)
-        losses = keeping.train(fit, place, console, options.logging_steps)
-        clock.lap("training")
-        tuned = gpt2.generate(model, ids, sampling)
-        clock.lap("tuned answers")
-        texts = answers.decoded(tokenizer, base, tuned, sampling)
-        compared = answers.compare(prompts, *texts, examples)
-        if compared:
-            console.print(report.answer_table(compared), answers.score(compared))
-        run = {**results.about(options, counts, data), "device": device, "seconds": clock.laps}
-        results.write(place, fit, losses, every=options.logging_steps, answers=compared, run=run)
-    report.end(console, place, [place], options.model_name, prompts)
+    reader = inputs.Reader(gpt2.Tokenizer(), model, options, cli.Plain())
+    work = tasks.run if options.tasks else single.run
+    work(names, sources, prompts, reader, training, sampling)

@@ -1,7 +1,8 @@
 """Kill a run at random instants, in a save too, until it ends; it must equal one never killed.
 
-    python -m tests.kill_and_resume --kills 200 [--device cuda] [--seed 0]
+    python -m tests.kill_and_resume --kills 200 [--device cuda] [--seed 0] [--graphs]
 
+With `--graphs` a step has one micro-batch, which a GPU then replays as a CUDA graph.
 Compared to the bit: every step's loss and gradient norm, the last weights, AdamW's moments, the
 best weights and their step, all evaluations. A run that goes on from the weights alone must differ.
 """
@@ -14,11 +15,10 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from hashlib import blake2b
 from pathlib import Path
 
@@ -26,22 +26,24 @@ import torch
 import torch.distributed.tensor  # here once, not in the first step of every child
 
 import gpt2
+from benchmarks import harness
 from gpt2.training import snapshots
 from tests.test_train import DATA, Letters, model_of
 
 STEPS = 24
 HELD_OUT = gpt2.encode(["abd", "hallo", "lowtank", "as"], Letters())
 CONFIG = gpt2.TrainConfig(lr=3e-2, steps=STEPS, batch_size=3, accumulate=2)
+GRAPHED = replace(CONFIG, accumulate=1)
 PART = snapshots.PART
 
 
-def child(place: Path, device: str) -> None:
+def child(place: Path, device: str, config: gpt2.TrainConfig = CONFIG) -> None:
     """Train, from the snapshot if there is one; write each record, and what came out."""
     torch.set_num_threads(1)
     model = model_of(dropout=True, adapter=True).to(device)
     run = gpt2.RunConfig(eval_every=5, patience=6, save_every=1, folder=place)
     resume = any((place / name).exists() for name in snapshots.NAMES)
-    fit = gpt2.fit(model, DATA, CONFIG, validation=HELD_OUT, run=run, resume=resume)
+    fit = gpt2.fit(model, DATA, config, validation=HELD_OUT, run=run, resume=resume)
     (place / PART).unlink(missing_ok=True)  # so that the next one is this process's
     metrics = place / "metrics"
     kept = metrics.read_text().splitlines(keepends=True)[: fit.told] if metrics.exists() else []
@@ -73,42 +75,35 @@ def digest(tensors) -> str:
     return found.hexdigest()
 
 
-def start(place: Path, device: str) -> subprocess.Popen | int:
-    """A child: forked, which takes no time, on a CPU; a new process on a GPU."""
-    if device != "cpu":
-        return subprocess.Popen(
-            [sys.executable, "-m", "tests.kill_and_resume", "--child", str(place), device]
-        )
+def start(place: Path, device: str, config: gpt2.TrainConfig = CONFIG) -> int:
+    """A child, forked, which takes no time: nothing here has touched a GPU yet."""
     if pid := os.fork():
         return pid
     code = 1
     try:
-        child(place, device)
+        child(place, device, config)
         code = 0
     finally:
+        sys.stderr.flush()
         os._exit(code)
 
 
-def wait(
-    started: subprocess.Popen | int, place: Path, seconds: float | None, in_save: bool = False
-) -> int | None:
+def wait(pid: int, place: Path, seconds: float | None, in_save: bool = False) -> int | None:
     """Kill it some seconds after its training began; its exit code, None if it was killed.
 
     Or else in the save that comes next.
     """
-    pid = started if isinstance(started, int) else started.pid
     if seconds is not None:
         while not (place / "begun").exists():
+            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                break  # it failed before
             time.sleep(0.002)
-        (place / "begun").unlink()
+        (place / "begun").unlink(missing_ok=True)
         time.sleep(seconds)
         patience = time.monotonic() + 1
         while in_save and not (place / PART).exists() and time.monotonic() < patience:
             pass
         os.kill(pid, signal.SIGKILL)
-    if not isinstance(started, int):
-        code = started.wait()
-        return code if code >= 0 else None
     _, status = os.waitpid(pid, 0)
     return os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
 
@@ -124,16 +119,15 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--child", nargs=2)
+    parser.add_argument("--graphs", action="store_true", help="one micro-batch a step")
+    parser.add_argument("--out", help="file to append what was found to")
     options = parser.parse_args()
-    if options.child:
-        child(Path(options.child[0]), options.child[1])
-        return
+    config = GRAPHED if options.graphs else CONFIG
     draw, place = random.Random(options.seed), Path(tempfile.mkdtemp(prefix="kill-"))
     for name in ("whole", "twin"):
         (place / name).mkdir()
         began = time.monotonic()
-        assert wait(start(place / name, options.device), place / name, None) == 0
+        assert wait(start(place / name, options.device, config), place / name, None) == 0
         took = time.monotonic() - began
     whole = place / "whole"
     want, took = told(whole), min(took, float((whole / "seconds").read_text()))
@@ -145,7 +139,7 @@ def main() -> None:
         cut.mkdir()
         while True:
             due = draw.uniform(0, took) if kills < options.kills else None
-            code = wait(start(cut, options.device), cut, due, draw.random() < 0.5)
+            code = wait(start(cut, options.device, config), cut, due, draw.random() < 0.5)
             if code is not None:
                 break
             kills += 1
@@ -155,19 +149,17 @@ def main() -> None:
         assert told(cut) == want, f"round {rounds} differs: see {cut} and {whole}"
         shutil.rmtree(cut)
     shutil.rmtree(place)
-    print(
-        json.dumps(
-            {
-                "kills": kills,
-                "in_a_save": in_save,
-                "between_two_renames": fallbacks,
-                "runs": rounds,
-                "seconds_a_run": round(took, 3),
-                "device": options.device,
-                "equal": True,
-            }
-        )
-    )
+    found = {
+        "kills": kills,
+        "in_a_save": in_save,
+        "between_two_renames": fallbacks,
+        "runs": rounds,
+        "seconds_a_run": round(took, 3),
+        "device": options.device,
+        "graphs": options.graphs,
+        "equal": True,
+    }
+    harness.emit("kill_and_resume", options.out, case=f"{kills} kills", **found)
 
 
 if __name__ == "__main__":

@@ -455,3 +455,23 @@ def test_the_base_is_the_one_that_the_adapter_names(tmp_path, config, base):
         (adapter / "adapter_config.json").write_text(config)
     assert base_of(str(adapter)) == base_of(str(adapter.parent)) == base
     assert base_of(None) == "demo"
+
+
+def test_help_shows_the_defaults_of_the_config(capsys):
+    """The demo's, or those of the file that is named; flags before it count too."""
+
+    def shown(*argv: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            importlib.import_module("train_qa").parse([*argv, "--help"])
+        assert ended.value.code == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    said = shown()
+    assert "peak learning rate. (type: float, default: 0.003)" in said
+    assert "(type: int | null, default: 40)" in said
+    dropout = said.rpartition("--lora.dropout DROPOUT ")[2][:250]
+    assert "(type: float, default: 0.1)" in dropout
+    said = shown("--config", str(SCRIPTS / "configs" / "article.yaml"), "--seed", "7")
+    assert "peak learning rate. (type: float, default: 0.0001)" in said
+    assert "(type: int | null, default: 500)" in said
+    assert "default: 7)" in said

@@ -244,6 +244,10 @@ def test_plain_text_has_documents_between_blank_lines_and_a_prompt_a_line(tmp_pa
     ("text", "said"),
     [
         ("text,text\na,b", ":1: a column stands twice"),
+        (
+            "question;answer\na;b",
+            ":1: one column, 'question;answer': cells seem to be parted by ';'; a .csv",
+        ),
         ("question,answer\na,b\nonly", ":3: 1 cells under a heading of 2"),
         ('text\n"a\nb"\n""', ":4: 'text' is empty"),
         ('text\n"never closed', ":2: not CSV in UTF-8 (unexpected end of data)"),

@@ -61,12 +61,13 @@ def test_every_case_runs_and_tells_its_loss_bleu_and_seconds(data, judged, monke
     started(monkeypatch, data, "--quick", "--out", data / "out.jsonl")
     lines = [json.loads(line) for line in (data / "out.jsonl").read_text().splitlines()]
     assert [line["case"] for line in lines] == list(e2e.CASES)
-    base, ours, theirs, full = lines
-    assert [line["steps"] for line in lines] == [0, 3, 3, 3]
+    base, ours, plain, theirs, full = lines
+    assert [line["steps"] for line in lines] == [0, 3, 2, 3, 3]
+    assert "valid_loss" not in plain
     assert base["valid_loss"] > ours["valid_loss"]
     assert base["valid_loss"] > full["valid_loss"]
     assert ours["valid_loss"] == pytest.approx(theirs["valid_loss"], abs=2e-3)  # the same run
-    assert {line["prompts"] for line in lines} == {4}
+    assert {(line["prompts"], line["timed"]) for line in lines} == {(4, "alone")}
     assert {"greedy_bleu", "beams_bleu", "greedy_seconds", "beams_seconds"} <= ours.keys()
     assert [len(texts) for texts, _ in judged[1:]] == [4] * 8
     assert judged[1][1] == judged[-1][1]

@@ -10,7 +10,7 @@ import torch
 import gpt2
 import gpt2.fast.head
 from gpt2 import IGNORE, Example, encode, evaluate
-from gpt2.data.held_out import is_held_out, split, without_overlap
+from gpt2.data.held_out import is_within, sides, split, within, without_overlap
 from tests.test_train import DATA, Letters, model_of, modes, weights
 
 
@@ -133,8 +133,9 @@ def test_texts_are_told_apart_by_what_they_say():
     texts = [Example("", f"text {i}") for i in range(200)]
     learnt, held_out = split(texts, 0.5)
     assert 60 < len(held_out) < 140
-    assert is_held_out(held_out[0], 0.5)
-    assert not is_held_out(learnt[0], 0.5)
+    assert is_within(held_out[0], (0, 0.5))
+    assert not is_within(learnt[0], (0, 0.5))
+    assert [list(within(texts, side)) for side in sides(0.5)] == [learnt, held_out]
 
 
 @pytest.mark.parametrize("share", [0, 1, -0.5, 2, math.nan])
@@ -151,7 +152,66 @@ def test_a_share_that_leaves_no_example_is_refused():
 
 
 def test_what_is_learnt_is_not_evaluated_on():
-    kept = without_overlap(MANY[:6], MANY[4:])
-    assert kept == MANY[:4]
+    def data(examples: list[Example]) -> gpt2.Dataset:
+        return encode(examples, Letters(), answer_only=True)
+
+    kept = without_overlap(data(MANY[:6]), data(MANY[4:]))
+    assert [(a.tolist(), b.tolist()) for a, b in kept] == [
+        (a.tolist(), b.tolist()) for a, b in data(MANY[:4])
+    ]
     with pytest.raises(ValueError, match="Every validation example"):
-        without_overlap(MANY[:2], MANY)
+        without_overlap(data(MANY[:2]), data(MANY))
+    texts = [Example("", f"text {i}") for i in range(9)]
+    assert len(without_overlap(data(texts), data(texts[3:]))) == 3
+
+
+def test_examples_that_stand_there_again_are_counted():
+    twice = [*MANY[:9], MANY[2], MANY[2], Example("prompt 1", "completion 1")]
+    assert encode(twice, Letters()).repeated == 2
+    assert encode(MANY, Letters()).repeated == 0
+
+
+# Exact match
+
+
+def answered(model: gpt2.GPT2, examples: list[Example]) -> float:
+    """The share of prompts to which generating gives a reference and its end."""
+    prompts: dict[str, list[list[int]]] = {}
+    for e in examples:
+        prompts.setdefault(e.prompt, []).append([*Letters().encode(e.completion), Letters().eos])
+    exact = 0
+    for prompt, wanted in prompts.items():
+        longest = max(map(len, wanted))
+        config = gpt2.GenerateConfig(max_new_tokens=longest, eos=(Letters.eos,))
+        (found,) = gpt2.generate(model, [Letters().encode(prompt)], config)
+        exact += [*found, Letters.eos] in wanted
+    return exact / len(prompts)
+
+
+@pytest.mark.parametrize("answer_only", [False, True])
+def test_exact_match_is_that_of_greedy_completions(answer_only):
+    model = model_of()
+    examples = [Example(p, c) for p, c in (("ab", "cd"), ("ab", "xy"), ("b", "f"), ("c", "gh"))]
+    data = encode(examples, Letters(), answer_only=answer_only)
+    for p in model.parameters():
+        p.requires_grad_()
+    assert evaluate(model, data).exact_match is None
+    found = []
+    for _ in range(4):
+        list(gpt2.train(model, data, gpt2.TrainConfig(lr=0.01, steps=25, batch_size=4)))
+        evaluations = [evaluate(model, data, batch_size=n, references=True) for n in (1, 3, 8)]
+        assert len({e.exact_match for e in evaluations}) == 1
+        assert evaluations[0].exact_match == answered(model, examples)
+        compiled = torch.compile(model, backend="eager")
+        assert evaluate(compiled, data, references=True).exact_match == evaluations[0].exact_match
+        found.append(evaluations[0].exact_match)
+    assert found[-1] == 1.0  # one of the two references of "ab" is enough
+
+
+def test_a_text_as_a_whole_is_no_reference():
+    with pytest.raises(ValueError, match="no example has one"):
+        evaluate(model_of(), encode(["abc"], Letters()), references=True)
+    data = encode([Example("", "abc"), Example("a", "b")], Letters())
+    assert evaluate(model_of(), data, references=True).exact_match in (0.0, 1.0)
+    cut = encode([Example("abcde", "f")], Letters(), max_length=4)  # nothing of the completion
+    assert evaluate(model_of(), cut, references=True).exact_match == 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import gpt2
 import lora
@@ -207,6 +210,46 @@ def test_another_adapter_options_or_prompts_are_refused(adapter, capsys):
     assert "prompts '" in refused(capsys)
     assert predict("--overwrite") == 0
     assert len(lines()) == 13
+
+
+def test_a_base_or_an_adapter_that_changed_under_its_name_is_refused(adapter, tmp_path, capsys):
+    model = gpt2.GPT2.from_pretrained("demo")
+    model.save_pretrained("base")
+    own = tmp_path / "own"
+    shutil.copytree(adapter / "adapter", own)
+    run = ["--base", "base", "--output", "said.jsonl"]
+    assert predict(*run) == 0
+    with torch.no_grad():
+        model.transformer.h[2].mlp.c_fc.weight[0, 0] += 1e-3
+    model.save_pretrained("base")
+    said = refused(capsys, *run)
+    assert "said.jsonl was made with other options: base's weights '" in said
+    assert "' (now '" in said
+    assert predict("--adapter", own, "--output", "own.jsonl") == 0
+    weights = own / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: tensor * 2 for name, tensor in tensors.items()}, weights)
+    said = refused(capsys, "--adapter", own, "--output", "own.jsonl")
+    assert "own.jsonl was made with other options: adapter '" in said
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs locks")
+def test_two_at_one_output_at_once_are_refused_in_a_line(capsys, monkeypatch):
+    real = gpt2.generate
+
+    def another(model, ids, config):
+        monkeypatch.setattr(gpt2, "generate", real)
+        said = refused(capsys, "--overwrite")
+        assert said == (
+            "Another run works in predictions.jsonl: wait for its end, or name another --output.\n"
+        )
+        assert predict("--output", "other.jsonl") == 0
+        return real(model, ids, config)
+
+    monkeypatch.setattr(gpt2, "generate", another)
+    assert predict() == 0
+    assert lines() == lines("other.jsonl")
+    assert predict() == 0
 
 
 def test_a_file_of_somebody_else_is_not_touched(capsys):

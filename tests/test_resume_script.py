@@ -179,7 +179,7 @@ def test_what_cannot_be_gone_on_with_is_one_line(script, tmp_path, capsys, many,
         (["--patience", "2"], "patience and eval_every need validation data"),
         (["--patience", "0", "--validation", "0.5"], "patience must be an integer of at least 1"),
         (["--save_every", "soon"], "save_every must be steps"),
-        (["--tasks", ARTICLE, "--validation", "0.5", "--resume"], "without --validation, --resume"),
+        (["--tasks", ARTICLE, "--validation", "0.5", "--resume"], "holds no snapshot"),
     ],
     ids=lambda value: " ".join(value)[-30:] if isinstance(value, list) else "",
 )

@@ -403,7 +403,7 @@ def test_references_are_compared_and_no_part_of_the_prompt(script, tmp_path, cap
         "Q: What is it?\nA:",
         "Q: How do transformers work?\nA:",
     ]
-    assert [a["reference"] for a in answers] == [" Nothing.", " Well."]
+    assert [a["references"] for a in answers] == [[" Nothing."], [" Well."]]
     assert [a["verdict"] for a in answers] == ["not trained; reference: differs", "differs"]
 
 
@@ -504,10 +504,10 @@ def test_tasks_are_all_checked_before_the_first_is_trained(script, tmp_path, cap
     assert "'a.bad.name'" in error
     assert not out.exists()
     assert train([*QUICK, "--res_path", str(out), "--tasks", str(good)]) == 0
-    assert [p.name for p in out.iterdir()] == ["good"]
+    assert sorted(p.name for p in out.iterdir()) == ["good", "options.yaml"]
     capsys.readouterr()
     assert train([*QUICK, "--res_path", str(out), "--tasks", str(good)]) == 2
-    assert "holds a run (good)" in capsys.readouterr().err
+    assert "holds a run (good, options.yaml)" in capsys.readouterr().err
 
 
 def test_tasks_train_each_adapter_as_alone(script, tmp_path):
@@ -569,6 +569,18 @@ def test_the_e2e_config_is_read_as_the_benchmark_reads_it(script):
     assert options.lora["targets"] == ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
     beams = {"num_beams": 10, "length_penalty": 0.8, "no_repeat_ngram": 4}  # the paper's
     assert {name: options.generate[name] for name in beams} == beams
+    steps = 2 * -(-42_061 // 8)  # the task's examples
+    by_steps, by_share = (
+        gpt2.TrainConfig(lr=options.lr, epochs=2, **{name: value})
+        for name, value in (("warmup_steps", options.warmup_steps), ("warmup_ratio", 0.03))
+    )
+    for step in range(1, steps + 1, 7):
+        assert gpt2.learning_rate(step, steps, by_steps) == gpt2.learning_rate(
+            step, steps, by_share
+        )
+    assert options.label_smoothing == 0.0
+    given = ["--config", str(SCRIPTS / "configs" / "e2e.yaml"), "--warmup_ratio", "0.5"]
+    assert script("train_qa").parse(given).warmup_steps is None  # which would win
 
 
 def test_tasks_of_one_name_are_refused(script, tmp_path, capsys):

@@ -131,7 +131,7 @@ def test_transformers_reads_the_same_tokenizer(transformers, tokenizer, saved, n
 
 
 @settings(max_examples=200, deadline=None)
-@given(text=st.text())
+@given(text=st.text().filter(lambda text: "<|endoftext|>" not in text))  # an id of its own there
 def test_any_text_has_the_same_ids_in_transformers(tokenizer, theirs, text):
     assert theirs(text)["input_ids"] == tokenizer.encode(text)
 

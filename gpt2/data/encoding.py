@@ -9,18 +9,18 @@ import os
 import reprlib
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 
 from gpt2.data.examples import SHOWN, Example
-from gpt2.data.tokens import Array, Dataset, places
+from gpt2.data.tokens import Array, Dataset, hashes, places
 
-AT_A_TIME = 4096  # examples that are encoded together
+AT_A_TIME, LETTERS = 4096, 2**20  # examples that are encoded together, and about their letters
 THREADS = 8  # at most
 
 
@@ -49,12 +49,21 @@ class Options:
 
 @dataclass(frozen=True)
 class Block:
-    """Some examples: ids end to end, `(N,)`, and of each its length and what is not learnt."""
+    """Some examples: ids end to end, `(N,)`, and of each its length and its prompt's.
+
+    `reached` is the share of their file that lies before their end, where it is known.
+    """
 
     ids: Array
     lengths: Array
-    ignored: Array
+    prompts: Array
     truncated: int
+    reached: float | None = None
+
+    @cached_property
+    def hashes(self) -> Array:
+        """64 bits of each example."""
+        return hashes(self.ids, self.lengths)
 
 
 def encode(
@@ -83,26 +92,38 @@ def encode(
         ValueError: no examples, one string for all, `max_length` below 2, a separator that is no
             id, or listing the examples (by number, from 1) that are left without a token to learn.
     """
-    ids, ends, ignored, truncated = array("i"), array("q"), array("i"), 0
+    ids, ends, prompts, truncated = array("i"), array("q"), array("i"), 0
     for block in blocks(examples, tokenizer, Options(max_length, eos, answer_only, separator)):
         ends.frombytes((len(ids) + np.cumsum(block.lengths)).tobytes())
         ids.frombytes(block.ids.tobytes())
-        ignored.frombytes(block.ignored.tobytes())
+        prompts.frombytes(block.prompts.tobytes())
         truncated += block.truncated
     held = (np.frombuffer(ids, np.int32), np.frombuffer(ends, np.int64))
-    return Dataset(*held, np.frombuffer(ignored, np.int32), truncated)
+    asked = np.frombuffer(prompts, np.int32)
+    return Dataset(*held, ignored(asked, answer_only), truncated, prompts=asked)
+
+
+def ignored(prompts: Array, answer_only: bool) -> Array:
+    """How many tokens of each example are not learnt, given those of its prompt."""
+    return prompts if answer_only else np.broadcast_to(np.int32(0), prompts.shape)
 
 
 def blocks(
     examples: Iterable[Example | str], tokenizer: Encoder, options: Options
-) -> Iterator[Block]:
+) -> Generator[Block]:
     """The examples encoded, some thousands at a time, in order; errors as `encode`."""
     check(tokenizer, options)
     _check_several(examples)
+    return checked(_in_threads(_texts(examples), tokenizer, options), options)
+
+
+def checked(found: Iterable[Block], options: Options) -> Generator[Block]:
+    """The same blocks; then the errors that `encode` promises of all of them."""
     untaught, shown, number = 0, list[str](), 0
-    for block in _in_threads(_texts(examples), tokenizer, options):
+    for block in found:
         # The first token of an example is never predicted.
-        bad = np.flatnonzero(block.lengths <= np.maximum(block.ignored, 1))
+        unlearnt = ignored(block.prompts, options.answer_only)
+        bad = np.flatnonzero(block.lengths <= np.maximum(unlearnt, 1))
         untaught += len(bad)
         shown += [str(number + int(i) + 1) for i in bad[: SHOWN - len(shown)]]
         number += len(block.lengths)
@@ -143,9 +164,16 @@ def _check_several(examples: object) -> None:
 
 def _texts(examples: Iterable[Example | str]) -> Iterator[list[str]]:
     """The prompts and completions of some examples, in turns."""
-    numbered = enumerate(examples, 1)
-    while some := list(islice(numbered, AT_A_TIME)):
-        yield [text for number, example in some for text in _two(example, number)]
+    texts, letters = list[str](), 0
+    for number, example in enumerate(examples, 1):
+        prompt, completion = _two(example, number)
+        texts += (prompt, completion)
+        letters += len(prompt) + len(completion)
+        if len(texts) >= 2 * AT_A_TIME or letters >= LETTERS:
+            yield texts
+            texts, letters = list[str](), 0
+    if texts:
+        yield texts
 
 
 def _two(found: object, number: int) -> tuple[str, str]:
@@ -166,21 +194,21 @@ def _in_threads(
 ) -> Iterator[Block]:
     """The blocks in order; encoded beside the reading where the tokenizer lets Python go on."""
     if not hasattr(tokenizer, "encode_many"):
-        yield from (_block(some, tokenizer, options) for some in texts)
+        yield from (encoded(some, tokenizer, options) for some in texts)
         return
-    threads = min(THREADS, max(1, (os.cpu_count() or 1) - 1))  # one reads meanwhile
+    threads = min(THREADS, os.cpu_count() or 1)  # reading takes a part of one
     waiting: deque[Future[Block]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for some in texts:
-            waiting.append(pool.submit(_block, some, tokenizer, options))
+            waiting.append(pool.submit(encoded, some, tokenizer, options))
             if len(waiting) > threads:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
 
-def _block(texts: list[str], tokenizer: Any, options: Options) -> Block:
-    """Examples of a prompt and a completion each, encoded and cut."""
+def encoded(texts: list[str], tokenizer: Any, options: Options) -> Block:
+    """A block of examples of a prompt and a completion each, encoded and cut."""
     many = getattr(tokenizer, "encode_many", None)
     ids, ends = many(texts) if many else _one_by_one(texts, tokenizer)
     prompts = np.diff(ends, prepend=-1)[::2] - 1
@@ -196,8 +224,7 @@ def _block(texts: list[str], tokenizer: Any, options: Options) -> Block:
     ids = ids[keep]
     if long := int((lengths > options.max_length).sum()):
         ids = ids[places(lengths) < options.max_length]
-    ignored = prompts if options.answer_only else np.zeros_like(prompts)
-    return Block(ids, np.minimum(lengths, options.max_length), ignored.astype(np.int32), long)
+    return Block(ids, np.minimum(lengths, options.max_length), prompts.astype(np.int32), long)
 
 
 def _one_by_one(texts: Sequence[str], tokenizer: Encoder) -> tuple[Array, Array]:

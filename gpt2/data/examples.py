@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
@@ -14,6 +14,7 @@ SHOWN = 10  # faults that are listed one by one
 LONGEST = 180  # characters of one
 Fields = Mapping[str, str]
 FORMS = (("text",), ("question", "answer"), ("prompt", "completion"))
+_NAMES = [(form, frozenset(form)) for form in FORMS]
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,9 @@ def read_examples(path: str | Path, fields: Fields | None = None) -> list[Exampl
 
 def stream_examples(path: str | Path, fields: Fields | None = None) -> Iterator[Example]:
     """As `read_examples`, one at a time; faulty rows are left out, and raised after the last."""
-    _check(fields, complete=True)
+    check_fields(fields, complete=True)
     rows = read_rows(path, text=documents)
-    return _good(rows, path, lambda row: _example(row, fields))
+    return _checked(rows, path, lambda row: example_of(row, fields))
 
 
 def read_prompts(path: str | Path, fields: Fields | None = None) -> list[Example]:
@@ -67,38 +68,62 @@ def read_prompts(path: str | Path, fields: Fields | None = None) -> list[Example
     Raises:
         As `read_examples`.
     """
-    _check(fields, complete=False)
+    check_fields(fields, complete=False)
     rows = read_rows(path, text=lines)
-    return list(_good(rows, path, lambda row: _prompt(row, fields)))
+    return list(_checked(rows, path, lambda row: _prompt(row, fields)))
 
 
-def _good(rows: Rows, path: str | Path, make: Callable[[object], Example]) -> Iterator[Example]:
-    """The examples of the good rows; then the error that lists the others."""
-    faults: list[str] = []
-    found = left_out = 0
+@dataclass
+class Faults:
+    """Rows that give no example: the first few are told of, all are counted."""
+
+    told: list[tuple[str | int, str]] = field(default_factory=list[tuple[str | int, str]])
+    left_out: int = 0
+    found: int = 0  # examples of the other rows
+
+    def check(self, path: str | Path) -> None:
+        """Raise what was found after the last row.
+
+        Raises:
+            ValueError: listing the faulty rows; or there is no example at all.
+        """
+        if self.told:
+            listed = "; ".join(f"{place}: {said}" for place, said in self.told)
+            more = f"; and {self.left_out - SHOWN} more" if self.left_out > SHOWN else ""
+            raise ValueError(f"{listed}{more}.")
+        if not self.found:
+            raise ValueError(f"{path} holds no examples.")
+
+
+def good(
+    rows: Iterable[tuple[str | int, object]], faults: Faults, make: Callable[[object], Example]
+) -> Iterator[Example]:
+    """The examples of the good rows; the others go to the faults."""
     for place, row in rows:
         try:
             if isinstance(row, ValueError):
                 raise row
             example = make(row)
         except ValueError as error:
-            left_out += 1
-            if left_out <= SHOWN:
+            faults.left_out += 1
+            if faults.left_out <= SHOWN:
                 said = str(error)
-                faults.append(f"{place}: {said if len(said) <= LONGEST else said[:LONGEST] + '…'}")
+                faults.told.append((place, said if len(said) <= LONGEST else said[:LONGEST] + "…"))
         else:
-            found += 1
+            faults.found += 1
             yield example
-    if faults:
-        more = f"; and {left_out - SHOWN} more" if left_out > SHOWN else ""
-        raise ValueError("; ".join(faults) + more + ".")
-    if not found:
-        raise ValueError(f"{path} holds no examples.")
 
 
-def _example(row: object, fields: Fields | None) -> Example:
+def _checked(rows: Rows, path: str | Path, make: Callable[[object], Example]) -> Iterator[Example]:
+    faults = Faults()
+    yield from good(rows, faults, make)
+    faults.check(path)
+
+
+def example_of(row: object, fields: Fields | None) -> Example:
+    """The example that a row gives; a ValueError says why it gives none."""
     row = _renamed(row, fields)
-    whole = [form for form in FORMS if row.keys() >= {*form}]
+    whole = [form for form, names in _NAMES if row.keys() >= names]
     if len(whole) != 1:
         raise ValueError(_wanted(row, len(whole)))
     values = _texts(row, whole[0])
@@ -163,7 +188,8 @@ def _keys(row: Mapping[str, object]) -> str:
     return reprlib.repr(sorted(map(str, row)))
 
 
-def _check(fields: Fields | None, *, complete: bool) -> None:
+def check_fields(fields: Fields | None, *, complete: bool) -> None:
+    """The error that these names for the columns give, if they are none."""
     if fields is None:
         return
     forms = [{*form} for form in FORMS] + ([] if complete else [{form[0]} for form in FORMS])

@@ -2,55 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 
+import numpy as np
+
 from gpt2.data.examples import Example
+from gpt2.data.tokens import Dataset
+
+Range = tuple[float, float]
+ALL: Range = (0.0, 1.0)
 
 
-def is_held_out(example: Example, share: float) -> bool:
-    """Whether an example is of the share that is held out: a function of its prompt alone.
+def sides(share: float) -> tuple[Range, Range]:
+    """What is learnt and what is held out, as ranges of a prompt's hash in [0, 1).
 
-    Args:
-        example: its prompt decides; of a text that is learnt as a whole, the text.
-        share: in (0, 1); what is in a share is in every larger one.
-    """
-    digest = blake2b(_key(example).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") < share * 2**64
-
-
-def split(examples: Iterable[Example], share: float) -> tuple[list[Example], list[Example]]:
-    """Examples to learn and examples that are held out, in their order.
+    What is held out of a share is held out of every larger one.
 
     Raises:
-        ValueError: the share is out of range, or leaves no example on a side.
+        ValueError: the share is out of range.
     """
     if not 0 < share < 1:
         raise ValueError(f"A share must be above 0 and below 1, got {share}.")
-    sides: tuple[list[Example], list[Example]] = [], []
+    return (share, 1.0), (0.0, share)
+
+
+def is_within(example: Example, side: Range) -> bool:
+    """Whether an example is on a side: a function of its prompt alone.
+
+    Args:
+        example: its prompt decides; of a text that is learnt as a whole, the text.
+        side: a range of the hash in [0, 1).
+    """
+    digest = blake2b((example.prompt or example.completion).encode(), digest_size=8).digest()
+    return side[0] * 2**64 <= int.from_bytes(digest, "little") < side[1] * 2**64
+
+
+def within(examples: Iterable[Example], side: Range) -> Iterator[Example]:
+    """The examples of a side, in their order.
+
+    Raises:
+        ValueError: after the last, if there is none.
+    """
+    seen = kept = 0
     for example in examples:
-        sides[is_held_out(example, share)].append(example)
-    if not all(sides):
-        which = "to learn" if sides[1] else "to evaluate on"
+        seen += 1
+        if side == ALL or is_within(example, side):
+            kept += 1
+            yield example
+    check_side(seen, kept, side)
+
+
+def split(examples: Sequence[Example], share: float) -> tuple[list[Example], list[Example]]:
+    """Examples to learn and examples that are held out, in their order; errors as the sides'."""
+    learnt, held_out = sides(share)
+    return list(within(examples, learnt)), list(within(examples, held_out))
+
+
+def check_side(seen: int, kept: int, side: Range) -> None:
+    """The error of a side that no example is on."""
+    if seen and not kept:
+        share, which = (side[0], "to learn") if side[0] else (side[1], "to evaluate on")
         raise ValueError(
-            f"A share of {share} of {len(sides[0]) + len(sides[1])} examples, taken by a hash of "
-            f"their prompts, leaves none {which}: choose another share, or give a file."
+            f"A share of {share} of {seen} examples, taken by a hash of their prompts, leaves none "
+            f"{which}: choose another share, or give a file."
         )
-    return sides
 
 
-def without_overlap(held_out: Sequence[Example], learnt: Iterable[Example]) -> list[Example]:
+def without_overlap(held_out: Dataset, learnt: Dataset) -> Dataset:
     """Those examples whose prompt no learnt example has.
 
     Raises:
         ValueError: there are none.
     """
-    keys = {_key(example) for example in learnt}
-    kept = [example for example in held_out if _key(example) not in keys]
-    if not kept:
+    keys = np.concatenate([*held_out.prompt_keys()])
+    learnt_too = np.zeros(len(keys), bool)
+    for some in learnt.prompt_keys():
+        learnt_too |= np.isin(keys, some)
+    if learnt_too.all():
         raise ValueError("Every validation example has a prompt that is learnt too.")
-    return kept
-
-
-def _key(example: Example) -> str:
-    return example.prompt or example.completion
+    return held_out.only(np.flatnonzero(~learnt_too)) if learnt_too.any() else held_out

@@ -33,21 +33,21 @@ def shuffled(
     a = math.isqrt(n - 1) + 1
     b = -(-n // a)
     keys = [np.uint64(seed_of(seed, epoch, i, ROUNDS)) for i in range(ROUNDS)]
-    streams = np.broadcast_to(_mixed(np.asarray(stream, np.uint64)), positions.shape)
+    streams = np.broadcast_to(mixed(np.asarray(stream, np.uint64)), positions.shape)
     found = positions.astype(np.uint64)
     walking = np.ones(positions.shape, bool)
     while walking.any():
         own = streams[walking]
         left, right = found[walking] % np.uint64(a), found[walking] // np.uint64(a)
         for one, other in zip(keys[::2], keys[1::2], strict=True):
-            left = (left + _mixed(right ^ one ^ own) % np.uint64(a)) % np.uint64(a)
-            right = (right + _mixed(left ^ other ^ own) % np.uint64(b)) % np.uint64(b)
+            left = (left + mixed(right ^ one ^ own) % np.uint64(a)) % np.uint64(a)
+            right = (right + mixed(left ^ other ^ own) % np.uint64(b)) % np.uint64(b)
         found[walking] = left + right * np.uint64(a)
         walking = found >= n
     return found.astype(np.int64)
 
 
-def _mixed(x: np.ndarray[Any, np.dtype[np.uint64]]) -> np.ndarray[Any, np.dtype[np.uint64]]:
+def mixed(x: np.ndarray[Any, np.dtype[np.uint64]]) -> np.ndarray[Any, np.dtype[np.uint64]]:
     """64 bits, each of which depends on all of `x`.
 
     Source: Steele, Lea and Flood 2014, "Fast Splittable Pseudorandom Number Generators".

@@ -17,8 +17,9 @@ from gpt2.data.tokens import Dataset
 from gpt2.fast.compiling import bucket
 
 ALIGNED = 8  # widths of buckets are multiples of this, which a GPU's matrix units like
-SHAPES = 12  # buckets at most, since each width is compiled
-ENOUGH = 0.06  # share of padding at which no further bucket is made
+SHAPES = 16  # buckets at most, since each width is compiled
+ENOUGH = 0.08  # share of padding at which no further bucket is made
+RANKS = 32  # spans of a group's examples, each of which counts as its longest and its shortest
 
 
 class Plan(Protocol):
@@ -101,9 +102,10 @@ class Buckets:
 class Rows:
     """Whole documents end to end in rows of at most so many tokens; each batch is one row.
 
-    The documents by length are cut into groups of as many as there are rows. Each row gets one of
-    each group, which one is drawn. So all rows are about equally long, and none longer than the
-    sum of the longest of each group.
+    The documents by length are cut into groups of as many as there are rows, and groups into pairs
+    of neighbours. Each row gets one of each group: for a pair it draws a rank, which counts from
+    the short end in one group and from the long end in the other. So all rows are about equally
+    long, and the longest that can be is known.
     """
 
     def __init__(self, data: Dataset, tokens: int) -> None:
@@ -112,8 +114,7 @@ class Rows:
         ends = np.cumsum(data.histogram)
         self.count, needed = -(-data.n_tokens // tokens), tokens + 1
         while needed > tokens:
-            longest_of_groups = np.arange(self.n - 1, -1, -self.count)
-            needed = int(np.searchsorted(ends, longest_of_groups, "right").sum())
+            needed = self._longest_row(ends)
             if needed > tokens:
                 self.count = max(self.count + 1, self.count * needed // tokens)
         self.width = min(tokens, -(-needed // 64) * 64)
@@ -126,14 +127,31 @@ class Rows:
 
     def examples(self, k: int, *, seed: int, epoch: int) -> Integers:
         """The examples of batch k, by number."""
-        groups = np.arange(self.groups)
-        at = shuffled(np.full(self.groups, k), self.count, seed=seed, epoch=epoch, stream=groups)
-        places = groups * self.count + at - (self.groups * self.count - self.n)
-        return self.by_length[places[places >= 0]].astype(np.int64)
+        pairs = np.arange(-(-self.groups // 2))
+        ranks = shuffled(np.full(len(pairs), k), self.count, seed=seed, epoch=epoch, stream=pairs)
+        places = self._places(ranks[:, None]).ravel()
+        return self.by_length[np.sort(places[places >= 0])].astype(np.int64)
 
     def shape(self, width: int, limit: int) -> tuple[int, int]:
         """The one row that there is."""
         return 1, self.width
+
+    def _places(self, ranks: Integers) -> Integers:
+        """Where the examples of each pair's ranks `(pairs, N)` stand by length; below 0 for none.
+
+        Returns:
+            `(2, pairs, N)`: in the group of the longer ones, and in that of the shorter.
+        """
+        tops = self.n - 2 * self.count * np.arange(len(ranks))[:, None]  # past each pair's last
+        return np.stack([tops - self.count + ranks, tops - self.count - 1 - ranks])
+
+    def _longest_row(self, ends: Integers) -> int:
+        """Tokens that no row is longer than."""
+        pairs = -(-self.n // (2 * self.count))
+        spans = np.unique(np.linspace(0, self.count, RANKS + 1).astype(np.int64))
+        firsts, lasts = np.tile(spans[:-1], (pairs, 1)), np.tile(spans[1:] - 1, (pairs, 1))
+        places = np.stack([self._places(lasts)[0], self._places(firsts)[1]])
+        return int(np.searchsorted(ends, places, "right").sum(0).max(1).sum())
 
 
 def _check(data: Dataset, tokens: int) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 Rows = Iterator[tuple[str, object]]
+_MARK = "\ufeff"  # that some editors begin a text with
 
 
 def read_rows(path: str | Path, *, text: Callable[[Path], Rows]) -> Rows:
@@ -75,7 +76,7 @@ def _text_lines(path: Path) -> Iterator[tuple[str, str | ValueError]]:
 
 def _decoded(line: bytes) -> str | ValueError:
     try:
-        return line.decode("utf-8-sig")
+        return line.decode().removeprefix(_MARK)
     except UnicodeDecodeError as error:
         return ValueError(f"not UTF-8 ({error.reason} at byte {error.start})")
 
@@ -85,6 +86,25 @@ def _json_lines(path: Path) -> Rows:
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield f"{path}:{number}", _json(line.rstrip())
+
+
+def json_part(path: Path, begin: int, end: int) -> tuple[list[tuple[int, object]], int]:
+    """The rows of JSON whose lines begin at byte `begin` or after, and before `end`.
+
+    Each has the number of its line among these, from 1; beside them stands how many lines there
+    are.
+    """
+    rows, number = list[tuple[int, object]](), 0
+    with path.open("rb") as file:
+        if begin:  # a line that began before belongs to the part before
+            file.seek(begin - 1)
+            file.readline()
+        at = file.tell()
+        while at < end and (line := file.readline()):
+            number, at = number + 1, at + len(line)
+            if line.strip():
+                rows.append((number, _json(line.rstrip())))
+    return rows, number
 
 
 def _json_list(path: Path) -> Rows:
@@ -105,7 +125,7 @@ def _json(text: bytes) -> object:
     if isinstance(decoded := _decoded(text), ValueError):
         return decoded
     try:
-        return json.loads(decoded, object_pairs_hook=_once)
+        return _DECODER.decode(decoded)
     except json.JSONDecodeError as error:
         line = f"line {error.lineno} " if error.lineno > 1 else ""
         return ValueError(f"not JSON ({error.msg} at {line}column {error.colno})")
@@ -123,6 +143,10 @@ def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
+_OTHERS = {";", ",", "\t", "|"}  # that part cells in files of other programs
+_DECODER = json.JSONDecoder(object_pairs_hook=_once)
+
+
 def _table(path: Path) -> Rows:
     """The rows of a .csv or .tsv under its heading."""
     heading, begins = list[str](), 1
@@ -138,6 +162,13 @@ def _table(path: Path) -> Rows:
                     heading = row
                     if len({*row}) < len(row):
                         yield place, ValueError(f"a column stands twice in {reprlib.repr(row)}")
+                        return
+                    if len(row) == 1 and (other := _OTHERS & {*row[0]}):
+                        said = f"one column, {reprlib.repr(row[0])}: cells seem to be parted by"
+                        yield (
+                            place,
+                            ValueError(f"{said} {min(other)!r}; a .csv takes commas, a .tsv tabs"),
+                        )
                         return
                 elif row and len(row) != len(heading):
                     yield place, ValueError(f"{len(row)} cells under a heading of {len(heading)}")

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
-from gpt2.data.encoding import Encoder, Options, blocks, check, encode
+from gpt2.data.encoding import Encoder, Options, check, encode, ignored
 from gpt2.data.examples import Fields, stream_examples
-from gpt2.data.storing import FORMAT, HEADER, made
+from gpt2.data.held_out import ALL, within
+from gpt2.data.parallel import Work, encoded_file
+from gpt2.data.storing import FORMAT, HEADER, made, remove_left
 from gpt2.data.tokens import Dataset
 from gpt2.files import read_json
 
@@ -34,8 +37,9 @@ def open_data(
     eos: bool = True,
     answer_only: bool = False,
     separator: int | None = None,
+    side: tuple[float, float] = ALL,
     tell: Callable[[str], None] | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, float | None], None] | None = None,
 ) -> Dataset:
     """The examples of a file, tokenised once and mapped from disk from then on.
 
@@ -47,8 +51,11 @@ def open_data(
         tokenizer, max_length, eos, answer_only, separator: as for `encode`; the tokenizer has a
             `fingerprint`.
         cache: the folder for the store; by default it lies beside the file.
+        side: take only examples whose prompt's hash, in [0, 1), is in this range: (0, 0.1) is a
+            tenth, and (0.1, 1) has none of its prompts.
         tell: is given a line where a store is made, and why.
-        progress: is given the number of examples so far, now and then while a store is made.
+        progress: is given how many more examples are encoded, now and then while a store is made,
+            and the share of the file that was read, where it is known.
 
     Raises:
         FileNotFoundError: no such file.
@@ -61,18 +68,23 @@ def open_data(
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing or no file.")
     if cache is None and path.stat().st_size < SMALL:
-        return encode(stream_examples(path, fields), tokenizer, **asdict(options))
-    place = (path.parent if cache is None else Path(cache)) / f"{path.name}.tokens"
-    about = _about(tokenizer, options, fields)
+        examples = within(stream_examples(path, fields), side)
+        return encode(examples, tokenizer, **asdict(options))
+    part = "" if tuple(side) == ALL else f".{side[0]:g}-{side[1]:g}"
+    place = (path.parent if cache is None else Path(cache)) / f"{path.name}{part}.tokens"
+    work = Work(path, fields, tokenizer, options, side)
+    about = _about(work)
+    remove_left(place)
     if why := _reason_to_make(place, about, path):
         if tell:
             tell(f"The tokens of {path} are written to {place}: {why}.")
         source = _facts(path)
-        with made(place, {**about, "source": source}) as write:
-            for block in blocks(stream_examples(path, fields), tokenizer, options):
+        found = encoded_file(work)
+        with made(place, {**about, "source": source}) as write, closing(found):
+            for block in found:
                 write(block)
                 if progress:
-                    progress(len(block.lengths))
+                    progress(len(block.lengths), block.reached)
             source["sha256"] = _sha256(path)
             if _facts(path).items() - source.items():
                 raise RuntimeError(f"{path} changed while it was read: run again.")
@@ -96,10 +108,10 @@ def open_store(place: str | Path) -> Dataset:
         name: np.memmap(place / name, dtype, mode="r")
         for name, (dtype, _) in cast(dict[str, Any], header["arrays"]).items()
     }
-    by_length = arrays.pop("by_length")
-    histogram = np.array(header["histogram"], np.int64)
-    known = {"histogram": histogram, "by_length": by_length, "fingerprint": header["fingerprint"]}
-    return Dataset(**arrays, truncated=header["truncated"], **known)
+    unlearnt = ignored(arrays["prompts"], bool(header.get("answer_only")))
+    known = {name: header[name] for name in ("truncated", "fingerprint", "repeated")}
+    known["histogram"] = np.array(header["histogram"], np.int64)
+    return Dataset(ignored=unlearnt, **arrays, **known)
 
 
 def _faults(place: Path, header: Mapping[str, Any]) -> str:
@@ -138,15 +150,20 @@ def _reason_to_make(place: Path, about: Mapping[str, Any], path: Path) -> str:
     return f"{path.name} has changed"
 
 
-def _about(tokenizer: Encoder, options: Options, fields: Fields | None) -> dict[str, Any]:
+def _about(work: Work) -> dict[str, Any]:
     """What a store depends on beside its source."""
-    if not isinstance(fingerprint := getattr(tokenizer, "fingerprint", None), str):
+    if not isinstance(fingerprint := getattr(work.tokenizer, "fingerprint", None), str):
         raise ValueError(
-            f"A store names its tokenizer, and {type(tokenizer).__name__} has no fingerprint: "
+            f"A store names its tokenizer, and {type(work.tokenizer).__name__} has no fingerprint: "
             "give it a string that tells it from others."
         )
-    chosen = {**asdict(options), "fields": None if fields is None else dict(fields)}
-    return {"tokenizer": fingerprint, **chosen}
+    fields = None if work.fields is None else dict(work.fields)
+    return {
+        "tokenizer": fingerprint,
+        **asdict(work.options),
+        "fields": fields,
+        "side": list(work.side),
+    }
 
 
 def _facts(path: Path) -> dict[str, Any]:

@@ -6,13 +6,14 @@ Shapes: T time · N tokens of several examples.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from gpt2.data.order import mixed
 from gpt2.fast.untyped import from_numpy
 from gpt2.training.loss import IGNORE
 
@@ -28,14 +29,16 @@ class Dataset(Sequence[tuple[Tensor, Tensor]]):
         ends: where each example ends in `ids`.
         ignored: how many of each example's first tokens are not learnt.
         truncated: how many examples were cut to the longest length.
-        known: what a store has counted already: `histogram`, `by_length`, `fingerprint`.
+        known: `prompts`, how many of each example's first tokens are its prompt, if that is not
+            `ignored`; and what a store has counted: `histogram`, `by_length`, `fingerprint`,
+            `repeated`.
     """
 
     def __init__(
         self, ids: Array, ends: Array, ignored: Array, truncated: int = 0, **known: Any
     ) -> None:
         self._ids, self._ends, self._ignored = ids, ends, ignored
-        self.truncated = truncated
+        self.truncated, self.prompts = truncated, ignored
         vars(self).update(known)
 
     def __len__(self) -> int:
@@ -65,6 +68,31 @@ class Dataset(Sequence[tuple[Tensor, Tensor]]):
         ids = self._ids[within + np.repeat(starts, lengths)].astype(np.int64)
         return ids, within >= np.repeat(self._ignored[chosen], lengths), lengths
 
+    def part(self, first: int, last: int) -> tuple[Array, Array, Array]:
+        """Examples `first` to `last`: their ids, where each ends in these, and their prompts."""
+        begin, ends = int(self._ends[first - 1]) if first else 0, self._ends[first:last]
+        return self._ids[begin : int(ends[-1])], ends - begin, self.prompts[first:last]
+
+    def prompt_keys(self) -> Iterator[Array]:
+        """64 bits of each example's prompt, or of one without as a whole; some at a time."""
+        for first in range(0, len(self), AT_A_TIME):
+            ids, ends, prompts = self.part(first, first + AT_A_TIME)
+            lengths = np.diff(ends, prepend=0)
+            asked = np.where(prompts > 0, np.minimum(prompts, lengths), lengths)
+            yield hashes(ids, lengths, asked)
+
+    def only(self, chosen: Array) -> Dataset:
+        """The data of these examples alone, in memory; how many of them were cut is not known."""
+        ids, _, lengths = self.take(chosen)
+        ignored, prompts = self._ignored[chosen], self.prompts[chosen]
+        return Dataset(ids.astype(np.int32), np.cumsum(lengths), ignored, prompts=prompts)
+
+    def supervised(self, chosen: Array) -> Array:
+        """How many tokens of each of these examples are learnt, the first of an example never."""
+        starts = np.where(chosen > 0, self._ends[chosen - 1], 0)
+        unlearnt = np.maximum(self._ignored[chosen], 1)
+        return np.maximum(self._ends[chosen] - starts - unlearnt, 0)
+
     @property
     def lengths(self) -> Array:
         """Tokens of each example: an array of eight bytes for each."""
@@ -89,6 +117,13 @@ class Dataset(Sequence[tuple[Tensor, Tensor]]):
     def by_length(self) -> Array:
         """The numbers of all examples, the shortest first."""
         return np.argsort(self.lengths, kind="stable")
+
+    @cached_property
+    def repeated(self) -> int:
+        """How many examples have the very tokens of an earlier one."""
+        parts = (self.part(first, first + AT_A_TIME) for first in range(0, len(self), AT_A_TIME))
+        found = [hashes(ids, np.diff(ends, prepend=0)) for ids, ends, _ in parts]
+        return len(self) - len(np.unique(np.concatenate(found)))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -117,6 +152,18 @@ class Digest:
     def hexdigest(self) -> str:
         """The hash of all so far."""
         return hashlib.sha256(b"".join(part.digest() for part in self.parts)).hexdigest()
+
+
+def hashes(ids: Array, lengths: Array, upto: Array | None = None) -> Array:
+    """64 bits of each example, which has a token at least, or of its first `upto` tokens."""
+    if not len(lengths):
+        return np.zeros(0, np.uint64)
+    place = places(lengths)
+    bits = mixed(ids.astype(np.uint64) ^ (place.astype(np.uint64) << np.uint64(32)))
+    if upto is not None:
+        bits[place >= np.repeat(upto, lengths)] = 0
+    counts = lengths if upto is None else upto
+    return mixed(np.add.reduceat(bits, np.cumsum(lengths) - lengths) ^ counts.astype(np.uint64))
 
 
 def places(lengths: Array) -> Array:

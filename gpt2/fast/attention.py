@@ -5,6 +5,7 @@ Shapes: B batch · T time · N slots seen · H heads · D head size · S documen
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple, Self
 
@@ -15,6 +16,9 @@ from torch.nn import functional as F
 from gpt2.fast.devices import attends_apart, draws_one_by_one, tells_counts
 from gpt2.fast.dropout import drop
 from gpt2.fast.untyped import attend_apart, integers
+
+Drops = Callable[[Tensor, float], Tensor]
+"""Drops elements of a tensor with a probability, and scales the rest."""
 
 
 class Documents(NamedTuple):
@@ -66,7 +70,14 @@ class Documents(NamedTuple):
         return (places - self.starts[self.numbers() - 1])[None]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | Documents | None, p: float) -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor | Documents | None,
+    p: float,
+    drops: Drops | None = None,
+) -> Tensor:
     """`F.scaled_dot_product_attention`, causal unless `visible` says what each position sees.
 
     Args:
@@ -75,14 +86,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | Documents | None, 
         visible: added to the scores, `(B, 1, T, N)`; or the documents of the one row, of which a
             position sees its own.
         p: probability of dropping a weight of attention.
+        drops: what drops them, if not torch.
 
     Returns:
         `(B, H, T, D)`.
     """
     if isinstance(visible, Documents):
         return _attend_apart(q, k, v, visible, p)
-    if p and visible is None and draws_one_by_one(q.device):
-        return _attend_on_cpu(q, k, v, p)
+    if p and visible is None and (drops is not None or draws_one_by_one(q.device)):
+        return _attend_in_parts(q, k, v, p, drops)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=visible, dropout_p=p, is_causal=visible is None
     )
@@ -102,10 +114,10 @@ def _attend_apart(q: Tensor, k: Tensor, v: Tensor, documents: Documents, p: floa
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=p)
 
 
-def _attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+def _attend_in_parts(q: Tensor, k: Tensor, v: Tensor, p: float, drops: Drops | None) -> Tensor:
     """What torch does too on a CPU, where it has no fused form for dropout, but for its draws."""
     T = q.shape[-2]
     later = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
     scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, T, T)
-    weights, _ = drop(scores.masked_fill(later, -torch.inf).softmax(-1), p)
-    return weights @ v
+    weights = scores.masked_fill(later, -torch.inf).softmax(-1)
+    return (drop(weights, p)[0] if drops is None else drops(weights, p)) @ v

@@ -18,7 +18,7 @@ from gpt2.fast import devices
 from gpt2.fast.compiling import compiled
 from gpt2.fast.products import linear
 from gpt2.fast.untyped import apply, is_transforming
-from gpt2.training.loss import IGNORE, cross_entropy, shifted, summed
+from gpt2.training.loss import IGNORE, cross_entropies, shifted, summed, wide_enough
 
 # Rows between which a GPU makes logits three times as fast as (V, rows), since V is odd.
 FEW_ROWS = range(3, 65)
@@ -51,12 +51,31 @@ def summed_loss(
     if devices.tells_counts(x.device) and not torch.compiler.is_compiling():
         supervised = targets != IGNORE
         hidden, targets = hidden[supervised], targets[supervised]
+    return _losses(head, hidden, targets, compiling, smoothing).sum()
+
+
+def losses(
+    head: nn.Module, x: Tensor, labels: Tensor, *, compiling: bool, smoothing: float = 0.0
+) -> Tensor:
+    """The summed loss of each row, `(B,)`: no row's depends on what is learnt in another.
+
+    Args:
+        head, x, labels, compiling, smoothing: as for `summed_loss`.
+    """
+    each = _losses(head, x.flatten(0, 1), shifted(labels), compiling, smoothing)
+    return each.view(len(x), -1).sum(1)
+
+
+def _losses(
+    head: nn.Module, hidden: Tensor, targets: Tensor, compiling: bool, smoothing: float
+) -> Tensor:
+    """The loss at each position, `(N,)`, zero where nothing is learnt."""
     weight = cast(Tensor, head.weight) if _is_plain(head) else None
     if weight is not None and not (weight.requires_grad and torch.is_grad_enabled()):
-        chunk_loss = compiled(_chunk) if compiling and devices.fuses_loss(x.device) else _chunk
+        chunk_loss = compiled(_chunk) if compiling and devices.fuses_loss(hidden.device) else _chunk
         return apply(_FrozenHeadLoss, hidden, weight, targets, smoothing, chunk_loss)
     found = head(hidden) if weight is None else linear(hidden, weight)
-    return cross_entropy(found, targets, smoothing)
+    return cross_entropies(found, targets, smoothing)
 
 
 def _is_plain(head: nn.Module) -> bool:
@@ -72,7 +91,7 @@ def _is_plain(head: nn.Module) -> bool:
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
-    """Cross-entropy of `hidden Wᵀ`, summed; the gradient of `hidden` is made in the forward.
+    """Cross-entropies of `hidden Wᵀ`; the gradient of `hidden` is made in the forward.
 
     The head's weight needs no gradient, so a chunk of logits can be dropped as soon as it has
     given its share of the loss and of the gradient.
@@ -93,7 +112,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
         else:
             hidden = F.pad(hidden, (0, 0, 0, -n % 8))
             targets = F.pad(targets, (0, -n % 8), value=IGNORE)
-        total = hidden.new_zeros((), dtype=torch.float32)
+        each: list[Tensor] = []
         gradients: list[Tensor] = []
         size = devices.positions_at_a_time(hidden.device)
         for start in range(0, len(hidden), size):
@@ -101,10 +120,13 @@ class _FrozenHeadLoss(torch.autograd.Function):
             loss, gradient = chunk_loss(
                 hidden[part], weight, targets[part], vocab, ctx.needs_input_grad[0], smoothing
             )
-            total = total + loss
+            each.append(loss)
             gradients.append(gradient)
-        ctx.save_for_backward(torch.cat(gradients)[:n] if gradients else hidden)
-        return total
+        if not each:
+            ctx.save_for_backward(hidden)
+            return hidden.new_zeros(0, dtype=wide_enough(hidden.dtype))
+        ctx.save_for_backward(torch.cat(gradients)[:n])
+        return torch.cat(each)[:n]
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
@@ -115,7 +137,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
                 "given). For more take gpt2.next_token_loss(model(idx), labels), or torch.func."
             )
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_outputs[0].to(gradient.dtype), None, None, None, None
+        return gradient * grad_outputs[0][:, None].to(gradient.dtype), None, None, None, None
 
 
 def _chunk(
@@ -126,8 +148,9 @@ def _chunk(
     needs_gradient: bool,
     smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Loss and gradient of some positions; rows of `weight` past `vocab` are padding."""
-    found = _times(hidden, weight).float()  # (N, V padded)
+    """Losses and gradients of some positions; rows of `weight` past `vocab` are padding."""
+    found = _times(hidden, weight)  # (N, V padded)
+    found = found.to(wide_enough(found.dtype))
     if len(weight) > vocab:
         tokens = torch.arange(len(weight), device=hidden.device)
         found = found.masked_fill(tokens >= vocab, -torch.inf)
@@ -141,7 +164,7 @@ def _chunk(
         right = 1 - smoothing + smoothing / vocab
     scores = found.sub_(top).exp_()
     total = scores.sum(-1, keepdim=True)  # in pairs; a softmax kernel's running sum is off by 1e-5
-    loss = (total.log() - sought).squeeze(1).where(supervised, 0.0).sum()
+    loss = (total.log() - sought).squeeze(1).where(supervised, 0.0)
     if not needs_gradient:
         return loss, hidden
     probabilities = scores.div_(total)

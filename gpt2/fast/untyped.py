@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -21,6 +21,11 @@ def apply(function: type[torch.autograd.Function], *inputs: Any) -> Tensor:
 def backward(loss: Tensor) -> None:
     """Add the loss's gradients to those of the parameters."""
     cast(Any, loss).backward()
+
+
+def gradients(loss: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The loss's gradient for each of the tensors, zeros for one that has no part in it."""
+    return _torch.autograd.grad(loss, tensors, materialize_grads=True)
 
 
 def checkpointed(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
@@ -78,6 +83,11 @@ def gather_into(found: Tensor, own: Tensor) -> None:
     group = _torch.distributed  # torch 2.13 renames it
     gather = getattr(group, "all_gather_single", None) or group.all_gather_into_tensor
     gather(found, own)
+
+
+def row_norms(tensor: Tensor) -> Tensor:
+    """The Euclidean norm of each row of a `(k, P)` tensor."""
+    return _torch.linalg.vector_norm(tensor, dim=1)
 
 
 def whole(tensor: Tensor) -> Tensor:

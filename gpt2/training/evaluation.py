@@ -5,16 +5,21 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from gpt2.data.batches import collate
-from gpt2.data.tokens import Dataset
+from gpt2.data.batches import Batch, collate
+from gpt2.data.tokens import Array, Dataset
+from gpt2.fast.devices import positions_at_a_time
+from gpt2.fast.untyped import from_numpy
+from gpt2.model import GPT2
 from gpt2.training import distributed
 from gpt2.training.checks import check_readable
+from gpt2.training.loss import IGNORE
 from gpt2.training.modes import in_mode
 from gpt2.training.randomness import RandomState
-from gpt2.training.wrapped import summed_loss
+from gpt2.training.wrapped import logits_of, summed_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +29,7 @@ class Evaluation:
     loss: float  # mean over the supervised tokens, nats
     tokens: int  # supervised
     examples: int
+    exact_match: float | None = None  # share of the prompts that are answered as a reference
 
     @property
     def perplexity(self) -> float:
@@ -32,7 +38,12 @@ class Evaluation:
 
 
 def evaluate(
-    model: nn.Module, data: Dataset, *, batch_size: int = 8, autocast: bool = False
+    model: nn.Module,
+    data: Dataset,
+    *,
+    batch_size: int = 8,
+    autocast: bool = False,
+    references: bool = False,
 ) -> Evaluation:
     """The mean loss over all supervised tokens of the data, without dropout.
 
@@ -46,25 +57,68 @@ def evaluate(
             in float64, so that another batch size changes the loss by rounding only (about 1e-6 of
             it).
         autocast: compute in bfloat16 beside float32 weights.
+        references: take completions for references, and find out which prompts the model would
+            continue greedily with one of theirs, the token that ends it included.
 
     Raises:
-        ValueError: the model cannot be called on the data; `batch_size` is below 1.
+        ValueError: the model cannot be called on the data; `batch_size` is below 1; references of
+            data without prompts.
     """
     check_readable(model, data)
     if type(batch_size) is not int or batch_size < 1:
         raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
     device = next(iter(model.parameters())).device
     order = data.by_length[::-1]  # alike in length: little padding; the largest batch first
-    starts = range(0, len(data), batch_size)
-    found: list[list[float]] = []
+    starts, found = range(0, len(data), batch_size), list[list[float]]()
+    exact, asked = np.zeros(len(data), bool), np.asarray(data.prompts)
+    if references and not asked.any():
+        raise ValueError("references=True takes examples with a prompt, and no example has one.")
+    if references and any(map(distributed.is_sharded, model.parameters())):
+        raise ValueError("references=True takes a model that is not sharded.")
     with in_mode(model, training=False), RandomState(0, device), torch.no_grad():
         for start in distributed.strided(starts):
-            batch = collate([data[int(i)] for i in order[start : start + batch_size]])
-            moved = batch.to(device)
+            some = order[start : start + batch_size]
+            batch = collate([data[int(i)] for i in some])
+            moved, right = batch.to(device), np.zeros(batch_size)
             with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                 loss = summed_loss(model, moved.idx, moved.labels)
-            found.append([float(loss), batch.n_tokens])
+                if references:
+                    right[: len(some)] = _are_greedy(model, moved, from_numpy(asked[some]))
+            found.append([float(loss), batch.n_tokens, *right])
     total, tokens = 0.0, 0
-    for loss, count in distributed.interleaved(found, device)[: len(starts)]:
-        total, tokens = total + loss, tokens + int(count)
-    return Evaluation(loss=total / tokens, tokens=tokens, examples=len(data))
+    for start, row in zip(starts, distributed.interleaved(found, device), strict=False):
+        total, tokens = total + row[0], tokens + int(row[1])
+        some = order[start : start + batch_size]
+        exact[some] = row[2 : 2 + len(some)]
+    share = _share_of_prompts(data, exact) if references else None
+    return Evaluation(loss=total / tokens, tokens=tokens, examples=len(data), exact_match=share)
+
+
+def _are_greedy(model: nn.Module, batch: Batch, prompts: Tensor) -> Array:
+    """Whether each row's completion is the greedy one.
+
+    It is if each of its tokens is the most likely one after those before it, so that nothing need
+    be generated.
+    """
+    idx, targets = batch.idx, batch.labels[:, 1:]
+    places = torch.arange(1, idx.shape[1], device=idx.device)
+    wanted = (targets != IGNORE) & (places >= prompts.to(idx.device)[:, None])
+    right = ~wanted
+    if isinstance(model, GPT2):
+        hidden, found = model.transformer(idx)[:, :-1][wanted], targets[wanted]
+        size = positions_at_a_time(idx.device)
+        parts = [slice(start, start + size) for start in range(0, max(1, len(found)), size)]
+        right[wanted] = torch.cat([model.lm_head(hidden[p]).argmax(-1) == found[p] for p in parts])
+    else:
+        for row in range(len(idx)):  # its logits are all that is held
+            most_likely = logits_of(model, idx[row : row + 1])[0, :-1].argmax(-1)
+            right[row] |= most_likely == targets[row]
+    return (right.all(1) & wanted.any(1)).cpu().numpy()
+
+
+def _share_of_prompts(data: Dataset, exact: Array) -> float:
+    """Of the different prompts, the share that has an exact example."""
+    has_prompt = np.asarray(data.prompts) > 0
+    keys = np.concatenate([*data.prompt_keys()])
+    answered = np.unique(keys[has_prompt & exact])
+    return len(answered) / len(np.unique(keys[has_prompt]))

@@ -87,8 +87,9 @@ class Fit(Iterator[StepRecord]):
         run: RunConfig,
         resume: bool,
     ) -> None:
-        self.model, self.config, self.validation, self.options = model, config, validation, run
+        self.model, self.validation, self.options = model, validation, run
         self.training = train(model, data, config, groups=groups)
+        config = self.config = self.training.run.config  # which may pack no more
         every = run.eval_every or steps_an_epoch(data, config)
         total = self.training.run.total
 
@@ -179,19 +180,14 @@ class Fit(Iterator[StepRecord]):
             OSError: it cannot be written; those of before are as they were.
         """
         run = self.training.run
-        if (
-            distributed.rank()
-            or self.options.folder is None
-            or not self.taken
-            or not run.is_whole
-            or self._last
-        ):
+        can = self.options.folder is not None and self.taken and run.is_whole and not self._last
+        if distributed.rank() or not can:
             return False
         kept, state = self._kept, run.state()
         found = Snapshot(
             made_of=self.made_of, state=state, evaluated=kept.evaluated, best=kept.best
         )
-        snapshots.write(Path(self.options.folder), found)
+        snapshots.write(Path(self.options.folder or ""), found)
         self.saved_step = state.step
         return True
 

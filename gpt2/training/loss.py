@@ -8,6 +8,7 @@ Shapes: B batch · T time · V vocab.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,7 +20,7 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """The mean cross-entropy, in nats, over the supervised tokens.
 
     Args:
-        logits: `(B, T, V)`, computed with in float32.
+        logits: `(B, T, V)`, computed with in float32 at least.
         labels: `(B, T)`, aligned with the token ids.
 
     Raises:
@@ -32,7 +33,7 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def summed(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """The cross-entropy summed over the supervised tokens, a float32 scalar.
+    """The cross-entropy summed over the supervised tokens, a scalar of float32 at least.
 
     Args:
         logits, labels: as for `next_token_loss`.
@@ -44,18 +45,23 @@ def summed(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     if logits.shape[:2] != labels.shape:
         raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} differ.")
     targets = shifted(labels)
-    return cross_entropy(logits.flatten(0, 1), targets, smoothing)
+    return cross_entropies(logits.flatten(0, 1), targets, smoothing).sum()
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
-    """The sum over the targets `(N,)` that are not `IGNORE`, of logits `(N, V)`, in float32."""
+def cross_entropies(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    """The loss at each target `(N,)`, zero where it is `IGNORE`, of logits `(N, V)`."""
     return F.cross_entropy(
-        logits.float(),
+        logits.to(wide_enough(logits.dtype)),
         targets,
         ignore_index=IGNORE,
-        reduction="sum",
+        reduction="none",
         label_smoothing=smoothing,
     )
+
+
+def wide_enough(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a loss is computed: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def shifted(labels: Tensor) -> Tensor:

@@ -15,11 +15,14 @@ def total_steps(data: Dataset | int, config: TrainConfig) -> int:
     """The optimiser steps of a run over the data; how many examples it has is enough for most.
 
     Raises:
-        ValueError: there are none; a number of examples, where their lengths count.
+        ValueError: there are none; a number of examples, where their lengths count; an example
+            longer than `tokens_per_batch`.
     """
     if (data if isinstance(data, int) else len(data)) < 1:
         raise ValueError("There is no example to train on.")
     if config.steps is not None:
+        if not isinstance(data, int):
+            planned(data, config)  # raises what would stop the first step
         return config.steps
     return (config.epochs or 0) * steps_an_epoch(data, config)
 

@@ -41,7 +41,7 @@ def summed_loss(
     *,
     smoothing: float = 0.0,
 ) -> Tensor:
-    """The cross-entropy summed over the supervised tokens, a float32 scalar.
+    """The cross-entropy summed over the supervised tokens, a scalar of float32 at least.
 
     Only the model itself is called: a GPT-2, wrapped or not, for its loss; any other for its
     logits.
@@ -61,6 +61,15 @@ def summed_loss(
         return model(idx, labels, **more).sum()  # DataParallel gives a loss for each of its devices
     if documents is not None:
         raise ValueError(f"{type(model).__name__} reads a row as one text: packing takes a GPT-2.")
+    return summed(logits_of(model, idx), labels, smoothing)
+
+
+def logits_of(model: nn.Module, idx: Tensor) -> Tensor:
+    """The logits `(B, T, V)` of any model that has some.
+
+    Raises:
+        ValueError: it has none.
+    """
     out: Any = model(idx)
     found = getattr(out, "logits", out)
     if not (isinstance(found, Tensor) and found.dim() == 3):
@@ -68,7 +77,7 @@ def summed_loss(
             f"{type(model).__name__} gives {type(out).__name__}: what is trained must map (B, T) "
             "token ids to (B, T, V) logits, or to an object that has them as .logits."
         )
-    return summed(found, labels, smoothing)
+    return found
 
 
 def _held(model: nn.Module) -> nn.Module | None:

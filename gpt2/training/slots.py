@@ -1,0 +1,186 @@
+"""What the host knows of each training in a population: its config, its place in the data, its end.
+
+Shapes: b rows of a slot · n examples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from gpt2.data.order import Integers, shuffled
+from gpt2.data.tokens import Dataset, places
+from gpt2.training.config import TrainConfig
+from gpt2.training.run import StepRecord
+from gpt2.training.schedule import lr_scale, total_steps
+
+WHOLE = 1 << 16  # examples up to which an epoch's order is kept, since looking is then cheap
+OWN = frozenset(
+    "lr epochs steps accumulate schedule warmup_ratio warmup_steps weight_decay betas eps clip "
+    "seed sync_every".split()
+)
+"""The fields of a TrainConfig in which slots may differ."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotState:
+    """A training taken out of its slot, with which it goes on in any slot.
+
+    Args:
+        occupant: what the slots give for what is trained.
+        first, second: AdamW's moments, `(P,)` on the CPU.
+        config, ratios, taken, records, ended: as `Slot` has them.
+    """
+
+    occupant: Any
+    first: Tensor
+    second: Tensor
+    config: TrainConfig
+    ratios: Mapping[str, float]
+    taken: int
+    records: list[StepRecord]
+    ended: str | None
+
+
+@dataclass(kw_only=True)
+class Slot:
+    """A training in a slot.
+
+    Args:
+        config: how it trains.
+        total: steps of its whole schedule.
+        until: the step after which it rests.
+        ratios: factors of the learning rate for the slots' parts, by their name.
+        taken: steps that it has taken.
+        micro: micro-batches of its step under way.
+        records: of its steps.
+        ended: why it has come to an end of its own, if it has.
+    """
+
+    config: TrainConfig
+    data: Dataset
+    total: int
+    until: int
+    ratios: Mapping[str, float]
+    taken: int = 0
+    micro: int = 0
+    records: list[StepRecord] = field(default_factory=list[StepRecord])
+    ended: str | None = None
+    _order: tuple[int, Integers] | None = None
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether it has a step to take."""
+        return self.taken < self.until and self.ended is None
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of its step under way, from 0."""
+        return self.taken // self.steps_an_epoch
+
+    @property
+    def steps_an_epoch(self) -> int:
+        """Steps of one pass over the data."""
+        return math.ceil(self.batches / self.config.accumulate)
+
+    @property
+    def batches(self) -> int:
+        """Micro-batches of one pass over the data."""
+        return math.ceil(len(self.data) / self.config.batch_size)
+
+    @property
+    def numbers(self) -> range:
+        """The numbers, in its epoch, of the micro-batches of its step under way."""
+        first = self.taken % self.steps_an_epoch * self.config.accumulate
+        return range(first, min(first + self.config.accumulate, self.batches))
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of its step under way."""
+        return self.config.lr * lr_scale(self.taken + 1, self.total, self.config)
+
+    def micro_batch(self) -> tuple[Integers, int, bool]:
+        """The examples of the next micro-batch, its step's tokens, and whether it is the last."""
+        numbers = self.numbers
+        tokens = int(self.data.supervised(self._examples(numbers)).sum())
+        own = numbers[self.micro : self.micro + 1]
+        return self._examples(own), tokens, self.micro + 1 == len(numbers)
+
+    def record(self, tokens: int) -> StepRecord:
+        """Of the step under way, whose loss, norm and time are not known yet."""
+        return StepRecord(
+            step=self.taken + 1,
+            epoch=self.epoch + 1,
+            loss=math.nan,
+            lr=self.rate,
+            grad_norm=math.nan,
+            tokens=tokens,
+            seconds=math.nan,
+        )
+
+    def go_on(self, *, is_last: bool) -> None:
+        """The micro-batch was taken, and if it was the last the step too."""
+        self.micro = 0 if is_last else self.micro + 1
+        self.taken += is_last
+
+    def tell(self, record: StepRecord, loss: float, norm: float, seconds: float) -> None:
+        """What the device says of a step; one not finite was not applied, nor any after it."""
+        if self.ended is not None:
+            return
+        record = replace(record, loss=loss, grad_norm=norm, seconds=seconds)
+        self.records.append(record)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self.taken, self.micro = record.step - 1, 0
+            self.ended = f"Step {record.step}: the loss is {loss} and the gradient's norm {norm}"
+
+    def _examples(self, numbers: range) -> Integers:
+        """The examples of these micro-batches of the epoch."""
+        n, size, config = len(self.data), self.config.batch_size, self.config
+        span = slice(numbers.start * size, min(numbers.stop * size, n))
+        if n > WHOLE:
+            places = np.arange(span.start, span.stop)
+            return shuffled(places, n, seed=config.seed, epoch=self.epoch)
+        if self._order is None or self._order[0] != self.epoch:
+            whole = shuffled(np.arange(n), n, seed=config.seed, epoch=self.epoch)
+            self._order = self.epoch, whole
+        return self._order[1][span]
+
+
+def opened(
+    data: Dataset, config: TrainConfig, ratios: Mapping[str, float], until: int | None
+) -> Slot:
+    """A training at its beginning, that rests after step `until`, at the latest at its end."""
+    total = total_steps(data, config)
+    until = total if until is None else min(until, total)
+    return Slot(config=config, data=data, total=total, until=until, ratios=dict(ratios))
+
+
+def rows_of(
+    data: Dataset, chosen: Sequence[Integers], size: int, width: int, ignore: int
+) -> tuple[Any, Any, list[tuple[int, int]]]:
+    """A batch in which each slot's examples stand in its own block, and nothing else is learnt.
+
+    Args:
+        data: the examples.
+        chosen: each slot's, at most `size`.
+        size, width: b and T.
+        ignore: the label of what is not learnt.
+
+    Returns:
+        Ids and labels `(k·b, T)`, int64, and how many rows and columns each slot fills.
+    """
+    idx = np.zeros((len(chosen) * size, width), np.int64)
+    labels = np.full_like(idx, ignore)
+    counts = [len(some) for some in chosen]
+    rows = np.concatenate([np.arange(n) + i * size for i, n in enumerate(counts)])
+    ids, learnt, lengths = data.take(np.concatenate(chosen))
+    at = np.repeat(rows, lengths), places(lengths)
+    idx[at], labels[at] = ids, np.where(learnt, ids, ignore)
+    ends = np.cumsum(counts)
+    longest = [int(lengths[e - n : e].max()) if n else 0 for n, e in zip(counts, ends, strict=True)]
+    return idx, labels, list(zip(counts, longest, strict=True))

@@ -1,0 +1,188 @@
+"""A micro-batch of every slot: losses, gradients, and the update of those whose step is over.
+
+Shapes: k slots · P parameters of a slot · b rows of a slot · T time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gpt2.fast import devices, head
+from gpt2.fast.compiling import compiled
+from gpt2.fast.graphs import GraphedCalls
+from gpt2.fast.slot_dropout import Hashes, Streams, places
+from gpt2.fast.untyped import gradients, named_modules, row_norms
+from gpt2.model import GPT2
+from gpt2.training.config import TrainConfig
+from gpt2.training.loss import cross_entropies, shifted
+from gpt2.training.slot_adamw import update
+from gpt2.training.wrapped import logits_of
+
+
+class Slots(Protocol):
+    """What is trained: k sets of parameters, each under its own equal block of a batch's rows.
+
+    Attributes:
+        flat, grad: `(k, P)`, all parameters and their gradients.
+        parameters, gradients: views of them, as the model is made of them.
+        parts: columns by name, which may learn at rates of their own.
+    """
+
+    flat: Tensor
+    grad: Tensor
+    parameters: Sequence[Tensor]
+    gradients: Sequence[Tensor]
+    parts: Mapping[str, slice]
+
+    def take(self, slot: int) -> Any:
+        """What is in a slot, to be put into any."""
+        ...
+
+    def put(self, slot: int, updates: Any) -> None:
+        """Give a slot what was taken."""
+        ...
+
+
+class StackStep:
+    """Micro-batches of all slots on the device, where nothing is asked of it.
+
+    Args:
+        model: runs under the slots.
+        slots: what is trained.
+        config: what the slots have in common.
+
+    Attributes:
+        first, second: `(k, P)`, AdamW's moments.
+        ratios: `(k,)` factors of the learning rate, by part.
+        failed: booleans `(k,)`, the slots of which a loss or gradient was not finite.
+    """
+
+    def __init__(self, model: nn.Module, slots: Slots, config: TrainConfig) -> None:
+        self.model, self.slots, self.config = model, slots, config
+        self.device, k = slots.flat.device, len(slots.flat)
+        self.first, self.second = torch.zeros_like(slots.flat), torch.zeros_like(slots.flat)
+        self.ratios = {name: slots.flat.new_ones(k) for name in slots.parts}
+        self.failed = torch.zeros(k, dtype=torch.bool, device=self.device)
+        self._loss = slots.flat.new_zeros(k)
+        self.graphs = GraphedCalls() if devices.can_capture(self.device) else None
+        self._dropping: list[Any] = [m for m in model.modules() if hasattr(m, "drops")]
+        shape = (len(self._dropping), k, 2)
+        self._seeds = torch.zeros(shape, dtype=torch.int32, device=self.device)
+        self._streams = Streams(k) if devices.draws_one_by_one(self.device) else None
+        self._update = compiled(update) if config.compile else update
+
+    def forget(self, slot: int) -> None:
+        """A new training begins in a slot."""
+        for tensor in (self.first, self.second, self.slots.grad, self._loss, self.failed):
+            tensor[slot] = 0
+
+    def __call__(
+        self,
+        idx: Tensor,
+        labels: Tensor,
+        numbers: Tensor,
+        seeds: Sequence[int | None],
+        sizes: Sequence[tuple[int, int]],
+    ) -> Tensor:
+        """Loss and gradient norm `(2, k)` so far of each slot's step, still on the device.
+
+        Args:
+            idx, labels: `(k·b, T)`.
+            numbers: `(10, k)`: the fields of `Rates`, then the loss's factor, then 1 where the
+                slot's step is over.
+            seeds: of each slot's dropout, 64 bits; None for an idle one.
+            sizes: rows and columns that each slot fills of its block.
+        """
+        if self._streams is not None:
+            self._streams.begin(seeds, sizes)
+        halves = [[(s or 0) & 0xFFFFFFFF, (s or 0) >> 32] for s in seeds]
+        keys = torch.tensor(halves, dtype=torch.int64, device="cpu").to(torch.int32)
+        inputs = [devices.copied(t, self.device) for t in (idx, labels, numbers, keys)]
+        if self.graphs is None or self.config.cuda_graph is False:
+            return self._micro_batch(*inputs)
+        return self.graphs(self._micro_batch, self._state, *inputs).clone()
+
+    def losses(self, idx: Tensor, labels: Tensor) -> Tensor:
+        """The summed loss of each row, `(B,)`."""
+        smoothing, model = self.config.label_smoothing, self.model
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast):
+            if isinstance(model, GPT2):
+                how: Any = {"compiling": self.config.compile, "smoothing": smoothing}
+                return head.losses(model.lm_head, model.transformer(idx), labels, **how)
+            found = logits_of(model, idx).flatten(0, 1)
+            return cross_entropies(found, shifted(labels), smoothing).view(len(idx), -1).sum(1)
+
+    @contextmanager
+    def in_force(self) -> Generator[None]:
+        """The model computes as the config says, and drops as the slots do; after as before."""
+        own: list[tuple[Any, str, Any]] = []
+        for i, module in enumerate(self._dropping):
+            own.append((module, "drops", self._streams or Hashes(self._seeds[i])))
+        if isinstance(self.model, GPT2):
+            own.append((self.model.transformer, "compiling", self.config.compile))
+        before = [getattr(module, name) for module, name, _ in own]
+        try:
+            for module, name, value in own:
+                setattr(module, name, value)
+            yield
+        finally:
+            for (module, name, _), value in zip(own, before, strict=True):
+                setattr(module, name, value)
+
+    def _micro_batch(self, idx: Tensor, labels: Tensor, numbers: Tensor, keys: Tensor) -> Tensor:
+        slots, k = self.slots, len(self.failed)
+        if self._streams is None:
+            places(keys, self._seeds)
+        loss = self.losses(idx, labels).view(k, -1).sum(1) * numbers[-2]
+        found = gradients(loss.sum(), slots.parameters)
+        with torch.no_grad():
+            for sum_so_far, gradient in zip(slots.gradients, found, strict=True):
+                sum_so_far += gradient
+            self._loss += loss
+        norm = row_norms(slots.grad)
+        over = numbers[-1] > 0
+        figures = torch.stack([self._loss, norm])
+        self.failed |= over & ~figures.isfinite().all(0)
+        parts = {
+            name: (*(t[:, c] for t in (slots.flat, slots.grad, self.first, self.second)), ratio)
+            for (name, c), ratio in zip(slots.parts.items(), self.ratios.values(), strict=True)
+        }
+        with torch.no_grad():
+            self._update(parts, norm, over & ~self.failed, numbers[:-2])
+            slots.grad.masked_fill_(over[:, None], 0)
+            self._loss.masked_fill_(over, 0)
+        return figures
+
+    def _state(self) -> list[Tensor]:
+        """All that a micro-batch changes."""
+        stacks = [self.slots.flat, self.slots.grad, self.first, self.second]
+        return [*stacks, self._loss, self.failed, self._seeds]
+
+
+def check(model: nn.Module, config: TrainConfig) -> None:
+    """Whether the slots of this model can be trained so.
+
+    Raises:
+        ValueError: naming all that a population has not.
+    """
+    faults = [
+        f"{name} is for one training alone"
+        for name in ("tokens_per_batch", "packing", "checkpointing")
+        if getattr(config, name)
+    ]
+    dropping = [
+        name
+        for name, module in named_modules(model).items()
+        if isinstance(module, nn.Dropout) and module.p and not hasattr(module, "drops")
+    ]
+    if dropping:
+        faults.append(f"{dropping[0]} cannot drop for each slot apart: set its p to 0")
+    if config.compile and not isinstance(model, GPT2):
+        faults.append("compile=True needs a GPT2")
+    if faults:
+        raise ValueError(f"The population cannot be trained so: {'; '.join(faults)}.")

@@ -1,0 +1,63 @@
+"""`train_qa.py` on one file: an adapter, and what base and tuned model answer."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import answers
+import continuing
+import folder
+import gpt2
+import inputs
+import keeping
+import lora
+import options as opts
+import report
+import results
+import starting
+import validation
+from gpt2.training import snapshots
+from gpt2.training.packing import settled
+
+
+def run(
+    names: list[str],
+    sources: Sequence[inputs.Source],
+    prompts: list[inputs.Asked],
+    reader: inputs.Reader,
+    training: gpt2.TrainConfig,
+    sampling: gpt2.GenerateConfig,
+) -> None:
+    """Train an adapter on the one file; show, save and compare."""
+    (source,), model, options, console = sources, reader.model, reader.options, reader.console
+    clock, counts = results.Clock(), {"base": lora.count_parameters(model)}
+    apart, training = validation.apart(source, reader), settled(model, training)
+    opts.inject(model, options)
+    counts["LoRA"] = lora.count_parameters(model)
+    ids = inputs.encode_prompts(prompts, reader.tokenizer, model, sampling, options.separator)
+    total = gpt2.total_steps(apart.learnt, training)
+    line = f"{report.examples_line(apart.learnt)} {total:,} steps, by {options.config}.{apart.told}"
+    console.print(report.parameter_table(counts), line, sep="\n", soft_wrap=True)
+    clock.lap("load")
+
+    tried = functools.partial(continuing.tried, model, ids, sampling, console)
+    with lora.disabled(model):
+        base = tried()
+    clock.lap("base answers")
+    with starting.begun(options, names) as place:
+        places = folder.Places("default", place, place / folder.ADAPTER, place / folder.LAST)
+        resume = bool(options.resume)
+        fit, losses = keeping.fitted(reader, apart, training, place, places, resume=resume)
+        clock.lap("training")
+        tuned = tried()
+        clock.lap("tuned answers")
+        texts = answers.decoded(reader.tokenizer, base, tuned, sampling)
+        learnt = validation.learnt_texts(source, options)
+        compared = answers.compare(prompts, *texts, learnt, searched=source.whole)
+        if compared:
+            console.print(report.answer_table(compared), answers.score(compared))
+        about = {**results.about(reader, counts, apart.learnt), "seconds": clock.laps}
+        results.write(place, fit, losses, every=options.logging_steps, answers=compared, run=about)
+        snapshots.remove(place)  # the run is over
+    report.end(console, place, [place], options.model_name, prompts)

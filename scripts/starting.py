@@ -1,0 +1,110 @@
+"""Whether a run may begin, or go on; and its folder, for it alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+import cli
+import folder
+import gpt2
+import lock
+import validation
+from gpt2.training import snapshots
+
+TRANSIENT = ("config", "resume", "overwrite", "res_path")  # options of one start, not of the run
+FREE = ("logging_steps", "prompts", "generate", "device", "cache", "sync_every", "save_every")
+
+
+def add_options(to: ArgumentParser) -> None:
+    """Where the results and the tokens go, and whether a run is there."""
+    place = "folder for the results, by default a new runs/qa-N"
+    to.add_argument("--res_path", type=str | None, help=place)
+    cache = "folder for the tokens of the data, by default beside a large file and nowhere else"
+    to.add_argument("--cache", type=str | None, help=cache)
+    flag: dict[str, Any] = {"nargs": "?", "const": True, "default": False}
+    over = "replace the run that res_path holds"
+    to.add_argument("--overwrite", type=bool, help=over, **flag)
+    again = "go on with the run of res_path, or of the folder that is named"
+    to.add_argument("--resume", type=bool | str, help=again, **flag)
+
+
+def check(options: Namespace, adapters: Sequence[str] = (folder.ADAPTER,)) -> None:
+    """Find out, and write nothing, whether the run may be begun or gone on with.
+
+    Raises:
+        FileNotFoundError: there is nothing to go on with.
+        ValueError: as `folder.check`; another run works there; options that do not go together.
+    """
+    if options.validation is None and (options.patience or options.eval_every):
+        raise ValueError("patience and eval_every need validation data: give --validation.")
+    validation.share(options)
+    if options.resume:
+        named = options.resume if isinstance(options.resume, str) else options.res_path
+        if named is None:
+            raise ValueError("Name the folder of the run that is to go on: --resume FOLDER.")
+        if options.tasks and folder.is_begun(Path(named), adapters):
+            _check_same(options, Path(named))
+        else:
+            snapshots.check(Path(named))
+        options.res_path = named
+    else:
+        folder.check(options.res_path, overwrite=options.overwrite, adapters=adapters)
+    place = Path(options.res_path or folder.NUMBERED)
+    cli.build(gpt2.RunConfig, options, folder=place)
+    if options.res_path and place.is_dir():
+        with lock.held(place):
+            pass
+
+
+@contextmanager
+def begun(options: Namespace, adapters: Sequence[str] = (folder.ADAPTER,)) -> Iterator[Path]:
+    """The run's folder, for this run alone, with its options."""
+    resumed = bool(options.resume)
+    place = Path(options.res_path) if resumed else folder.prepare(options.res_path, adapters)
+    with lock.held(place):
+        if not resumed:
+            write_options(options, place)
+        try:
+            yield place
+        except BaseException as stop:
+            there = [place / name for name in adapters if any((place / name).glob("*.safetensors"))]
+            if there and not getattr(stop, "__notes__", ()):
+                stop.add_note(f"The trained adapter is in {', '.join(map(str, there))}.")
+            raise
+
+
+def write_options(options: Namespace, place: Path) -> None:
+    """Write the options, so that `--resume FOLDER` needs no other."""
+    (place / folder.OPTIONS).write_text(_kept(options), encoding="utf-8")
+
+
+def _kept(options: Namespace) -> str:
+    kept = {name: value for name, value in options.as_dict().items() if name not in TRANSIENT}
+    return yaml.safe_dump(kept, sort_keys=False)
+
+
+def _check_same(options: Namespace, place: Path) -> None:
+    """The error of several adapters that would not all be made by the same options."""
+    text = (place / folder.OPTIONS).read_text(encoding="utf-8")
+    then, now = yaml.safe_load(text) or {}, yaml.safe_load(_kept(options))
+    names = [n for n in {**then, **now} if n not in FREE and then.get(n) != now.get(n)]
+    if names:
+        odd = ", ".join(f"{n} was {then.get(n)!r:.80}, is {now.get(n)!r:.80}" for n in names)
+        raise ValueError(
+            f"The run in {place} cannot be gone on with: {odd}. Give what it was begun with, or "
+            "begin anew in another folder."
+        )
+
+
+def options_file(given: Namespace, default: Path) -> Path:
+    """Where options come from that no flag gives: of a run that is gone on with, its own."""
+    resumed = given.get("resume")
+    place = resumed if isinstance(resumed, str) else given.get("res_path") if resumed else None
+    file = Path(place or "", folder.OPTIONS)
+    return file if place and file.is_file() else default

@@ -1,0 +1,228 @@
+"""Bad data and bad luck in `train_qa.py`: one line says it, and nothing is lost."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+
+import gpt2
+import lora
+
+for package in ("jsonargparse", "docstring_parser", "yaml", "rich", "matplotlib"):
+    pytest.importorskip(package, reason="the scripts need the extra 'scripts'")
+
+from tests.test_resume_script import MANY, VALID, losses_of, stopped_after  # noqa: E402
+from tests.test_scripts import QUICK, SCRIPTS, assert_trained, command  # noqa: E402
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Import a script by its name, as if it had been started."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    return importlib.import_module
+
+
+@pytest.fixture
+def many(tmp_path) -> str:
+    file = tmp_path / "many.jsonl"
+    file.write_text("\n".join(MANY))
+    return str(file)
+
+
+def without_columns(folder: Path, suffix: str) -> Path:
+    file = folder / f"data.{suffix}"
+    if suffix == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.table({"frage": ["a"], "antwort": ["b"]}), file)
+    else:
+        file.write_text("frage\tantwort\na\tb\n".replace("\t", "," if suffix == "csv" else "\t"))
+    return file
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "parquet"])
+def test_a_table_without_the_columns_is_one_line(suffix, script, tmp_path, capsys):
+    file = without_columns(tmp_path, suffix)
+    out = ["--res_path", str(tmp_path / "never"), "--data", str(file)]
+    for more in ([], ["--cache", str(tmp_path / "cache")], ["--tasks", str(file)]):
+        assert script("train_qa").main([*QUICK, *out, *more]) == 2
+        said, error = capsys.readouterr()
+        assert (said, error.count("\n")) == ("", 1)
+        assert str(file) in error
+        assert "wants 'text', or 'question' and 'answer', or" in error
+        assert "got ['antwort', 'frage']" in error
+    assert [p.name for p in tmp_path.iterdir()] == [file.name]
+    fields = ["--fields.question", "frage", "--fields.answer", "antwort"]
+    assert script("train_qa").main([*QUICK, *out, *fields]) == 0
+
+
+@pytest.mark.parametrize("kind", ["--data", "--tasks"])
+@pytest.mark.parametrize("packing", [[], ["--packing", "true"]])
+def test_a_budget_below_the_longest_example_is_one_line(
+    kind, packing, script, tmp_path, capsys, many
+):
+    budget = ["--tokens_per_batch", "4", *packing, kind, many]
+    assert script("train_qa").main([*QUICK, *budget, "--res_path", str(tmp_path / "never")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "tokens_per_batch is 4 and the longest example has 6 tokens: raise it" in error
+    assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize("kind", ["--data", "--tasks"])
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_share_that_leaves_no_example_is_one_line(kind, cache, script, tmp_path, capsys, many):
+    arguments = [*QUICK, kind, many, "--res_path", str(tmp_path / "never")]
+    arguments += ["--cache", str(tmp_path / "cache")] * cache
+    for share, which in (("1e-9", "to evaluate on"), ("0.999999999", "to learn")):
+        assert script("train_qa").main([*arguments, "--validation", share]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert f"of 12 examples, taken by a hash of their prompts, leaves none {which}" in error
+    assert not (tmp_path / "never").exists()
+
+
+def test_a_snapshot_cut_short_is_passed_over_and_said(script, tmp_path, many, monkeypatch, capsys):
+    train, whole, cut = script("train_qa").main, tmp_path / "whole", tmp_path / "cut"
+    arguments = [*QUICK, "--steps", "7", *VALID, "--save_every", "1", "--data", many, "--res_path"]
+    assert train([*arguments, str(whole)]) == 0
+    with monkeypatch.context() as patch:
+        stopped_after(5, script("keeping"), patch)
+        assert train([*arguments, str(cut)]) == 143
+    newest = cut / "snapshot.safetensors"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    said = r"cut short or damaged .*: the run goes on from the snapshot before, of step \d\."
+    with pytest.warns(RuntimeWarning, match=said):
+        assert train(["--resume", str(cut)]) == 0
+    assert losses_of(cut) == losses_of(whole)
+    for name in ("adapter", "last"):
+        one, other = (p / name / "adapter_model.safetensors" for p in (whole, cut))
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_warning_is_a_line_without_its_place(script, capsys):
+    def body(_) -> None:
+        print(warnings.formatwarning("so  it\nis", UserWarning, "file.py", 3), file=sys.stderr)
+
+    before = warnings.formatwarning
+    assert script("guard").guarded(body)([]) == 0
+    assert capsys.readouterr().err == "so it is\n\n"
+    assert warnings.formatwarning is before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
+def test_a_full_disk_in_a_run_with_validation_leaves_the_best_and_the_last(
+    script, tmp_path, monkeypatch, capsys, many
+):
+    folder, out = script("folder"), tmp_path / "run"
+    prepare = folder.prepare
+
+    def full(*arguments) -> Path:
+        place = prepare(*arguments)
+        (place / folder.METRICS).symlink_to("/dev/full")
+        return place
+
+    monkeypatch.setattr(folder, "prepare", full)
+    arguments = [*QUICK, *VALID, "--data", many, "--res_path", str(out)]
+    assert script("train_qa").main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("[Errno 28] No space left on device The best adapter, of step 0, is")
+    assert f"the last, of step 1, in {out / 'last'}. Go on with --resume {out}." in error
+    lora.load(gpt2.GPT2.from_pretrained("demo"), out / "adapter")
+    assert_trained(out / "last")
+    (out / folder.METRICS).unlink()
+    assert script("train_qa").main(["--resume", str(out)]) == 0
+    assert [round(loss, 1) for loss in losses_of(out)] == [7.0, 6.0, 5.1]  # the first one too
+
+
+@pytest.mark.parametrize("file", ["loss.png", "answers.md", "run.json"])
+def test_a_full_disk_after_training_says_where_the_adapter_is(
+    file, script, tmp_path, monkeypatch, capsys, many
+):
+    real = {"loss.png": ("results", "plot_losses"), "answers.md": ("results", "answers_markdown")}
+    module, name = real.get(file, ("results", "write_record"))
+
+    def full(*_, **__) -> None:
+        raise OSError(28, "No space left on device")
+
+    out = tmp_path / "run"
+    arguments = [*QUICK, *VALID, "--data", many, "--res_path", str(out)]
+    with monkeypatch.context() as patch:
+        patch.setattr(script(module), name, full)
+        assert script("train_qa").main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error == f"[Errno 28] No space left on device The trained adapter is in {out}/adapter.\n"
+    assert_trained(out / "last")
+
+
+def test_what_packing_gives_up_is_said_and_the_steps_are_those_that_are_made(
+    script, tmp_path, many, monkeypatch, capsys
+):
+    """As on a GPU, whose packed kernel has no dropout."""
+    monkeypatch.setattr("gpt2.training.packing.tells_counts", lambda device: False)
+    options = ["--base_dropout", "0.1", "--tokens_per_batch", "30", "--packing", "true"]
+    options += ["--epochs", "2", *QUICK[2:], "--data", many]
+    out = tmp_path / "run"
+    train = script("train_qa").main
+    with pytest.warns(UserWarning, match="has no dropout, and the model's attention has 0.1"):
+        assert train([*options, "--res_path", str(out)]) == 0
+    said = capsys.readouterr().out
+    steps = len(losses_of(out))
+    assert f" tokens. {steps} steps, by " in said
+    data = gpt2.encode(gpt2.read_examples(many), gpt2.Tokenizer())
+    both = [gpt2.TrainConfig(epochs=2, tokens_per_batch=30, packing=p) for p in (True, False)]
+    assert len({gpt2.total_steps(data, config) for config in both}) == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stop_while_tokens_are_made_leaves_nothing(number, tmp_path):
+    """Ctrl-C goes to all processes of the terminal; none is left, nor is a store half made."""
+    file, cache = tmp_path / "data.jsonl", tmp_path / "cache"
+    row = {"question": "What is it?", "answer": "It is what it is. " * 20}
+    file.write_text((json.dumps(row) + "\n") * 100_000)
+    arguments = ["--data", str(file), "--res_path", str(tmp_path / "run"), "--cache", str(cache)]
+    started = subprocess.Popen(
+        command("train_qa.py", *QUICK, *arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        start_new_session=True,
+    )
+    while "are written to" not in started.stdout.readline():
+        assert started.poll() is None
+    time.sleep(0.2)
+    if number == signal.SIGINT:
+        os.killpg(started.pid, number)
+    else:
+        started.send_signal(number)
+    out, error = started.communicate(timeout=60)
+    said = {signal.SIGINT: (130, "Interrupted.\n"), signal.SIGTERM: (143, "Stopped by SIGTERM.\n")}
+    assert (started.returncode, error) == said.get(number, (-9, ""))
+    assert out == ""
+    assert not (tmp_path / "run").exists()
+    assert [p.name for p in cache.iterdir() if not p.name.startswith(".")] == []
+    if number != signal.SIGKILL:
+        assert list(cache.iterdir()) == []
+    deadline = time.monotonic() + 20
+    while any(_is_of(process, started.pid) for process in Path("/proc").glob("[0-9]*")):
+        assert time.monotonic() < deadline, "a process was left"
+        time.sleep(0.05)
+
+
+def _is_of(process: Path, session: int) -> bool:
+    try:
+        fields = (process / "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return False
+    return int(fields[3]) == session and fields[0] != "Z"

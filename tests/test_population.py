@@ -1,0 +1,338 @@
+"""A population: each adapter ends as if it had been alone, whatever its neighbours do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gpt2
+import lora
+from gpt2.training.population import PopulationTraining
+from tests.toys import TINY
+
+STEPS = 30
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def base(
+    dtype: torch.dtype = torch.float64, dropout: float = 0.1, device: str = "cpu"
+) -> gpt2.GPT2:
+    rates = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), dropout)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = gpt2.GPT2(replace(TINY, **rates)).to(dtype)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(torch.randn(p.shape) * 0.3)
+    return model.eval().to(device)
+
+
+def data(n: int = 7) -> gpt2.Dataset:
+    random = np.random.default_rng(1)
+    lengths = random.integers(4, 13, n)
+    ids = random.integers(0, TINY.vocab_size, int(lengths.sum()), np.int32)
+    return gpt2.Dataset(ids, np.cumsum(lengths), random.integers(0, 3, n).astype(np.int32))
+
+
+ROOM = lora.LoRAConfig(r=4, targets=("c_attn", "mlp.c_fc", "c_proj"), dropout=0.1)
+ADAPTERS = [
+    lora.LoRAConfig(r=2, alpha=4, dropout=0.2, targets=("c_attn",), seed=3),
+    lora.LoRAConfig(r=4, alpha=16, targets=("attn.c_proj", "c_fc"), seed=4),
+    lora.LoRAConfig(r=1, alpha=1, dropout=0.1, targets=("c_attn", "c_fc", "c_proj"), seed=5),
+    lora.LoRAConfig(r=3, alpha=8, dropout=0.3, rslora=True, layers=[1], seed=6),
+]
+CONFIGS = [
+    gpt2.TrainConfig(steps=STEPS, batch_size=2, lr=1e-2, seed=1, weight_decay=0.1),
+    gpt2.TrainConfig(steps=STEPS, batch_size=2, lr=3e-3, seed=2, schedule="cosine", clip=0.05),
+    gpt2.TrainConfig(
+        epochs=8, batch_size=2, lr=2e-2, seed=3, accumulate=3, warmup_ratio=0.2, clip=None
+    ),
+    gpt2.TrainConfig(steps=STEPS, batch_size=2, lr=1e-3, seed=1, schedule="constant"),
+]
+RATIOS = [1.0, 4.0, 16.0, 1.0]
+Outcome = tuple[list[float], dict[str, Tensor]]
+
+
+def alone(
+    i: int, model: gpt2.GPT2, adapter: lora.LoRAConfig | None = None, **how: object
+) -> Outcome:
+    """Losses, and factors by the path of their layer and `.A` or `.B`."""
+    config = replace(CONFIGS[i], **how)
+    lora.inject(model, adapter or ADAPTERS[i])
+    groups = lora.parameter_groups(model, config.lr, b_ratio=RATIOS[i])
+    losses = [record.loss for record in gpt2.train(model, data(), config, groups=groups)]
+    named = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    return losses, {name.replace(".updates.default", ""): p for name, p in named.items()}
+
+
+def outcome(training: PopulationTraining, slots: lora.Population, i: int) -> Outcome:
+    own = training.trainings[i]
+    assert own is not None
+    updates = slots.take(i)
+    factors = {f"{p}.{n}": f.detach() for p, u in updates.items() for n, f in u.named_parameters()}
+    return [record.loss for record in own.records], factors
+
+
+def population(
+    model: gpt2.GPT2,
+    which: tuple[int | None, ...] = (0, 1, 2, 3),
+    adapters: list[lora.LoRAConfig] = ADAPTERS,
+    **how: object,
+) -> tuple[PopulationTraining, lora.Population]:
+    """Slot i trains case `which[i]`; None is an empty slot."""
+    slots = lora.Population(model, len(which), ROOM)
+    training = PopulationTraining(model, slots, data(), replace(CONFIGS[0], **how))
+    for slot, case in enumerate(which):
+        if case is not None:
+            slots.draw(slot, adapters[case])
+            training.start(slot, replace(CONFIGS[case], **how), ratios={"B": RATIOS[case]})
+    return training, slots
+
+
+def to_the_end(training: PopulationTraining) -> None:
+    while training.advance(7):
+        pass
+
+
+def same(one: Outcome, other: Outcome) -> None:
+    """To the bit."""
+    assert one[0] == other[0]
+    assert one[1].keys() == other[1].keys()
+    for name, factor in one[1].items():
+        assert torch.equal(factor, other[1][name]), name
+
+
+def near(one: Outcome, other: Outcome, **how: float) -> None:
+    assert one[1].keys() == other[1].keys()
+    torch.testing.assert_close(torch.tensor(one[0]), torch.tensor(other[0]), rtol=1e-5, atol=1e-6)
+    for name, factor in one[1].items():
+        torch.testing.assert_close(factor, other[1][name], msg=name, **how)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "how"),
+    [
+        (torch.float64, {"rtol": 1e-12, "atol": 1e-12}),
+        (torch.float32, {"rtol": 1e-3, "atol": 1e-4}),
+    ],
+    ids=str,
+)
+def test_each_ends_as_if_it_had_been_alone(dtype, how):
+    """Ranks, alphas, dropouts, targets, schedules, seeds, clips and accumulation all differ."""
+    training, slots = population(base(dtype))
+    to_the_end(training)
+    for i in range(4):
+        near(outcome(training, slots, i), alone(i, base(dtype)), **how)
+
+
+@gpu
+@pytest.mark.parametrize("compile", [False, True])
+def test_each_ends_as_if_it_had_been_alone_on_a_gpu(compile):
+    adapters = [replace(adapter, dropout=0.0) for adapter in ADAPTERS]
+    training, slots = population(
+        base(torch.float32, 0.0, "cuda"), adapters=adapters, compile=compile
+    )
+    to_the_end(training)
+    assert training.step.graphs is not None
+    assert len(training.step.graphs.captured) == 1
+    for i in range(4):
+        model = base(torch.float32, 0.0, "cuda")
+        want = alone(i, model, adapters[i], cuda_graph=False)
+        near(outcome(training, slots, i), want, rtol=1e-2, atol=1e-3)
+
+
+@gpu
+@pytest.mark.parametrize("compile", [False, True])
+def test_on_a_gpu_no_neighbour_moves_a_bit_with_dropout_on(compile):
+    outcomes: list[Outcome] = []
+    for which in ((0, 1, 2, 3), (0, None, 3, 1), (0, 1, 2, 3)):
+        training, slots = population(base(torch.float32, 0.1, "cuda"), which, compile=compile)
+        to_the_end(training)
+        outcomes.append(outcome(training, slots, 0))
+        slots.eject()
+    same(outcomes[0], outcomes[2])
+    same(outcomes[0], outcomes[1])
+
+
+@gpu
+def test_a_gpu_captures_once_whatever_comes_and_goes():
+    training, slots = population(base(torch.float32, 0.1, "cuda"))
+    for n in range(1000):
+        slots.draw(n % 4, replace(ADAPTERS[n % 3], seed=n))
+        training.start(n % 4, replace(CONFIGS[n % 3], seed=n))
+        training.advance(1)
+    assert len(training.step.graphs.captured) == 1
+
+
+@pytest.mark.parametrize("fate", ["another", "none", "NaN", "retired"])
+def test_no_neighbour_moves_a_bit(fate):
+    """Whatever slot 1 is, or comes to."""
+    want, wanted = population(base())
+    to_the_end(want)
+    training, slots = population(base(), (0, {"another": 3, "none": None}.get(fate, 1), 2, 3))
+    if fate == "NaN":
+        training.advance(5)
+        with torch.no_grad():
+            next(iter(slots.layers.values())).A[1, 0, 0] = torch.nan
+            slots.layers["transformer.h.0.mlp.c_fc"].A[1, 0, 0] = torch.nan
+    if fate == "retired":
+        training.advance(5)
+        training.retire(1)
+    to_the_end(training)
+    for i in (0, 2, 3):
+        same(outcome(training, slots, i), outcome(want, wanted, i))
+    if fate == "NaN":
+        own = training.trainings[1]
+        assert own is not None
+        assert own.ended is not None
+        assert own.ended.startswith("Step 6: the loss is nan")
+        assert len(own.records) == 6
+
+
+def test_slots_permuted_are_results_permuted():
+    one, own = population(base())
+    other, permuted = population(base(), (3, 1, 0, 2))
+    to_the_end(one)
+    to_the_end(other)
+    for i, case in enumerate((3, 1, 0, 2)):
+        same(outcome(other, permuted, i), outcome(one, own, case))
+
+
+def test_a_training_leaves_its_slot_and_goes_on_in_another():
+    want, wanted = population(base())
+    to_the_end(want)
+    training, slots = population(base())
+    training.trainings[0].until = training.trainings[2].until = 4
+    to_the_end(training)
+    states = {i: training.state(i) for i in (0, 2)}
+    slots.draw(0, ADAPTERS[3])
+    training.start(0, CONFIGS[3], until=3)
+    training.go_on(2, states[0])
+    to_the_end(training)
+    training.go_on(0, states[2])
+    to_the_end(training)
+    same(outcome(training, slots, 2), outcome(want, wanted, 0))
+    same(outcome(training, slots, 0), outcome(want, wanted, 2))
+
+
+def test_what_a_rank_or_a_layer_leaves_out_stays_zero():
+    training, slots = population(base())
+    to_the_end(training)
+    for path, layer in slots.layers.items():
+        for i, adapter in enumerate(ADAPTERS):
+            there = path in slots.take(i)
+            r = adapter.r if there else 0
+            assert not layer.A[i, r:].any()
+            assert not layer.B[i, :, r:].any()
+            assert not there or layer.B[i].any()
+
+
+def test_gradients_are_right_with_dropout_replayed():
+    """Of a layer's input and factors, against finite differences under the very same masks."""
+    model = nn.Sequential(nn.Linear(3, 4)).double()
+    slots = lora.Population(model, 2, r=2, targets="0", dropout=0.3)
+    slots.draw(0, r=2, targets="0", dropout=0.3, seed=0)
+    slots.draw(1, r=1, targets="0", seed=1)
+    layer = slots.layers["0"]
+    mask = torch.rand(4, 5, 3, dtype=torch.float64).round() / 0.7
+    layer.drops = lambda x, rates: x * torch.where(rates.repeat_interleave(2)[:, None, None] > 0,
+                                                   mask, 1.0)  # fmt: skip
+    a, b = (torch.randn_like(t, requires_grad=True) for t in (layer.A, layer.B))
+    x = torch.randn(4, 5, 3, dtype=torch.float64, requires_grad=True)
+
+    def run(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, {"A": a, "B": b}, (x,))
+
+    assert torch.autograd.gradcheck(run, (x, a, b))
+    assert torch.autograd.gradgradcheck(run, (x, a, b))
+
+
+def test_held_out_losses_are_those_of_each_adapter_alone():
+    training, slots = population(base())
+    training.advance(20)
+    found = training.evaluate(data(5), batch_size=2)
+    for i in range(4):
+        with slots.adapter(i) as model:
+            want = gpt2.evaluate(model, data(5))
+        assert found[i] == pytest.approx(want.loss, rel=1e-12)
+
+
+def test_an_adapter_goes_out_and_comes_in_as_an_ordinary_one(tmp_path):
+    model = base()
+    before = dict(model.named_modules())
+    flags = [p.requires_grad for p in model.parameters()]
+    training, slots = population(model)
+    training.advance(20)
+    idx = torch.randint(0, TINY.vocab_size, (4, 6))
+    together = model(idx)
+    with slots.adapter(2, "tuned") as alone_there:
+        assert lora.active(alone_there) == {"tuned": 1.0}
+        torch.testing.assert_close(alone_there(idx)[2], together[2])
+        lora.save(alone_there, tmp_path / "adapter", adapter="tuned")
+        with lora.merged(alone_there):
+            torch.testing.assert_close(alone_there(idx)[2], together[2])
+    assert torch.equal(model(idx), together)
+    with slots.adopting(0) as bare:
+        lora.load(bare, tmp_path / "adapter")
+    torch.testing.assert_close(model(idx[[2, 1, 2, 3]])[0], together[2])
+    with pytest.raises(RuntimeError, match="runs under a population"):
+        lora.inject(model)
+    slots.eject()
+    after = dict(model.named_modules())
+    assert after.keys() == before.keys()
+    assert all(after[name] is module for name, module in before.items())
+    assert [p.requires_grad for p in model.parameters()] == flags
+
+
+def test_an_empty_slot_is_the_base():
+    model, idx = base(), torch.randint(0, TINY.vocab_size, (2, 6))
+    want = model(idx)
+    slots = lora.Population(model, 2, ROOM)
+    torch.testing.assert_close(model(idx), want, rtol=0, atol=1e-14)
+    slots.draw(0, ADAPTERS[0])
+    slots.clear(0)
+    assert not slots.flat.any()
+    with pytest.raises(ValueError, match="Slot 0 is empty"):
+        slots.take(0)
+
+
+def test_what_has_no_room_is_refused_and_changes_nothing():
+    model = base()
+    slots = lora.Population(model, 2, r=2, targets="c_attn")
+    for fault, settings in {
+        "has rank 3, at most 2 fits": {"r": 3},
+        "mlp.c_fc is no target of it": {"r": 1, "targets": "c_fc"},
+        "has dropout, for which the population was not made": {"r": 1, "dropout": 0.1},
+        "takes no slices": {"r": 1, "targets": "c_attn[q,v]"},
+        "takes no embeddings, biases or copies": {"r": 1, "bias": "lora_only"},
+        "No module matches target 'q_proj'": {"targets": "q_proj"},
+    }.items():
+        with pytest.raises(ValueError, match=fault):
+            slots.draw(0, **settings)
+    with pytest.raises(ValueError, match=r"slot must be in 0..1, got 2"):
+        slots.draw(2, r=1)
+    assert not slots.flat.any()
+    with pytest.raises(ValueError, match="5 rows, which are not 2 equal blocks"):
+        model(torch.zeros(5, 3, dtype=torch.long))
+    slots.eject()
+    lora.inject(model)
+    with pytest.raises(RuntimeError, match="carries adapters"):
+        lora.Population(model, 2, r=2)
+
+
+def test_configs_that_differ_in_what_all_share_are_refused():
+    training, slots = population(base())
+    with pytest.raises(ValueError, match="batch_size is 3 here and 2 in all"):
+        training.start(0, replace(CONFIGS[0], batch_size=3))
+    with pytest.raises(ValueError, match="no part 'C'"):
+        training.start(0, CONFIGS[0], ratios={"C": 2.0})
+    with pytest.raises(ValueError, match="checkpointing is for one training alone"):
+        PopulationTraining(base(), slots, data(), replace(CONFIGS[0], checkpointing=True))
+    dropping = nn.Sequential(nn.Embedding(61, 8), nn.Dropout(0.1), nn.Linear(8, 61))
+    own = lora.Population(dropping, 2, r=2, targets="2")
+    with pytest.raises(ValueError, match="1 cannot drop for each slot apart"):
+        PopulationTraining(dropping, own, data(), CONFIGS[0])
