@@ -34,8 +34,11 @@ def build(kind: type[Config], options: Namespace, **renamed: Any) -> Config:
 class Plain(Console):
     """Shows text as it is: no path and no answer is markup."""
 
-    def __init__(self) -> None:
-        super().__init__(markup=False, emoji=False, highlight=False)
+    def __init__(self, *, quiet: bool = False) -> None:
+        terminal = False if quiet else None  # and so no progress bar
+        super().__init__(
+            markup=False, emoji=False, highlight=False, quiet=quiet, force_terminal=terminal
+        )
 
     def on_broken_pipe(self) -> None:
         """Leave the error to `guarded`; rich would end the process, and training with it."""

@@ -17,6 +17,7 @@ import cli
 import folder
 import gpt2
 import lora
+import processes
 import report
 from inputs import Reader
 from validation import Apart
@@ -44,6 +45,8 @@ def fitted(
     model, options = reader.model, reader.options
     run, unseen = cli.build(gpt2.RunConfig, options, folder=place), apart.held_out
     fit = gpt2.fit(model, apart.learnt, training, validation=unseen, run=run, resume=resume)
+    if processes.rank():  # the first shows and writes for all
+        return fit, [record.loss for record in fit]
     return fit, train(fit, place, places, reader.console, options.logging_steps)
 
 
@@ -69,6 +72,7 @@ def saved(run: gpt2.Fit, places: folder.Places) -> Iterator[None]:
         yield
         _save(run, places)
     except BaseException as stop:
+        processes.leaving()
         if run.taken:
             stop.add_note(_rescue(run, places))
             if not isinstance(stop, RuntimeError | ValueError):

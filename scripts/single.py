@@ -13,6 +13,7 @@ import inputs
 import keeping
 import lora
 import options as opts
+import processes
 import report
 import results
 import starting
@@ -32,23 +33,27 @@ def run(
     """Train an adapter on the one file; show, save and compare."""
     (source,), model, options, console = sources, reader.model, reader.options, reader.console
     clock, counts = results.Clock(), {"base": lora.count_parameters(model)}
-    apart, training = validation.apart(source, reader), settled(model, training)
-    opts.inject(model, options)
-    counts["LoRA"] = lora.count_parameters(model)
-    ids = inputs.encode_prompts(prompts, reader.tokenizer, model, sampling, options.separator)
-    total = gpt2.total_steps(apart.learnt, training)
-    line = f"{report.examples_line(apart.learnt)} {total:,} steps, by {options.config}.{apart.told}"
+    with processes.agreed():
+        apart, training = validation.apart(source, reader), settled(model, training)
+        opts.inject(model, options)
+        counts["LoRA"] = lora.count_parameters(model)
+        ids = inputs.encode_prompts(prompts, reader.tokenizer, model, sampling, options.separator)
+        total = gpt2.total_steps(apart.learnt, training)
+    examples = report.examples_line(apart.learnt)
+    line = f"{examples} {total:,} steps, by {options.config}.{apart.told}"
     console.print(report.parameter_table(counts), line, sep="\n", soft_wrap=True)
     clock.lap("load")
 
     tried = functools.partial(continuing.tried, model, ids, sampling, console)
     with lora.disabled(model):
-        base = tried()
+        base = [] if processes.rank() else tried()
     clock.lap("base answers")
     with starting.begun(options, names) as place:
         places = folder.Places("default", place, place / folder.ADAPTER, place / folder.LAST)
         resume = bool(options.resume)
         fit, losses = keeping.fitted(reader, apart, training, place, places, resume=resume)
+        if processes.rank():
+            return  # the first goes on alone
         clock.lap("training")
         tuned = tried()
         clock.lap("tuned answers")

@@ -14,6 +14,7 @@ import cli
 import folder
 import gpt2
 import lock
+import processes
 import validation
 from gpt2.training import snapshots
 
@@ -44,6 +45,12 @@ def check(options: Namespace, adapters: Sequence[str] = (folder.ADAPTER,)) -> No
     if options.validation is None and (options.patience or options.eval_every):
         raise ValueError("patience and eval_every need validation data: give --validation.")
     validation.share(options)
+    if processes.may_restart() and options.res_path is None and not options.resume:
+        raise ValueError("torchrun's --max_restarts needs --res_path, where a restart looks.")
+    if processes.is_restart() and not options.resume:
+        there = [Path(options.res_path, *place) for place in ((), *((n,) for n in adapters))]
+        options.resume = any((f / name).is_file() for f in there for name in snapshots.NAMES)
+        options.overwrite = not options.resume
     if options.resume:
         named = options.resume if isinstance(options.resume, str) else options.res_path
         if named is None:
@@ -57,7 +64,7 @@ def check(options: Namespace, adapters: Sequence[str] = (folder.ADAPTER,)) -> No
         folder.check(options.res_path, overwrite=options.overwrite, adapters=adapters)
     place = Path(options.res_path or folder.NUMBERED)
     cli.build(gpt2.RunConfig, options, folder=place)
-    if options.res_path and place.is_dir():
+    if options.res_path and place.is_dir() and not processes.rank():
         with lock.held(place):
             pass
 
@@ -66,6 +73,9 @@ def check(options: Namespace, adapters: Sequence[str] = (folder.ADAPTER,)) -> No
 def begun(options: Namespace, adapters: Sequence[str] = (folder.ADAPTER,)) -> Iterator[Path]:
     """The run's folder, for this run alone, with its options."""
     resumed = bool(options.resume)
+    if processes.rank():  # the first has it, for all
+        yield Path(options.res_path or folder.NUMBERED)
+        return
     place = Path(options.res_path) if resumed else folder.prepare(options.res_path, adapters)
     with lock.held(place):
         if not resumed:

@@ -18,6 +18,7 @@ import inputs
 import keeping
 import lora
 import options as opts
+import processes
 import report
 import results
 import starting
@@ -47,21 +48,24 @@ def run(
     model, options, console = reader.model, reader.options, reader.console
     if sampling.num_beams > 1:
         raise ValueError("--tasks routes each row of a batch, so generate.num_beams must be 1.")
-    data = [validation.apart(source, reader) for source in sources]
-    ended = {n for n in names if options.resume and (Path(options.res_path, n, RUN)).is_file()}
-    for name in names:
-        if name in ended:
-            lora.load(model, Path(options.res_path, name), adapter=name)
-        else:
-            opts.inject(model, options, name)
-    training = settled(model, training)
-    for apart in data:
-        gpt2.total_steps(apart.learnt, training)  # raises what is wrong with it
-    ids = inputs.encode_prompts(prompts, reader.tokenizer, model, sampling, options.separator)
+    with processes.agreed():
+        data = [validation.apart(source, reader) for source in sources]
+        ended = {n for n in names if options.resume and (Path(options.res_path, n, RUN)).is_file()}
+        for name in names:
+            if name in ended:
+                lora.load(model, Path(options.res_path, name), adapter=name)
+            else:
+                opts.inject(model, options, name)
+        training = settled(model, training)
+        for apart in data:
+            gpt2.total_steps(apart.learnt, training)  # raises what is wrong with it
+        ids = inputs.encode_prompts(prompts, reader.tokenizer, model, sampling, options.separator)
     with starting.begun(options, names) as place:
         for name, apart in zip(names, data, strict=True):
             if name not in ended:
                 train(name, apart, place / name, reader, training)
+        if processes.rank():
+            return  # the first goes on alone
         if prompts:
             answer(model, names, prompts, ids, sampling, reader, place)
         for name in names:
@@ -81,11 +85,13 @@ def train(
     lora.activate(model, name)
     told = f"{name}: {report.examples_line(apart.learnt)} {lora.count_parameters(model)}"
     reader.console.print(f"{told}{apart.told}", soft_wrap=True)
-    place.mkdir(exist_ok=True)
+    if not processes.rank():
+        place.mkdir(exist_ok=True)
     resume = bool(options.resume) and any((place / file).is_file() for file in snapshots.NAMES)
     places = folder.Places(name, place.parent, place, place / folder.LAST)
     fit, losses = keeping.fitted(reader, apart, training, place, places, resume=resume)
-    results.write_record(place, results.trained(fit, losses, options.logging_steps))
+    if not processes.rank():
+        results.write_record(place, results.trained(fit, losses, options.logging_steps))
 
 
 def answer(

@@ -20,6 +20,7 @@ import gpt2
 import guard
 import inputs
 import options as opts
+import processes
 import single
 import starting
 import tasks
@@ -63,14 +64,17 @@ def parse(argv: guard.Arguments) -> Namespace:
 @guard.guarded
 def main(argv: guard.Arguments = None) -> None:
     """Parse, build, train, show, save."""
-    options = parse(argv)
-    training = cli.build(gpt2.TrainConfig, options, batch_size=options.train_batch_size)
-    sampling = cli.build(gpt2.GenerateConfig, options.generate, seed=options.seed)
-    device = cli.pick_device(options.device)
-    names = tasks.named(options.tasks) if options.tasks else [folder.ADAPTER]
-    starting.check(options, names)
-    sources, prompts = inputs.read(options.tasks or [options.data], options)
-    model = inputs.base(options, device)
-    reader = inputs.Reader(gpt2.Tokenizer(), model, options, cli.Plain())
-    work = tasks.run if options.tasks else single.run
-    work(names, sources, prompts, reader, training, sampling)
+    with processes.joined():
+        with processes.agreed():
+            options = parse(argv)
+            training = cli.build(gpt2.TrainConfig, options, batch_size=options.train_batch_size)
+            sampling = cli.build(gpt2.GenerateConfig, options.generate, seed=options.seed)
+            device = processes.own_device(cli.pick_device(options.device))
+            names = tasks.named(options.tasks) if options.tasks else [folder.ADAPTER]
+            starting.check(options, names)
+            sources, prompts = inputs.read(options.tasks or [options.data], options)
+            model = inputs.base(options, device)
+            console = cli.Plain(quiet=processes.rank() > 0)
+            reader = inputs.Reader(gpt2.Tokenizer(), model, options, console)
+        work = tasks.run if options.tasks else single.run
+        work(names, sources, prompts, reader, training, sampling)
