@@ -10,6 +10,8 @@ import os
 import signal
 import sys
 import threading
+import time
+import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,7 +24,9 @@ from command import stop_signals
 
 STUCK = 5.0  # seconds after a signal, or a fault, until a process that cannot heed it is ended
 LEAVING, ENDED, FAULT = "leaving", "ended", "fault"
+GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 _store: list[Any] = []  # what processes tell one another by, where there are several
+_rounds: list[int] = []  # how often torchrun started them
 
 
 def rank() -> int:
@@ -37,7 +41,8 @@ def size() -> int:
 
 def is_restart() -> bool:
     """Whether torchrun started these processes in the place of others, of which one died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return again or bool(_rounds and _rounds[-1] > 1)
 
 
 def may_restart() -> bool:
@@ -66,7 +71,9 @@ def joined() -> Iterator[None]:
     if size() == 1:
         yield
         return
-    store, number, count = next(torch.distributed.rendezvous("env://"))
+    shared, number, count = next(torch.distributed.rendezvous("env://"))
+    _rounds.append(_numbered(shared, number, count))
+    store = torch.distributed.PrefixStore(f"round {_rounds[-1]}", shared)
     _store[:] = [store]
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     torch.distributed.init_process_group(
@@ -82,6 +89,8 @@ def joined() -> Iterator[None]:
             leaving()
             if number:
                 _follow(error)
+            if any(said in str(error) for said in GONE):
+                error.args = ("Another process is gone.",)
             if store.check([FAULT]) and (fault := store.get(FAULT).decode()) != str(error):
                 error.add_note(fault)
             raise
@@ -142,9 +151,39 @@ def _follow(error: BaseException) -> None:
 
 
 def _wait_for_the_first() -> None:
-    with suppress(RuntimeError):  # it does not leave: it waits for this one, or is dead
-        _store[0].wait([LEAVING], timedelta(seconds=STUCK))
-        _store[0].wait([ENDED], timedelta(seconds=60))
+    if _told(LEAVING, STUCK):  # else it waits for this one, or is dead
+        _told(ENDED, 60)
+
+
+def _told(key: str, seconds: float) -> bool:
+    """Whether the key is in the store, within so many seconds."""
+    until = time.monotonic() + seconds
+    with suppress(RuntimeError):  # the store is gone
+        while not _store[0].check([key]):
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.02)
+    return True
+
+
+def _numbered(store: Any, number: int, count: int) -> int:
+    """How often processes were started with this store: it outlives those that torchrun replaces.
+
+    What the ones before left in it must not be taken for what the others of today say.
+    """
+    if not number:
+        now = store.add("rounds", 1)
+        store.set("now", str(now))
+        for other in range(1, count):
+            store.set(f"{now} welcomes " + store.get(f"{now} is asked by {other}").decode(), "")
+        return now
+    name = f"{uuid.uuid4()}"
+    while True:
+        now = int(store.get("now"))
+        store.set(f"{now} is asked by {number}", name)
+        if store.check([f"{now} welcomes {name}"]):
+            return now
+        time.sleep(0.02)
 
 
 @contextmanager

@@ -69,8 +69,9 @@ def alone(tmp_path_factory) -> Any:
 
 
 def test_a_killed_process_brings_a_restart_that_ends_as_if_nothing_had_been(alone, tmp_path):
-    run = started(TRAIN, *OPTIONS, "--res_path", str(tmp_path), restarts=1)
-    os.kill(after(5, tmp_path, run)[-1], signal.SIGKILL)
+    run = started(TRAIN, *OPTIONS, "--res_path", str(tmp_path), restarts=2)
+    os.kill(after(4, tmp_path, run)[0], signal.SIGKILL)
+    os.kill(after(9, tmp_path, run)[1], signal.SIGKILL)
     code, out, _ = ended(run)
     assert code == 0
     assert outcome(tmp_path) == alone
