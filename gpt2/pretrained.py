@@ -17,10 +17,11 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
+from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from gpt2 import streaming
 from gpt2.config import GPT2Config, dump_config, read_config
 from gpt2.faults import listed
 from gpt2.files import written
@@ -88,11 +89,10 @@ def load(
 def save(model: nn.Module, config: GPT2Config, folder: str | Path) -> None:
     """Write `config.json` and `model.safetensors` for transformers, or for `load`.
 
-    The same weights give the same bytes. Both files are written beside their places and then
-    renamed, so that after a failure, such as a full disk, those that were there before still are.
+    The same weights give the same bytes. After a failure, as of a full disk, all is as before.
 
     Args:
-        model: a GPT-2 without anything added to its layers.
+        model: a GPT-2 without anything added; of a sharded one call it in each process.
         config: the model's.
         folder: created if missing.
 
@@ -100,20 +100,21 @@ def save(model: nn.Module, config: GPT2Config, folder: str | Path) -> None:
         RuntimeError: listing the tensors that are not a GPT-2's.
         OSError: the folder cannot be written.
     """
-    tensors = {key: t.detach().cpu().contiguous() for key, t in model.state_dict().items()}
+    tensors = model.state_dict(keep_vars=True)
+    if tensors.get(_HEAD) is tensors.get(_TOKENS):
+        del tensors[_HEAD]  # it is the embedding once more
     if faults := _faults(_expected(type(model), config), tensors):
         raise RuntimeError(
             f"Not saved, since the model is no plain GPT-2: {listed(faults)}. "
             "Fold in or take off what was added to its layers first."
         )
-    del tensors[_HEAD]  # it is the embedding once more
+    tensors.pop(_HEAD, None)
+    stated = dump_config(config, tensors[_TOKENS].dtype)
+    if not streaming.is_written_here(tensors):
+        return streaming.write(Path(), tensors, {})
     with written(folder) as beside:
-        try:
-            save_file(tensors, beside / WEIGHTS, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"{Path(folder, WEIGHTS)} cannot be written: {error}.") from None
-        stated = dump_config(config, tensors[_TOKENS].dtype)
         (beside / CONFIG).write_text(stated, encoding="utf-8")
+        return streaming.write(beside / WEIGHTS, tensors, {"format": "pt"})
 
 
 def _checked(

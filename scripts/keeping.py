@@ -30,7 +30,7 @@ def fitted(
     place: Path,
     places: folder.Places,
     *,
-    resume: bool,
+    resume: bool | None = None,
 ) -> tuple[gpt2.Fit, list[float]]:
     """Train what is active on the model, as the options say; gives the run and its losses.
 
@@ -40,9 +40,10 @@ def fitted(
         training: how.
         place: the folder of its metrics and snapshots.
         places: those of its adapter.
-        resume: go on from the snapshot in `place`.
+        resume: go on from the snapshot in `place`; by default as the options say.
     """
     model, options = reader.model, reader.options
+    resume = bool(options.resume) if resume is None else resume
     run, unseen = cli.build(gpt2.RunConfig, options, folder=place), apart.held_out
     fit = gpt2.fit(model, apart.learnt, training, validation=unseen, run=run, resume=resume)
     if processes.rank():  # the first shows and writes for all

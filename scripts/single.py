@@ -39,25 +39,22 @@ def run(
         counts["LoRA"] = lora.count_parameters(model)
         ids = inputs.encode_prompts(prompts, reader.tokenizer, model, sampling, options.separator)
         total = gpt2.total_steps(apart.learnt, training)
-    examples = report.examples_line(apart.learnt)
-    line = f"{examples} {total:,} steps, by {options.config}.{apart.told}"
+    line = report.examples_line(apart.learnt)
+    line += f" {total:,} steps, by {options.config}.{apart.told}"
     console.print(report.parameter_table(counts), line, sep="\n", soft_wrap=True)
     clock.lap("load")
-
     tried = functools.partial(continuing.tried, model, ids, sampling, console)
     with lora.disabled(model):
         base = [] if processes.rank() else tried()
     clock.lap("base answers")
     with starting.begun(options, names) as place:
         places = folder.Places("default", place, place / folder.ADAPTER, place / folder.LAST)
-        resume = bool(options.resume)
-        fit, losses = keeping.fitted(reader, apart, training, place, places, resume=resume)
+        fit, losses = keeping.fitted(reader, apart, training, place, places)
         if processes.rank():
             return  # the first goes on alone
         clock.lap("training")
-        tuned = tried()
+        texts = answers.decoded(reader.tokenizer, base, tried(), sampling)
         clock.lap("tuned answers")
-        texts = answers.decoded(reader.tokenizer, base, tuned, sampling)
         learnt = validation.learnt_texts(source, options)
         compared = answers.compare(prompts, *texts, learnt, searched=source.whole)
         if compared:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -124,3 +126,38 @@ def test_all_reduce_gives_the_same_to_rounding():
         assert (got["loss"], got["grad_norm"]) == pytest.approx(
             (want["loss"], want["grad_norm"]), rel=1e-5
         )
+
+
+def sharded_fit(world: int, folder: str, stop: int | None, resume: bool) -> Any:
+    """A run of a whole or a sharded model, cut short or gone on with, and its snapshots.
+
+    The last step that it tells of is told again by a run that goes on, since nobody came back.
+    """
+    model = model_of()
+    if world > 1:
+        model = shard(model)
+    config = gpt2.TrainConfig(lr=1e-2, steps=8, accumulate=2, eps=1e-3)
+    run = gpt2.RunConfig(eval_every=2, save_every=2, folder=folder)
+    fit = gpt2.fit(model, DATA, config, validation=HELD_OUT, run=run, resume=resume)
+    told = [r.loss for r in itertools.islice(fit, stop)]
+    fit.save()
+    fit.close()
+    model.save_pretrained(Path(folder, f"of {world}"))
+    return told, fit.evaluated, fit.best_step
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 2)])
+def test_a_snapshot_of_a_sharded_run_opens_on_any_number_of_processes(before, after, tmp_path):
+    (tmp_path / "alone").mkdir()
+    (whole_run,) = together(1, sharded_fit, 1, str(tmp_path / "alone"), None, False)
+    first = together(before, sharded_fit, before, str(tmp_path), 5, False)
+    second = together(after, sharded_fit, after, str(tmp_path), None, True)
+    for one in first:
+        for two in second:
+            assert one[0][:4] + two[0] == pytest.approx(whole_run[0], rel=1e-4)
+            assert two[1] == pytest.approx(whole_run[1], rel=1e-4)
+            assert two[2] == whole_run[2]
+    want = gpt2.GPT2.from_pretrained(str(tmp_path / "alone" / "of 1")).state_dict()
+    got = gpt2.GPT2.from_pretrained(str(tmp_path / f"of {after}")).state_dict()
+    for name, tensor in want.items():
+        assert torch.allclose(got[name], tensor, rtol=1e-3, atol=1e-4)

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import reference
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from gpt2 import pretrained
+from gpt2 import pretrained, streaming
 from gpt2.config import GPT2Config
 from gpt2.generation import generate
 from gpt2.model import GPT2
@@ -582,16 +582,15 @@ def test_a_head_that_was_untied_is_not_saved(tiny, tmp_path):
         tiny.save_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("error", [OSError("disk full"), SafetensorError("disk full")])
-def test_after_a_failed_save_the_old_files_are_there(tiny, tmp_path, monkeypatch, error):
+def test_after_a_failed_save_the_old_files_are_there(tiny, tmp_path, monkeypatch):
     tiny.save_pretrained(tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 
-    def fail(tensors, file, metadata):
+    def fail(file, tensors, metadata):
         Path(file).write_bytes(b"half")
-        raise error
+        raise OSError("disk full")
 
-    monkeypatch.setattr(pretrained, "save_file", fail)
+    monkeypatch.setattr(streaming, "write", fail)
     with torch.no_grad():
         tiny.transformer.ln_f.bias.add_(1)
     with pytest.raises(OSError, match="disk full"):

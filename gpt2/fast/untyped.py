@@ -95,6 +95,35 @@ def whole(tensor: Tensor) -> Tensor:
     return cast(Any, tensor).full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of it: all, unless it is sharded."""
+    return cast(Any, tensor).to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def part_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """What this process holds of a tensor that is sharded as the other is; all if that is whole."""
+    if not hasattr(other, "to_local"):
+        return tensor
+    how: Any = other
+    place, home = _torch.distributed.tensor.distribute_tensor, tensor.to(other.device)
+    return place(home, how.device_mesh, how.placements, src_data_rank=None).to_local().clone()
+
+
+def as_part(part: Tensor, other: Tensor) -> Tensor:
+    """A tensor sharded as the other is, of which this is what the process holds."""
+    if not hasattr(other, "to_local"):
+        return part
+    how: Any = other
+    return _torch.distributed.tensor.DTensor.from_local(
+        part.to(other.device, copy=True),
+        how.device_mesh,
+        how.placements,
+        run_check=False,
+        shape=other.shape,
+        stride=other.stride(),
+    )
+
+
 def parts(tensor: Tensor, sizes: list[int]) -> list[Tensor]:
     """A `(N,)` tensor in runs of these sizes, each a view of it."""
     return list(cast(Any, tensor).split(sizes))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2.fast.untyped import collectives, gather_into, named_modules, table
+from gpt2.streaming import is_sharded
 from gpt2.training.config import TrainConfig
 
 
@@ -56,15 +57,15 @@ def interleaved(rows: list[list[float]], device: torch.device) -> list[list[floa
     return table(found.view(size(), len(rows), -1).transpose(0, 1).flatten(0, 1))
 
 
+def first_says(what: bool) -> bool:
+    """What the first process says."""
+    return gathered(str(what))[0] == "True"
+
+
 def own(count: int) -> range:
     """Which of so many things, in order, are this process's: a run of them."""
     each = -(-count // size())
     return range(min(rank() * each, count), min((rank() + 1) * each, count))
-
-
-def is_sharded(p: Tensor) -> bool:
-    """Whether each process holds a part of it."""
-    return hasattr(p, "full_tensor")
 
 
 def faults(model: nn.Module, config: TrainConfig) -> list[str]:

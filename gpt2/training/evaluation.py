@@ -14,6 +14,7 @@ from gpt2.data.tokens import Array, Dataset
 from gpt2.fast.devices import positions_at_a_time
 from gpt2.fast.untyped import from_numpy
 from gpt2.model import GPT2
+from gpt2.streaming import is_sharded
 from gpt2.training import distributed
 from gpt2.training.checks import check_readable
 from gpt2.training.loss import IGNORE
@@ -73,7 +74,7 @@ def evaluate(
     exact, asked = np.zeros(len(data), bool), np.asarray(data.prompts)
     if references and not asked.any():
         raise ValueError("references=True takes examples with a prompt, and no example has one.")
-    if references and any(map(distributed.is_sharded, model.parameters())):
+    if references and any(map(is_sharded, model.parameters())):
         raise ValueError("references=True takes a model that is not sharded.")
     with in_mode(model, training=False), RandomState(0, device), torch.no_grad():
         for start in distributed.strided(starts):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2.data.tokens import Dataset
+from gpt2.fast.untyped import whole
 from gpt2.faults import listed
 from gpt2.model import GPT2
 from gpt2.training.config import TrainConfig
@@ -32,7 +33,7 @@ def of_run(
         "data": _of(data),
         "validation data": _of(validation) if validation else "none",
         "base": of_base(model),
-        "modules": _digest(f"{model} {sizes}".encode()),
+        "modules": _digest(f"{model} {sizes}".replace("FSDP", "").encode()),
         "trained parameters": _digest(repr(sorted(trained.items())).encode()),
         "kind of device": next(iter(model.parameters())).device.type,
     }
@@ -54,7 +55,7 @@ def of_base(model: nn.Module) -> str:
     digest = blake2b(digest_size=8)
     for name, tensor in sorted(frozen.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(_probe(tensor))
+        digest.update(_probe(whole(tensor)))
     return digest.hexdigest()
 
 

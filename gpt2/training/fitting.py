@@ -16,6 +16,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from gpt2.data.tokens import Dataset
+from gpt2.fast.untyped import as_part
+from gpt2.streaming import is_sharded
 from gpt2.training import distributed, fingerprints, snapshots
 from gpt2.training.checks import check_readable
 from gpt2.training.config import TrainConfig
@@ -25,7 +27,7 @@ from gpt2.training.loop import StepRecord, train
 from gpt2.training.run_config import RunConfig, lowest, waited
 from gpt2.training.schedule import steps_an_epoch
 from gpt2.training.snapshots import Snapshot
-from gpt2.training.weights import put, swapped, trained
+from gpt2.training.weights import parts_of, put, swapped, trained
 
 
 def fit(
@@ -102,6 +104,7 @@ class Fit(Iterator[StepRecord]):
         self._is_due, self.training.run.pauses = is_due, pauses
         self.made_of: Mapping[str, str] = {}
         self._kept, self._last = _Kept(), dict[str, Tensor]()
+        self._sharded = any(map(is_sharded, model.parameters()))
         self._saved_at, self.saved_step = time.monotonic(), 0
         try:
             if run.folder is not None:
@@ -174,19 +177,18 @@ class Fit(Iterator[StepRecord]):
         """Keep a snapshot; False where there is nothing that could be gone on from.
 
         That is so before the first step, where an interrupt fell in the midst of an update, and in
-        all processes but the first, which writes for all.
+        all processes but the first, which writes for all; of a sharded model call it in each.
 
         Raises:
             OSError: it cannot be written; those of before are as they were.
         """
         run = self.training.run
         can = self.options.folder is not None and self.taken and run.is_whole and not self._last
-        if distributed.rank() or not can:
+        if not can or (distributed.rank() and not self._sharded):
             return False
         kept, state = self._kept, run.state()
-        found = Snapshot(
-            made_of=self.made_of, state=state, evaluated=kept.evaluated, best=kept.best
-        )
+        best = {name: as_part(t, state.parameters[name]) for name, t in kept.best.items()}
+        found = Snapshot(made_of=self.made_of, state=state, evaluated=kept.evaluated, best=best)
         snapshots.write(Path(self.options.folder or ""), found)
         self.saved_step = state.step
         return True
@@ -216,7 +218,8 @@ class Fit(Iterator[StepRecord]):
 
     def _save_if_due(self, step: int) -> None:
         since = time.monotonic() - self._saved_at
-        if self.taken != step or not self.options.is_save_due(step, since):
+        due = self.taken == step and self.options.is_save_due(step, since)
+        if not (distributed.first_says(due) if self._sharded else due):
             return
         try:
             self.save()
@@ -230,7 +233,7 @@ class Fit(Iterator[StepRecord]):
         self._saved_at = time.monotonic()
 
     def _resume(self, folder: Path) -> None:
-        found, fault = snapshots.read(folder)
+        found, fault = snapshots.read(folder, parts_of(self.model))
         if differs := fingerprints.differences(found.made_of, self.made_of):
             raise ValueError(
                 f"The run in {folder} cannot be gone on with: {differs}. Give what it was begun "

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gpt2.data.batches import Batch, batch
 from gpt2.data.plans import Plan
 from gpt2.data.tokens import Dataset
-from gpt2.fast.untyped import floats
+from gpt2.fast.untyped import floats, own_part, whole
 from gpt2.model import GPT2
 from gpt2.training import distributed, fingerprints
 from gpt2.training.config import TrainConfig
@@ -47,7 +47,8 @@ class RunState:
         step: how many steps the weights have taken.
         seconds: how long that took.
         untold: step, tokens, loss and gradient norm of those steps that no record has told of.
-        parameters: what is trained, by name.
+        parameters: what is trained, by name; of a sharded model, what was read of this process's
+            parts.
         moments: AdamW's, by their kind and the parameter's name.
     """
 
@@ -124,7 +125,7 @@ class Run:
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 if p.requires_grad:
-                    p.copy_(state.parameters[name])
+                    own_part(p).copy_(state.parameters[name])
         self._resumed, self._seconds = state, state.seconds
         self._untold = [(n, tokens, torch.tensor(two)) for n, tokens, *two in state.untold]
 
@@ -205,7 +206,9 @@ def _two(figures: Tensor) -> tuple[float, float]:
 
 def not_finite(stepper: Stepper) -> list[str]:
     """The names of trained parameters that hold an infinity or NaN."""
-    return [name for name, p in stepper.parameters.items() if not p.isfinite().all()]
+    return [
+        name for name, p in stepper.parameters.items() if not whole(p.detach()).isfinite().all()
+    ]
 
 
 def _blame(said: str, bad: list[str]) -> str:

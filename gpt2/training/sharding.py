@@ -29,7 +29,7 @@ def shard(model: Model) -> Model:
     if not isinstance(model, GPT2):
         raise ValueError(f"shard takes a GPT-2, got {type(model).__name__}: see fully_shard.")
     mesh = init_device_mesh(next(model.parameters()).device.type, (size(),))
-    for block in model.transformer.h:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    # After each forward pass, so that between two steps there is no parameter that is not sharded.
+    for module in (*model.transformer.h, model):
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
     return model

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
+from gpt2 import streaming
 from gpt2.training.run import RunState
 
 NAME, BEFORE = "snapshot.safetensors", "snapshot-before.safetensors"
@@ -59,19 +59,17 @@ def write(folder: Path, snapshot: Snapshot) -> None:
         "untold": state.untold,
         "evaluated": list(snapshot.evaluated.items()),
     }
-    held = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    content = save(held, {"run": json.dumps(about)})
-    made = folder / PART
+    made, here = folder / PART, streaming.is_written_here(tensors)
     try:
-        with made.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        streaming.write(made, tensors, {"run": json.dumps(about)})
+        if not here:
+            return
         if (folder / NAME).exists():
             os.replace(folder / NAME, folder / BEFORE)
         os.replace(made, folder / NAME)
     finally:
-        made.unlink(missing_ok=True)
+        if here:
+            made.unlink(missing_ok=True)
 
 
 def check(folder: Path) -> None:
@@ -87,8 +85,15 @@ def check(folder: Path) -> None:
         )
 
 
-def read(folder: Path) -> tuple[Snapshot, str]:
+def read(
+    folder: Path, part: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor
+) -> tuple[Snapshot, str]:
     """The last snapshot that is whole; and what is wrong with a later one, "" for nothing.
+
+    Args:
+        folder: where it is.
+        part: given a parameter's name and a tensor like it, what is to be kept of that; by
+            default all.
 
     Raises:
         FileNotFoundError: there is none.
@@ -100,7 +105,7 @@ def read(folder: Path) -> tuple[Snapshot, str]:
         if not file.is_file():
             continue
         try:
-            return _read(file), "; ".join(faults)
+            return _read(file, part), "; ".join(faults)
         except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
             faults.append(f"{file} is cut short or damaged ({str(error)[:200]})")
     raise ValueError(f"{'; '.join(faults)}: there is no whole snapshot to go on from.")
@@ -112,13 +117,14 @@ def remove(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _read(file: Path) -> Snapshot:
+def _read(file: Path, part: Callable[[str, Tensor], Tensor]) -> Snapshot:
     tensors: dict[str, dict[str, Tensor]] = {"parameters": {}, "moments": {}, "best": {}}
     with cast(Any, safe_open(file, "pt")) as opened:
         about: Any = json.loads(cast(dict[str, str], opened.metadata() or {})["run"])
         for key in cast(list[str], opened.keys()):
-            part, _, name = key.partition(".")
-            tensors[part][name] = opened.get_tensor(key)
+            kind, _, name = key.partition(".")
+            of = name.partition(".")[2] if kind == "moments" else name
+            tensors[kind][name] = part(of, opened.get_tensor(key))
     if about["format"] != FORMAT:
         raise ValueError(f"it is of format {about['format']}, and this version reads {FORMAT}")
     state = RunState(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gpt2.data.batches import Batch
 from gpt2.fast import devices
 from gpt2.fast.graphs import GraphedCalls
-from gpt2.fast.untyped import backward, whole
+from gpt2.fast.untyped import as_part, backward, whole
 from gpt2.model import GPT2
 from gpt2.training import distributed, summing
 from gpt2.training.checks import check_options
@@ -35,7 +35,6 @@ class Stepper:
 
     Attributes:
         parameters: what is trained, by name.
-        device: where the first of them lies.
         optimizer: the AdamW; its groups' `lr` are those of the last step.
         peaks: each group's own learning rate, before the schedule.
         failed: 1 on the device after a step whose loss or gradient was not finite, else 0.
@@ -125,7 +124,8 @@ class Stepper:
             kind, _, name = key.partition(".")
             fused = devices.has_fused_adamw(self.device)  # else the host counts the steps
             home = self.device if kind != "step" or fused else torch.device("cpu")
-            self.optimizer.state[self.parameters[name]][kind] = tensor.to(home, copy=True)
+            p, tensor = self.parameters[name], tensor.to(home, copy=True)
+            self.optimizer.state[p][kind] = as_part(tensor, p) if tensor.dim() else tensor
         self.taken = taken
 
     @contextmanager

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from gpt2.data.batches import Batch
 from gpt2.fast.untyped import add_each, collectives, parts
+from gpt2.streaming import is_sharded
 from gpt2.training.config import TrainConfig
-from gpt2.training.distributed import gathered_rows, is_sharded, own, size
+from gpt2.training.distributed import gathered_rows, own, size
 from gpt2.training.loss import IGNORE
 
 GATHERED_BYTES = 2**28

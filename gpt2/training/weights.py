@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from gpt2.fast.untyped import own_part, part_like
+
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of what is trained, in the host's memory."""
+    """Copies of what is trained, or of this process's parts, in the host's memory."""
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return {name: p.detach().to("cpu", copy=True) for name, p in own.items()}
+    return {name: own_part(p.detach()).to("cpu", copy=True) for name, p in own.items()}
+
+
+def parts_of(model: nn.Module) -> Callable[[str, Tensor], Tensor]:
+    """Of a tensor like the parameter of this name, what this process holds if that is sharded."""
+    own = dict(model.named_parameters())
+    return lambda name, t: part_like(t, own[name]) if name in own and t.dim() else t
 
 
 def put(model: nn.Module, values: Mapping[str, Tensor]) -> None:
@@ -20,7 +28,7 @@ def put(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name in values:
-                p.copy_(values[name])
+                own_part(p).copy_(values[name])
 
 
 @contextmanager
