@@ -54,6 +54,7 @@ def inject(
     """
     config = config_of(config, settings)
     tree = survey(model)
+    tree.require_whole()
     return attach(tree, adapter, draw(tree, config), untie=untie)
 
 

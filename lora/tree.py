@@ -17,6 +17,7 @@ from lora.adapted import Adapted
 from lora.copies import ModuleCopy
 from lora.layer import LoRALinear
 from lora.stacked import StackedLinear
+from lora.untyped import is_sharded
 
 
 class Place(NamedTuple):
@@ -94,10 +95,19 @@ class Tree:
                 place.parent.register_module(place.name, module)
 
     def require_settled(self) -> None:
-        """Raise where a change would leave a merged weight or a routing stale."""
+        """Raise where a change would leave a merged weight, a routing or a shard stale."""
+        self.require_whole()
         self.refuse_merged()
         if any(layer.routing is not None for layer in self.layers.values()):
             raise RuntimeError("The model is routed. Leave the lora.routed context first.")
+
+    def require_whole(self) -> None:
+        """Raise where several processes hold a part of the model each."""
+        if any(map(is_sharded, self.root.parameters())):
+            raise RuntimeError(
+                "The model is sharded, and can only be run, trained and saved: inject, load, merge "
+                "and eject before fully_shard."
+            )
 
     def refuse_merged(self) -> None:
         """Raise where a merged weight would go stale."""

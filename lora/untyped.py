@@ -72,3 +72,19 @@ def named_modules(module: nn.Module) -> Sequence[tuple[str, nn.Module]]:
     """Every module under every of its paths."""
     untyped: Any = module
     return list(untyped.named_modules(remove_duplicate=False))
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether several processes hold a part of it each."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, put together where it is sharded; then all processes must ask for it."""
+    untyped: Any = tensor
+    return untyped.full_tensor() if is_sharded(tensor) else tensor
+
+
+def is_first_process() -> bool:
+    """Whether this is the first process of torch's default group."""
+    return _torch.distributed.get_rank() == 0

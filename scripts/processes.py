@@ -71,12 +71,13 @@ def joined() -> Iterator[None]:
     if size() == 1:
         yield
         return
-    shared, number, count = next(torch.distributed.rendezvous("env://"))
+    group: Any = torch.distributed
+    shared, number, count = next(group.rendezvous("env://"))
     _rounds.append(_numbered(shared, number, count))
-    store = torch.distributed.PrefixStore(f"round {_rounds[-1]}", shared)
+    store = group.PrefixStore(f"round {_rounds[-1]}", shared)
     _store[:] = [store]
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    torch.distributed.init_process_group(
+    group.init_process_group(
         backend, store=store, rank=number, world_size=count, timeout=timedelta(days=1)
     )
     with _signals_in_order(), warnings.catch_warnings():

@@ -48,8 +48,10 @@ def check(options: Namespace, adapters: Sequence[str] = (folder.ADAPTER,)) -> No
     if processes.may_restart() and options.res_path is None and not options.resume:
         raise ValueError("torchrun's --max_restarts needs --res_path, where a restart looks.")
     if processes.is_restart() and not options.resume:
-        there = [Path(options.res_path, *place) for place in ((), *((n,) for n in adapters))]
-        options.resume = any((f / name).is_file() for f in there for name in snapshots.NAMES)
+        run = Path(options.res_path or "")
+        there = [run, *(run / name for name in adapters)]
+        kept = any((f / name).is_file() for f in there for name in snapshots.NAMES)
+        options.resume = kept or bool(options.tasks and folder.is_begun(run, adapters))
         options.overwrite = not options.resume
     if options.resume:
         named = options.resume if isinstance(options.resume, str) else options.res_path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from dataclasses import asdict
 from hashlib import blake2b
@@ -12,8 +13,10 @@ import pytest
 import torch
 
 import gpt2
+import lora
+from gpt2.data.batches import collate
 from gpt2.fast.untyped import whole
-from gpt2.training import fitting
+from gpt2.training import fitting, step
 from gpt2.training.sharding import shard
 from tests.processes import together
 from tests.test_train import DATA, Letters, model_of
@@ -66,6 +69,7 @@ def test_any_number_of_processes_gives_the_same_bits(plan):
     """With dropout, uneven token counts, and an epoch's end at which some have nothing to do."""
     options = {"accumulate": 4} | PLANS[plan]
     (alone,) = together(1, fitted, True, options)
+    assert len(alone["told"]) == 7
     for count in (2, 4):
         for got in together(count, fitted, True, options):
             assert got == alone
@@ -120,6 +124,7 @@ def test_processes_that_begin_with_other_weights_are_refused():
 
 def test_all_reduce_gives_the_same_to_rounding():
     (alone,) = together(1, fitted, False, {"accumulate": 4, "in_order": False, "eps": 1e-3})
+    assert len(alone["told"]) == 7
     one, other = together(2, fitted, False, {"accumulate": 4, "in_order": False, "eps": 1e-3})
     assert one == other
     for got, want in zip(one["told"], alone["told"], strict=True):
@@ -161,3 +166,78 @@ def test_a_snapshot_of_a_sharded_run_opens_on_any_number_of_processes(before, af
     got = gpt2.GPT2.from_pretrained(str(tmp_path / f"of {after}")).state_dict()
     for name, tensor in want.items():
         assert torch.allclose(got[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def adapter_of_a_sharded_model(folder: str) -> list[str]:
+    """Save the adapter; what merging, loading, injecting and ejecting say."""
+    model = model_of(adapter=True)
+    twin = copy.deepcopy(model)
+    shard(model)
+    own = Path(folder, str(torch.distributed.get_rank()))  # only the first's is to be there
+    lora.save(model, own)
+    idx = torch.tensor([[1, 2, 3]])
+    said = [str(torch.equal(model(idx), twin(idx)))]
+    for verb in (
+        lambda: lora.merge(model),
+        lambda: lora.eject(model),
+        lambda: lora.eject(model, merge=True),
+        lambda: lora.load(model, Path(folder, "0"), adapter="other"),
+        lambda: lora.inject(model, adapter="third"),
+    ):
+        torch.distributed.barrier()
+        with pytest.raises(RuntimeError) as caught:
+            verb()
+        said.append(str(caught.value))
+    return said
+
+
+def test_an_adapter_of_a_sharded_model_is_saved_as_of_a_whole_one_and_the_rest_refused(tmp_path):
+    for same, *said in together(2, adapter_of_a_sharded_model, str(tmp_path)):
+        assert same == "True"
+        assert len(said) == 5
+        assert {line.split(",")[0] for line in said} == {"The model is sharded"}
+    lora.save(model_of(adapter=True), tmp_path / "whole")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["0", "whole"]
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "0" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+class Repeated(step.GraphedCalls):
+    """As a CUDA graph is made: trial runs, whose effects on the state are undone, then replays."""
+
+    def prepare(self, function, state, *inputs):
+        if (key := tuple(t.shape for t in inputs)) in self.captured:
+            return
+        before = [t.clone() for t in state()]
+        for _ in range(2):
+            function(*inputs)
+        after = state()
+        with torch.no_grad():
+            for tensor, value in zip(after, before, strict=False):
+                tensor.copy_(value)
+            for tensor in after[len(before) :]:
+                tensor.zero_()
+        self.captured[key] = ((), (), torch.empty(0))
+
+    def __call__(self, function, state, *inputs):
+        self.prepare(function, state, *inputs)
+        return function(*inputs)
+
+
+def captured(in_order: bool, graphs: bool) -> Any:
+    model = model_of(adapter=True)
+    config = gpt2.TrainConfig(steps=3, accumulate=2, in_order=in_order, weight_decay=0.1)
+    stepper = step.Stepper(model.train(), config)
+    batches = [collate([DATA[i]]) for i in (0, 1)]
+    if graphs:
+        stepper.graphs, stepper._updates = Repeated(), Repeated()
+        stepper._is_graphed = lambda batches: True
+    figures = [stepper(batches, number).tolist() for number in (1, 2, 3)]
+    return figures, digest({n: p.detach() for n, p in stepper.parameters.items()})
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_a_step_that_is_captured_is_the_step_that_is_not(in_order):
+    want = together(2, captured, in_order, False)
+    assert isinstance(want[0], tuple), want
+    assert together(2, captured, in_order, True) == want

@@ -27,6 +27,7 @@ from lora.layout import is_fan_in_fan_out
 from lora.messages import cut, listed
 from lora.slices import SlicedUpdate
 from lora.tree import Tree, survey, survey_adapted
+from lora.untyped import is_first_process, is_sharded, whole
 from lora.updates import EmbeddingUpdate, LowRankUpdate
 from lora.values import why_not_usable
 
@@ -48,7 +49,8 @@ def save(
     at that moment, never takes the new weights for the old config's.
 
     Args:
-        model: a model that carries the adapter, merged or not.
+        model: a model that carries the adapter, merged or not. Of a sharded one call this in each
+            process: they put the adapter together, and the first writes.
         folder: created if missing.
         adapter: the adapter's name.
         uniform: write one rank and one alpha for all layers (B scaled, both padded with zeros),
@@ -89,6 +91,8 @@ def save(
     metadata |= probes.describe(bases, factors)
     metadata |= {} if uniform else _slices(updates)
     weights = files.to_bytes(to_tensors(factors, _embeddings(updates), copies, biases), metadata)
+    if any(map(is_sharded, tree.root.parameters())) and not is_first_process():
+        return
     with replacing(place) as beside:
         (beside / WEIGHTS).write_bytes(weights)
         (beside / CONFIG).write_bytes(config.encode())
@@ -134,6 +138,7 @@ def load(
         The model is as it was after any error.
     """
     saved, tree = open_folder(folder), survey(model)
+    tree.require_whole()
     modules = tree.bases
     places = fitting.places(saved.factors, modules)
     updates, faults = fitting.rebuild(saved, modules, places, dtype)
@@ -231,7 +236,7 @@ def _warn_of_others(tree: Tree) -> None:
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous()
+    return whole(tensor.detach()).cpu().contiguous()
 
 
 def _pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lora.disk import strict_json
 from lora.layout import out_in_view
 from lora.messages import cut, listed
+from lora.untyped import whole
 
 BASE, UPDATES = "lora_base_probes", "lora_update_probes"  # keys in a safetensors file's metadata
 
@@ -63,7 +64,7 @@ def _probe_vectors(n: int) -> Tensor:
 
 def _base_probe(base: nn.Module) -> dict[str, Any]:
     """What tells this base weight from another: its dtype, and projections of its direction."""
-    weight = out_in_view(base, base.get_parameter("weight")).detach().cpu().double()
+    weight = out_in_view(base, whole(base.get_parameter("weight").detach())).cpu().double()
     left, right = _probe_vectors(weight.shape[0]), _probe_vectors(weight.shape[1])
     values = left[:, 0] @ weight @ right / (_norm(weight) or 1.0)
     dtype = str(base.get_parameter("weight").dtype).removeprefix("torch.")
