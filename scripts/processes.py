@@ -199,6 +199,8 @@ def _signals_in_order() -> Iterator[None]:
         if not rank():
             heard.set()
             leaving()
+            if not callable(before[number]):
+                raise KeyboardInterrupt
             before[number](number, frame)
 
     for number in numbers:
