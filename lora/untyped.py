@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -85,6 +85,6 @@ def whole(tensor: Tensor) -> Tensor:
     return untyped.full_tensor() if is_sharded(tensor) else tensor
 
 
-def is_first_process() -> bool:
-    """Whether this is the first process of torch's default group."""
-    return _torch.distributed.get_rank() == 0
+def is_first(tensors: Iterable[Tensor]) -> bool:
+    """Whether this process is the first of those that hold a part of them each, or the only one."""
+    return not any(map(is_sharded, tensors)) or _torch.distributed.get_rank() == 0

@@ -27,7 +27,7 @@ from lora.layout import is_fan_in_fan_out
 from lora.messages import cut, listed
 from lora.slices import SlicedUpdate
 from lora.tree import Tree, survey, survey_adapted
-from lora.untyped import is_first_process, is_sharded, whole
+from lora.untyped import is_first, whole
 from lora.updates import EmbeddingUpdate, LowRankUpdate
 from lora.values import why_not_usable
 
@@ -71,7 +71,7 @@ def save(
     if card:
         cards.require_free(place)
     configs = {path: update.config for path, update in updates.items()}
-    factors = {path: _pair(*u.factors()) for path, u in updates.items()}
+    factors = {path: _pair(u) for path, u in updates.items()}
     copies, biases = _trained_beside(tree, adapter)
     _require_usable(factors, "")
     if uniform:
@@ -91,14 +91,12 @@ def save(
     metadata |= probes.describe(bases, factors)
     metadata |= {} if uniform else _slices(updates)
     weights = files.to_bytes(to_tensors(factors, _embeddings(updates), copies, biases), metadata)
-    if any(map(is_sharded, tree.root.parameters())) and not is_first_process():
-        return
-    with replacing(place) as beside:
-        (beside / WEIGHTS).write_bytes(weights)
-        (beside / CONFIG).write_bytes(config.encode())
-        if card:
-            size = sum(a.numel() + b.numel() for a, b in factors.values())
-            (beside / cards.CARD).write_bytes(cards.write(_base_name(tree), configs, size).encode())
+    content = {WEIGHTS: weights, CONFIG: config.encode()}
+    if card:
+        size = sum(a.numel() + b.numel() for a, b in factors.values())
+        content[cards.CARD] = cards.write(_base_name(tree), configs, size).encode()
+    if is_first(tree.root.parameters()):
+        _write(place, content)
     _warn_of_others(tree)
 
 
@@ -155,6 +153,12 @@ def load(
         for update in placed.values():
             update.requires_grad_(False)
     return attach(tree, adapter, placed, untie=untie)
+
+
+def _write(place: Path, content: Mapping[str, bytes]) -> None:
+    with replacing(place) as beside:
+        for name, found in content.items():
+            (beside / name).write_bytes(found)
 
 
 def _updates(tree: Tree, adapter: str) -> dict[str, LowRankUpdate]:
@@ -239,5 +243,6 @@ def _on_cpu(tensor: Tensor) -> Tensor:
     return whole(tensor.detach()).cpu().contiguous()
 
 
-def _pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def _pair(update: LowRankUpdate) -> tuple[Tensor, Tensor]:
+    a, b = update.factors()
     return _on_cpu(a), _on_cpu(b)
