@@ -30,6 +30,7 @@ class Stepper:
         model: in training mode; only it is called, so that a wrapper around a GPT-2 is in force.
         config: how to step; order and number of the steps are the caller's.
         groups: optimiser groups, if not all parameters are to have the same options.
+        longest: no document of a packed row has more tokens; the context's length, if not given.
 
     Attributes:
         parameters: what is trained, by name.
@@ -45,12 +46,20 @@ class Stepper:
         ValueError: groups that do not fit; options that the model or its device cannot follow.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig, groups: Groups | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        groups: Groups | None = None,
+        longest: int | None = None,
+    ) -> None:
         self.model, self.config = model, config
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.device = next(iter(self.parameters.values())).device
         self._trained = list(self.parameters.values())
         self._flags, full = check(model, config, groups)
+        if self._flags:
+            self._flags["longest"] = longest
         self.optimizer: Any = _adamw(full, self.device)
         self.peaks = [float(group["initial_lr"]) for group in self.optimizer.param_groups]
         self.optimizer.zero_grad()  # of what the caller, or a run that was cut short, left
