@@ -101,6 +101,7 @@ class Transformer(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.checkpointing = False  # keep only the blocks' inputs for backward, recompute the rest
         self.compiling = False  # run the blocks, unless there is a cache, through torch.compile
+        self.longest: int | None = None  # tokens of a row's longest document, the context's if None
         self.smoothing = 0.0  # share of a target that the loss spreads over all tokens
 
     def forward(
@@ -113,7 +114,7 @@ class Transformer(nn.Module):
         Raises:
             ValueError: `idx` is not a (B, T) tensor of integers, or does not fit the context.
         """
-        apart = Documents.of(idx, documents, self.config.block_size, cache)
+        apart = Documents.of(idx, documents, self.longest or self.config.block_size, cache)
         positions = self._positions(idx, cache) if apart is None else apart.positions()
         if cache is None:
             how = {"compiling": self.compiling, "checkpointing": self.checkpointing}

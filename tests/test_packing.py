@@ -230,3 +230,19 @@ def test_a_copy_of_a_row_moves_whole():
     assert copy.copy(batch).padded(*batch.idx.shape) is not None
     with pytest.raises(ValueError, match="has its width when it is made"):
         batch.padded(2, 64)
+
+
+def test_a_steps_kernel_looks_no_further_than_the_longest_document(monkeypatch):
+    """A GPU's kernel is begun for each tile up to there, of each document."""
+    seen: list[int] = []
+
+    def recorded(q, k, v, visible, p):
+        seen.append(visible.longest)
+        return attend(q, k, v, visible, p)
+
+    monkeypatch.setattr("gpt2.model.attend", recorded)
+    roomy = model(block_size=1024)
+    examples = encode(["1 2 3 " * 60, *["4 5 6 7"] * 100], Words())
+    list(train(roomy, examples, TrainConfig(steps=1, tokens_per_batch=512, packing=True)))
+    assert set(seen) == {256}
+    assert roomy.transformer.longest is None

@@ -20,6 +20,8 @@ from gpt2.fast.untyped import attend_apart, integers
 Drops = Callable[[Tensor, float], Tensor]
 """Drops elements of a tensor with a probability, and scales the rest."""
 
+TILE = 128  # tokens that a GPU's kernel looks at together: it looks in vain past a document's end
+
 
 class Documents(NamedTuple):
     """The documents of one row: where each begins and the last ends, `(S + 1,)` int32.
@@ -57,7 +59,7 @@ class Documents(NamedTuple):
                     f"Documents must go from 0 to the row's {T} tokens, of 0 to {limit} each; they "
                     f"go from {found[0]} to {found[1]}, of {found[2]} to {found[3]} each."
                 )
-        return cls(starts.to(torch.int32), T, min(T, limit))
+        return cls(starts.to(torch.int32), T, min(T, -(-limit // TILE) * TILE))
 
     def numbers(self) -> Tensor:
         """To which document each token belongs, `(T,)`, from 1."""

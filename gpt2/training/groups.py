@@ -6,8 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
+from gpt2.fast import devices
 from gpt2.training.config import TrainConfig
 
 Groups = Sequence[Mapping[str, Any]]
@@ -47,6 +49,18 @@ def grouped(
     if faults:
         raise ValueError(f"groups: {'; '.join(faults)}.")
     return full
+
+
+def adamw(
+    groups: list[dict[str, Any]], device: torch.device, capturable: bool
+) -> torch.optim.AdamW:
+    """Fused where it can be: one call a group, so that an interrupt comes before it or after it."""
+    capturable = capturable and devices.can_capture(device)
+    for group in groups:
+        group["initial_lr"] = group["lr"]
+        if capturable:  # a tensor, so that a captured step reads the rate of the moment
+            group["lr"] = torch.full((), group["lr"], dtype=torch.float32, device=device)
+    return torch.optim.AdamW(groups, fused=devices.has_fused_adamw(device), capturable=capturable)
 
 
 def listed(groups: Groups) -> list[dict[str, Any]]:

@@ -137,7 +137,8 @@ class Run:
     def records(self) -> Generator[StepRecord]:
         """Take the steps, and tell of each."""
         self._agree()
-        stepper = self._stepper = Stepper(self.model, self.config, self.groups)
+        longest = self.data.longest
+        stepper = self._stepper = Stepper(self.model, self.config, self.groups, longest)
         if self._resumed:
             stepper.resume(self._resumed.step, self._resumed.moments)
             yield from self._told(stepper)

@@ -18,7 +18,7 @@ from gpt2.model import GPT2
 from gpt2.training import distributed, summing
 from gpt2.training.checks import check_options
 from gpt2.training.config import GRAPHED_TOKENS, TrainConfig
-from gpt2.training.groups import Groups
+from gpt2.training.groups import Groups, adamw
 from gpt2.training.packing import undropped
 from gpt2.training.randomness import RandomState
 from gpt2.training.watch import Watch
@@ -32,6 +32,7 @@ class Stepper:
         model: in training mode; only it is called, so that a wrapper around a GPT-2 is in force.
         config: how to step; order and number of the steps are the caller's.
         groups: optimiser groups, if not all parameters are to have the same options.
+        longest: no document of a packed row has more tokens; the context's length, if not given.
 
     Attributes:
         parameters: what is trained, by name.
@@ -46,15 +47,22 @@ class Stepper:
         ValueError: groups that do not fit; options that the model or its device cannot follow.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig, groups: Groups | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        groups: Groups | None = None,
+        longest: int | None = None,
+    ) -> None:
         self.model, self.config = model, config
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.device = next(iter(self.parameters.values())).device
         self._trained = list(self.parameters.values())
         self._flags, full = check_options(model, config, groups)
+        self._flags |= {"longest": longest} if self._flags else {}
         self._sums = summing.sums(self._trained, config)
         sharded = isinstance(self._sums, summing.Sharded)
-        self.optimizer: Any = _adamw(full, self.device, capturable=not sharded)
+        self.optimizer: Any = adamw(full, self.device, capturable=not sharded)
         self.peaks = [float(group["initial_lr"]) for group in self.optimizer.param_groups]
         self.optimizer.zero_grad()  # of what the caller, or a run that was cut short, left
         self.failed = torch.zeros((), dtype=torch.float32, device=self.device)
@@ -236,15 +244,3 @@ class Stepper:
 
 def _inputs(batch: Batch) -> list[Tensor]:
     return [batch.idx, batch.labels, *([] if batch.documents is None else [batch.documents])]
-
-
-def _adamw(
-    groups: list[dict[str, Any]], device: torch.device, capturable: bool
-) -> torch.optim.AdamW:
-    """Fused where it can be: one call a group, so that an interrupt comes before it or after it."""
-    capturable = capturable and devices.can_capture(device)
-    for group in groups:
-        group["initial_lr"] = group["lr"]
-        if capturable:  # a tensor, so that a captured step reads the rate of the moment
-            group["lr"] = torch.full((), group["lr"], dtype=torch.float32, device=device)
-    return torch.optim.AdamW(groups, fused=devices.has_fused_adamw(device), capturable=capturable)
