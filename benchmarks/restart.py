@@ -26,7 +26,7 @@ STEPS, KILLED_AT = 60, 20
 def train(folder: Path, world: int) -> None:
     """One of the processes that torchrun starts; it goes on where there is a snapshot."""
     sys.path.insert(0, str(SCRIPTS))
-    import processes
+    import processes  # pyright: ignore[reportMissingImports]  # as torchrun finds it
 
     with processes.joined():
         device = processes.own_device("cuda" if torch.cuda.is_available() else "cpu")

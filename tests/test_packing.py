@@ -236,9 +236,9 @@ def test_a_steps_kernel_looks_no_further_than_the_longest_document(monkeypatch):
     """A GPU's kernel is begun for each tile up to there, of each document."""
     seen: list[int] = []
 
-    def recorded(q, k, v, visible, p):
+    def recorded(q, k, v, visible, p, drops):
         seen.append(visible.longest)
-        return attend(q, k, v, visible, p)
+        return attend(q, k, v, visible, p, drops)
 
     monkeypatch.setattr("gpt2.model.attend", recorded)
     roomy = model(block_size=1024)
