@@ -23,6 +23,7 @@ if not Path("/proc/self/task").is_dir():
 TRAIN = str(SCRIPTS / "train_qa.py")
 STEPS = 15
 OPTIONS = [*QUICK, "--steps", str(STEPS), "--accumulate", "2", "--validation"]
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # as torchrun has it: sums are in its order
 OPTIONS += ["0.4", "--save_every", "2", "--train_batch_size", "1", "--device", "cpu"]
 
 
@@ -30,9 +31,8 @@ def started(*argv: str, processes: int = 2, port: int | None = None, restarts: i
     where = ["--standalone"] if port is None else ["--master_port", str(port)]
     how = [*where, f"--nproc_per_node={processes}", f"--max_restarts={restarts}"]
     command = [sys.executable, "-m", "torch.distributed.run", *how, *argv]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env)
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=ONE_THREAD)
 
 
 def after(step: int, folder: Path, run: Any) -> list[int]:
@@ -64,7 +64,7 @@ def outcome(folder: Path) -> Any:
 def alone(tmp_path_factory) -> Any:
     folder = tmp_path_factory.mktemp("alone")
     arguments = [TRAIN, *OPTIONS, "--res_path", str(folder)]
-    subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+    subprocess.run([sys.executable, *arguments], check=True, capture_output=True, env=ONE_THREAD)
     return outcome(folder)
 
 
@@ -90,7 +90,7 @@ def test_a_signal_ends_all_in_one_line_and_one_process_goes_on(alone, tmp_path):
     assert err.count("Stopped by SIGTERM.") == 1
     assert err.count("Go on with --resume") == 1
     again = [sys.executable, TRAIN, "--resume", str(tmp_path), "--device", "cpu"]
-    subprocess.run(again, check=True, capture_output=True)
+    subprocess.run(again, check=True, capture_output=True, env=ONE_THREAD)
     assert outcome(tmp_path) == alone
 
 
