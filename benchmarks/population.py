@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import gpt2
 import lora
@@ -47,10 +48,8 @@ def main() -> None:
     for k in map(int, a.slots.split(";")):
         harness.free()
         tick = ticks(a, k, **compiling)
-        peak = harness.peak_gib(tick, a.device) if on_gpu else None
-        report(a, {f"k={k}": tick}, each=a.ticks, peak_gib=peak)
-        if on_gpu:
-            busy(a, k, tick)
+        facts = {"peak_gib": harness.peak_gib(tick, a.device), **busy(a, tick)} if on_gpu else {}
+        report(a, {f"k={k}": tick}, each=a.ticks, **facts)
 
 
 def largest(a: Any) -> int:
@@ -91,20 +90,16 @@ def report(a: Any, runs: dict[str, Callable[[], Any]], each: int = 1, **facts: A
         harness.emit("population", a.out, case=name, T=a.T, ms=ms, **facts)
 
 
-def busy(a: Any, k: int, tick: Callable[[], Any]) -> None:
-    """How long the GPU works for a step, whatever the host takes."""
-    from torch.profiler import ProfilerActivity, profile
-
+def busy(a: Any, tick: Callable[[], Any]) -> dict[str, Any]:
+    """How long the GPU works for a step, whatever the host takes, and with how many kernels."""
+    for _ in range(3):
+        tick()
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         tick()
         torch.cuda.synchronize()
     kernels = [e for e in found.events() or () if e.device_type.name == "CUDA"]
     total = sum(e.device_time_total for e in kernels) / a.ticks / 1e3
-    facts = {"gpu_ms": round(total, 3), "kernels": round(len(kernels) / a.ticks)}
-    harness.emit("population", a.out, case=f"k={k}, on the GPU alone", T=a.T, **facts)
-    rows = sorted(found.key_averages(), key=lambda e: -e.device_time_total)[:14]
-    for row in rows:
-        print(f"{row.device_time_total / a.ticks / 1e3:8.3f} ms {row.count:5} {row.key[:90]}")
+    return {"gpu_ms": round(total, 3), "kernels": round(len(kernels) / a.ticks)}
 
 
 if __name__ == "__main__":

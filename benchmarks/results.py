@@ -161,6 +161,26 @@ COLUMNS: dict[str, dict[str, Cell]] = {
         "first epoch, compile included, s": _number("first_epoch_s"),
         "loader's share": _number("loader_share", ".1%"),
     },
+    "population": {
+        "work": _work,
+        "case": _case,
+        "a step, host included": _took,
+        "on the GPU, ms": _number("gpu_ms", ".2f"),
+        "kernels": _number("kernels"),
+        "peak GiB": _number("peak_gib", ".2f"),
+    },
+    "distributed": {
+        "work": _work,
+        "case": lambda row, _: f"{row['case']}, {row['gpus']} GPUs {row.get('how', '')}".strip(),
+        "a step": _took,
+        "tokens/s a GPU": _number("tokens_per_s_a_gpu"),
+        "times one": _number("times", ".3f"),
+        "state a GPU, of one's": _number("state_over_one", ".2f"),
+    },
+    "kill_and_resume": {
+        "case": lambda row, _: f"{row['case']}, {'CUDA graphs' if row['graphs'] else 'eager'}",
+        "same bits": lambda row, _: "yes" if row["equal"] else "no",
+    },
     "routing": {"work": _work, "case": _case, "median (p10–p90)": _took, "note": _note},
     "startup": {"case": _case, "median (p10–p90)": _took},
     "article_run": {
