@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import socket
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +32,13 @@ def demo() -> GPT2:
 def demo_expected() -> dict:
     """What an independent implementation computes with the demo base."""
     return json.loads((files("gpt2") / "assets" / "demo" / "expected.json").read_text())
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Import a script by its name, as if it had been started."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
+    return importlib.import_module
 
 
 @pytest.fixture(scope="session")

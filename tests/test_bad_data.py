@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import signal
@@ -21,14 +20,7 @@ for package in ("jsonargparse", "docstring_parser", "yaml", "rich", "matplotlib"
     pytest.importorskip(package, reason="the scripts need the extra 'scripts'")
 
 from tests.test_resume_script import MANY, VALID, losses_of, stopped_after  # noqa: E402
-from tests.test_scripts import QUICK, SCRIPTS, assert_trained, command  # noqa: E402
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """Import a script by its name, as if it had been started."""
-    monkeypatch.syspath_prepend(SCRIPTS)
-    return importlib.import_module
+from tests.test_scripts import QUICK, assert_trained, command  # noqa: E402
 
 
 @pytest.fixture

@@ -14,17 +14,10 @@ import gpt2
 for package in ("jsonargparse", "docstring_parser", "yaml", "rich", "matplotlib"):
     pytest.importorskip(package, reason="the scripts need the extra 'scripts'")
 
-from tests.test_scripts import QUICK, SCRIPTS  # noqa: E402
+from tests.test_scripts import QUICK  # noqa: E402
 
 ROWS = [{"question": f"What is {i}?", "answer": f"It is {i % 7}."} for i in range(60)]
 SHORT = [*QUICK, "--answer_only", "true"]
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """Import a script by its name, as if it had been started."""
-    monkeypatch.syspath_prepend(SCRIPTS)
-    return importlib.import_module
 
 
 @pytest.fixture

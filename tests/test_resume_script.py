@@ -25,13 +25,6 @@ VALID = ["--validation", "0.4", "--eval_every", "2", "--train_batch_size", "2"]
 
 
 @pytest.fixture
-def script(monkeypatch):
-    """Import a script by its name, as if it had been started."""
-    monkeypatch.syspath_prepend(SCRIPTS)
-    return importlib.import_module
-
-
-@pytest.fixture
 def many(tmp_path) -> str:
     file = tmp_path / "many.jsonl"
     file.write_text("\n".join([*MANY, MANY[0]]))

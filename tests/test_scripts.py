@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
@@ -57,13 +56,6 @@ def run(tmp_path_factory):
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     return folder, done.stdout
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """Import a script by its name, as if it had been started."""
-    monkeypatch.syspath_prepend(SCRIPTS)
-    return importlib.import_module
 
 
 @pytest.fixture

@@ -16,17 +16,10 @@ import lora
 for package in ("jsonargparse", "docstring_parser", "yaml", "rich", "matplotlib"):
     pytest.importorskip(package, reason="the scripts need the extra 'scripts'")
 
-from tests.test_scripts import QUICK, SCRIPTS  # noqa: E402
+from tests.test_scripts import QUICK  # noqa: E402
 
 NAMES = ("sea", "land", "air")
 VALID = ["--validation", "0.4", "--eval_every", "2", "--train_batch_size", "2"]
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """Import a script by its name, as if it had been started."""
-    monkeypatch.syspath_prepend(SCRIPTS)
-    return importlib.import_module
 
 
 @pytest.fixture

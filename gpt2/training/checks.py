@@ -66,3 +66,9 @@ def check_options(
     flags: dict[str, Any] = {"compiling": compiling, "checkpointing": config.checkpointing}
     flags["smoothing"] = config.label_smoothing
     return flags if is_gpt2 else {}, grouped(parameters, config, groups)
+
+
+def require_count(name: str, value: object) -> None:
+    """Raise a ValueError unless the value is an integer of at least 1."""
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")

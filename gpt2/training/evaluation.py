@@ -16,7 +16,7 @@ from gpt2.fast.untyped import from_numpy
 from gpt2.model import GPT2
 from gpt2.streaming import is_sharded
 from gpt2.training import distributed
-from gpt2.training.checks import check_readable
+from gpt2.training.checks import check_readable, require_count
 from gpt2.training.loss import IGNORE
 from gpt2.training.modes import in_mode
 from gpt2.training.randomness import RandomState
@@ -66,8 +66,7 @@ def evaluate(
             data without prompts.
     """
     check_readable(model, data)
-    if type(batch_size) is not int or batch_size < 1:
-        raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
+    require_count("batch_size", batch_size)
     device = next(iter(model.parameters())).device
     order = data.by_length[::-1]  # alike in length: little padding; the largest batch first
     starts, found = range(0, len(data), batch_size), list[list[float]]()

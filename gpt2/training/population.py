@@ -23,7 +23,7 @@ from gpt2.data.tokens import Dataset
 from gpt2.fast.compiling import bucket
 from gpt2.fast.untyped import floats, from_numpy
 from gpt2.model import GPT2
-from gpt2.training.checks import check_readable
+from gpt2.training.checks import check_readable, require_count
 from gpt2.training.config import TrainConfig
 from gpt2.training.loss import IGNORE
 from gpt2.training.modes import in_mode
@@ -160,8 +160,7 @@ class PopulationTraining:
             ValueError: as `gpt2.evaluate`.
         """
         check_readable(self.model, data)
-        if type(batch_size) is not int or batch_size < 1:
-            raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
+        require_count("batch_size", batch_size)
         k, order = len(self.trainings), data.by_length[::-1]
         total, tokens = torch.zeros(k, dtype=torch.float64), 0
         with in_mode(self.model, training=False), self._randomness:
@@ -199,7 +198,7 @@ class PopulationTraining:
             chosen[i], tokens, is_last = own.micro_batch()
             rates = Rates.of(own.config, own.rate, own.taken + 1)
             share = float(np.float32(1 / tokens))  # as one training alone rounds it
-            numbers[i] = [*rates.numbers(), share, float(is_last)]
+            numbers[i] = [*rates, share, float(is_last)]
             if is_last:
                 over.append((own, own.record(tokens)))
             own.go_on(is_last=is_last)

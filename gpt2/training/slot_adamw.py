@@ -8,7 +8,7 @@ Shapes: k slots · P parameters of a slot.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +16,8 @@ from torch import Tensor
 from gpt2.training.config import TrainConfig
 
 
-@dataclass
-class Rates:
-    """What a slot's update is made with: on the host numbers, on the device `(k,)` tensors."""
+class Rates(NamedTuple):
+    """The numbers that a slot's update is made with."""
 
     lr: float
     weight_decay: float
@@ -44,13 +43,9 @@ class Rates:
             clip=float("inf") if config.clip is None else config.clip,
         )
 
-    def numbers(self) -> list[float]:
-        """The fields in their order."""
-        return [getattr(self, field.name) for field in fields(self)]
 
-
-IDLE = [0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0]
-"""The numbers of a slot that is not updated."""
+IDLE = Rates(0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0)
+"""Of a slot that is not updated."""
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from gpt2.data.order import Integers, shuffled
 from gpt2.data.tokens import Dataset, places
 from gpt2.training.config import TrainConfig
 from gpt2.training.run import StepRecord
-from gpt2.training.schedule import lr_scale, total_steps
+from gpt2.training.schedule import lr_scale, planned, steps_an_epoch, total_steps
 
 WHOLE = 1 << 16  # examples up to which an epoch's order is kept, since looking is then cheap
 OWN = frozenset(
@@ -54,6 +54,7 @@ class Slot:
     Args:
         config: how it trains.
         total: steps of its whole schedule.
+        batches, steps_an_epoch: micro-batches and steps of one pass over the data.
         until: the step after which it rests.
         ratios: factors of the learning rate for the slots' parts, by their name.
         taken: steps that it has taken.
@@ -65,6 +66,8 @@ class Slot:
     config: TrainConfig
     data: Dataset
     total: int
+    batches: int
+    steps_an_epoch: int
     until: int
     ratios: Mapping[str, float]
     taken: int = 0
@@ -82,16 +85,6 @@ class Slot:
     def epoch(self) -> int:
         """The epoch of its step under way, from 0."""
         return self.taken // self.steps_an_epoch
-
-    @property
-    def steps_an_epoch(self) -> int:
-        """Steps of one pass over the data."""
-        return math.ceil(self.batches / self.config.accumulate)
-
-    @property
-    def batches(self) -> int:
-        """Micro-batches of one pass over the data."""
-        return math.ceil(len(self.data) / self.config.batch_size)
 
     @property
     def numbers(self) -> range:
@@ -157,7 +150,15 @@ def opened(
     """A training at its beginning, that rests after step `until`, at the latest at its end."""
     total = total_steps(data, config)
     until = total if until is None else min(until, total)
-    return Slot(config=config, data=data, total=total, until=until, ratios=dict(ratios))
+    return Slot(
+        config=config,
+        data=data,
+        total=total,
+        batches=len(planned(data, config)),
+        steps_an_epoch=steps_an_epoch(data, config),
+        until=until,
+        ratios=dict(ratios),
+    )
 
 
 def rows_of(
