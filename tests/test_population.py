@@ -336,3 +336,30 @@ def test_configs_that_differ_in_what_all_share_are_refused():
     own = lora.Population(dropping, 2, r=2, targets="2")
     with pytest.raises(ValueError, match="1 cannot drop for each slot apart"):
         PopulationTraining(dropping, own, data(), CONFIGS[0])
+
+
+def test_what_cannot_be_started_or_advanced_is_one_clear_line():
+    training, slots = population(base(), (0, None))
+    config = CONFIGS[0]
+    for fault, start in {
+        "config must be a gpt2.TrainConfig, got NoneType": lambda: training.start(0, None),
+        "until must be an integer of at least 1, got -1": lambda: training.start(
+            0, config, until=-1
+        ),
+        "the ratio of B must be finite and above 0, got -1": lambda: training.start(
+            0, config, ratios={"B": -1}
+        ),
+        "Slot 1 is empty": lambda: training.start(1, config),
+        "slot must be in 0..1, got 5": lambda: training.start(5, config),
+        "ticks must be an integer of at least 1, got 'x'": lambda: training.advance("x"),
+    }.items():
+        with pytest.raises(ValueError, match=fault):
+            start()
+    to_the_end(training)
+    same(outcome(training, slots, 0), outcome(*only(base()), 0))
+
+
+def only(model: gpt2.GPT2) -> tuple[PopulationTraining, lora.Population]:
+    training, slots = population(model, (0, None))
+    to_the_end(training)
+    return training, slots

@@ -9,6 +9,7 @@ Shapes: k slots · P parameters of a slot · b rows of a slot · T time.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gpt2.config import is_number
 from gpt2.data.batches import collate
 from gpt2.data.order import Integers
 from gpt2.data.tokens import Dataset
@@ -80,8 +82,14 @@ class PopulationTraining:
             until: the step to rest after; None for the end of its schedule.
 
         Raises:
-            ValueError: a config that differs in more; a part or a slot that there is not.
+            ValueError: a config that differs in more; a part or a slot that there is not, or that
+                is empty; a ratio or a step out of range.
         """
+        if not isinstance(config, TrainConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(f"config must be a gpt2.TrainConfig, got {type(config).__name__}.")
+        if until is not None:
+            require_count("until", until)
+        self.slots.take(slot)  # raises of a slot that is empty, in which nothing would be trained
         common = asdict(self.config)
         faults = [
             f"{name} is {value!r} here and {common[name]!r} in all"
@@ -90,6 +98,11 @@ class PopulationTraining:
         ]
         parts = self.slots.parts
         faults += [f"there is no part {name!r}" for name in ratios or {} if name not in parts]
+        faults += [
+            f"the ratio of {name} must be finite and above 0, got {ratio!r}"
+            for name, ratio in (ratios or {}).items()
+            if not (is_number(ratio) and 0 < ratio < math.inf)
+        ]
         if faults:
             raise ValueError(f"Slot {slot} cannot be trained so: {'; '.join(faults)}.")
         self._begin(slot, opened(self.data, config, ratios or {}, until))
@@ -99,7 +112,11 @@ class PopulationTraining:
 
         Returns:
             How many were taken: fewer where all slots have come to rest, 0 where none is under way.
+
+        Raises:
+            ValueError: no such number of ticks.
         """
+        require_count("ticks", ticks)
         began, done = time.perf_counter(), 0
         with in_mode(self.model, training=True), self._randomness, self.step.in_force():
             while done < ticks and any(own and own.is_under_way for own in self.trainings):
