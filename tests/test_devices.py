@@ -11,6 +11,7 @@ import torch
 
 from gpt2 import TrainConfig
 from gpt2.fast import devices
+from gpt2.training.groups import AdamW
 from gpt2.training.randomness import RandomState
 from gpt2.training.step import Stepper
 from tests.test_run import micro_batches
@@ -72,11 +73,9 @@ def test_where_the_flag_is_not_heeded_the_host_looks(monkeypatch):
     steps = micro_batches(config)
     plain = Stepper(left, config)
     plain(steps[0], 1)
-    stepper, real = Stepper(model, config), torch.optim.AdamW.step
+    stepper, real = Stepper(model, config), AdamW.step
     taken: list[int] = []
-    monkeypatch.setattr(
-        torch.optim.AdamW, "step", lambda self, *a: (taken.append(1), real(self, *a))[1]
-    )
+    monkeypatch.setattr(AdamW, "step", lambda self, *a: (taken.append(1), real(self, *a))[1])
     stepper(steps[0], 1)
     handle = model.transformer.h[1].register_forward_hook(lambda m, i, out: out * torch.nan)
     assert not stepper(steps[1], 2).isfinite().any()

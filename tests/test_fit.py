@@ -18,6 +18,7 @@ import gpt2
 import lora
 from gpt2 import RunConfig, TrainConfig, encode, evaluate, fit
 from gpt2.training import fitting, snapshots
+from gpt2.training.groups import AdamW
 from gpt2.training.run_config import waited
 from tests.test_train import DATA, STILL, Letters, model_of, weights
 from tests.toys import raw, tiny_gpt2
@@ -130,13 +131,13 @@ def test_an_interrupt_in_a_burst_or_an_evaluation_loses_no_record(tmp_path, monk
 def test_no_snapshot_is_made_of_half_an_update(tmp_path, monkeypatch):
     run = fitted(model_of(), folder=tmp_path)
     next(run)
-    real = torch.optim.AdamW.step
+    real = AdamW.step
 
     def stopped(self, *args, **kwargs):
         real(self, *args, **kwargs)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", stopped)
+    monkeypatch.setattr(AdamW, "step", stopped)
     with pytest.raises(KeyboardInterrupt):
         next(run)
     assert not run.save()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
+import subprocess
+import sys
 import time
 import warnings
 from itertools import islice
@@ -327,3 +329,16 @@ def test_seconds_leave_out_what_the_caller_does():
         records.append(record)
         time.sleep(0.2)
     assert records[-1].seconds - records[0].seconds < 0.3
+
+
+def test_training_does_not_import_the_compiler() -> None:
+    """Its import takes up to five seconds, as long as torch's own."""
+    code = (
+        "import sys, torch, gpt2\n"
+        "sizes = gpt2.GPT2Config(n_layer=1, n_head=1, n_embd=8, block_size=32)\n"
+        "data = gpt2.encode(['a text', 'another'], gpt2.Tokenizer())\n"
+        "list(gpt2.train(gpt2.GPT2(sizes), data, gpt2.TrainConfig(steps=3)))\n"
+        "print('torch._dynamo' in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "False"

@@ -19,6 +19,7 @@ import gpt2.fast.head
 import lora
 from gpt2 import TrainConfig, batches, encode, learning_rate, next_token_loss, total_steps, train
 from gpt2.fast.compiling import bucket
+from gpt2.training.groups import AdamW
 from gpt2.training.loop import StepRecord
 from gpt2.training.step import Stepper
 from tests.toys import TINY, raw, tiny_gpt2
@@ -412,7 +413,7 @@ def test_a_stop_around_the_optimiser_leaves_a_whole_step(late, monkeypatch):
     whole, stopped = model_of(), model_of()
     options = {"lr": 1e-2, "steps": 6, "schedule": "constant"}
     run(whole, **options | {"steps": 3 if late else 2})
-    real, calls = torch.optim.AdamW.step, iter(range(1, 100))
+    real, calls = AdamW.step, iter(range(1, 100))
 
     def step(self, *args, **kwargs):
         last = next(calls) == 3
@@ -422,7 +423,7 @@ def test_a_stop_around_the_optimiser_leaves_a_whole_step(late, monkeypatch):
         if last:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    monkeypatch.setattr(AdamW, "step", step)
     with pytest.raises(KeyboardInterrupt):
         run(stopped, **options)
     assert weights(stopped) == weights(whole)

@@ -11,6 +11,34 @@ from gpt2.training.randomness import seed_of
 
 Integers = np.ndarray[Any, np.dtype[np.int64]]
 ROUNDS = 10
+WHOLE = 1 << 16  # examples up to which an epoch's order is kept, since looking is then cheap
+
+
+class Order:
+    """The order of each epoch; of few examples the last one asked for is kept.
+
+    Args:
+        n: how many examples there are.
+        streams: how many permutations of them.
+    """
+
+    def __init__(self, n: int, streams: int = 1) -> None:
+        self.n, self.streams = n, streams
+        self._kept: tuple[tuple[int, int], Integers] | None = None
+
+    def at(self, positions: Integers, *, seed: int, epoch: int) -> Integers:
+        """What stands at these positions `(N,)` of each permutation, `(streams, N)`."""
+        if self.n * self.streams > WHOLE:
+            return self._found(positions, seed, epoch)
+        if self._kept is None or self._kept[0] != (seed, epoch):
+            self._kept = (seed, epoch), self._found(np.arange(self.n), seed, epoch)
+        return self._kept[1][:, positions]
+
+    def _found(self, positions: Integers, seed: int, epoch: int) -> Integers:
+        streams = np.repeat(np.arange(self.streams), len(positions))
+        places = np.tile(positions, self.streams)
+        found = shuffled(places, self.n, seed=seed, epoch=epoch, stream=streams)
+        return found.reshape(self.streams, len(positions))
 
 
 def shuffled(
@@ -33,7 +61,8 @@ def shuffled(
     a = math.isqrt(n - 1) + 1
     b = -(-n // a)
     keys = [np.uint64(seed_of(seed, epoch, i, ROUNDS)) for i in range(ROUNDS)]
-    streams = np.broadcast_to(mixed(np.asarray(stream, np.uint64)), positions.shape)
+    # As an array even of one: a scalar's sum would warn of the overflow that is meant.
+    streams = np.broadcast_to(mixed(np.atleast_1d(np.asarray(stream, np.uint64))), positions.shape)
     found = positions.astype(np.uint64)
     walking = np.ones(positions.shape, bool)
     while walking.any():
@@ -48,12 +77,11 @@ def shuffled(
 
 
 def mixed(x: np.ndarray[Any, np.dtype[np.uint64]]) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """64 bits, each of which depends on all of `x`.
+    """64 bits for each of an array, each of which depends on all of its own `x`.
 
     Source: Steele, Lea and Flood 2014, "Fast Splittable Pseudorandom Number Generators".
     """
-    with np.errstate(over="ignore"):
-        x = x + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -7,12 +7,11 @@ batches as any other. So a run goes on from an integer.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from gpt2.data.order import Integers, shuffled
+from gpt2.data.order import Integers, Order, shuffled
 from gpt2.data.tokens import Dataset
 from gpt2.fast.compiling import bucket
 
@@ -38,12 +37,11 @@ class Plan(Protocol):
         ...
 
 
-@dataclass(frozen=True)
 class Counted:
     """Batches of so many examples each, the last of the rest."""
 
-    n: int
-    batch_size: int
+    def __init__(self, n: int, batch_size: int) -> None:
+        self.n, self.batch_size, self.order = n, batch_size, Order(n)
 
     def __len__(self) -> int:
         return -(-self.n // self.batch_size)
@@ -52,7 +50,7 @@ class Counted:
         """The examples of batch k, by number."""
         start = k * self.batch_size
         positions = np.arange(start, min(start + self.batch_size, self.n))
-        return shuffled(positions, self.n, seed=seed, epoch=epoch)
+        return self.order.at(positions, seed=seed, epoch=epoch)[0]
 
     def shape(self, width: int, limit: int) -> tuple[int, int]:
         """Rows and columns to pad a batch to."""
@@ -79,13 +77,14 @@ class Buckets:
             self.ends.append(self.ends[-1] + full)
         self.begins.append(self.n)
         self.ends.append(self.ends[-1] - (self.begins[-2] - self.n) // self.rows[-1])
+        self.order = Order(len(self))
 
     def __len__(self) -> int:
         return self.ends[-1]
 
     def examples(self, k: int, *, seed: int, epoch: int) -> Integers:
         """The examples of batch k, by number."""
-        at = int(shuffled(np.array([k]), len(self), seed=seed, epoch=epoch)[0])
+        at = int(self.order.at(np.array([k]), seed=seed, epoch=epoch)[0, 0])
         i = bisect_right(self.ends, at) - 1
         begin, size = self.begins[i], self.begins[i + 1] - self.begins[i]
         first = (at - self.ends[i]) * self.rows[i]
@@ -119,6 +118,7 @@ class Rows:
                 self.count = max(self.count + 1, self.count * needed // tokens)
         self.width = min(tokens, -(-needed // 64) * 64)
         self.groups = -(-self.n // self.count)
+        self.order = Order(self.count, streams=-(-self.groups // 2))
         # What a row lacks is filled with documents of nothing, none longer than the longest.
         self.slots = self.groups + 1 + -(-(self.width - needed) // self.longest)
 
@@ -127,9 +127,8 @@ class Rows:
 
     def examples(self, k: int, *, seed: int, epoch: int) -> Integers:
         """The examples of batch k, by number."""
-        pairs = np.arange(-(-self.groups // 2))
-        ranks = shuffled(np.full(len(pairs), k), self.count, seed=seed, epoch=epoch, stream=pairs)
-        places = self._places(ranks[:, None]).ravel()
+        ranks = self.order.at(np.array([k]), seed=seed, epoch=epoch)  # (pairs, 1)
+        places = self._places(ranks).ravel()
         return self.by_length[np.sort(places[places >= 0])].astype(np.int64)
 
     def shape(self, width: int, limit: int) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -51,16 +52,25 @@ def grouped(
     return full
 
 
-def adamw(
-    groups: list[dict[str, Any]], device: torch.device, capturable: bool
-) -> torch.optim.AdamW:
+_TORCHS: Any = torch.optim.AdamW
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's, but for its first call, which imports torch's compiler: up to 5 s for nothing."""
+
+    add_param_group: Any = inspect.unwrap(_TORCHS.add_param_group)
+    zero_grad: Any = inspect.unwrap(_TORCHS.zero_grad)
+    step: Any = torch.no_grad()(inspect.unwrap(_TORCHS.step))
+
+
+def adamw(groups: list[dict[str, Any]], device: torch.device, capturable: bool) -> AdamW:
     """Fused where it can be: one call a group, so that an interrupt comes before it or after it."""
     capturable = capturable and devices.can_capture(device)
     for group in groups:
         group["initial_lr"] = group["lr"]
         if capturable:  # a tensor, so that a captured step reads the rate of the moment
             group["lr"] = torch.full((), group["lr"], dtype=torch.float32, device=device)
-    return torch.optim.AdamW(groups, fused=devices.has_fused_adamw(device), capturable=capturable)
+    return AdamW(groups, fused=devices.has_fused_adamw(device), capturable=capturable)
 
 
 def listed(groups: Groups) -> list[dict[str, Any]]:

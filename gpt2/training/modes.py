@@ -13,8 +13,10 @@ def in_mode(model: nn.Module, *, training: bool) -> Generator[None]:
     """The whole model in one mode within, every module in its own mode after."""
     modes = [(module, module.training) for module in model.modules()]
     try:
-        model.train(training)
+        if any(mode is not training for _, mode in modes):
+            model.train(training)
         yield
     finally:
         for module, mode in modes:
-            module.training = mode
+            if module.training is not mode:  # an assignment takes a module longer than a look
+                module.training = mode

@@ -23,7 +23,7 @@ from gpt2.data.batches import collate
 from gpt2.data.order import Integers
 from gpt2.data.tokens import Dataset
 from gpt2.fast.compiling import bucket
-from gpt2.fast.untyped import floats, from_numpy
+from gpt2.fast.untyped import floats, from_numpy, table
 from gpt2.model import GPT2
 from gpt2.training.checks import check_readable, require_count
 from gpt2.training.config import TrainConfig
@@ -220,13 +220,15 @@ class PopulationTraining:
                 over.append((own, own.record(tokens)))
             own.go_on(is_last=is_last)
         idx, labels, sizes = rows_of(self.data, chosen, self.config.batch_size, self.width, IGNORE)
-        table = torch.tensor(numbers, dtype=self.slots.flat.dtype, device="cpu").t().contiguous()
-        figures = self.step(from_numpy(idx), from_numpy(labels), table, seeds, sizes)
+        rates = torch.tensor(numbers, dtype=self.slots.flat.dtype, device="cpu").t().contiguous()
+        figures = self.step(from_numpy(idx), from_numpy(labels), rates, seeds, sizes)
         self._untold.append((over, figures))
 
     def _tell(self, began: float) -> None:
         """Look at the device: the records of the steps taken, and the trainings that failed."""
-        rows = [floats(figures.flatten()) for _, figures in self._untold]
+        if not self._untold:
+            return
+        rows = table(torch.stack([figures.flatten() for _, figures in self._untold]))
         seconds, k = time.perf_counter() - began, len(self.trainings)
         untold, self._untold = self._untold, []
         slot_of = {id(own): i for i, own in enumerate(self.trainings)}

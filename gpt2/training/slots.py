@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from gpt2.data.order import Integers, shuffled
+from gpt2.data.order import Integers, Order
 from gpt2.data.tokens import Dataset, places
 from gpt2.training.config import TrainConfig
 from gpt2.training.run import StepRecord
 from gpt2.training.schedule import lr_scale, planned, steps_an_epoch, total_steps
 
-WHOLE = 1 << 16  # examples up to which an epoch's order is kept, since looking is then cheap
 OWN = frozenset(
     "lr epochs steps accumulate schedule warmup_ratio warmup_steps weight_decay betas eps clip "
     "seed sync_every".split()
@@ -53,6 +52,7 @@ class Slot:
 
     Args:
         config: how it trains.
+        data, order: the examples, and each epoch's order of them.
         total: steps of its whole schedule.
         batches, steps_an_epoch: micro-batches and steps of one pass over the data.
         until: the step after which it rests.
@@ -65,6 +65,7 @@ class Slot:
 
     config: TrainConfig
     data: Dataset
+    order: Order
     total: int
     batches: int
     steps_an_epoch: int
@@ -74,7 +75,6 @@ class Slot:
     micro: int = 0
     records: list[StepRecord] = field(default_factory=list[StepRecord])
     ended: str | None = None
-    _order: tuple[int, Integers] | None = None
 
     @property
     def is_under_way(self) -> bool:
@@ -134,14 +134,8 @@ class Slot:
     def _examples(self, numbers: range) -> Integers:
         """The examples of these micro-batches of the epoch."""
         n, size, config = len(self.data), self.config.batch_size, self.config
-        span = slice(numbers.start * size, min(numbers.stop * size, n))
-        if n > WHOLE:
-            places = np.arange(span.start, span.stop)
-            return shuffled(places, n, seed=config.seed, epoch=self.epoch)
-        if self._order is None or self._order[0] != self.epoch:
-            whole = shuffled(np.arange(n), n, seed=config.seed, epoch=self.epoch)
-            self._order = self.epoch, whole
-        return self._order[1][span]
+        span = np.arange(numbers.start * size, min(numbers.stop * size, n))
+        return self.order.at(span, seed=config.seed, epoch=self.epoch)[0]
 
 
 def opened(
@@ -153,6 +147,7 @@ def opened(
     return Slot(
         config=config,
         data=data,
+        order=Order(len(data)),
         total=total,
         batches=len(planned(data, config)),
         steps_an_epoch=steps_an_epoch(data, config),
