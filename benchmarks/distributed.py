@@ -45,7 +45,7 @@ def whole(how: str, world: int, B: int, T: int, compile: bool) -> Stepper:
 def xl(how: str, world: int, B: int, T: int, compile: bool) -> Stepper:
     """gpt2-xl, all weights, sharded where there are several processes."""
     model, config = _full("gpt2-xl", world, compile)
-    return Stepper(shard(model) if world > 1 else model, config)
+    return Stepper(shard(model, torch.bfloat16) if world > 1 else model, config)
 
 
 def _full(size: str, world: int, compile: bool, **how: Any) -> tuple[gpt2.GPT2, gpt2.TrainConfig]:
