@@ -66,8 +66,8 @@ def check_side(seen: int, kept: int, side: Range) -> None:
         if side[1] == 1:
             share, which = side[0], "to learn"
         raise ValueError(
-            f"A share of {share:g} of {seen} examples, taken by a hash of their prompts, leaves none "
-            f"{which}: choose another share, or give a file."
+            f"A share of {share:g} of {seen} examples, taken by a hash of their prompts, leaves "
+            f"none {which}: choose another share, or give a file."
         )
 
 
