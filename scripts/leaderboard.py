@@ -18,7 +18,6 @@ import proposals
 import results
 from course import Course
 from folder import CURVES, LEADERBOARD, SEARCH_PLOT, STUDY, WINNER
-from recipe import Recipe
 from waves import DEFAULT, Run
 
 TRAINED_BY = "train.yaml"
@@ -162,16 +161,17 @@ def against_default(course: Course) -> str | None:
 def finalist_table(course: Course) -> Table:
     """The finalists and the usual configuration: what they are, and their losses over the seeds."""
     names = tuple(course.plan.space.axes)
-    table = Table("trial", title="Finalists")
-    for heading in (*names, "mean", "min", "max", "sd", "test"):
-        table.add_column(heading, justify="right", overflow="fold")
+    table = Table("trial", "what it is", title="Finalists")
+    for heading in ("mean", "min", "max", "sd", "test"):
+        table.add_column(heading, justify="right", no_wrap=True)
     ordered = [n for n in ranked(course) if n in course.finalists]
     for trial in (*ordered, DEFAULT):
         run, spread = course.seeds_of(trial)[0], noise.spread(course.losses_of(trial))
-        values = [_short(value) for value in run.recipe.values(names).values()]
+        values = run.recipe.values(names).items()
+        said = " · ".join(f"{name} {_short(value)}" for name, value in values)
         tested = course.tested.get(trial)
         shown = f"{sum(tested) / len(tested):.4f}" if tested else ""
-        table.add_row(str(trial), *values, *(f"{v:.4f}" for v in spread.values()), shown)
+        table.add_row(str(trial), said, *(f"{v:.4f}" for v in spread.values()), shown)
     return table
 
 
@@ -257,8 +257,3 @@ def _short(value: Any) -> str:
 
 def _save(place: Path, model: Any) -> None:
     lora.save(model, place)
-
-
-def usual_of(recipe: Recipe) -> dict[str, Any]:
-    """A recipe in a few words, for what a search is made of."""
-    return {"adapter": repr(recipe.adapter), "b_ratio": repr(recipe.b_ratio)}

@@ -17,6 +17,7 @@ from jsonargparse import Namespace
 import bars
 import cli
 import folder
+import gpt2
 import guard
 import inputs
 import leaderboard
@@ -27,9 +28,13 @@ import results
 import searching
 import starting
 import validation
-from course import Course, Plan
+from course import Course
 
 DEMO = Path(__file__).resolve().parent / "configs" / "search_demo.yaml"
+SPACE = (
+    "what varies: a list is a choice, {low, high} a range, even in its logarithm; over "
+    + ", ".join(searching.NAMES)
+)
 DATA = inputs.DATA / "tasks" / "weather.jsonl"
 
 
@@ -38,8 +43,7 @@ def parse(argv: guard.Arguments) -> Namespace:
     parser = cli.parser("search", __doc__)
     add = parser.add_argument
     add("--config", type=str | None, help="YAML file of options, by default the demo's; flags win")
-    add("--space", type=dict[str, Any], default={}, help="what varies: a list is a choice, "
-        "{low, high} a range, evenly in its logarithm; over " + ", ".join(searching.NAMES))  # fmt: skip
+    add("--space", type=dict[str, Any], default={}, help=SPACE)
     add("--trials", type=int, default=64, help="configurations in the first rung")
     add("--slots", type=int, default=16, help="trainings at a time, in one batch")
     add("--rungs", type=int, default=3, help="how often the worse retire, plus one")
@@ -65,7 +69,7 @@ def main(argv: guard.Arguments = None) -> None:
     device = cli.pick_device(options.device)
     source = inputs.source(options.data, options)
     model = inputs.base(options, device)
-    reader = inputs.Reader(searching.tokenizer(), model, options, console)
+    reader = inputs.Reader(gpt2.Tokenizer(), model, options, console)
     apart = validation.apart(source, reader)
     plan = searching.planned(options, space, apart)
     waves = searching.waves(plan, model, apart)

@@ -7,7 +7,6 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-import cli
 import folder
 import gpt2
 import lock
@@ -28,11 +27,6 @@ from wave_files import FOLDER, MADE_OF, WaveFiles
 from waves import Waves
 
 __all__ = ["NAMES", "about", "check", "checked", "files", "planned", "told", "waves"]
-
-
-def tokenizer() -> gpt2.Tokenizer:
-    """The one that all scripts use."""
-    return gpt2.Tokenizer()
 
 
 def checked(options: Namespace) -> Space:

@@ -1,4 +1,4 @@
-"""What is kept of a search until it ends: a file a wave, whole or not there, and what it is made of.
+"""What is kept of a search until it ends: what it is made of, and a file a wave, whole or none.
 
 A wave that has no file is trained anew when the search is gone on with, to the same bits.
 """
@@ -84,7 +84,7 @@ class WaveFiles:
         about, tensors = self._read(file)
         for run, found in zip(runs, about["runs"], strict=True):
             run.curve, run.ended, run.place = found["curve"], found["ended"], None
-            run.losses = {step: loss for step, loss in found["losses"]}
+            run.losses = dict(found["losses"])
         for row, i in enumerate(about["kept"]):
             runs[i].place = Place(*(tensors[part][row] for part in PARTS))
         return True
