@@ -26,9 +26,10 @@ def spread(losses: Sequence[float]) -> dict[str, float]:
 
 def told_apart(one: Sequence[float], other: Sequence[float]) -> bool:
     """Whether losses of the same seeds, in the same order, differ by more than the seeds' noise."""
+    ended = [not all(map(math.isfinite, losses)) for losses in (one, other)]
+    if any(ended):
+        return not all(ended)
     differences = [a - b for a, b in zip(one, other, strict=True)]
-    if not all(map(math.isfinite, differences)):
-        return any(map(math.isfinite, differences)) or math.isfinite(fmean(one) - fmean(other))
     if len(differences) < 2:
         return False
     error = stdev(differences) / math.sqrt(len(differences))

@@ -9,18 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 
-@given(st.data())
-def test_the_best_of_each_rung_go_on_whatever_the_losses(data):
-    import sys
-    from pathlib import Path
+def test_the_best_of_each_rung_go_on_whatever_the_losses(script):
+    check = given(st.data())(lambda data: goes_on(script("halving").Halving, data))
+    check()
 
-    sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-    from halving import Halving
 
+def goes_on(kind, data):
     keep, rungs = data.draw(st.integers(2, 5)), data.draw(st.integers(1, 4))
     least = keep ** (rungs - 1)
     trials, total = data.draw(st.integers(least, 300)), data.draw(st.integers(least, 5000))
-    plan = Halving(trials=trials, rungs=rungs, keep=keep)
+    plan = kind(trials=trials, rungs=rungs, keep=keep)
     assert plan.faults(total, 1) == []
     alive = plan.alive
     assert alive[0] == trials
