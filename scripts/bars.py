@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from time import perf_counter
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -11,6 +13,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import gpt2
 
 Advance = Callable[[int, float | None], None]
+
+
+class Searched(Protocol):
+    """What a search tells of itself: trials alive, the lowest loss, adapter-steps of all, rungs."""
+
+    alive: int
+    rungs: list[list[int]]
+
+    @property
+    def best(self) -> float: ...
+
+    @property
+    def total(self) -> int: ...
 
 
 @contextmanager
@@ -76,3 +91,25 @@ def follow(
                 console.print(f"step {shown:>5} · loss {mean:.4f}{found} · {speed}")
     if len(losses) < run.total:
         console.print(f"Stopped after step {len(losses)}: the validation loss fell no more.")
+
+
+@contextmanager
+def searching(console: Console) -> Iterator[Callable[[Searched, int], None]]:
+    """A bar of adapter-steps; gives a function of a search and of how many more are taken."""
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
+    ) as shown:
+        task, began, taken = shown.add_task("adapter-steps"), perf_counter(), [0, -1]
+
+        def advance(course: Searched, steps: int) -> None:
+            taken[0] += steps
+            speed = f"{taken[0] / max(perf_counter() - began, 1e-9):,.0f} adapter-steps/s"
+            said = f"{course.alive} alive · best {course.best:.4f} · {speed}"
+            shown.update(task, total=course.total, description=said)
+            shown.advance(task, steps)
+            if len(course.rungs) != taken[1]:
+                taken[1] = len(course.rungs)
+                console.print(f"rung {taken[1]} · {said}")
+
+        yield advance

@@ -45,7 +45,11 @@ def fitted(
     model, options = reader.model, reader.options
     resume = bool(options.resume) if resume is None else resume
     run, unseen = cli.build(gpt2.RunConfig, options, folder=place), apart.held_out
-    fit = gpt2.fit(model, apart.learnt, training, validation=unseen, run=run, resume=resume)
+    groups = None
+    if options.b_ratio != 1:
+        groups = lora.parameter_groups(model, training.lr, b_ratio=options.b_ratio)
+    given = {"groups": groups, "validation": unseen, "run": run, "resume": resume}
+    fit = gpt2.fit(model, apart.learnt, training, **given)
     if processes.rank():  # the first shows and writes for all
         return fit, [record.loss for record in fit]
     return fit, train(fit, place, places, reader.console, options.logging_steps)

@@ -53,6 +53,7 @@ def run(
         if processes.rank():
             return  # the first goes on alone
         clock.lap("training")
+        tested = validation.test(model, apart, reader)
         texts = answers.decoded(reader.tokenizer, base, tried(), sampling)
         clock.lap("tuned answers")
         learnt = validation.learnt_texts(source, options)
@@ -60,6 +61,7 @@ def run(
         if compared:
             console.print(report.answer_table(compared), answers.score(compared))
         about = {**results.about(reader, counts, apart.learnt), "seconds": clock.laps}
+        about |= {"test": tested} if tested else {}
         results.write(place, fit, losses, every=options.logging_steps, answers=compared, run=about)
         snapshots.remove(place)  # the run is over
     report.end(console, place, [place], options.model_name, prompts)

@@ -44,7 +44,7 @@ def check(options: Namespace, adapters: Sequence[str] = (folder.ADAPTER,)) -> No
     """
     if options.validation is None and (options.patience or options.eval_every):
         raise ValueError("patience and eval_every need validation data: give --validation.")
-    validation.share(options)
+    validation.shares(options)
     if processes.may_restart() and options.res_path is None and not options.resume:
         raise ValueError("torchrun's --max_restarts needs --res_path, where a restart looks.")
     if processes.is_restart() and not options.resume:

@@ -91,6 +91,7 @@ def train(
     places = folder.Places(name, place.parent, place, place / folder.LAST)
     fit, losses = keeping.fitted(reader, apart, training, place, places, resume=resume)
     if not processes.rank():
+        validation.test(model, apart, reader)
         results.write_record(place, results.trained(fit, losses, options.logging_steps))
 
 

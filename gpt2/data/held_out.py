@@ -62,10 +62,12 @@ def split(examples: Sequence[Example], share: float) -> tuple[list[Example], lis
 def check_side(seen: int, kept: int, side: Range) -> None:
     """The error of a side that no example is on."""
     if seen and not kept:
-        share, which = (side[0], "to learn") if side[0] else (side[1], "to evaluate on")
+        share, which = side[1] - side[0], "to evaluate on"
+        if side[1] == 1:
+            share, which = side[0], "to learn"
         raise ValueError(
-            f"A share of {share} of {seen} examples, taken by a hash of their prompts, leaves none "
-            f"{which}: choose another share, or give a file."
+            f"A share of {share:g} of {seen} examples, taken by a hash of their prompts, leaves "
+            f"none {which}: choose another share, or give a file."
         )
 
 

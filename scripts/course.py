@@ -1,0 +1,255 @@
+"""The course of a search: proposals, rungs, finalists with more seeds, and the last data.
+
+It knows of no options, folders or consoles, so that anything may drive it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+import gpt2
+import noise
+import proposals
+from halving import Halving
+from recipe import Recipe
+from space import Space, Values
+from wave_files import WaveFiles
+from waves import DEFAULT, Run, Waves
+
+Progress = Callable[["Course", int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is searched, and how.
+
+    Args:
+        space: what varies.
+        usual: what does not; it is trained too, and takes no part.
+        halving: the rungs.
+        slots: trainings at a time.
+        sampler: "random" or "tpe".
+        finalists: trials of the last rung that run again.
+        seeds: of each finalist, the first being that of all trials.
+    """
+
+    space: Space
+    usual: Recipe
+    halving: Halving
+    slots: int
+    sampler: str
+    finalists: int
+    seeds: int
+
+    @property
+    def seed(self) -> int:
+        """Of all trials in the rungs, and of the proposals."""
+        return self.usual.training.seed
+
+    @property
+    def all_seeds(self) -> list[int]:
+        """Of the finalists and of the usual configuration."""
+        return [self.seed + i for i in range(self.seeds)]
+
+
+@dataclass(kw_only=True)
+class Course:
+    """A search and how far it is.
+
+    Attributes:
+        values: of each trial.
+        runs: of each trial under the first seed.
+        rungs: the numbers of the trials that began each rung.
+        again: runs under other seeds, by trial; all of the usual configuration's.
+        tested: losses on the last data by trial, seed by seed.
+    """
+
+    plan: Plan
+    waves: Waves
+    files: WaveFiles | None = None
+    progress: Progress = lambda course, steps: None
+    values: list[Values] = field(default_factory=list[Values])
+    runs: list[Run] = field(default_factory=list[Run])
+    rungs: list[list[int]] = field(default_factory=list[list[int]])
+    again: dict[int | str, list[Run]] = field(default_factory=dict[int | str, list[Run]])
+    tested: dict[int | str, list[float]] = field(default_factory=dict[int | str, list[float]])
+    alive: int = 0
+    done: int = 0
+
+    def search(self, test: gpt2.Dataset | None) -> None:
+        """Run it to its end.
+
+        Raises:
+            RuntimeError: every trial came to an end of its own.
+        """
+        for rung in range(self.plan.halving.rungs):
+            self._rung(rung)
+            if not self._order(rung):
+                ended = next(run.ended for run in self.runs if run.ended)
+                raise RuntimeError(f"No trial came to the end of rung {rung + 1}: {ended}")
+        self._finals()
+        if test is not None:
+            for trial in (self.winner, DEFAULT):
+                runs = self.seeds_of(trial)
+                if all(run.place for run in runs):
+                    k = min(self.plan.slots, len(runs))
+                    self.tested[trial] = self.waves.evaluate(k, runs, test)
+
+    @property
+    def best(self) -> float:
+        """The lowest loss so far on the selection data, at whatever step."""
+        return min((run.loss for run in self.runs if math.isfinite(run.loss)), default=math.nan)
+
+    @property
+    def total(self) -> int:
+        """Adapter-steps of all, as far as is known: a trial that is not proposed yet counts as one
+        that is."""
+        halving, usual = self.plan.halving, self._total(self.plan.usual)
+        mean = fmean([run.total for run in self.runs] or [usual])
+        found = float(usual * self.plan.seeds)
+        for rung, alive in enumerate(halving.alive):
+            known = self.rungs[rung] if rung < len(self.rungs) else []
+            found += sum(halving.steps(rung, self.runs[n].total) for n in known)
+            found += max(0, alive - len(known)) * halving.steps(rung, int(mean))
+        return int(found + self.plan.finalists * (self.plan.seeds - 1) * mean)
+
+    @property
+    def finalists(self) -> list[int]:
+        """The best of the last rung, the best first."""
+        return self._order(self.plan.halving.rungs - 1)[: self.plan.finalists]
+
+    @property
+    def winner(self) -> int:
+        """The finalist whose mean loss over the seeds is the lowest."""
+        means = {n: fmean(self.losses_of(n)) for n in self.finalists}
+        return min(means, key=lambda n: (not math.isfinite(means[n]), means[n], n))
+
+    @property
+    def alike(self) -> list[int]:
+        """The finalists that cannot be told apart from the winner."""
+        return noise.alike(self.winner, {n: self.losses_of(n) for n in self.finalists})
+
+    def seeds_of(self, trial: int | str) -> list[Run]:
+        """The runs of a finalist, or of the usual configuration, seed by seed."""
+        first = [] if isinstance(trial, str) else [self.runs[trial]]
+        return [*first, *self.again.get(trial, [])]
+
+    def losses_of(self, trial: int | str) -> list[float]:
+        """Their losses on the selection data."""
+        return [run.loss for run in self.seeds_of(trial)]
+
+    def _order(self, rung: int) -> list[int]:
+        losses = {n: self._at(n, rung) for n in self.rungs[rung]}
+        return self.plan.halving.going_on(losses, rung)
+
+    def _at(self, trial: int, rung: int) -> float:
+        """The loss with which a trial came to the end of a rung."""
+        run = self.runs[trial]
+        return run.losses.get(self.plan.halving.step(rung, run.total), math.nan)
+
+    def _rung(self, rung: int) -> None:
+        halving, slots = self.plan.halving, self.plan.slots
+        self.rungs.append([] if rung == 0 else self._order(rung - 1))
+        numbers = range(halving.trials) if rung == 0 else self.rungs[rung]
+        k = min(slots, len(numbers))
+        self.alive = len(numbers)
+        for wave, first in enumerate(range(0, len(numbers), k)):
+            some = list(numbers[first : first + k])
+            name = f"rung-{rung + 1}-wave-{wave + 1}"
+            if rung == 0:
+                self._propose(wave, len(some), name)
+                self.rungs[0] += some
+            runs = [self.runs[n] for n in some]
+            values = [self.values[n] for n in some] if rung == 0 else None
+            until = [halving.step(rung, run.total) for run in runs]
+            still = self._may_go_on if rung + 1 < halving.rungs else self._is_finalist
+            self._wave(name, k, runs, until, values, lambda run, r=rung, s=still: s(run, r))
+
+    def _propose(self, wave: int, n: int, name: str) -> None:
+        """Add so many trials: those of a wave that was trained before, or new ones."""
+        plan = self.plan
+        values = self.files.values(name) if self.files else None
+        if values is None and plan.sampler == "random":  # whatever the slots: all at once
+            everything = self._proposed(plan.halving.trials, 0, [])
+            values = everything[len(self.values) : len(self.values) + n]
+        elif values is None:
+            values = self._proposed(n, wave, [self._known(i, 1) for i in range(len(self.runs))])
+        for own in values:
+            recipe = plan.usual.varied(own).seeded(plan.seed)
+            self.runs.append(Run(trial=len(self.runs), recipe=recipe, total=self._total(recipe)))
+            self.values.append(own)
+
+    def _proposed(self, n: int, wave: int, known: list[proposals.Known]) -> list[Any]:
+        plan = self.plan
+        how = {"sampler": plan.sampler, "seed": plan.seed, "wave": wave}
+        return proposals.propose(plan.space, n, known, **how)
+
+    def known(self) -> list[proposals.Known]:
+        """All trials as Optuna's study has them."""
+        return [self._known(n, self.plan.halving.rungs) for n in range(len(self.runs))]
+
+    def by_rung(self, trial: int) -> dict[int, float]:
+        """The losses of a trial, by the rungs that it came to the end of, from 1."""
+        found = {r + 1: self._at(trial, r) for r in range(len(self.rungs))}
+        return {rung: loss for rung, loss in found.items() if math.isfinite(loss)}
+
+    def _known(self, trial: int, rungs: int) -> proposals.Known:
+        losses = {r: loss for r, loss in self.by_rung(trial).items() if r <= rungs}
+        if self.runs[trial].ended:
+            losses = {}
+        complete = self.plan.halving.rungs in losses
+        return proposals.Known(values=self.values[trial], losses=losses, complete=complete)
+
+    def _may_go_on(self, run: Run, rung: int) -> bool:
+        """Whether a run is among the best so far of its rung, of as many as go on."""
+        return run.trial in self._order(rung)
+
+    def _is_finalist(self, run: Run, rung: int) -> bool:
+        return run.trial in self._order(rung)[: self.plan.finalists]
+
+    def _finals(self) -> None:
+        """Run the finalists under the other seeds, and the usual configuration under all."""
+        usual, found = self.plan.usual, list[Run]()
+        recipes: list[tuple[int | str, Recipe, Sequence[int]]] = [
+            (n, self.runs[n].recipe, self.plan.all_seeds[1:]) for n in self.finalists
+        ]
+        for trial, recipe, seeds in [*recipes, (DEFAULT, usual, self.plan.all_seeds)]:
+            own = [
+                Run(trial=trial, recipe=recipe.seeded(seed), total=self._total(recipe))
+                for seed in seeds
+            ]
+            self.again[trial] = own
+            found += own
+        k = min(self.plan.slots, len(found))
+        self.alive = len(self.finalists)
+        for wave, first in enumerate(range(0, len(found), k)):
+            some = found[first : first + k]
+            until = [run.total for run in some]
+            self._wave(f"finals-wave-{wave + 1}", k, some, until, None, lambda run: not run.ended)
+
+    def _wave(
+        self,
+        name: str,
+        k: int,
+        runs: list[Run],
+        until: list[int],
+        values: list[Values] | None,
+        keeps: Callable[[Run], bool],
+    ) -> None:
+        """Train runs, or read what they came to when they were trained before."""
+        before = sum(run.taken for run in runs)
+        if self.files and self.files.read(name, runs):
+            self.progress(self, 0)
+        else:
+            self.waves.train(k, runs, until, lambda steps: self.progress(self, steps))
+            self.waves.keep(runs, [i for i, run in enumerate(runs) if keeps(run)])
+            if self.files:
+                self.files.write(name, runs, values)
+        self.done += sum(run.taken for run in runs) - before
+
+    def _total(self, recipe: Recipe) -> int:
+        return gpt2.total_steps(self.waves.learnt, recipe.training)

@@ -1,0 +1,84 @@
+"""Successive halving, all of a rung at once: how many go on, how far, and who. No torch here.
+
+All trials of a rung have done the same share of their own schedules, so that none looks better
+only because its learning rate has decayed; those with the lowest losses go on.
+
+Source: Jamieson and Talwalkar 2016, "Non-stochastic Best Arm Identification and Hyperparameter
+Optimization".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halving:
+    """A plan of rungs: one in `keep` of a rung's trials goes on, and trains `keep` times as far.
+
+    Args:
+        trials: in the first rung.
+        rungs: how many; in the last, trainings come to the end of their schedules.
+        keep: at least 2.
+    """
+
+    trials: int
+    rungs: int
+    keep: int
+
+    @property
+    def alive(self) -> list[int]:
+        """How many trials each rung has, where none comes to an end of its own."""
+        return [max(1, self.trials // self.keep**rung) for rung in range(self.rungs)]
+
+    def step(self, rung: int, total: int) -> int:
+        """The step after which a training of so many rests in a rung, counted from 0."""
+        return total // self.keep ** (self.rungs - 1 - rung)
+
+    def steps(self, rung: int, total: int) -> int:
+        """The steps that a rung takes of such a training."""
+        return self.step(rung, total) - (self.step(rung - 1, total) if rung else 0)
+
+    def going_on(self, losses: Mapping[int, float], rung: int) -> list[int]:
+        """The trials that go on from a rung, the best first; of equal losses the earlier trial.
+
+        Args:
+            losses: of the rung's trials by number; of one that ended they are not finite, and it
+                never goes on.
+            rung: counted from 0.
+        """
+        finite = [trial for trial, loss in losses.items() if math.isfinite(loss)]
+        best = sorted(finite, key=lambda trial: (losses[trial], trial))
+        return best[: self.alive[rung + 1]] if rung + 1 < self.rungs else best
+
+    def faults(self, least: int, finalists: int) -> list[str]:
+        """What is contradictory in the plan.
+
+        Args:
+            least: steps of the shortest schedule.
+            finalists: trials of the last rung that run again.
+        """
+        faults = [
+            f"{name} must be an integer of at least {low}, got {value!r}"
+            for name, low in (("trials", 1), ("rungs", 1), ("keep", 2))
+            if type(value := getattr(self, name)) is not int or value < low
+        ]
+        if faults:
+            return faults
+        if self.keep ** (self.rungs - 1) > least:
+            most = 1 + int(math.log(least, self.keep) + 1e-9)
+            faults.append(
+                f"{self.rungs} rungs, each {self.keep} times as long as the one before, take "
+                f"{self.keep ** (self.rungs - 1):,} steps and there are {least:,}: "
+                f"at most {most} fit"
+            )
+        if self.trials < self.keep ** (self.rungs - 1):
+            faults.append(
+                f"{self.trials} trials leave none for the last of {self.rungs} rungs, in each of "
+                f"which one in {self.keep} goes on"
+            )
+        elif finalists > self.alive[-1]:
+            faults.append(f"there are {finalists} finalists, and {self.alive[-1]} in the last rung")
+        return faults

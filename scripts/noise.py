@@ -1,0 +1,41 @@
+"""What seeds can tell apart: the spread of one configuration, and pairs of two. No torch here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
+
+# Student's t, 97.5 %, for 1, 2, … degrees of freedom.
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+TEST = (
+    "Two configurations are told apart where the mean of their losses' differences, seed by seed, "
+    "is more than Student's t (two-sided, 95 %) times its standard error."
+)
+
+
+def spread(losses: Sequence[float]) -> dict[str, float]:
+    """Mean, lowest, highest, and standard deviation of a configuration's losses over seeds."""
+    return {
+        "mean": fmean(losses),
+        "min": min(losses),
+        "max": max(losses),
+        "sd": stdev(losses) if len(losses) > 1 else math.nan,
+    }
+
+
+def told_apart(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether losses of the same seeds, in the same order, differ by more than the seeds' noise."""
+    ended = [not all(map(math.isfinite, losses)) for losses in (one, other)]
+    if any(ended):
+        return not all(ended)
+    differences = [a - b for a, b in zip(one, other, strict=True)]
+    if len(differences) < 2:
+        return False
+    error = stdev(differences) / math.sqrt(len(differences))
+    return abs(fmean(differences)) > T[min(len(differences) - 1, len(T)) - 1] * error
+
+
+def alike(best: int, losses: Mapping[int, Sequence[float]]) -> list[int]:
+    """The others whose losses cannot be told apart from the best one's."""
+    return [n for n, own in losses.items() if n != best and not told_apart(own, losses[best])]

@@ -1,0 +1,89 @@
+"""Find the best adapter: many are trained side by side, the worse retire, the best run again."""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # on top, so that Ctrl-C during the imports below ends in one line
+    import sys
+
+    import command
+
+    sys.exit(command.start("search", sys.argv[1:]))
+
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+
+import bars
+import cli
+import folder
+import gpt2
+import guard
+import inputs
+import leaderboard
+import options as opts
+import proposals
+import recipe
+import results
+import searching
+import starting
+import validation
+from course import Course
+
+DEMO = Path(__file__).resolve().parent / "configs" / "search_demo.yaml"
+SPACE = (
+    "what varies: a list is a choice, {low, high} a range, even in its logarithm; over "
+    + ", ".join(searching.NAMES)
+)
+DATA = inputs.DATA / "tasks" / "weather.jsonl"
+
+
+def parse(argv: guard.Arguments) -> Namespace:
+    """The options of a search, and those of its usual configuration as `train_qa.py` has them."""
+    parser = cli.parser("search", __doc__)
+    add = parser.add_argument
+    add("--config", type=str | None, help="YAML file of options, by default the demo's; flags win")
+    add("--space", type=dict[str, Any], default={}, help=SPACE)
+    add("--trials", type=int, default=64, help="configurations in the first rung")
+    add("--slots", type=int, default=16, help="trainings at a time, in one batch")
+    add("--rungs", type=int, default=3, help="how often the worse retire, plus one")
+    add("--keep", type=int, default=4, help="one in so many goes on, and so many times as far")
+    add("--sampler", type=str, default="random", help="random, or tpe, which learns by waves")
+    add("--finalists", type=int, default=4, help="trials of the last rung that run again")
+    add("--seeds", type=int, default=3, help="of each finalist and of the default, at least 2")
+    recipe.add_options(parser, str(DATA))
+    starting.add_options(parser)
+    validation.add_options(parser)
+    options = opts.with_config(parser, argv, lambda given: starting.options_file(given, DEMO))
+    recipe.check(options, {"slots": 1, "finalists": 1, "seeds": 2})
+    return options
+
+
+@guard.guarded
+def main(argv: guard.Arguments = None) -> None:
+    """Parse, search, show, save."""
+    options, console, clock = parse(argv), cli.Plain(), results.Clock()
+    proposals.optuna()  # raises where it is missing
+    space = searching.checked(options)
+    searching.check(options)
+    device = cli.pick_device(options.device)
+    source = inputs.source(options.data, options)
+    model = inputs.base(options, device)
+    reader = inputs.Reader(gpt2.Tokenizer(), model, options, console)
+    apart = validation.apart(source, reader)
+    plan = searching.planned(options, space, apart)
+    waves = searching.waves(plan, model, apart)
+    console.print(searching.told(plan, apart), soft_wrap=True)
+    clock.lap("load")
+    with starting.begun(options, [folder.WINNER]) as place, waves:
+        files = searching.files(place, options, plan, model, apart)
+        with bars.searching(console) as progress:
+            course = Course(plan=plan, waves=waves, files=files, progress=progress)
+            course.search(apart.tested)
+        clock.lap("search")
+        about = searching.about(reader, apart, clock)
+        leaderboard.write(course, options, place, about)
+        files.remove()  # the search is over
+    console.print(leaderboard.finalist_table(course), leaderboard.verdict(course), sep="\n")
+    names = ", ".join(sorted(file.name for file in place.iterdir()))
+    console.print(f"Saved in {place}: {names}", soft_wrap=True)

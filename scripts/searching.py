@@ -1,0 +1,171 @@
+"""Whether a search may begin, or go on: its space, its plan, its room in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+
+import folder
+import gpt2
+import lock
+import lora
+import recipe
+import results
+import space as spaces
+import validation
+from course import Plan
+from gpt2.training import fingerprints
+from halving import Halving
+from inputs import Reader
+from proposals import SAMPLERS
+from recipe import Recipe
+from space import NAMES, Space
+from validation import Apart
+from wave_files import FOLDER, MADE_OF, WaveFiles
+from waves import Waves
+
+__all__ = ["NAMES", "about", "check", "checked", "files", "planned", "told", "waves"]
+
+
+def checked(options: Namespace) -> Space:
+    """The space, if the options do not contradict it or one another.
+
+    Raises:
+        ValueError: they do.
+    """
+    if options.sampler not in SAMPLERS:
+        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {options.sampler!r}.")
+    if options.validation is None:
+        raise ValueError("A search chooses by validation data: give --validation.")
+    validation.shares(options)
+    space = spaces.read(options.space, options.trials)
+    if options.sampler == "tpe" and options.trials <= options.slots:
+        raise ValueError(
+            f"tpe learns from wave to wave, and all {options.trials} trials fit in one of "
+            f"{options.slots} slots: give fewer slots, more trials, or take random."
+        )
+    return space
+
+
+def check(options: Namespace) -> None:
+    """Find out, and write nothing, whether the search may be begun or gone on with.
+
+    Raises:
+        FileNotFoundError: there is nothing to go on with.
+        ValueError: the folder holds a run; another one works there.
+    """
+    if options.resume:
+        named = options.resume if isinstance(options.resume, str) else options.res_path
+        if named is None:
+            raise ValueError("Name the folder of the search that is to go on: --resume FOLDER.")
+        if not (Path(named) / FOLDER / MADE_OF).is_file():
+            raise FileNotFoundError(
+                f"{named} holds no search to go on with: none was begun there, or it came to its "
+                "end."
+            )
+        options.res_path = named
+    else:
+        folder.check(options.res_path, overwrite=options.overwrite, adapters=[folder.WINNER])
+    if options.res_path and Path(options.res_path).is_dir():
+        with lock.held(Path(options.res_path)):
+            pass
+
+
+def planned(options: Namespace, space: Space, apart: Apart) -> Plan:
+    """The plan, if its rungs fit the shortest schedule.
+
+    Raises:
+        ValueError: they do not.
+    """
+    usual = recipe.of(options)
+    halving = Halving(trials=options.trials, rungs=options.rungs, keep=options.keep)
+    least = min(_totals(space, usual, apart.learnt))
+    if faults := halving.faults(least, options.finalists):
+        raise ValueError(f"The rungs cannot be: {'; '.join(faults)}.")
+    return Plan(
+        space=space,
+        usual=usual,
+        halving=halving,
+        slots=options.slots,
+        sampler=options.sampler,
+        finalists=options.finalists,
+        seeds=options.seeds,
+    )
+
+
+def waves(plan: Plan, model: gpt2.GPT2, apart: Apart) -> Waves:
+    """What trains, if the targets are there and the slots fit in memory.
+
+    Raises:
+        ValueError: they do not.
+    """
+    smallest = lora.Population(model, 1, recipe.room(plan.space, plan.usual))
+    side = min(min(la.A.shape[2], la.B.shape[1]) for la in smallest.layers.values())
+    smallest.eject()
+    assert apart.held_out is not None
+    room = recipe.room(plan.space, plan.usual, side)
+    return Waves(model, apart.learnt, apart.held_out, plan.usual.training, room)
+
+
+def files(place: Path, options: Namespace, plan: Plan, model: gpt2.GPT2, apart: Apart) -> WaveFiles:
+    """The files of the search, begun or found to be of this very search.
+
+    Raises:
+        ValueError: they are of another.
+    """
+    found = WaveFiles(place)
+    training, halving = plan.usual.training, plan.halving
+    made_of = fingerprints.of_run(model, apart.learnt, training, apart.held_out)
+    for name in ("modules", "trained parameters"):
+        del made_of[name]
+    made_of |= {
+        "test data": repr(apart.tested and apart.tested.fingerprint[:16]),
+        "space": repr(options.space),
+        "adapter": repr(plan.usual.adapter),
+        "base dropout": repr(options.base_dropout),
+    }
+    numbers = {"trials": halving.trials, "rungs": halving.rungs, "keep": halving.keep}
+    numbers |= {name: getattr(plan, name) for name in ("slots", "finalists", "seeds")}
+    numbers |= {"sampler": plan.sampler, "b_ratio": plan.usual.b_ratio}
+    found.begin({**made_of, **{name: repr(value) for name, value in numbers.items()}})
+    return found
+
+
+def told(plan: Plan, apart: Apart) -> str:
+    """What the search is going to do."""
+    halving, usual = plan.halving, plan.usual
+    total = gpt2.total_steps(apart.learnt, usual.training)
+    alive = "/".join(map(str, halving.alive))
+    steps = "/".join(f"{halving.step(rung, total):,}" for rung in range(halving.rungs))
+    return (
+        f"{len(apart.learnt):,} examples, {apart.learnt.n_tokens:,} tokens.{apart.told} "
+        f"{alive} trials to step {steps} of their own, {plan.slots} at a time; then "
+        f"{plan.finalists} finalists and the default configuration over {plan.seeds} seeds."
+    )
+
+
+def about(reader: Reader, apart: Apart, clock: results.Clock) -> dict[str, Any]:
+    """What is known of a search but for what came out."""
+    of = {"training": apart.learnt, "selection": apart.held_out, "test": apart.tested}
+    return {
+        "kind": "search",
+        "config": {k: v for k, v in reader.options.as_dict().items() if k != "config"},
+        "device": str(next(reader.model.parameters()).device),
+        "data": {
+            name: data and {"examples": len(data), "tokens": data.n_tokens}
+            for name, data in of.items()
+        },
+        "seconds": clock.laps,
+    }
+
+
+def _totals(space: Space, usual: Recipe, learnt: gpt2.Dataset) -> list[int]:
+    """The steps of the shortest and of the longest schedule."""
+    found = [gpt2.total_steps(learnt, usual.training)]
+    for name in ("steps", "epochs"):
+        if name in space.axes:
+            recipes = [usual.varied({name: int(end)}) for end in space.ends(name, 1)]
+            found = [gpt2.total_steps(learnt, own.training) for own in recipes]
+    return found

@@ -1,0 +1,373 @@
+"""A search: each trial is what it would be alone, the halving is fair, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import gpt2
+import lora
+from tests.test_population import base, data
+
+ROOT = Path(__file__).parents[1]
+SPACE = {
+    "lr": {"low": 1e-3, "high": 1e-1},
+    "r": [1, 2, 4],
+    "alpha_over_r": [1, 2],
+    "b_ratio": [1, 4],
+    "dropout": [0.0, 0.2],
+    "targets": [["c_attn"], ["c_attn", "mlp.c_fc"]],
+    "weight_decay": [0.0, 0.1],
+    "steps": {"low": 8, "high": 12},
+}
+
+
+@pytest.fixture
+def made(script):
+    """A function that makes a course on a tiny model; what it is told replaces the usual."""
+    modules = {n: script(n) for n in "space course recipe waves halving wave_files".split()}
+
+    def make(folder=None, given=SPACE, rungs=3, keep=2, trials=8, room=None, **plan):
+        space = modules["space"].read(given, trials)
+        usual = modules["recipe"].Recipe(
+            adapter=lora.LoRAConfig(r=2, alpha=4, targets=("c_attn",), dropout=0.1),
+            training=gpt2.TrainConfig(steps=8, batch_size=2, lr=1e-2, seed=3),
+            b_ratio=1.0,
+        )
+        how = {"slots": 3, "sampler": "random", "finalists": 2, "seeds": 3} | plan
+        halving = modules["halving"].Halving(trials=trials, rungs=rungs, keep=keep)
+        own = modules["course"].Plan(space=space, usual=usual, halving=halving, **how)
+        room = room or modules["recipe"].room(space, usual, 16)
+        waves = modules["waves"].Waves(base(), data(7), data(5), usual.training, room)
+        files = None
+        if folder is not None:
+            files = modules["wave_files"].WaveFiles(folder)
+            files.begin({"of": "a test"})
+        return modules["course"].Course(plan=own, waves=waves, files=files)
+
+    return make
+
+
+def facts(course) -> list[object]:
+    """All that must be equal."""
+    runs = [*course.runs, *(run for own in course.again.values() for run in own)]
+    curves = [(r.trial, r.seed, r.curve, sorted(r.losses.items()), r.ended) for r in runs]
+    return [curves, course.rungs, course.winner, course.alike, course.values, course.tested]
+
+
+def test_each_trial_is_what_its_configuration_is_alone(made):
+    """The steps of every rung, the loss at each one's end, dropout on; the other seeds too."""
+    course = made()
+    course.search(data(4))
+    assert [len(trials) for trials in course.rungs] == [8, 4, 2]
+    complete = [course.runs[n] for n in course.rungs[-1]]
+    again = course.again[course.winner] + course.again["default"]
+    assert len(again) == 5
+    for run in (*complete, *again):
+        model, recipe = base(), run.recipe
+        lora.inject(model, recipe.adapter)
+        groups = lora.parameter_groups(model, recipe.training.lr, b_ratio=recipe.b_ratio)
+        curve, losses = list[float](), dict[int, float]()
+        for record in gpt2.train(model, data(7), recipe.training, groups=groups):
+            curve.append(record.loss)
+            if record.step in run.losses:
+                losses[record.step] = gpt2.evaluate(model, data(5)).loss
+        assert len(curve) == run.total == recipe.training.steps
+        assert curve == pytest.approx(run.curve, rel=1e-11)
+        assert losses == pytest.approx(run.losses, rel=1e-6)  # sums of float32
+    for run in complete:
+        assert [*run.losses] == [run.total // 4, run.total // 2, run.total]
+
+
+def test_all_of_a_rung_rest_at_the_same_share_and_the_worst_retire(made):
+    course = made()
+    course.search(None)
+    for rung, trials in enumerate(course.rungs):
+        losses = {n: course.by_rung(n)[rung + 1] for n in trials}
+        on = course.rungs[rung + 1] if rung < 2 else course.finalists
+        assert on == sorted(losses, key=losses.__getitem__)[: len(on)]
+    retired = {*range(8)} - {*course.rungs[1]}
+    assert {course.runs[n].taken for n in retired} == {course.runs[n].total // 4 for n in retired}
+    assert all(course.runs[n].place is None for n in retired)
+    assert course.total == course.done == sum(
+        run.taken for run in [*course.runs, *(r for own in course.again.values() for r in own)]
+    )  # fmt: skip
+
+
+def test_the_slots_change_nothing(made):
+    wanted = made(slots=8)
+    wanted.search(data(4))
+    for slots in (1, 3):
+        course = made(slots=slots)
+        course.search(data(4))
+        assert facts(course) == facts(wanted)
+
+
+def test_tpe_learns_from_wave_to_wave_and_proposes_the_same_again(made):
+    one, other, random = (made(sampler=s, trials=12, slots=4) for s in ("tpe", "tpe", "random"))
+    for course in (one, other, random):
+        course.search(None)
+    assert facts(one) == facts(other)
+    assert one.values != random.values
+    assert len({json.dumps(v) for v in one.values}) == 12, "no trial stands twice"
+
+
+def test_a_choice_is_exhausted_without_a_trial_twice(made):
+    course = made(given={"r": [1, 2], "targets": [["c_attn"], ["mlp.c_fc"]]}, trials=4)
+    course.search(None)
+    assert sorted(map(str, course.values)) == sorted(map(str, course.plan.space.all()))
+
+
+def test_a_trial_that_cannot_be_or_blows_up_comes_to_an_end_of_its_own(made):
+    """A rank above a layer's side, and a learning rate without measure: no other bit moves."""
+    given = {"r": [2, 400], "lr": [1e-2, 1e3], "b_ratio": [1, 2]}
+    course = made(given=given, trials=8, finalists=1)
+    course.search(None)
+    for run in course.runs:
+        if run.recipe.adapter.r == 400:
+            assert "r 400 is above" in str(run.ended)
+            assert (run.curve, run.losses, run.place) == ([], {}, None)
+    assert {n for n in range(8) if course.runs[n].recipe.adapter.r == 2} >= {*course.rungs[1]}
+    assert course.runs[course.winner].recipe.training.lr == 1e-2
+
+
+def test_no_trial_left_is_said(made):
+    course = made(given={"r": [300, 400], "b_ratio": [1, 2, 3, 4]})
+    with pytest.raises(RuntimeError, match="No trial came to the end of rung 1: .*r [34]00 is"):
+        course.search(None)
+
+
+class Stop(Exception):
+    pass
+
+
+def test_a_search_that_was_stopped_anywhere_goes_on_to_the_same_end(made, tmp_path):
+    wanted = made(tmp_path / "wanted", sampler="tpe")
+    wanted.search(data(4))
+    calls = [0]
+    for stop in (1, 3, 4, 6, 9, 12):
+        course = made(tmp_path / "cut", sampler="tpe")
+        calls[0] = 0
+
+        def progress(_, steps, stop=stop):
+            calls[0] += steps > 0
+            if calls[0] == stop and steps:
+                raise Stop
+
+        course.progress = progress
+        with pytest.raises(Stop):
+            course.search(data(4))
+    course = made(tmp_path / "cut", sampler="tpe")
+    course.search(data(4))
+    assert facts(course) == facts(wanted)
+    for file in (tmp_path / "wanted" / "waves").iterdir():
+        assert file.read_bytes() == (tmp_path / "cut" / "waves" / file.name).read_bytes()
+
+
+# The script.
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> list[str]:
+    """The arguments of a search in seconds."""
+    place = tmp_path_factory.mktemp("tiny")
+    rows = [{"question": f"{i} and {i % 3}", "answer": f"{i % 3}"} for i in range(24)]
+    (place / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {
+        "model_name": "demo",
+        "base_dropout": 0.0,
+        "data": str(place / "data.jsonl"),
+        "validation": "0.25",
+        "test": "0.2",
+        "steps": 8,
+        "lr": 1e-3,
+        "train_batch_size": 2,
+        "lora": {"r": 2, "alpha": 4, "dropout": 0.1, "targets": ["c_attn"]},
+        "space": {
+            "lr": {"low": 1e-3, "high": 1e-1},
+            "r": [1, 2],
+            "b_ratio": [1, 4],
+            "targets": [["c_attn"], ["mlp.c_proj", "c_attn"]],
+        },
+        "trials": 4,
+        "slots": 3,
+        "rungs": 2,
+        "keep": 2,
+        "finalists": 2,
+        "seeds": 2,
+    }
+    (place / "search.yaml").write_text(yaml.safe_dump(options))
+    return ["--config", str(place / "search.yaml")]
+
+
+@pytest.fixture(scope="module")
+def found(tiny, tmp_path_factory) -> Path:
+    """The folder of a search that came to its end."""
+    place = tmp_path_factory.mktemp("found") / "run"
+    ended = subprocess.run(started(tiny, place), capture_output=True, text=True, env=env())
+    assert ended.returncode == 0, ended.stderr
+    assert "Student's t" in ended.stdout
+    return place
+
+
+def env() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def started(arguments: list[str], place: Path, *more: str) -> list[str]:
+    script = str(ROOT / "scripts" / "search.py")
+    return [sys.executable, script, *arguments, "--res_path", str(place), *more]
+
+
+def lines(file: Path) -> list[dict]:
+    return [json.loads(line, parse_constant=pytest.fail) for line in file.read_text().splitlines()]
+
+
+def test_what_a_search_leaves_behind(found, script):
+    board, curves = lines(found / "leaderboard.jsonl"), lines(found / "curves.jsonl")
+    run = json.loads((found / "run.json").read_text(), parse_constant=pytest.fail)
+    assert [row["place"] for row in board] == [1, 2, 3, 4]
+    assert sorted(row["trial"] for row in board) == [0, 1, 2, 3]
+    assert [row["state"] for row in board] == ["winner", "finalist", "retired", "retired"]
+    assert [row["rung"] for row in board] == [2, 2, 1, 1]
+    assert run["winner"]["trial"] == board[0]["trial"]
+    assert {*board[0]["seeds"]} == {"42", "43"} == {*run["winner"]["test"]["seeds"]}
+    assert [row["trial"] for row in curves] == [0, 1, 2, 3, "default"]
+    for row in board:
+        curve = curves[row["trial"]]
+        assert len(curve["training"]) == row["steps"] == (8 if row["rung"] == 2 else 4)
+        assert [*curve["selection"].values()] == [*row["losses"].values()]
+    assert run["default"]["params"]["r"] == 2
+    assert run["rungs"][0]["alive"] == 4
+    assert run["adapter_steps"] == 4 * 4 + 2 * 4 + 2 * 8 + 2 * 8
+    assert run["winner_on_test"] in ("better", "worse", "alike")
+    assert (found / "search.png").stat().st_size > 10_000
+    assert not (found / "waves").exists()
+    optuna = script("proposals").optuna()
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{found / 'study.db'}")
+    assert [t.state.name for t in study.trials].count("COMPLETE") == 2
+    assert study.best_value == min(row["losses"]["2"] for row in board[:2])
+
+
+def test_train_qa_alone_gives_the_winner_again(found, tmp_path, script):
+    config = str(found / "best" / "train.yaml")
+    assert script("train_qa").main(["--config", config, "--res_path", str(tmp_path / "r")]) == 0
+    name = "adapter_model.safetensors"
+    wanted = load_file(found / "best" / name)
+    made = load_file(tmp_path / "r" / "last" / name)
+    assert wanted.keys() == made.keys()
+    for key, factor in wanted.items():
+        torch.testing.assert_close(made[key], factor, rtol=1e-3, atol=2e-5)
+    run = json.loads((found / "run.json").read_text())
+    again = json.loads((tmp_path / "r" / "run.json").read_text())
+    selection = run["winner"]["selection"]["seeds"]["42"]
+    assert again["validation"]["losses"]["8"] == pytest.approx(selection, rel=1e-4)
+    if again["validation"]["best_step"] == 8:
+        assert again["test"]["loss"] == pytest.approx(run["winner"]["test"]["seeds"]["42"], rel=1e-4)
+
+
+def test_a_search_that_is_killed_goes_on_to_the_same_bytes(found, tiny, tmp_path, script, capsys):
+    place, name = tmp_path / "run", "rung-1-wave-2.safetensors"
+    child = subprocess.Popen(started(tiny, place), stdout=subprocess.DEVNULL, env=env())
+    while not (place / "waves" / "rung-1-wave-1.safetensors").exists():
+        assert child.poll() is None
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not (place / "waves" / name).exists(), "in the middle of a rung"
+    assert not (place / "run.json").exists()
+    search = script("search").main
+    refuse = {"--space.r": "[1, 3]", "--seed": "7", "--trials": "5", "--base_dropout": "0.1"}
+    for option, value in refuse.items():
+        more = [option, value] if option != "--space.r" else ["--space", '{"r": [1, 3, 4, 5]}']
+        assert search(["--resume", str(place), *more]) == 2
+        said = capsys.readouterr().err
+        assert "cannot be gone on with" in said
+        assert option[2:].partition(".")[0].replace("_", " ") in said
+    ended = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "search.py"), "--resume", str(place)],
+        capture_output=True, text=True, env=env(),
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    for file in (f for f in found.rglob("*") if f.is_file() and f.name != "study.db"):
+        again = place / file.relative_to(found)
+        if file.name == "run.json":
+            one, other = (json.loads(f.read_text()) for f in (file, again))
+            for record in (one, other):
+                del record["seconds"], record["config"]["res_path"], record["config"]["resume"]
+            assert one == other
+        else:
+            assert file.read_bytes() == again.read_bytes(), file
+    assert search(["--resume", str(place)]) == 2
+    assert "came to its end" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--space", "{}"], "The space is empty"),
+        (["--space", '{"r": [2]}'], "nothing in it varies"),
+        (["--space", '{"r": [2, 3]}'], "it has 2 different trials, and 4 are asked for"),
+        (["--rungs", "5"], "5 rungs, each 2 times as long"),
+        (["--finalists", "3"], "there are 3 finalists, and 2 in the last rung"),
+        (["--sampler", "grid"], "sampler must be one of random, tpe"),
+        (["--sampler", "tpe", "--slots", "4"], "tpe learns from wave to wave"),
+        (["--validation", "null"], "A search chooses by validation data"),
+        (["--validation", "0.9", "--test", "0.2"], "leave none to learn"),
+        (["--seeds", "1"], "seeds must be at least 2"),
+        (["--lora.targets", "nothing"], "No module matches target 'nothing'"),
+        (["--packing", "true", "--tokens_per_batch", "64", "--train_batch_size", "1"], "packing"),
+        (["--resume", "nowhere"], "nowhere holds no search"),
+    ],
+)
+def test_bad_input_is_one_line(tiny, tmp_path, script, capsys, monkeypatch, more, said):
+    monkeypatch.chdir(tmp_path)
+    arguments = tiny if more[0] != "--resume" else []
+    assert script("search").main([*arguments, *more]) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert told.count("\n") == 1
+    assert not (tmp_path / "runs").exists(), "nothing is begun"
+
+
+def test_all_faults_of_a_space_are_told_at_once(script):
+    given = {
+        "lr": {"low": 2, "high": 1}, "width": 3, "dropout": [1.0], "r": [], "steps": 3,
+        "epochs": 2, "targets": [3], "weight_decay": {"low": 1}, "b_ratio": [1, 1],
+    }  # fmt: skip
+    with pytest.raises(ValueError) as error:
+        script("space").read(given, 3)
+    for said in (
+        "width is none of lr", "lr needs 0 < low < high", "below 1, got 1.0", "r has no choice",
+        "steps and epochs exclude", "targets must be names", "weight_decay must have low and high",
+        "b_ratio has a choice twice",
+    ):  # fmt: skip
+        assert said in str(error.value)
+
+
+def test_optuna_missing_names_the_extra(tiny, script, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    assert script("search").main(tiny) == 2
+    assert capsys.readouterr().err == "optuna is missing: pip install 'lora-gpt2[search]'.\n"
+
+
+def test_ranks_above_a_side_do_not_widen_the_room(script, made):
+    recipe = script("recipe")
+    usual = made().plan.usual
+    room = recipe.room(script("space").read({"r": [4, 8, 400]}, 3), usual, 16)
+    assert room.r == 8
+    assert recipe.room(script("space").read({"r": {"low": 2, "high": 99}}, 3), usual, 16).r == 16
+    assert replace(room, r=2).targets == ("c_attn",)
+    assert math.isfinite(room.dropout)
