@@ -1,0 +1,182 @@
+"""The search: how long the best of many takes, and how often halving finds what all runs would.
+
+    python -m benchmarks.search --article 1                        seconds, process start to report
+    python -m benchmarks.search --grid 1 --data train.jsonl --valid valid.jsonl --seeds 10
+
+The grid is run whole once a seed. Since a trial is what it is alone, whoever its neighbours are,
+halving and random search are then read off the same runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from math import comb
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import gpt2
+from benchmarks import harness
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+ALL = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+GRID = {
+    "lr": [5e-4, 1e-3, 2e-3, 4e-3],
+    "r": [4, 16],
+    "alpha_over_r": [1, 2],
+    "targets": [["c_attn"], ALL],
+}
+RUNGS, KEEP, WITHIN = 3, 4, 0.01
+SPACE = {
+    "lr": {"low": 1e-5, "high": 3e-3},
+    "r": [2, 4, 8],
+    "alpha_over_r": [1, 2, 4],
+    "dropout": [0.0, 0.1],
+}
+
+
+def main() -> None:
+    a = harness.arguments(
+        __doc__, article=0, grid=0, data="", valid="", seeds=10, examples=4000, held_out=600
+    )
+    if a.article:
+        harness.emit("search", a.out, case="best of 512 article-size runs", **article(a))
+    if a.grid:
+        for row in grid(a):
+            harness.emit("search", a.out, **row)
+
+
+def article(a: Any) -> dict[str, Any]:
+    """The script itself, on GPT-2 124M of random weights: timing does not depend on them."""
+    with tempfile.TemporaryDirectory() as place:
+        torch.manual_seed(0)
+        gpt2.GPT2(gpt2.SIZES["gpt2"]).save_pretrained(Path(place, "base"))
+        asked = [f"What is number {i}?" for i in range(32)]
+        rows = [{"question": q, "answer": f"It is {q[8:-1]}."} for q in asked]
+        held_out = Path(place, "held_out.jsonl")
+        held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        options = {
+            "model_name": f"{place}/base",
+            "data": str(SCRIPTS / "data" / "article.jsonl"),
+            "validation": str(held_out),
+            "test": str(held_out),
+            "res_path": f"{place}/run",
+            "device": a.device,
+            "autocast": a.device != "cpu",
+            "steps": 2500,
+            "lora": {"r": 8, "alpha": 16},
+            "trials": 512,
+            "slots": 256,
+            "rungs": 4,
+            "keep": KEEP,
+            "finalists": 3,
+            "seeds": 3,
+            "space": SPACE,
+        }
+        config = Path(place, "search.yaml")
+        config.write_text(yaml.safe_dump(options))
+        began = time.time()
+        subprocess.run([sys.executable, SCRIPTS / "search.py", "--config", config], check=True)
+        seconds = time.time() - began
+        found = json.loads(Path(place, "run", "run.json").read_text())
+        sizes = [[len(rung["trials"]), rung["share"]] for rung in found["rungs"]]
+        return {
+            "seconds": round(seconds, 1),
+            "laps": found["seconds"],
+            "adapter_steps": found["adapter_steps"],
+            "rungs": sizes,
+        }
+
+
+def grid(a: Any) -> list[dict[str, Any]]:
+    """All of the grid, once a seed; then what halving and random search would have found."""
+    tables = [whole_grid(a, seed) for seed in range(a.seeds)]
+    rows: list[dict[str, Any]] = []
+    for seed, losses in enumerate(tables):
+        last = [row[-1] for row in losses]
+        best, found, cost = min(last), last[halved(losses)], halving_cost(len(losses))
+        good = sum(loss <= best * (1 + WITHIN) for loss in last)
+        tries = int(cost * len(losses))
+        missed = comb(len(losses) - good, tries) / comb(len(losses), tries)
+        rows.append(
+            {
+                "case": "halving on a grid",
+                "seed": seed,
+                "best": round(best, 4),
+                "found": round(found, 4),
+                "within_1_percent": found <= best * (1 + WITHIN),
+                "share_of_all_steps": round(cost, 4),
+                "good_of_all": f"{good} of {len(losses)}",
+                "random_at_equal_cost": round(1 - missed, 3),
+            }
+        )
+    return rows
+
+
+def whole_grid(a: Any, seed: int) -> list[list[float]]:
+    """Each configuration's held-out loss where each rung ends."""
+    sys.path.insert(0, str(SCRIPTS))
+    import recipe  # pyright: ignore[reportMissingImports]
+    import search  # pyright: ignore[reportMissingImports]
+    import space  # pyright: ignore[reportMissingImports]
+    import waves  # pyright: ignore[reportMissingImports]
+    from halving import Halving  # pyright: ignore[reportMissingImports]
+
+    given = ["--config", str(SCRIPTS / "configs" / "search_e2e.yaml"), "--validation", a.valid]
+    script: Any = search
+    options = script.parse(given)
+    options.epochs, options.warmup_steps = 1, 16
+    usual: Any = recipe.of(options)
+    dimensions: Any = space.read(GRID, 1)
+    grid = list(dimensions.all())
+    model = gpt2.GPT2.from_pretrained("demo", device=a.device, dropout=0.0)
+    how = {"max_length": 128, "answer_only": True}
+    learnt, held_out = (
+        gpt2.encode(list(itertools.islice(gpt2.stream_examples(f), n)), gpt2.Tokenizer(), **how)
+        for f, n in ((a.data, a.examples), (a.valid, a.held_out))
+    )
+    total = gpt2.total_steps(learnt, usual.training)
+    side = model.config.n_embd
+    room: Any = recipe.room(dimensions, usual, side)
+    some = [
+        waves.Run(trial=i, recipe=usual.varied(values).seeded(seed), total=total)
+        for i, values in enumerate(grid)
+    ]
+    halving: Any = Halving(trials=len(grid), rungs=RUNGS, keep=KEEP)
+    with waves.Waves(model, learnt, held_out, usual.training, room) as work:
+        for rung in range(RUNGS):
+            until = [halving.step(rung, total)] * len(some)
+            work.train(len(some), some, until, lambda steps: None)
+            work.keep(some, range(len(some)))
+    return [
+        [run.losses.get(halving.step(r, total), math.inf) for r in range(RUNGS)] for run in some
+    ]
+
+
+def halved(losses: list[list[float]]) -> int:
+    """The configuration that halving ends with."""
+    alive = list(range(len(losses)))
+    for i in range(RUNGS):
+        alive.sort(key=lambda n: (losses[n][i], n))
+        alive = alive[: max(1, len(losses) // KEEP ** (i + 1))] if i + 1 < RUNGS else alive
+    return alive[0]
+
+
+def halving_cost(n: int) -> float:
+    """Its steps, as a share of those of all."""
+    shares = [KEEP ** (i + 1 - RUNGS) for i in range(RUNGS)]
+    sizes = [-(-n // KEEP**i) for i in range(RUNGS)]
+    before = [0.0, *shares]
+    return sum(s * (b - a) for s, a, b in zip(sizes, before, shares, strict=False)) / n
+
+
+if __name__ == "__main__":
+    main()
