@@ -45,7 +45,7 @@ SPACE = {
 
 def main() -> None:
     a = harness.arguments(
-        __doc__, article=0, grid=0, data="", valid="", seeds=10, examples=4000, held_out=600
+        __doc__, article=0, grid=0, data="", valid="", seeds=10, examples=2000, held_out=400
     )
     if a.article:
         harness.emit("search", a.out, case="best of 512 article-size runs", **article(a))
@@ -61,13 +61,14 @@ def article(a: Any) -> dict[str, Any]:
         gpt2.GPT2(gpt2.SIZES["gpt2"]).save_pretrained(Path(place, "base"))
         asked = [f"What is number {i}?" for i in range(32)]
         rows = [{"question": q, "answer": f"It is {q[8:-1]}."} for q in asked]
-        held_out = Path(place, "held_out.jsonl")
-        held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        held_out, test = (Path(place, f"{name}.jsonl") for name in ("held_out", "test"))
+        for file, some in ((held_out, rows[::2]), (test, rows[1::2])):
+            file.write_text("".join(json.dumps(row) + "\n" for row in some))
         options = {
             "model_name": f"{place}/base",
             "data": str(SCRIPTS / "data" / "article.jsonl"),
             "validation": str(held_out),
-            "test": str(held_out),
+            "test": str(test),
             "res_path": f"{place}/run",
             "device": a.device,
             "autocast": a.device != "cpu",
@@ -133,7 +134,7 @@ def whole_grid(a: Any, seed: int) -> list[list[float]]:
     given = ["--config", str(SCRIPTS / "configs" / "search_e2e.yaml"), "--validation", a.valid]
     script: Any = search
     options = script.parse(given)
-    options.epochs, options.warmup_steps = 1, 16
+    options.epochs, options.warmup_steps, options.autocast = 1, 16, a.device != "cpu"
     usual: Any = recipe.of(options)
     dimensions: Any = space.read(GRID, 1)
     grid = list(dimensions.all())
