@@ -22,7 +22,7 @@ def code_cells(notebook: Cell) -> list[Cell]:
     return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
 
 
-def shown(value: object) -> Cell:
+def shown(value: Any) -> Cell:
     """What a notebook keeps of a value, by kind."""
     if hasattr(value, "_repr_mimebundle_"):
         return dict(value._repr_mimebundle_((), ()))
