@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
+
+import lora
+from lora.settings import PEFT_NAMES
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -22,7 +26,7 @@ def test_the_blocks_run(tmp_path, monkeypatch, capsys):
 
 def test_the_named_tests_exist():
     tests = "".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
-    named = re.findall(r"`(test_\w+)`", TEXT)
+    named = re.findall(r"`(test_\w+)`", TEXT + (ROOT / "docs" / "peers.md").read_text())
     assert len(named) > 10
     assert not [name for name in named if f"def {name}(" not in tests]
 
@@ -46,3 +50,42 @@ def test_the_speeds_are_those_of_the_results():
     for figure in figures:
         places = len(figure.partition(".")[2])
         assert float(figure.replace(",", "")) in {round(n, places) for n in measured}, figure
+
+
+def test_the_first_screen_says_what_why_and_how():
+    screen = TEXT.splitlines()[:25]
+    assert "make qa" in "".join(screen)
+    assert sum(line.startswith("- **") for line in screen) == 3
+    assert len(TEXT.splitlines()) < 400
+
+
+def test_every_link_leads_somewhere():
+    headings = re.findall(r"^## (.+)$", TEXT, re.MULTILINE)
+    anchors = {
+        re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings
+    }
+    for target in re.findall(r"\]\(([^)]+)\)", TEXT):
+        assert target[1:] in anchors if target[0] == "#" else (ROOT / target).exists(), target
+
+
+def test_the_errors_are_those_of_the_code():
+    """Each piece of a quoted message between its dots is a piece of a string in the code."""
+    section = TEXT[TEXT.index("## When something goes wrong") :]
+    quoted = re.findall(r"^\| `(.+?)` \|", section[: section.index("\n## ")], re.MULTILINE)
+    files = [f for part in ("lora", "gpt2", "scripts") for f in (ROOT / part).rglob("*.py")]
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
+    said = [n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    assert len(quoted) == 10
+    for piece in (piece for message in quoted for piece in message.split("…")):
+        assert any(piece.strip() in text for text in said), piece
+
+
+def test_pefts_names_are_told_as_the_table_tells_them():
+    section = TEXT[TEXT.index("## Coming from PEFT") :]
+    table = section[: section.index("\n\n- **Ours")]
+    for theirs, ours in PEFT_NAMES.items():
+        if theirs not in ("rank", "adapter_name"):
+            row = next(line for line in table.splitlines() if f"`{theirs}" in line)
+            assert f"`{ours}" in row.split("|")[2]
+    for name in re.findall(r"lora\.(\w+)", table):
+        assert hasattr(lora, name), name
