@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 import lora
 from lora.settings import PEFT_NAMES
@@ -40,10 +45,27 @@ def test_the_files_of_the_reading_order_exist():
     assert not {path.name for path in ours} - named - {"__init__.py"}
 
 
+def numbers(text: str) -> set[float]:
+    """Every number in a text."""
+    return {float(n.replace(",", "")) for n in re.findall(r"\d[\d,]*\.?\d*", text)}
+
+
+def test_figures_in_prose_are_those_of_the_results():
+    measured = numbers((ROOT / "benchmarks" / "RESULTS.md").read_text())
+    head = TEXT[: TEXT.index("make qa")]
+    reasons = "".join(re.findall(r"^- \*\*.+(?:\n  .+)*", head, re.MULTILINE))
+    rank = TEXT[TEXT.index("## Which rank") : TEXT.index("## On several GPUs")]
+    bleu = re.findall(r"\b\d\d\.\d\b", rank)
+    assert len(bleu) > 10
+    assert {float(figure) for figure in bleu} <= measured
+    for figure in re.findall(r"\d+\.\d+", reasons):
+        places = len(figure.partition(".")[2])
+        assert float(figure) in {round(n, places) for n in measured}, figure
+
+
 def test_the_speeds_are_those_of_the_results():
     """Each figure of the table is one of RESULTS.md, rounded."""
-    results = (ROOT / "benchmarks" / "RESULTS.md").read_text()
-    measured = {float(n.replace(",", "")) for n in re.findall(r"\d[\d,]*\.?\d*", results)}
+    measured = numbers((ROOT / "benchmarks" / "RESULTS.md").read_text())
     table = re.findall(r"^\|[^|]+\|(.+)\|$", TEXT[TEXT.index("## Speed") :], re.MULTILINE)
     figures = [n for cells in table for n in re.findall(r"\d[\d,]*(?:\.\d+)?", cells)]
     assert len(figures) > 20
@@ -89,3 +111,16 @@ def test_pefts_names_are_told_as_the_table_tells_them():
             assert f"`{ours}" in row.split("|")[2]
     for name in re.findall(r"lora\.(\w+)", table):
         assert hasattr(lora, name), name
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell's commands")
+def test_the_commands_for_ones_own_data_run(tmp_path):
+    section = TEXT[TEXT.index("## Your own data") :]
+    block = re.search(r"```\n(.*?)```", section, re.DOTALL)[1]
+    commands = block.replace(".venv/bin/python scripts", f"{sys.executable} {ROOT / 'scripts'}")
+    done = subprocess.run(
+        ["bash", "-ec", commands], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("Q: Where is Oslo?\nA: Oslo is in Norway.\n")
+    assert (tmp_path / "runs" / "mine" / "adapter" / "adapter_config.json").is_file()
