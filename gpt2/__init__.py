@@ -1,67 +1,80 @@
-"""GPT-2 in plain PyTorch: load, run, train. Start reading at `gpt2.model`."""
+"""GPT-2 in plain PyTorch: load, run, train. `help(gpt2.train)` tells of one name.
+
+The model, where reading starts (`gpt2.model`):
+    GPT2                  the network: `GPT2.from_pretrained("gpt2")`
+    GPT2Config            its sizes and dropouts
+    SIZES                 those of the published models
+    Conv1D                a linear layer that keeps its weight as (in, out)
+    Tokenizer             text to ids, and back
+
+Data:
+    Example               a prompt and its completion
+    from_texts            examples that are learnt as a whole
+    read_examples         the examples of a file
+    stream_examples       the same, one at a time
+    read_prompts          the prompts of a file
+    encode                texts or examples to a Dataset
+    open_data             a file to a Dataset that is kept on disk
+    Dataset               tokenised examples
+    batches               their batches, in the order of an epoch
+    Batch                 padded or packed rows
+    IGNORE                the label of what is not learnt
+
+Training:
+    train                 a loop over steps; whatever requires grad is trained
+    TrainConfig           its options: learning rate, steps, batch, schedule, seed
+    Training              what `train` gives: the run, step after step
+    StepRecord            what it tells of a step
+    fit                   train with validation, the best kept, a stop, a run that goes on
+    RunConfig             when to do which
+    Fit                   what `fit` gives
+    evaluate              the loss on held-out data
+    Evaluation            what it found
+    learning_rate         the rate of a step
+    total_steps           how many steps a run has
+    next_token_loss       the loss of logits and labels
+    summed_loss           the same from a model, its logits never whole
+
+Text:
+    generate              new tokens for each prompt
+    stream                the same, as they come
+    GenerateConfig        how: length, temperature, beams, seed
+"""
 
 import typing
 
-from gpt2.config import SIZES, GPT2Config
-from gpt2.data.batches import Batch, batches
-from gpt2.data.encoding import encode
-from gpt2.data.examples import (
-    Example,
-    from_texts,
-    read_examples,
-    read_prompts,
-    stream_examples,
-)
-from gpt2.data.store import open_data
-from gpt2.data.tokens import Dataset
-from gpt2.generation import generate, stream
-from gpt2.layers import Conv1D
-from gpt2.model import GPT2
-from gpt2.sampling import GenerateConfig
-from gpt2.tokenizer import Tokenizer
-from gpt2.training.config import TrainConfig
-from gpt2.training.evaluation import Evaluation, evaluate
-from gpt2.training.fitting import Fit, fit
-from gpt2.training.loop import StepRecord, Training, train
-from gpt2.training.loss import IGNORE, next_token_loss
-from gpt2.training.run_config import RunConfig
-from gpt2.training.schedule import learning_rate, total_steps
-from gpt2.training.wrapped import summed_loss
-
-__all__ = [
-    "GPT2",
-    "IGNORE",
-    "SIZES",
-    "Batch",
-    "Conv1D",
-    "Dataset",
-    "Evaluation",
-    "Example",
-    "Fit",
-    "GPT2Config",
-    "GenerateConfig",
-    "RunConfig",
-    "StepRecord",
-    "Tokenizer",
-    "TrainConfig",
-    "Training",
-    "batches",
-    "encode",
-    "evaluate",
-    "fit",
-    "from_texts",
-    "generate",
-    "learning_rate",
-    "next_token_loss",
-    "open_data",
-    "read_examples",
-    "read_prompts",
-    "stream",
-    "stream_examples",
-    "summed_loss",
-    "total_steps",
-    "train",
-]
+from gpt2.config import SIZES as SIZES
+from gpt2.config import GPT2Config as GPT2Config
+from gpt2.data.batches import Batch as Batch
+from gpt2.data.batches import batches as batches
+from gpt2.data.encoding import encode as encode
+from gpt2.data.examples import Example as Example
+from gpt2.data.examples import from_texts as from_texts
+from gpt2.data.examples import read_examples as read_examples
+from gpt2.data.examples import read_prompts as read_prompts
+from gpt2.data.examples import stream_examples as stream_examples
+from gpt2.data.store import open_data as open_data
+from gpt2.data.tokens import Dataset as Dataset
+from gpt2.generation import generate as generate
+from gpt2.generation import stream as stream
+from gpt2.layers import Conv1D as Conv1D
+from gpt2.model import GPT2 as GPT2
+from gpt2.sampling import GenerateConfig as GenerateConfig
+from gpt2.tokenizer import Tokenizer as Tokenizer
+from gpt2.training.config import TrainConfig as TrainConfig
+from gpt2.training.evaluation import Evaluation as Evaluation
+from gpt2.training.evaluation import evaluate as evaluate
+from gpt2.training.fitting import Fit as Fit
+from gpt2.training.fitting import fit as fit
+from gpt2.training.loop import StepRecord as StepRecord
+from gpt2.training.loop import Training as Training
+from gpt2.training.loop import train as train
+from gpt2.training.loss import IGNORE as IGNORE
+from gpt2.training.loss import next_token_loss as next_token_loss
+from gpt2.training.run_config import RunConfig as RunConfig
+from gpt2.training.schedule import learning_rate as learning_rate
+from gpt2.training.schedule import total_steps as total_steps
+from gpt2.training.wrapped import summed_loss as summed_loss
 
 if typing.TYPE_CHECKING:
     __version__: str

@@ -1,57 +1,76 @@
-"""LoRA for any PyTorch module: inject, train, merge, save. Start reading at `lora.layer`."""
+"""LoRA for any PyTorch module: inject, train, merge, save. `help(lora.inject)` tells of one verb.
+
+On a model and off it:
+    inject                a new adapter beside the target layers; all else is frozen
+    LoRAConfig            what an adapter is made of: rank, alpha, dropout, targets, slices
+    eject                 every adapter off the model, or folded into it for good
+    Population            many adapters trained in one batch, each as if it were alone
+
+What is trained:
+    count_parameters      trainable and all: a ParameterCount
+    ParameterCount        prints as PEFT's count does
+    trainable_parameters  those that an optimiser should be given
+    parameter_groups      groups in which B learns faster (LoRA+)
+
+Several adapters:
+    adapters              what each is made of, by name
+    active                those in force, with their weights
+    activate              put one in force, or a weighted sum of several
+    activated             the same, within a context
+    disabled              the base alone, within a context
+    routed                rows of one batch under different adapters, within a context
+    remove                one adapter off the model
+    algebra               adapters as values: exact sums, lower ranks with their error
+
+Merging, exactly:
+    merge                 the active updates into the weights
+    unmerge               the very bytes of the base again
+    merged                merged within a context
+    is_merged             whether it is
+    MergeReport           what merging cost in precision
+
+Files:
+    save                  a folder in PEFT's format
+    load                  an adapter from such a folder, or from the Hub
+    load_loralib          an adapter from loralib's published files
+    base_state_dict       the state dict of the base, as if it had never been injected
+
+One layer, where reading starts (`lora.layer`):
+    LoRALinear            an adapted linear layer, or embedding: the formula
+    LowRankUpdate         one adapter's A, B and dropout in it
+    UpdateConfig          what that is made of
+"""
 
 import typing
 
-from lora import algebra
-from lora.bank import activate, activated, active, adapters, disabled, remove
-from lora.config import LoRAConfig, UpdateConfig
-from lora.disk.checkpoint import load, save
-from lora.disk.loralib import load_loralib
-from lora.injection import eject, inject
-from lora.layer import LoRALinear
-from lora.merging import is_merged, merge, merged, unmerge
-from lora.parameters import (
-    ParameterCount,
-    base_state_dict,
-    count_parameters,
-    parameter_groups,
-    trainable_parameters,
-)
-from lora.population import Population
-from lora.rounding import MergeReport
-from lora.routing import routed
-from lora.updates import LowRankUpdate
-
-__all__ = [
-    "LoRAConfig",
-    "LoRALinear",
-    "LowRankUpdate",
-    "MergeReport",
-    "ParameterCount",
-    "Population",
-    "UpdateConfig",
-    "activate",
-    "activated",
-    "active",
-    "adapters",
-    "algebra",
-    "base_state_dict",
-    "count_parameters",
-    "disabled",
-    "eject",
-    "inject",
-    "is_merged",
-    "load",
-    "load_loralib",
-    "merge",
-    "merged",
-    "parameter_groups",
-    "remove",
-    "routed",
-    "save",
-    "trainable_parameters",
-    "unmerge",
-]
+from lora import algebra as algebra
+from lora.bank import activate as activate
+from lora.bank import activated as activated
+from lora.bank import active as active
+from lora.bank import adapters as adapters
+from lora.bank import disabled as disabled
+from lora.bank import remove as remove
+from lora.config import LoRAConfig as LoRAConfig
+from lora.config import UpdateConfig as UpdateConfig
+from lora.disk.checkpoint import load as load
+from lora.disk.checkpoint import save as save
+from lora.disk.loralib import load_loralib as load_loralib
+from lora.injection import eject as eject
+from lora.injection import inject as inject
+from lora.layer import LoRALinear as LoRALinear
+from lora.merging import is_merged as is_merged
+from lora.merging import merge as merge
+from lora.merging import merged as merged
+from lora.merging import unmerge as unmerge
+from lora.parameters import ParameterCount as ParameterCount
+from lora.parameters import base_state_dict as base_state_dict
+from lora.parameters import count_parameters as count_parameters
+from lora.parameters import parameter_groups as parameter_groups
+from lora.parameters import trainable_parameters as trainable_parameters
+from lora.population import Population as Population
+from lora.rounding import MergeReport as MergeReport
+from lora.routing import routed as routed
+from lora.updates import LowRankUpdate as LowRankUpdate
 
 if typing.TYPE_CHECKING:
     __version__: str

@@ -1,8 +1,9 @@
-"""Errors of bounded length, whatever a file holds."""
+"""Errors of bounded length, whatever a file holds; small tables for a notebook."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import html
+from collections.abc import Iterable, Mapping
 
 
 def brief(value: object, room: int = 120) -> str:
@@ -33,3 +34,10 @@ def listed(parts: Iterable[str], sep: str = "; ", room: int = 1500) -> str:
     if more := len(every) - len(shown):
         shown.append(f"and {more} more")
     return sep.join(shown)
+
+
+def html_table(rows: Mapping[str, object]) -> str:
+    """A name and a value a line, for a notebook: what is in them stays text."""
+    cells = ((html.escape(cut(name)), html.escape(cut(value))) for name, value in rows.items())
+    lines = (f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in cells)
+    return f"<table>{''.join(lines)}</table>"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora.adapted import Adapted
 from lora.config import is_finite
-from lora.messages import brief
+from lora.messages import brief, html_table
 from lora.tree import survey_adapted, unwrap
 from lora.untyped import named_modules
 
@@ -57,8 +57,16 @@ class ParameterCount:
     def __str__(self) -> str:
         return (
             f"trainable params: {self.trainable:,} || all params: {self.total:,} || "
-            f"trainable%: {100 * self.trainable / max(self.total, 1):.4f}"
+            f"trainable%: {self._percent}"
         )
+
+    def _repr_html_(self) -> str:
+        whole = {"all": f"{self.total:,}", "trainable": f"{self.trainable:,}"}
+        return html_table({**whole, "trainable %": self._percent})
+
+    @property
+    def _percent(self) -> str:
+        return f"{100 * self.trainable / max(self.total, 1):.4f}"
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora.layer import LoRALinear
 from lora.layout import out_in_view
-from lora.messages import cut
+from lora.messages import cut, html_table
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Agreement:
     positions: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MergeReport:
     """What merging cost: by layer, and for the whole model if it was asked to verify."""
 
@@ -39,11 +39,26 @@ class MergeReport:
     agreement: Agreement | None
 
     def __str__(self) -> str:
+        shown = self._facts()
+        return "; ".join([shown.pop("merged"), *(f"{k} {v}" for k, v in shown.items())])
+
+    def __repr__(self) -> str:
+        return f"<MergeReport: {self}>"  # hundreds of layers would fill the screen
+
+    def _repr_html_(self) -> str:
+        worst = max(self.layers, key=lambda name: self.layers[name].max_error, default=None)
+        return html_table(self._facts() | ({} if worst is None else {"in": worst}))
+
+    def _facts(self) -> dict[str, str]:
         worst = max(self.layers.values(), key=lambda layer: layer.max_error, default=None)
         if worst is None:
-            return "no layer merged"
-        error = f"largest error {worst.max_error:.2g} (bound {worst.bound:.2g})"
-        return f"{len(self.layers)} layers merged; {error}"
+            return {"merged": "no layer merged"}
+        error = f"{worst.max_error:.2g} (bound {worst.bound:.2g})"
+        facts = {"merged": f"{len(self.layers)} layers merged", "largest error": error}
+        if seen := self.agreement:
+            facts["logits differ by"] = f"{seen.max_difference:.2g}"
+            facts["likeliest tokens changed"] = f"{seen.flips:,} of {seen.positions:,}"
+        return facts
 
 
 def rounding(layer: LoRALinear, ideal: Tensor, weight: Tensor) -> Rounding:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib
+import pydoc
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -90,21 +92,37 @@ def test_scripts_need_neither_transformers_nor_peft():
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_the_face_is_exact_small_and_documented(package):
-    module = importlib.import_module(package)
+    """The docstring lists each public name; with `__all__` pydoc would print a book."""
+    module, listed = importlib.import_module(package), face(package)
     public = {n for n, v in vars(module).items() if not n.startswith("_") and not is_module(v)}
-    assert public == {n for n in module.__all__ if not is_module(getattr(module, n))}
-    assert len(set(module.__all__)) == len(module.__all__) <= FACE[package]
-    for name in module.__all__:
+    assert public == {n for n in listed if not is_module(getattr(module, n))}
+    assert len(set(listed)) == len(listed) <= FACE[package]
+    for name in listed:
         value = getattr(module, name)
         assert not callable(value) or value.__doc__, f"{package}.{name} has no docstring"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_pydoc_of_a_face_is_a_page(package):
+    page = pydoc.plain(pydoc.render_doc(importlib.import_module(package)))
+    assert len(page.splitlines()) < 130
+    assert all(name in page for name in face(package))
 
 
 def test_no_public_function_hides_a_module():
     for package in (*PACKAGES, "lora.algebra"):
         module = importlib.import_module(package)
-        functions = {n for n in module.__all__ if not is_module(getattr(module, n))}
+        names = getattr(module, "__all__", None) or face(package)
+        functions = {n for n in names if not is_module(getattr(module, n))}
         children = {name.rpartition(".") for name in MODULES}
         assert not functions & {child for parent, _, child in children if parent == package}
+
+
+def face(package: str) -> list[str]:
+    """The names that a package's docstring lists, a line each."""
+    return re.findall(
+        r"^    (\w+)  +\S", importlib.import_module(package).__doc__ or "", re.MULTILINE
+    )
 
 
 def is_module(value: object) -> bool:

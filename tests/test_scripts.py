@@ -154,6 +154,16 @@ def test_peft_loads_the_adapter_with_equal_logits(run, adapted):
         torch.testing.assert_close(adapted(idx), theirs(idx).logits, rtol=1e-5, atol=1e-4)
 
 
+def test_transformers_alone_loads_the_adapter(run, adapted):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(BASE, dtype=torch.float32).eval()
+    theirs.load_adapter(str(run[0] / "adapter"))
+    idx = torch.tensor([gpt2.Tokenizer().encode(PHYSICS)])
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(idx), theirs(idx).logits, rtol=1e-5, atol=1e-4)
+
+
 def test_merge_writes_what_transformers_loads(run, adapted, script, tmp_path, capsys):
     transformers = pytest.importorskip("transformers")
     out = tmp_path / "merged"

@@ -88,7 +88,10 @@ class Faults:
             ValueError: listing the faulty rows; or there is no example at all.
         """
         if self.told:
-            listed = "; ".join(f"{place}: {said}" for place, said in self.told)
+            before = ["", *(said for _, said in self.told)]
+            pairs = zip(self.told, before, strict=False)
+            told = [f"{place}: {'likewise' if said == b else said}" for (place, said), b in pairs]
+            listed = "; ".join(told)
             more = f"; and {self.left_out - SHOWN} more" if self.left_out > SHOWN else ""
             raise ValueError(f"{listed}{more}.")
         if not self.found:
@@ -181,7 +184,8 @@ def _wanted(row: object, forms: int) -> str:
     found = _keys(cast(dict[str, object], row)) if isinstance(row, dict) else reprlib.repr(row)
     if forms > 1:
         return f"has more than one form of an example: say which by fields, got {found}"
-    return f"wants 'text', or 'question' and 'answer', or 'prompt' and 'completion', got {found}"
+    wanted = "wants 'text', or 'question' and 'answer', or 'prompt' and 'completion'"
+    return f"{wanted} (or say by fields what yours are called), got {found}"
 
 
 def _keys(row: Mapping[str, object]) -> str:

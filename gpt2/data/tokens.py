@@ -41,6 +41,12 @@ class Dataset(Sequence[tuple[Tensor, Tensor]]):
         self.truncated, self.prompts = truncated, ignored
         vars(self).update(known)
 
+    def __repr__(self) -> str:
+        if not len(self):
+            return "<Dataset: no examples>"
+        size = f"{len(self):,} examples, {self.n_tokens:,} tokens, the longest {self.longest:,}"
+        return f"<Dataset: {size}; {self.truncated:,} cut>"
+
     def __len__(self) -> int:
         return len(self._ends)
 
