@@ -155,6 +155,7 @@ class Course:
         halving, slots = self.plan.halving, self.plan.slots
         self.rungs.append([] if rung == 0 else self._order(rung - 1))
         numbers = range(halving.trials) if rung == 0 else self.rungs[rung]
+        still = self._may_go_on if rung + 1 < halving.rungs else self._is_finalist
         k = min(slots, len(numbers))
         self.alive = len(numbers)
         for wave, first in enumerate(range(0, len(numbers), k)):
@@ -166,8 +167,10 @@ class Course:
             runs = [self.runs[n] for n in some]
             values = [self.values[n] for n in some] if rung == 0 else None
             until = [halving.step(rung, run.total) for run in runs]
-            still = self._may_go_on if rung + 1 < halving.rungs else self._is_finalist
             self._wave(name, k, runs, until, values, lambda run, r=rung, s=still: s(run, r))
+        for n in numbers:  # some were overtaken by those of later waves
+            if not still(self.runs[n], rung):
+                self.runs[n].place = None
 
     def _propose(self, wave: int, n: int, name: str) -> None:
         """Add so many trials: those of a wave that was trained before, or new ones."""

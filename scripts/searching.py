@@ -17,6 +17,7 @@ import space as spaces
 import validation
 from course import Plan
 from gpt2.training import fingerprints
+from gpt2.training.population import PopulationTraining
 from halving import Halving
 from inputs import Reader
 from proposals import SAMPLERS
@@ -103,6 +104,7 @@ def waves(plan: Plan, model: gpt2.GPT2, apart: Apart) -> Waves:
     """
     smallest = lora.Population(model, 1, recipe.room(plan.space, plan.usual))
     side = min(min(la.A.shape[2], la.B.shape[1]) for la in smallest.layers.values())
+    PopulationTraining(model, smallest, apart.learnt, plan.usual.training)  # raises what it lacks
     smallest.eject()
     assert apart.held_out is not None
     room = recipe.room(plan.space, plan.usual, side)

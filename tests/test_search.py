@@ -106,13 +106,17 @@ def test_all_of_a_rung_rest_at_the_same_share_and_the_worst_retire(made):
     )  # fmt: skip
 
 
-def test_the_slots_change_nothing(made):
+def test_the_slots_change_nothing_but_rounding(made):
+    """A product of more rows is added up in another order."""
     wanted = made(slots=8)
     wanted.search(data(4))
     for slots in (1, 3):
         course = made(slots=slots)
         course.search(data(4))
-        assert facts(course) == facts(wanted)
+        assert facts(course)[1:5] == facts(wanted)[1:5]
+        for run, other in zip(course.runs, wanted.runs, strict=True):
+            assert run.curve == pytest.approx(other.curve, rel=1e-12)
+            assert run.losses == pytest.approx(other.losses, rel=1e-12)
 
 
 def test_tpe_learns_from_wave_to_wave_and_proposes_the_same_again(made):
@@ -132,13 +136,15 @@ def test_a_choice_is_exhausted_without_a_trial_twice(made):
 
 def test_a_trial_that_cannot_be_or_blows_up_comes_to_an_end_of_its_own(made):
     """A rank above a layer's side, and a learning rate without measure: no other bit moves."""
-    given = {"r": [2, 400], "lr": [1e-2, 1e3], "b_ratio": [1, 2]}
+    given = {"r": [2, 400], "lr": [1e-2, 1e300], "b_ratio": [1, 2]}
     course = made(given=given, trials=8, finalists=1)
     course.search(None)
     for run in course.runs:
         if run.recipe.adapter.r == 400:
             assert "r 400 is above" in str(run.ended)
             assert (run.curve, run.losses, run.place) == ([], {}, None)
+        elif run.recipe.training.lr > 1:
+            assert str(run.ended).startswith("Step 2: the loss is nan")
     assert {n for n in range(8) if course.runs[n].recipe.adapter.r == 2} >= {*course.rungs[1]}
     assert course.runs[course.winner].recipe.training.lr == 1e-2
 
@@ -153,17 +159,18 @@ class Stop(Exception):
     pass
 
 
-def test_a_search_that_was_stopped_anywhere_goes_on_to_the_same_end(made, tmp_path):
+def test_a_search_stopped_anywhere_goes_on_to_the_same_end(made, script, monkeypatch, tmp_path):
+    monkeypatch.setitem(script("waves").TICKS, "cpu", 2)
     wanted = made(tmp_path / "wanted", sampler="tpe")
     wanted.search(data(4))
     calls = [0]
-    for stop in (1, 3, 4, 6, 9, 12):
+    for stop in (1, 3, 2, 5, 4, 1, 2, 3):
         course = made(tmp_path / "cut", sampler="tpe")
         calls[0] = 0
 
         def progress(_, steps, stop=stop):
             calls[0] += steps > 0
-            if calls[0] == stop and steps:
+            if steps and calls[0] == stop:
                 raise Stop
 
         course.progress = progress
@@ -269,13 +276,15 @@ def test_train_qa_alone_gives_the_winner_again(found, tmp_path, script):
     made = load_file(tmp_path / "r" / "last" / name)
     assert wanted.keys() == made.keys()
     for key, factor in wanted.items():
-        torch.testing.assert_close(made[key], factor, rtol=1e-3, atol=2e-5)
+        assert (made[key] - factor).norm() <= 1e-3 * factor.norm(), key
     run = json.loads((found / "run.json").read_text())
     again = json.loads((tmp_path / "r" / "run.json").read_text())
     selection = run["winner"]["selection"]["seeds"]["42"]
     assert again["validation"]["losses"]["8"] == pytest.approx(selection, rel=1e-4)
     if again["validation"]["best_step"] == 8:
-        assert again["test"]["loss"] == pytest.approx(run["winner"]["test"]["seeds"]["42"], rel=1e-4)
+        assert again["test"]["loss"] == pytest.approx(
+            run["winner"]["test"]["seeds"]["42"], rel=1e-4
+        )
 
 
 def test_a_search_that_is_killed_goes_on_to_the_same_bytes(found, tiny, tmp_path, script, capsys):
