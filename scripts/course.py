@@ -110,12 +110,13 @@ class Course:
         that is."""
         halving, usual = self.plan.halving, self._total(self.plan.usual)
         mean = fmean([run.total for run in self.runs] or [usual])
-        found = float(usual * self.plan.seeds)
+        again = self.plan.finalists * (self.plan.seeds - 1) * mean + self.plan.seeds * usual
+        found = sum(run.total for own in self.again.values() for run in own) or again
         for rung, alive in enumerate(halving.alive):
             known = self.rungs[rung] if rung < len(self.rungs) else []
             found += sum(halving.steps(rung, self.runs[n].total) for n in known)
             found += max(0, alive - len(known)) * halving.steps(rung, int(mean))
-        return int(found + self.plan.finalists * (self.plan.seeds - 1) * mean)
+        return int(found)
 
     @property
     def finalists(self) -> list[int]:

@@ -11,6 +11,7 @@ import folder
 import gpt2
 import lock
 import lora
+import memory
 import recipe
 import results
 import space as spaces
@@ -107,7 +108,9 @@ def waves(plan: Plan, model: gpt2.GPT2, apart: Apart) -> Waves:
     PopulationTraining(model, smallest, apart.learnt, plan.usual.training)  # raises what it lacks
     smallest.eject()
     assert apart.held_out is not None
-    room = recipe.room(plan.space, plan.usual, side)
+    room, config = recipe.room(plan.space, plan.usual, side), plan.usual.training
+    slots, tokens = min(plan.slots, plan.halving.trials), config.batch_size * apart.learnt.longest
+    memory.check(model, slots, smallest.flat.shape[1] * room.r, tokens, config)
     return Waves(model, apart.learnt, apart.held_out, plan.usual.training, room)
 
 

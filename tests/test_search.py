@@ -12,13 +12,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
 import yaml
 from safetensors.torch import load_file
 
 import gpt2
 import lora
+from gpt2.training.population import PopulationTraining
 from tests.test_population import base, data
 
 ROOT = Path(__file__).parents[1]
@@ -155,10 +156,6 @@ def test_no_trial_left_is_said(made):
         course.search(None)
 
 
-class Stop(Exception):
-    pass
-
-
 def test_a_search_stopped_anywhere_goes_on_to_the_same_end(made, script, monkeypatch, tmp_path):
     monkeypatch.setitem(script("waves").TICKS, "cpu", 2)
     wanted = made(tmp_path / "wanted", sampler="tpe")
@@ -171,10 +168,10 @@ def test_a_search_stopped_anywhere_goes_on_to_the_same_end(made, script, monkeyp
         def progress(_, steps, stop=stop):
             calls[0] += steps > 0
             if steps and calls[0] == stop:
-                raise Stop
+                raise KeyboardInterrupt
 
         course.progress = progress
-        with pytest.raises(Stop):
+        with pytest.raises(KeyboardInterrupt):
             course.search(data(4))
     course = made(tmp_path / "cut", sampler="tpe")
     course.search(data(4))
@@ -356,7 +353,7 @@ def test_all_faults_of_a_space_are_told_at_once(script):
         "lr": {"low": 2, "high": 1}, "width": 3, "dropout": [1.0], "r": [], "steps": 3,
         "epochs": 2, "targets": [3], "weight_decay": {"low": 1}, "b_ratio": [1, 1],
     }  # fmt: skip
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="The space is contradictory") as error:
         script("space").read(given, 3)
     for said in (
         "width is none of lr", "lr needs 0 < low < high", "below 1, got 1.0", "r has no choice",
@@ -380,3 +377,51 @@ def test_ranks_above_a_side_do_not_widen_the_room(script, made):
     assert recipe.room(script("space").read({"r": {"low": 2, "high": 99}}, 3), usual, 16).r == 16
     assert replace(room, r=2).targets == ("c_attn",)
     assert math.isfinite(room.dropout)
+
+
+def test_slots_that_do_not_fit_in_memory_are_refused_with_what_fits(
+    tiny, tmp_path, script, capsys, monkeypatch
+):
+    monkeypatch.setattr(script("memory"), "available", lambda device: 60 << 20)
+    place = tmp_path / "run"
+    assert script("search").main([*tiny, "--res_path", str(place)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("3 slots take about 0.1 GiB, and 0.1 are free on cpu: about ")
+    assert said.count("\n") == 1
+    fit = int(said.partition("--slots ")[2].rstrip(".\n"))
+    assert fit < 3
+    assert not place.exists()
+    assert script("search").main([*tiny, "--slots", str(fit), "--res_path", str(place)]) == 0
+
+
+def test_what_a_slot_takes_is_about_what_is_told(script):
+    """Peak memory of eight slots more, in processes of their own."""
+    code = (
+        "import resource, sys, torch, gpt2, lora\n"
+        "from tests.test_search import a_step\n"
+        "a_step(int(sys.argv[1]))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    peaks = [
+        int(subprocess.run([sys.executable, "-c", code, k], env=env(), cwd=ROOT, check=True,
+                           capture_output=True, text=True).stdout)
+        for k in ("4", "12")
+    ]  # fmt: skip
+    model, parameters = gpt2.GPT2.from_pretrained("demo"), 16 * 32768
+    told = script("memory").of_slot(model, parameters, 64, gpt2.TrainConfig(steps=1))
+    measured = (peaks[1] - peaks[0]) * 1024 / 8
+    assert 0.6 < measured / told < 1.4
+
+
+def a_step(k: int) -> None:
+    """Take a step of so many slots on the demo base."""
+    model = gpt2.GPT2.from_pretrained("demo", dropout=0.0)
+    tokens = gpt2.Dataset(np.arange(640, dtype=np.int32), np.arange(64, 641, 64), np.zeros(10, int))
+    config = gpt2.TrainConfig(steps=2, batch_size=1)
+    room = lora.LoRAConfig(r=16, targets="all-linear", dropout=0.1)
+    slots = lora.Population(model, k, room)
+    training = PopulationTraining(model, slots, tokens, config)
+    for slot in range(k):
+        slots.draw(slot, room)
+        training.start(slot, config)
+    training.advance(2)
