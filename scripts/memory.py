@@ -36,7 +36,7 @@ def check(
     fit, gib = int(free * SPARE // each), 2**30
     do = f"give --slots {fit}" if fit else "give a smaller train_batch_size or a smaller r"
     raise ValueError(
-        f"{slots:,} slots take about {slots * each / gib:,.1f} GiB, and {free / gib:,.1f} are free "
+        f"{slots:,} slots take about {slots * each / gib:,.2f} GiB, and {free / gib:,.2f} are free "
         f"on {device}: about {fit:,} fit. So {do}."
     )
 

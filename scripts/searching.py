@@ -16,11 +16,11 @@ import recipe
 import results
 import space as spaces
 import validation
-from course import Plan
 from gpt2.training import fingerprints
 from gpt2.training.population import PopulationTraining
 from halving import Halving
 from inputs import Reader
+from plan import Plan
 from proposals import SAMPLERS
 from recipe import Recipe
 from space import NAMES, Space
