@@ -53,15 +53,14 @@ def run(
         if processes.rank():
             return  # the first goes on alone
         clock.lap("training")
-        tested = validation.test(model, apart, reader)
         texts = answers.decoded(reader.tokenizer, base, tried(), sampling)
         clock.lap("tuned answers")
         learnt = validation.learnt_texts(source, options)
         compared = answers.compare(prompts, *texts, learnt, searched=source.whole)
         if compared:
             console.print(report.answer_table(compared), answers.score(compared))
-        about = {**results.about(reader, counts, apart.learnt), "seconds": clock.laps}
-        about |= {"test": tested} if tested else {}
+        about = {"seconds": clock.laps, **validation.test(model, apart, reader)}
+        about = {**results.about(reader, counts, apart.learnt), **about}
         results.write(place, fit, losses, every=options.logging_steps, answers=compared, run=about)
         snapshots.remove(place)  # the run is over
     report.end(console, place, [place], options.model_name, prompts)
