@@ -150,6 +150,7 @@ def outcome(course: Course) -> dict[str, Any]:
 def plot(course: Course, file: Path) -> None:
     """Draw each trial's loss by its step, and the loss of all by their learning rate."""
     from matplotlib.figure import Figure  # slow to import; drawn this way it needs no display
+    from matplotlib.ticker import LogFormatter, ScalarFormatter
 
     figure = Figure(figsize=(12, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -174,7 +175,11 @@ def plot(course: Course, file: Path) -> None:
     bar.set_ticks([math.log2(r) for r in sorted({*ranks})][:12])
     bar.set_ticklabels([str(r) for r in sorted({*ranks})][:12])
     bar.set_label("r")
-    right.set(xlabel="lr", ylabel="last selection loss", xscale="log")
+    right.set(xlabel="lr", ylabel="last selection loss", xscale="log", yscale="log")
+    left.set_yscale("log")
+    for axis in (left.xaxis, left.yaxis, right.yaxis):
+        axis.set_major_formatter(ScalarFormatter())
+        axis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
     figure.savefig(file, dpi=130, metadata={"Software": None})
 
 
