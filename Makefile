@@ -1,4 +1,5 @@
 # make qa     set up, tune the bundled demo base on the article's five Q&As, show the answers
+# make search  find the best adapter for a small task, in minutes on two cores
 # make test   set up what tests need, then run them
 # make lint   ruff and pyright
 # make bench  the CPU benchmarks, whose results take the place of their earlier ones
@@ -11,10 +12,13 @@ CPU    := benchmarks/results/cpu.jsonl
 NEW    := build/cpu.jsonl
 BENCH  := --device cpu --against peft --out $(NEW)
 
-.PHONY: qa test lint bench clean
+.PHONY: qa search test lint bench clean
 
 qa: $(VENV)/.scripts
 	$(BIN)/python scripts/train_qa.py
+
+search: $(VENV)/.search
+	$(BIN)/python scripts/search.py
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
@@ -45,10 +49,14 @@ $(VENV)/.scripts: pyproject.toml constraints.txt
 	$(PIP) -e '.[scripts]'
 	touch $@
 
+$(VENV)/.search: $(VENV)/.scripts
+	$(PIP) -e '.[scripts,search]'
+	touch $@
+
 $(VENV)/.test: $(VENV)/.scripts
-	$(PIP) -e '.[scripts,parquet,test,peers]'
+	$(PIP) -e '.[scripts,search,parquet,test,peers]'
 	touch $@
 
 $(VENV)/.check: $(VENV)/.test
-	$(PIP) -e '.[scripts,parquet,test,peers,check]'
+	$(PIP) -e '.[scripts,search,parquet,test,peers,check]'
 	touch $@

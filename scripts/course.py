@@ -14,46 +14,13 @@ from typing import Any
 import gpt2
 import noise
 import proposals
-from halving import Halving
+from plan import Plan
 from recipe import Recipe
-from space import Space, Values
+from space import Values
 from wave_files import WaveFiles
 from waves import DEFAULT, Run, Waves
 
 Progress = Callable[["Course", int], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What is searched, and how.
-
-    Args:
-        space: what varies.
-        usual: what does not; it is trained too, and takes no part.
-        halving: the rungs.
-        slots: trainings at a time.
-        sampler: "random" or "tpe".
-        finalists: trials of the last rung that run again.
-        seeds: of each finalist, the first being that of all trials.
-    """
-
-    space: Space
-    usual: Recipe
-    halving: Halving
-    slots: int
-    sampler: str
-    finalists: int
-    seeds: int
-
-    @property
-    def seed(self) -> int:
-        """Of all trials in the rungs, and of the proposals."""
-        return self.usual.training.seed
-
-    @property
-    def all_seeds(self) -> list[int]:
-        """Of the finalists and of the usual configuration."""
-        return [self.seed + i for i in range(self.seeds)]
 
 
 @dataclass(kw_only=True)
@@ -110,12 +77,13 @@ class Course:
         that is."""
         halving, usual = self.plan.halving, self._total(self.plan.usual)
         mean = fmean([run.total for run in self.runs] or [usual])
-        found = float(usual * self.plan.seeds)
+        again = self.plan.finalists * (self.plan.seeds - 1) * mean + self.plan.seeds * usual
+        found = sum(run.total for own in self.again.values() for run in own) or again
         for rung, alive in enumerate(halving.alive):
             known = self.rungs[rung] if rung < len(self.rungs) else []
             found += sum(halving.steps(rung, self.runs[n].total) for n in known)
             found += max(0, alive - len(known)) * halving.steps(rung, int(mean))
-        return int(found + self.plan.finalists * (self.plan.seeds - 1) * mean)
+        return int(found)
 
     @property
     def finalists(self) -> list[int]:
@@ -155,6 +123,7 @@ class Course:
         halving, slots = self.plan.halving, self.plan.slots
         self.rungs.append([] if rung == 0 else self._order(rung - 1))
         numbers = range(halving.trials) if rung == 0 else self.rungs[rung]
+        still = self._may_go_on if rung + 1 < halving.rungs else self._is_finalist
         k = min(slots, len(numbers))
         self.alive = len(numbers)
         for wave, first in enumerate(range(0, len(numbers), k)):
@@ -166,8 +135,10 @@ class Course:
             runs = [self.runs[n] for n in some]
             values = [self.values[n] for n in some] if rung == 0 else None
             until = [halving.step(rung, run.total) for run in runs]
-            still = self._may_go_on if rung + 1 < halving.rungs else self._is_finalist
             self._wave(name, k, runs, until, values, lambda run, r=rung, s=still: s(run, r))
+        for n in numbers:  # some were overtaken by those of later waves
+            if not still(self.runs[n], rung):
+                self.runs[n].place = None
 
     def _propose(self, wave: int, n: int, name: str) -> None:
         """Add so many trials: those of a wave that was trained before, or new ones."""

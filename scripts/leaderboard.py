@@ -10,12 +10,12 @@ from typing import Any
 
 import yaml
 from jsonargparse import Namespace
-from rich.table import Table
 
 import lora
 import noise
 import proposals
 import results
+import verdict
 from course import Course
 from folder import CURVES, LEADERBOARD, SEARCH_PLOT, STUDY, WINNER
 from waves import DEFAULT, Run
@@ -143,61 +143,14 @@ def outcome(course: Course) -> dict[str, Any]:
         "finalists": course.finalists,
         "told_apart_by": noise.TEST,
         "not_told_apart": course.alike,
-        "winner_on_test": against_default(course),
+        "winner_on_test": verdict.against_default(course),
     }
-
-
-def against_default(course: Course) -> str | None:
-    """Whether the winner is better than the usual configuration on the last data, or worse, or
-    alike; None without such data."""
-    won, usual = (course.tested.get(trial) for trial in (course.winner, DEFAULT))
-    if won is None or usual is None:
-        return None
-    if not noise.told_apart(won, usual):
-        return "alike"
-    return "better" if sum(won) < sum(usual) else "worse"
-
-
-def finalist_table(course: Course) -> Table:
-    """The finalists and the usual configuration: what they are, and their losses over the seeds."""
-    names = tuple(course.plan.space.axes)
-    table = Table("trial", "what it is", title="Finalists")
-    for heading in ("mean", "min", "max", "sd", "test"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    ordered = [n for n in ranked(course) if n in course.finalists]
-    for trial in (*ordered, DEFAULT):
-        run, spread = course.seeds_of(trial)[0], noise.spread(course.losses_of(trial))
-        values = run.recipe.values(names).items()
-        said = " · ".join(f"{name} {_short(value)}" for name, value in values)
-        tested = course.tested.get(trial)
-        shown = f"{sum(tested) / len(tested):.4f}" if tested else ""
-        table.add_row(str(trial), said, *(f"{v:.4f}" for v in spread.values()), shown)
-    return table
-
-
-def verdict(course: Course) -> str:
-    """What may be said of the winner, and what may not."""
-    n, seeds = course.winner, course.plan.seeds
-    others = ", ".join(map(str, course.alike))
-    if others:
-        said = f"Trial {n} has the lowest mean; it cannot be told apart, over {seeds} seeds, from "
-        said += f"{others}."
-    elif len(course.finalists) > 1:
-        said = f"Trial {n} is the best of the finalists, over {seeds} seeds."
-    else:
-        said = f"Trial {n} is the only finalist."
-    words = {
-        "better": "On the test data it is better than the default configuration.",
-        "worse": "On the test data it is WORSE than the default configuration.",
-        "alike": "On the test data it cannot be told apart from the default configuration.",
-        None: "There is no test data, or the default configuration ended: they are not compared.",
-    }
-    return f"{said} {words[against_default(course)]} {noise.TEST}"
 
 
 def plot(course: Course, file: Path) -> None:
     """Draw each trial's loss by its step, and the loss of all by their learning rate."""
     from matplotlib.figure import Figure  # slow to import; drawn this way it needs no display
+    from matplotlib.ticker import LogFormatter, ScalarFormatter
 
     figure = Figure(figsize=(12, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -222,7 +175,11 @@ def plot(course: Course, file: Path) -> None:
     bar.set_ticks([math.log2(r) for r in sorted({*ranks})][:12])
     bar.set_ticklabels([str(r) for r in sorted({*ranks})][:12])
     bar.set_label("r")
-    right.set(xlabel="lr", ylabel="last selection loss", xscale="log")
+    right.set(xlabel="lr", ylabel="last selection loss", xscale="log", yscale="log")
+    left.set_yscale("log")
+    for axis in (left.xaxis, left.yaxis, right.yaxis):
+        axis.set_major_formatter(ScalarFormatter())
+        axis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
     figure.savefig(file, dpi=130, metadata={"Software": None})
 
 
@@ -247,12 +204,6 @@ def _spread(losses: list[float]) -> dict[str, float | None]:
 
 def _curve(run: Run) -> dict[str, Any]:
     return {"training": [finite(loss) for loss in run.curve], "selection": run.losses}
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, list):
-        return " ".join(value)
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _save(place: Path, model: Any) -> None:

@@ -51,7 +51,7 @@ class Recipe:
             own["targets"] = tuple(names_of(given.pop("targets")))
         b_ratio = given.pop("b_ratio", self.b_ratio)
         for name, other in (("steps", "epochs"), ("epochs", "steps")):
-            if name in given:
+            if name in values:
                 given[other] = None
         return Recipe(
             adapter=replace(self.adapter, **own),

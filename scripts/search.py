@@ -28,6 +28,7 @@ import results
 import searching
 import starting
 import validation
+import verdict
 from course import Course
 
 DEMO = Path(__file__).resolve().parent / "configs" / "search_demo.yaml"
@@ -84,6 +85,8 @@ def main(argv: guard.Arguments = None) -> None:
         about = searching.about(reader, apart, clock)
         leaderboard.write(course, options, place, about)
         files.remove()  # the search is over
-    console.print(leaderboard.finalist_table(course), leaderboard.verdict(course), sep="\n")
+    finalists = leaderboard.ranked(course)[: len(course.finalists)]
+    table = verdict.finalist_table(course, finalists)
+    console.print(table, verdict.said(course), sep="\n")
     names = ", ".join(sorted(file.name for file in place.iterdir()))
     console.print(f"Saved in {place}: {names}", soft_wrap=True)

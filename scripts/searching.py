@@ -11,14 +11,16 @@ import folder
 import gpt2
 import lock
 import lora
+import memory
 import recipe
 import results
 import space as spaces
 import validation
-from course import Plan
 from gpt2.training import fingerprints
+from gpt2.training.population import PopulationTraining
 from halving import Halving
 from inputs import Reader
+from plan import Plan
 from proposals import SAMPLERS
 from recipe import Recipe
 from space import NAMES, Space
@@ -103,9 +105,12 @@ def waves(plan: Plan, model: gpt2.GPT2, apart: Apart) -> Waves:
     """
     smallest = lora.Population(model, 1, recipe.room(plan.space, plan.usual))
     side = min(min(la.A.shape[2], la.B.shape[1]) for la in smallest.layers.values())
+    PopulationTraining(model, smallest, apart.learnt, plan.usual.training)  # raises what it lacks
     smallest.eject()
     assert apart.held_out is not None
-    room = recipe.room(plan.space, plan.usual, side)
+    room, config = recipe.room(plan.space, plan.usual, side), plan.usual.training
+    slots, tokens = min(plan.slots, plan.halving.trials), config.batch_size * apart.learnt.longest
+    memory.check(model, slots, smallest.flat.shape[1] * room.r, tokens, config)
     return Waves(model, apart.learnt, apart.held_out, plan.usual.training, room)
 
 

@@ -39,8 +39,7 @@ def run(
         counts["LoRA"] = lora.count_parameters(model)
         ids = inputs.encode_prompts(prompts, reader.tokenizer, model, sampling, options.separator)
         total = gpt2.total_steps(apart.learnt, training)
-    line = report.examples_line(apart.learnt)
-    line += f" {total:,} steps, by {options.config}.{apart.told}"
+    line = f"{report.examples_line(apart.learnt)} {total:,} steps, by {options.config}.{apart.told}"
     console.print(report.parameter_table(counts), line, sep="\n", soft_wrap=True)
     clock.lap("load")
     tried = functools.partial(continuing.tried, model, ids, sampling, console)
@@ -53,15 +52,14 @@ def run(
         if processes.rank():
             return  # the first goes on alone
         clock.lap("training")
-        tested = validation.test(model, apart, reader)
         texts = answers.decoded(reader.tokenizer, base, tried(), sampling)
         clock.lap("tuned answers")
         learnt = validation.learnt_texts(source, options)
         compared = answers.compare(prompts, *texts, learnt, searched=source.whole)
         if compared:
             console.print(report.answer_table(compared), answers.score(compared))
-        about = {**results.about(reader, counts, apart.learnt), "seconds": clock.laps}
-        about |= {"test": tested} if tested else {}
+        about = results.about(reader, counts, apart.learnt)
+        about |= {"seconds": clock.laps, **validation.test(model, apart, reader)}
         results.write(place, fit, losses, every=options.logging_steps, answers=compared, run=about)
         snapshots.remove(place)  # the run is over
     report.end(console, place, [place], options.model_name, prompts)

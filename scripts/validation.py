@@ -80,13 +80,13 @@ def learnt_texts(given: Source, options: Namespace) -> list[gpt2.Example]:
     return [e for e in given.examples if is_within(e, side)]
 
 
-def test(model: gpt2.GPT2, apart: Apart, reader: Reader) -> dict[str, float]:
+def test(model: gpt2.GPT2, apart: Apart, reader: Reader) -> dict[str, dict[str, float]]:
     """The loss of what was trained on the test data, if there is any; shown too."""
     if apart.tested is None:
         return {}
     found = gpt2.evaluate(model, apart.tested, autocast=reader.options.autocast)
     reader.console.print(f"Test: loss {found.loss:.4f}, perplexity {found.perplexity:,.2f}")
-    return {"loss": found.loss, "tokens": found.tokens}
+    return {"test": {"loss": found.loss, "tokens": found.tokens}}
 
 
 def _number(given: str | None) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -22,7 +23,7 @@ def goes_on(kind, data):
     assert plan.faults(total, 1) == []
     alive = plan.alive
     assert alive[0] == trials
-    assert all(0 < after <= before for before, after in zip(alive, alive[1:], strict=False))
+    assert all(0 < after <= before for before, after in pairwise(alive))
     steps = [plan.step(rung, total) for rung in range(rungs)]
     assert steps[-1] == total
     assert steps[0] >= 1

@@ -363,3 +363,11 @@ def only(model: gpt2.GPT2) -> tuple[PopulationTraining, lora.Population]:
     training, slots = population(model, (0, None))
     to_the_end(training)
     return training, slots
+
+
+def test_an_evaluation_knows_no_label_smoothing():
+    training, slots = population(base(), label_smoothing=0.3)
+    losses = training.evaluate(data(5))
+    for i in range(4):
+        with slots.adapter(i) as model:
+            assert losses[i] == pytest.approx(gpt2.evaluate(model, data(5)).loss, rel=1e-6)

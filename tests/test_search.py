@@ -12,13 +12,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
 import yaml
 from safetensors.torch import load_file
 
 import gpt2
 import lora
+from gpt2.training.population import PopulationTraining
 from tests.test_population import base, data
 
 ROOT = Path(__file__).parents[1]
@@ -106,13 +107,17 @@ def test_all_of_a_rung_rest_at_the_same_share_and_the_worst_retire(made):
     )  # fmt: skip
 
 
-def test_the_slots_change_nothing(made):
+def test_the_slots_change_nothing_but_rounding(made):
+    """A product of more rows is added up in another order."""
     wanted = made(slots=8)
     wanted.search(data(4))
     for slots in (1, 3):
         course = made(slots=slots)
         course.search(data(4))
-        assert facts(course) == facts(wanted)
+        assert facts(course)[1:5] == facts(wanted)[1:5]
+        for run, other in zip(course.runs, wanted.runs, strict=True):
+            assert run.curve == pytest.approx(other.curve, rel=1e-12)
+            assert run.losses == pytest.approx(other.losses, rel=1e-12)
 
 
 def test_tpe_learns_from_wave_to_wave_and_proposes_the_same_again(made):
@@ -132,13 +137,15 @@ def test_a_choice_is_exhausted_without_a_trial_twice(made):
 
 def test_a_trial_that_cannot_be_or_blows_up_comes_to_an_end_of_its_own(made):
     """A rank above a layer's side, and a learning rate without measure: no other bit moves."""
-    given = {"r": [2, 400], "lr": [1e-2, 1e3], "b_ratio": [1, 2]}
+    given = {"r": [2, 400], "lr": [1e-2, 1e300], "b_ratio": [1, 2]}
     course = made(given=given, trials=8, finalists=1)
     course.search(None)
     for run in course.runs:
         if run.recipe.adapter.r == 400:
             assert "r 400 is above" in str(run.ended)
             assert (run.curve, run.losses, run.place) == ([], {}, None)
+        elif run.recipe.training.lr > 1:
+            assert str(run.ended).startswith("Step 2: the loss is nan")
     assert {n for n in range(8) if course.runs[n].recipe.adapter.r == 2} >= {*course.rungs[1]}
     assert course.runs[course.winner].recipe.training.lr == 1e-2
 
@@ -149,25 +156,22 @@ def test_no_trial_left_is_said(made):
         course.search(None)
 
 
-class Stop(Exception):
-    pass
-
-
-def test_a_search_that_was_stopped_anywhere_goes_on_to_the_same_end(made, tmp_path):
+def test_a_search_stopped_anywhere_goes_on_to_the_same_end(made, script, monkeypatch, tmp_path):
+    monkeypatch.setitem(script("waves").TICKS, "cpu", 2)
     wanted = made(tmp_path / "wanted", sampler="tpe")
     wanted.search(data(4))
     calls = [0]
-    for stop in (1, 3, 4, 6, 9, 12):
+    for stop in (1, 3, 2, 5, 4, 1, 2, 3):
         course = made(tmp_path / "cut", sampler="tpe")
         calls[0] = 0
 
         def progress(_, steps, stop=stop):
             calls[0] += steps > 0
-            if calls[0] == stop and steps:
-                raise Stop
+            if steps and calls[0] == stop:
+                raise KeyboardInterrupt
 
         course.progress = progress
-        with pytest.raises(Stop):
+        with pytest.raises(KeyboardInterrupt):
             course.search(data(4))
     course = made(tmp_path / "cut", sampler="tpe")
     course.search(data(4))
@@ -269,13 +273,15 @@ def test_train_qa_alone_gives_the_winner_again(found, tmp_path, script):
     made = load_file(tmp_path / "r" / "last" / name)
     assert wanted.keys() == made.keys()
     for key, factor in wanted.items():
-        torch.testing.assert_close(made[key], factor, rtol=1e-3, atol=2e-5)
+        assert (made[key] - factor).norm() <= 1e-3 * factor.norm(), key
     run = json.loads((found / "run.json").read_text())
     again = json.loads((tmp_path / "r" / "run.json").read_text())
     selection = run["winner"]["selection"]["seeds"]["42"]
     assert again["validation"]["losses"]["8"] == pytest.approx(selection, rel=1e-4)
     if again["validation"]["best_step"] == 8:
-        assert again["test"]["loss"] == pytest.approx(run["winner"]["test"]["seeds"]["42"], rel=1e-4)
+        assert again["test"]["loss"] == pytest.approx(
+            run["winner"]["test"]["seeds"]["42"], rel=1e-4
+        )
 
 
 def test_a_search_that_is_killed_goes_on_to_the_same_bytes(found, tiny, tmp_path, script, capsys):
@@ -347,7 +353,7 @@ def test_all_faults_of_a_space_are_told_at_once(script):
         "lr": {"low": 2, "high": 1}, "width": 3, "dropout": [1.0], "r": [], "steps": 3,
         "epochs": 2, "targets": [3], "weight_decay": {"low": 1}, "b_ratio": [1, 1],
     }  # fmt: skip
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="The space is contradictory") as error:
         script("space").read(given, 3)
     for said in (
         "width is none of lr", "lr needs 0 < low < high", "below 1, got 1.0", "r has no choice",
@@ -371,3 +377,51 @@ def test_ranks_above_a_side_do_not_widen_the_room(script, made):
     assert recipe.room(script("space").read({"r": {"low": 2, "high": 99}}, 3), usual, 16).r == 16
     assert replace(room, r=2).targets == ("c_attn",)
     assert math.isfinite(room.dropout)
+
+
+def test_slots_that_do_not_fit_in_memory_are_refused_with_what_fits(
+    tiny, tmp_path, script, capsys, monkeypatch
+):
+    monkeypatch.setattr(script("memory"), "available", lambda device: 25 << 20)
+    place = tmp_path / "run"
+    assert script("search").main([*tiny, "--res_path", str(place)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("3 slots take about 0.0")
+    assert said.count("\n") == 1
+    fit = int(said.partition("--slots ")[2].rstrip(".\n"))
+    assert fit < 3
+    assert not place.exists()
+    assert script("search").main([*tiny, "--slots", str(fit), "--res_path", str(place)]) == 0
+
+
+def test_what_a_slot_takes_is_about_what_is_told(script):
+    """Peak memory of sixteen slots more, in processes of their own."""
+    code = (
+        "import resource, sys, torch, gpt2, lora\n"
+        "from tests.test_search import a_step\n"
+        "a_step(int(sys.argv[1]))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    peaks = [
+        int(subprocess.run([sys.executable, "-c", code, k], env=env(), cwd=ROOT, check=True,
+                           capture_output=True, text=True).stdout)
+        for k in ("12", "28")
+    ]  # fmt: skip
+    model, parameters = gpt2.GPT2.from_pretrained("demo"), 16 * 32768
+    told = script("memory").of_slot(model, parameters, 64, gpt2.TrainConfig(steps=1))
+    measured = (peaks[1] - peaks[0]) * 1024 / 16
+    assert 0.6 < measured / told < 1.4
+
+
+def a_step(k: int) -> None:
+    """Take a step of so many slots on the demo base."""
+    model = gpt2.GPT2.from_pretrained("demo", dropout=0.0)
+    tokens = gpt2.Dataset(np.arange(640, dtype=np.int32), np.arange(64, 641, 64), np.zeros(10, int))
+    config = gpt2.TrainConfig(steps=2, batch_size=1)
+    room = lora.LoRAConfig(r=16, targets="all-linear", dropout=0.1)
+    slots = lora.Population(model, k, room)
+    training = PopulationTraining(model, slots, tokens, config)
+    for slot in range(k):
+        slots.draw(slot, room)
+        training.start(slot, config)
+    training.advance(2)

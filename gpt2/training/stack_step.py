@@ -107,9 +107,9 @@ class StackStep:
             return self._micro_batch(*inputs)
         return self.graphs(self._micro_batch, self._state, *inputs).clone()
 
-    def losses(self, idx: Tensor, labels: Tensor) -> Tensor:
+    def losses(self, idx: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
         """The summed loss of each row, `(B,)`."""
-        smoothing, model = self.config.label_smoothing, self.model
+        model = self.model
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast):
             if isinstance(model, GPT2):
                 how: Any = {"compiling": self.config.compile, "smoothing": smoothing}
@@ -138,7 +138,8 @@ class StackStep:
         slots, k = self.slots, len(self.failed)
         if self._streams is None:
             places(keys, self._seeds)
-        loss = self.losses(idx, labels).view(k, -1).sum(1) * numbers[-2]
+        smoothing = self.config.label_smoothing
+        loss = self.losses(idx, labels, smoothing).view(k, -1).sum(1) * numbers[-2]
         found = gradients(loss.sum(), slots.parameters)
         with torch.no_grad():
             for sum_so_far, gradient in zip(slots.gradients, found, strict=True):
