@@ -49,12 +49,14 @@ class PopulationTraining:
         trainings: what is known of each slot's training; None where none was started.
 
     Raises:
-        ValueError: the model cannot be called on the data, or drops where no slot can have a mask
+        ValueError: no slots; the model cannot be called on the data, or drops where no slot can have a mask
             of its own; packing, token budgets or checkpointing, which a population has not.
     """
 
     def __init__(self, model: nn.Module, slots: Slots, data: Dataset, config: TrainConfig) -> None:
         check_readable(model, data)
+        if not hasattr(slots, "flat"):
+            raise ValueError(f"slots must be a lora.Population, got {type(slots).__name__}.")
         check(model, config)
         self.model, self.slots, self.data, self.config = model, slots, data, config
         self.trainings: list[Slot | None] = [None] * len(slots.flat)
