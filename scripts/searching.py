@@ -12,6 +12,7 @@ import gpt2
 import lock
 import lora
 import memory
+import processes
 import recipe
 import results
 import space as spaces
@@ -58,6 +59,11 @@ def check(options: Namespace) -> None:
         FileNotFoundError: there is nothing to go on with.
         ValueError: the folder holds a run; another one works there.
     """
+    if processes.size() > 1 and options.res_path is None and not options.resume:
+        raise ValueError("Several processes share a folder: name it with --res_path.")
+    if processes.is_restart() and not options.resume:
+        options.resume = (Path(options.res_path) / FOLDER / MADE_OF).is_file()
+        options.overwrite = not options.resume
     if options.resume:
         named = options.resume if isinstance(options.resume, str) else options.res_path
         if named is None:
@@ -70,7 +76,7 @@ def check(options: Namespace) -> None:
         options.res_path = named
     else:
         folder.check(options.res_path, overwrite=options.overwrite, adapters=[folder.WINNER])
-    if options.res_path and Path(options.res_path).is_dir():
+    if options.res_path and Path(options.res_path).is_dir() and not processes.rank():
         with lock.held(Path(options.res_path)):
             pass
 
@@ -130,6 +136,7 @@ def files(place: Path, options: Namespace, plan: Plan, model: gpt2.GPT2, apart: 
         "space": repr(options.space),
         "adapter": repr(plan.usual.adapter),
         "base dropout": repr(options.base_dropout),
+        "processes": repr(processes.size()),
     }
     numbers = {"trials": halving.trials, "rungs": halving.rungs, "keep": halving.keep}
     numbers |= {name: getattr(plan, name) for name in ("slots", "finalists", "seeds")}
