@@ -38,10 +38,7 @@ from validation import Apart
 from waves import Waves
 
 DEMO = Path(__file__).resolve().parent / "configs" / "search_demo.yaml"
-SPACE = (
-    "what varies: a list is a choice, {low, high} a range, even in its logarithm; over "
-    + ", ".join(searching.NAMES)
-)
+SPACE = f"what varies: [choices], or {{low, high}} in logarithms; of {', '.join(searching.NAMES)}"
 DATA = inputs.DATA / "tasks" / "weather.jsonl"
 
 

@@ -62,7 +62,7 @@ def check(options: Namespace) -> None:
     if processes.size() > 1 and options.res_path is None and not options.resume:
         raise ValueError("Several processes share a folder: name it with --res_path.")
     if processes.is_restart() and not options.resume:
-        options.resume = (Path(options.res_path) / FOLDER / MADE_OF).is_file()
+        options.resume = (Path(options.res_path or "") / FOLDER / MADE_OF).is_file()
         options.overwrite = not options.resume
     if options.resume:
         named = options.resume if isinstance(options.resume, str) else options.res_path
