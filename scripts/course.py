@@ -218,7 +218,13 @@ class Course:
             self.progress(self, 0)
         else:
             until = [self.plan.halving.step(rung, run.total) for run in runs]
-            self.waves.train(k, runs, until, lambda steps: self.progress(self, steps))
+            look = self.files.under_way(name, self.waves, runs) if self.files else lambda: None
+
+            def progress(steps: int) -> None:
+                look()
+                self.progress(self, steps)
+
+            self.waves.train(k, runs, until, progress)
             self.waves.keep(runs, [i for i, run in enumerate(runs) if keeps(run)])
             if self.files:
                 self.files.write(name, runs, values)

@@ -156,11 +156,16 @@ def test_no_trial_left_is_said(made):
         course.search(None)
 
 
-def test_a_search_stopped_anywhere_goes_on_to_the_same_end(made, script, monkeypatch, tmp_path):
+@pytest.mark.parametrize("seconds", [0.0, 60.0])
+def test_a_search_stopped_anywhere_goes_on_to_the_same_end(
+    made, script, monkeypatch, tmp_path, seconds
+):
+    """Whether what was trained of a wave is kept or not."""
     monkeypatch.setitem(script("waves").TICKS, "cpu", 2)
+    monkeypatch.setattr(script("wave_files"), "SAVE_EVERY", seconds)
     wanted = made(tmp_path / "wanted", sampler="tpe")
     wanted.search(data(4))
-    calls = [0]
+    calls, under_way = [0], list[bool]()
     for stop in (1, 3, 2, 5, 4, 1, 2, 3):
         course = made(tmp_path / "cut", sampler="tpe")
         calls[0] = 0
@@ -173,6 +178,8 @@ def test_a_search_stopped_anywhere_goes_on_to_the_same_end(made, script, monkeyp
         course.progress = progress
         with pytest.raises(KeyboardInterrupt):
             course.search(data(4))
+        under_way.append(any((tmp_path / "cut" / "waves").glob("*-so-far*")))
+    assert any(under_way) == (seconds == 0)
     course = made(tmp_path / "cut", sampler="tpe")
     course.search(data(4))
     assert facts(course) == facts(wanted)
