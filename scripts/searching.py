@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from validation import Apart
 from wave_files import FOLDER, MADE_OF, WaveFiles
 from waves import Waves
 
-__all__ = ["NAMES", "about", "check", "checked", "files", "planned", "told", "waves"]
+__all__ = ["NAMES", "about", "check", "checked", "files", "planned", "resumable", "told", "waves"]
 
 
 def checked(options: Namespace) -> Space:
@@ -127,6 +129,8 @@ def files(place: Path, options: Namespace, plan: Plan, model: gpt2.GPT2, apart: 
         ValueError: they are of another.
     """
     found = WaveFiles(place)
+    if not (options.resume or processes.rank()):
+        found.remove()  # of a search that is replaced
     training, halving = plan.usual.training, plan.halving
     made_of = fingerprints.of_run(model, apart.learnt, training, apart.held_out)
     for name in ("modules", "trained parameters"):
@@ -143,6 +147,17 @@ def files(place: Path, options: Namespace, plan: Plan, model: gpt2.GPT2, apart: 
     numbers |= {"sampler": plan.sampler, "b_ratio": plan.usual.b_ratio}
     found.begin({**made_of, **{name: repr(value) for name, value in numbers.items()}})
     return found
+
+
+@contextmanager
+def resumable(place: Path) -> Iterator[None]:
+    """What is stopped within says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        processes.leaving()
+        stop.add_note(f"Go on with --resume {place}.")
+        raise
 
 
 def told(plan: Plan, apart: Apart) -> str:

@@ -163,6 +163,7 @@ def test_a_search_stopped_anywhere_goes_on_to_the_same_end(
     """Whether what was trained of a wave is kept or not."""
     monkeypatch.setitem(script("waves").TICKS, "cpu", 2)
     monkeypatch.setattr(script("wave_files"), "SAVE_EVERY", seconds)
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # which takes most of the time
     wanted = made(tmp_path / "wanted", sampler="tpe")
     wanted.search(data(4))
     calls, under_way = [0], list[bool]()
@@ -398,7 +399,10 @@ def test_slots_that_do_not_fit_in_memory_are_refused_with_what_fits(
     fit = int(said.partition("--slots ")[2].rstrip(".\n"))
     assert fit < 3
     assert not place.exists()
-    assert script("search").main([*tiny, "--slots", str(fit), "--res_path", str(place)]) == 0
+    place.joinpath("waves").mkdir(parents=True)
+    place.joinpath("waves", "made_of.json").write_text('{"of": "another search"}')
+    more = ["--slots", str(fit), "--res_path", str(place), "--overwrite", "true"]
+    assert script("search").main([*tiny, *more]) == 0
 
 
 def test_what_a_slot_takes_is_about_what_is_told(script):
@@ -452,3 +456,15 @@ def test_two_processes_find_what_one_finds(found, tiny, tmp_path):
     for name in ("winner", "default"):
         tested = other[name]["test"]["seeds"]
         assert one[name]["test"]["seeds"] == pytest.approx(tested, rel=1e-3)
+
+
+def test_a_search_that_is_interrupted_says_how_to_go_on(
+    tiny, tmp_path, script, capsys, monkeypatch
+):
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script("waves").Waves, "train", stopped)
+    place = tmp_path / "run"
+    assert script("search").main([*tiny, "--res_path", str(place)]) == 130
+    assert capsys.readouterr().err == f"Interrupted. Go on with --resume {place}.\n"
