@@ -156,11 +156,17 @@ def test_no_trial_left_is_said(made):
         course.search(None)
 
 
-def test_a_search_stopped_anywhere_goes_on_to_the_same_end(made, script, monkeypatch, tmp_path):
+@pytest.mark.parametrize("seconds", [0.0, 60.0])
+def test_a_search_stopped_anywhere_goes_on_to_the_same_end(
+    made, script, monkeypatch, tmp_path, seconds
+):
+    """Whether what was trained of a wave is kept or not."""
     monkeypatch.setitem(script("waves").TICKS, "cpu", 2)
+    monkeypatch.setattr(script("wave_files"), "SAVE_EVERY", seconds)
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # which takes most of the time
     wanted = made(tmp_path / "wanted", sampler="tpe")
     wanted.search(data(4))
-    calls = [0]
+    calls, under_way = [0], list[bool]()
     for stop in (1, 3, 2, 5, 4, 1, 2, 3):
         course = made(tmp_path / "cut", sampler="tpe")
         calls[0] = 0
@@ -173,6 +179,8 @@ def test_a_search_stopped_anywhere_goes_on_to_the_same_end(made, script, monkeyp
         course.progress = progress
         with pytest.raises(KeyboardInterrupt):
             course.search(data(4))
+        under_way.append(any((tmp_path / "cut" / "waves").glob("*-so-far*")))
+    assert any(under_way) == (seconds == 0)
     course = made(tmp_path / "cut", sampler="tpe")
     course.search(data(4))
     assert facts(course) == facts(wanted)
@@ -391,11 +399,14 @@ def test_slots_that_do_not_fit_in_memory_are_refused_with_what_fits(
     fit = int(said.partition("--slots ")[2].rstrip(".\n"))
     assert fit < 3
     assert not place.exists()
-    assert script("search").main([*tiny, "--slots", str(fit), "--res_path", str(place)]) == 0
+    place.joinpath("waves").mkdir(parents=True)
+    place.joinpath("waves", "made_of.json").write_text('{"of": "another search"}')
+    more = ["--slots", str(fit), "--res_path", str(place), "--overwrite", "true"]
+    assert script("search").main([*tiny, *more]) == 0
 
 
 def test_what_a_slot_takes_is_about_what_is_told(script):
-    """Peak memory of sixteen slots more, in processes of their own."""
+    """Peak memory of twelve slots more, in processes of their own."""
     code = (
         "import resource, sys, torch, gpt2, lora\n"
         "from tests.test_search import a_step\n"
@@ -405,11 +416,11 @@ def test_what_a_slot_takes_is_about_what_is_told(script):
     peaks = [
         int(subprocess.run([sys.executable, "-c", code, k], env=env(), cwd=ROOT, check=True,
                            capture_output=True, text=True).stdout)
-        for k in ("12", "28")
+        for k in ("8", "20")
     ]  # fmt: skip
     model, parameters = gpt2.GPT2.from_pretrained("demo"), 16 * 32768
     told = script("memory").of_slot(model, parameters, 64, gpt2.TrainConfig(steps=1))
-    measured = (peaks[1] - peaks[0]) * 1024 / 16
+    measured = (peaks[1] - peaks[0]) * 1024 / 12
     assert 0.6 < measured / told < 1.4
 
 
@@ -424,4 +435,36 @@ def a_step(k: int) -> None:
     for slot in range(k):
         slots.draw(slot, room)
         training.start(slot, config)
-    training.advance(2)
+    training.advance(1)
+
+
+def test_two_processes_find_what_one_finds(found, tiny, tmp_path):
+    """Each trains trials of its own; to rounding, since a product of fewer rows is another."""
+    place = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    ended = subprocess.run(
+        [*command, *started(tiny, place)[1:]], capture_output=True, text=True, env=env()
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("Saved in") == 1
+    for row, wanted in zip(*(lines(f / "curves.jsonl") for f in (place, found)), strict=True):
+        assert row["training"] == pytest.approx(wanted["training"], rel=1e-3)
+        assert row["selection"] == pytest.approx(wanted["selection"], rel=1e-3)
+    one, other = (json.loads((f / "run.json").read_text()) for f in (place, found))
+    for name in ("finalists", "not_told_apart", "winner_on_test", "adapter_steps"):
+        assert one[name] == other[name], name
+    for name in ("winner", "default"):
+        tested = other[name]["test"]["seeds"]
+        assert one[name]["test"]["seeds"] == pytest.approx(tested, rel=1e-3)
+
+
+def test_a_search_that_is_interrupted_says_how_to_go_on(
+    tiny, tmp_path, script, capsys, monkeypatch
+):
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script("waves").Waves, "train", stopped)
+    place = tmp_path / "run"
+    assert script("search").main([*tiny, "--res_path", str(place)]) == 130
+    assert capsys.readouterr().err == f"Interrupted. Go on with --resume {place}.\n"
