@@ -112,6 +112,7 @@ def grid(a: Any, seed: int) -> dict[str, Any]:
         "share_of_all_steps": round(cost, 4),
         "good_of_all": f"{good} of {len(losses)}",
         "random_at_equal_cost": round(1 - missed, 3),
+        "losses": [[round(loss, 4) for loss in row] for row in losses],
     }
 
 
