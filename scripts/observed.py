@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -17,17 +16,41 @@ LONGEST, PASSAGES = 128, 3  # tokens of a passage; passages
 
 
 def of(reader: Reader, apart: Apart, adapter: str = "default") -> dict[str, Any]:
-    """The machine; the log-probability of each token of a passage before and after; the updates.
+    """The machine; each token's log-probability in a passage, before and after; the updates.
 
-    The passages are the first of the held-out data, or of the test data, or else of what was learnt.
+    The passages are the first held-out ones, or of the test data, or else of what was learnt.
     """
-    model = reader.model
     known = (("Held-out text", apart.held_out), ("Test text", apart.tested))
-    name, data = next(((n, d) for n, d in known if d), ("Text that it was trained on", apart.learnt))
+    learnt = ("Text that it was trained on", apart.learnt)
+    name, data = next(((n, d) for n, d in known if d), learnt)
     shown = range(min(PASSAGES, len(data)))
     passages = [_passage(reader, data[i][0][:LONGEST]) for i in shown]
-    seen = {"from": name, "passages": passages, "updates": _updates(model, adapter)}
-    return {"machine": _machine(model), "observed": seen}
+    seen = {"from": name, "passages": passages, "updates": updates(reader.model, adapter)}
+    return {"machine": _machine(reader.model), "observed": seen}
+
+
+def around(reader: Reader) -> dict[str, Any]:
+    """What was asked and where it runs, of a run of several adapters."""
+    asked = {k: v for k, v in reader.options.as_dict().items() if k != "config"}
+    device = str(next(reader.model.parameters()).device)
+    return {"config": asked, "device": device, "machine": _machine(reader.model)}
+
+
+def updates(model: gpt2.GPT2, adapter: str) -> list[dict[str, Any]]:
+    """The Frobenius norm of each s·BA and of its weight: ‖BA‖² is the sum of (BᵀB)∘(AAᵀ)."""
+    try:
+        factors = lora.algebra.factors(model, adapter)
+    except ValueError:  # it trains whole copies or biases, which are no products
+        return []
+    found: list[dict[str, Any]] = []
+    with lora.disabled(model), torch.no_grad():
+        for layer, pair in factors.items():
+            A, B = pair.A.float(), pair.B.float()
+            squared = ((B.T @ B) * (A @ A.T)).sum().clamp_min(0)
+            weight = cast(torch.Tensor, model.get_submodule(layer).weight)
+            row = {"layer": layer, "update": float(squared.sqrt())}
+            found.append(row | {"weight": float(weight.float().norm())})
+    return found
 
 
 def _passage(reader: Reader, ids: torch.Tensor) -> dict[str, Any]:
@@ -44,6 +67,8 @@ def _log_probabilities(model: gpt2.GPT2, ids: torch.Tensor) -> list[float]:
     """Of each token but the first, in nats."""
     training = model.training
     idx = ids[None].to(next(model.parameters()).device)
+    if idx.shape[1] < 2:
+        return []
     try:
         with torch.no_grad():
             logits = model.eval()(idx[:, :-1])
@@ -53,28 +78,9 @@ def _log_probabilities(model: gpt2.GPT2, ids: torch.Tensor) -> list[float]:
     return [round(value, 5) for value in found[:, 0].tolist()]
 
 
-def _updates(model: gpt2.GPT2, adapter: str) -> list[dict[str, Any]]:
-    """The Frobenius norm of each s·BA and of its weight: ‖BA‖² is the trace of (BᵀB)(AAᵀ)."""
-    try:
-        factors = lora.algebra.factors(model, adapter)
-    except ValueError:  # it trains whole copies or biases, which are no products
-        return []
-    weights = {name.removesuffix(".weight"): w for name, w in model.state_dict().items()}
-    found: list[dict[str, Any]] = []
-    with lora.disabled(model), torch.no_grad():
-        for layer, pair in factors.items():
-            A, B = pair.A.float(), pair.B.float()
-            squared = ((B.T @ B) * (A @ A.T)).sum().clamp_min(0)
-            norms: Mapping[str, torch.Tensor] = {
-                "update": squared.sqrt(),
-                "weight": weights[layer].float().norm(),
-            }
-            found.append({"layer": layer, **{k: float(v) for k, v in norms.items()}})
-    return found
-
-
 def _machine(model: gpt2.GPT2) -> str:
     device = next(model.parameters()).device
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()}, {torch.get_num_threads()} threads"
+    count = torch.get_num_threads()
+    return f"{platform.machine()} CPU, {count} thread{'s' * (count > 1)}"

@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+ALIKE = 0.3  # of the words
 ASSETS = Path(__file__).resolve().parent / "assets"
 
 
@@ -96,7 +97,8 @@ def cell(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
-        shown = f"{value:.4g}" if abs(value) < 1 else f"{value:.4f}"
+        brief = f"{value:.4g}"
+        shown = brief if abs(value) < 1 or float(brief) == value else f"{value:.4f}"
         return shown if float(shown) == value else f'<span title="{value!r}">{shown}</span>'
     if isinstance(value, list):
         value = " ".join(map(str, value))
@@ -104,10 +106,15 @@ def cell(value: Any) -> str:
 
 
 def changed(before: str, after: str, tag: str) -> str:
-    """The second text, what is not in the first within `tag`, word by word."""
-    old, new = before.split(" "), after.split(" ")
-    parts: list[str] = []
-    for kind, _, _, start, end in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+    """The second text, what is not in the first within `tag`, word by word.
+
+    Of two texts that have little in common nothing is marked: all of it would be.
+    """
+    old, new = before.strip().split(" "), after.strip().split(" ")
+    match, parts = SequenceMatcher(None, old, new, autojunk=False), list[str]()
+    if match.ratio() < ALIKE:
+        return text(after.strip())
+    for kind, _, _, start, end in match.get_opcodes():
         words = text(" ".join(new[start:end]))
         if start < end:
             parts.append(words if kind == "equal" else f"<{tag}>{words}</{tag}>")

@@ -45,7 +45,7 @@ def tree(record: Record) -> str:
     rows = [{int(k): v for k, v in t["losses"].items()} for t in record.trials]
     size = (1000.0, 320.0)
     heights = [v for row in rows for v in row.values() if v is not None]
-    x = Axis(1, max(2, len(rungs)), LEFT + 30, size[0] - RIGHT - 30)
+    x = Axis(1, max(2, len(rungs)), LEFT + 110, size[0] - RIGHT - 110)
     y = scale(heights, size[1] - BASE, TOP, log=min(heights, default=1) > 0, zero=False)
     lines, dots = list[str](), list[str]()
     for trial, row in reversed([*zip(record.trials, rows, strict=True)]):

@@ -98,10 +98,10 @@ def answers(record: Record) -> str:
         best = next((w for w in wanted if w == a["tuned"]), wanted[0] if wanted else None)
         told = [
             ("base", changed(a["tuned"], a["base"], "del")),
-            ("tuned", changed(a["base"], a["tuned"], "ins")),
+            ("tuned", changed(a["base"] if best is None else best, a["tuned"], "ins")),
         ]
         if best is not None:
-            told.append(("wanted", changed(a["tuned"], best, "ins")))
+            told.append(("reference", changed(a["tuned"], best, "ins")))
         ok = " ok" if "exact" in a["verdict"] else ""
         badge = f'<span class="badge{ok}">{text(a["verdict"])}</span>'
         parts.append(_answer(a["prompt"], told, badge))
@@ -110,8 +110,7 @@ def answers(record: Record) -> str:
         told = [(base[0], text(base[1]))]
         told += [(name, changed(base[1], said, "ins")) for name, said in others]
         parts.append(_answer(a["prompt"], told, ""))
-    note = "Words that only the base says are struck out; words that only the tuned model says are "
-    note += "marked, and so is what was wanted and not said."
+    note = "Where two texts are alike, the words that differ are marked."
     return section("Answers", *parts, note=f"{record.run.get('score', '')} {note}".strip())
 
 
@@ -135,7 +134,7 @@ def tokens(record: Record) -> str:
                 spans.append(f'<span class="p">{text(token)}</span>')
                 continue
             gain = tuned - base
-            kind, depth = "gain" if gain >= 0 else "loss", min(abs(gain) / 6, 1) * 0.75
+            kind, depth = "gain" if gain >= 0 else "loss", min(abs(gain) / 8, 1) ** 0.6 * 0.6
             title = f"{gain:+.3f} nats: {base:.3f} before, {tuned:.3f} after"
             spans.append(
                 f'<span style="background:rgba(var(--{kind}),{depth:.2f})" title="{title}">'

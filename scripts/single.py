@@ -12,8 +12,10 @@ import gpt2
 import inputs
 import keeping
 import lora
+import observed
 import options as opts
 import processes
+import reporting
 import results
 import shown
 import starting
@@ -59,7 +61,9 @@ def run(
         if compared:
             console.print(shown.answer_table(compared), answers.score(compared))
         about = results.about(reader, counts, apart.learnt)
+        about |= observed.of(reader, apart)
         about |= {"seconds": clock.laps, **validation.test(model, apart, reader)}
         results.write(place, fit, losses, every=options.logging_steps, answers=compared, run=about)
         snapshots.remove(place)  # the run is over
+        reporting.write(place)
     shown.end(console, place, [place], options.model_name, prompts)

@@ -17,8 +17,10 @@ import gpt2
 import inputs
 import keeping
 import lora
+import observed
 import options as opts
 import processes
+import reporting
 import results
 import shown
 import starting
@@ -70,6 +72,8 @@ def run(
             answer(model, names, prompts, ids, sampling, reader, place)
         for name in names:
             snapshots.remove(place / name)  # the run is over
+            reporting.write(place / name)
+        reporting.write(place)
     shown.end(console, place, [place / name for name in names], options.model_name, prompts)
 
 
@@ -89,10 +93,12 @@ def train(
         place.mkdir(exist_ok=True)
     resume = bool(options.resume) and any((place / file).is_file() for file in snapshots.NAMES)
     places = folder.Places(name, place.parent, place, place / folder.LAST)
+    about = results.about(reader, {"LoRA": lora.count_parameters(model)}, apart.learnt)
     fit, losses = keeping.fitted(reader, apart, training, place, places, resume=resume)
     if not processes.rank():
         validation.test(model, apart, reader)
-        results.write_record(place, results.trained(fit, losses, options.logging_steps))
+        ended = results.trained(fit, losses, options.logging_steps)
+        results.write_record(place, {**about, **ended, **observed.of(reader, apart, name)})
 
 
 def answer(
@@ -122,6 +128,8 @@ def answer(
     reader.console.print(shown.task_table(["prompt", *columns], shown, len(answers)))
     markdown = results.markdown_table(["prompt", *columns], shown)
     (place / folder.ANSWERS).write_text(markdown, encoding="utf-8")
+    routed = [{"prompt": p, "answers": dict(zip(columns, row, strict=True))} for p, *row in shown]
+    results.write_record(place, {**observed.around(reader), "routed": routed})
     if len(shown) < len(answers):
         lines = (dict(zip(("prompt", *columns), row, strict=True)) for row in answers)
         results.write_lines(place / folder.ALL_ANSWERS, lines)

@@ -8,7 +8,7 @@ for (const svg of document.querySelectorAll("svg[data-chart]")) {
   const width = svg.viewBox.baseVal.width, log = svg.dataset.log === "1";
   const scale = (v) => (log ? Math.log10(v) : v);
   const box = document.createElement("div");
-  const cross = document.createElementNS("http://www.w3.org/2000/svg", "line");
+  const cross = document.createElementNS(svg.namespaceURI, "line");
   box.className = "read"; box.hidden = true; cross.setAttribute("class", "cross");
   svg.parentElement.style.position = "relative"; svg.parentElement.append(box);
   const leave = () => { box.hidden = true; cross.remove(); };
