@@ -21,7 +21,9 @@ def page(title: str, body: str, data: Mapping[str, Any]) -> str:
         (ASSETS / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js")
     )
     mark = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{mark}'"
+    policy = (
+        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{mark}'"
+    )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'

@@ -124,13 +124,13 @@ def answer(
         texts = [reader.tokenizer.decode(row) for row in rows]
         said += [texts[i : i + len(columns)] for i in range(0, len(texts), len(columns))]
     answers = [[a.prompt, *row] for a, row in zip(prompts, said, strict=True)]
-    shown = sample(answers)
-    reader.console.print(shown.task_table(["prompt", *columns], shown, len(answers)))
-    markdown = results.markdown_table(["prompt", *columns], shown)
+    some = sample(answers)
+    reader.console.print(shown.task_table(["prompt", *columns], some, len(answers)))
+    markdown = results.markdown_table(["prompt", *columns], some)
     (place / folder.ANSWERS).write_text(markdown, encoding="utf-8")
-    routed = [{"prompt": p, "answers": dict(zip(columns, row, strict=True))} for p, *row in shown]
+    routed = [{"prompt": p, "answers": dict(zip(columns, row, strict=True))} for p, *row in some]
     results.write_record(place, {**observed.around(reader), "routed": routed})
-    if len(shown) < len(answers):
+    if len(some) < len(answers):
         lines = (dict(zip(("prompt", *columns), row, strict=True)) for row in answers)
         results.write_lines(place / folder.ALL_ANSWERS, lines)
 

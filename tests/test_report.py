@@ -101,6 +101,7 @@ def test_every_run_ends_with_its_report(script, tmp_path, monkeypatch):
     place = tmp_path / "real"
     monkeypatch.chdir(tmp_path)
     argv = ["--device", "cpu", "--epochs", "null", "--steps", "4", "--res_path", str(place)]
+    argv += ["--generate.max_new_tokens", "4"]
     assert script("train_qa").main(argv) in (0, None)
     page, run = (place / "report.html").read_text(), json.loads((place / "run.json").read_text())
     assert data_of(page)["run"] == run
@@ -135,7 +136,7 @@ def test_the_size_of_an_update_is_that_of_the_product(script):
         pair = with_b[row["layer"]]
         assert row["update"] == pytest.approx(float((pair.B @ pair.A).norm()), rel=1e-5)
     base = gpt2.GPT2.from_pretrained("demo").get_submodule(rows[0]["layer"]).weight
-    assert rows[0]["weight"] == pytest.approx(float(base.norm()), rel=1e-6)
+    assert rows[0]["weight"] == pytest.approx(float(base.detach().norm()), rel=1e-6)
 
 
 def test_texts_stay_text_and_numbers_are_the_records(folder, made):
@@ -196,7 +197,7 @@ def test_a_run_that_diverged_is_shown(folder, made):
     put_lines(folder / "metrics.jsonl", rows)
     page = made(folder)
     assert "2 steps have no finite loss, the first is 21" in page
-    assert "NaN" not in page
+    assert not [d for d in re.findall(r"<svg.*?</svg>", page) if "nan" in d or "inf" in d]
     assert data_of(page)["charts"]["loss"][0]["points"][20] == [21, None]
 
 
@@ -260,6 +261,7 @@ def test_a_browser_shows_it_whole(folder, searched, made, tmp_path, kind, dark):
         assert probe["charts"] == (3 if kind == "run" else 0)
         assert probe["back"] == ("rgb(20, 22, 26)" if dark else "rgb(251, 250, 248)")
     assert [probe["width"] for probe in found] == [1280, 390]
+    assert min(probe["ready"] for probe in found) <= 200  # ms, where the machine is free
     # The page itself, with its policy: no error, and nothing asked of the network.
     _, said = dumped(tmp_path, "page.html", "--enable-logging=stderr", "--v=0",
                      f"--log-net-log={tmp_path / 'net.json'}")  # fmt: skip
