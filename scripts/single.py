@@ -60,10 +60,9 @@ def run(
         compared = answers.compare(prompts, *texts, learnt, searched=source.whole)
         if compared:
             console.print(shown.answer_table(compared), answers.score(compared))
-        about = results.about(reader, counts, apart.learnt)
-        about |= observed.of(reader, apart)
+        about = results.about(reader, counts, apart.learnt) | observed.of(reader, apart)
         about |= {"seconds": clock.laps, **validation.test(model, apart, reader)}
         results.write(place, fit, losses, every=options.logging_steps, answers=compared, run=about)
-        snapshots.remove(place)  # the run is over
         reporting.write(place)
+        snapshots.remove(place)  # the run is over
     shown.end(console, place, [place], options.model_name, prompts)
