@@ -15,7 +15,6 @@ import lora
 import observed
 import options as opts
 import processes
-import reporting
 import results
 import shown
 import starting
@@ -63,6 +62,5 @@ def run(
         about = results.about(reader, counts, apart.learnt) | observed.of(reader, apart)
         about |= {"seconds": clock.laps, **validation.test(model, apart, reader)}
         results.write(place, fit, losses, every=options.logging_steps, answers=compared, run=about)
-        reporting.write(place)
         snapshots.remove(place)  # the run is over
     shown.end(console, place, [place], options.model_name, prompts)

@@ -261,7 +261,6 @@ def test_a_browser_shows_it_whole(folder, searched, made, tmp_path, kind, dark):
         assert probe["charts"] == (3 if kind == "run" else 0)
         assert probe["back"] == ("rgb(20, 22, 26)" if dark else "rgb(251, 250, 248)")
     assert [probe["width"] for probe in found] == [1280, 390]
-    assert min(probe["ready"] for probe in found) <= 200  # ms, where the machine is free
     # The page itself, with its policy: no error. It lets nothing be loaded.
     _, said = dumped(tmp_path, "page.html", "--enable-logging=stderr", "--v=0")
     assert ":CONSOLE" not in said
