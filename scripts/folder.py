@@ -17,11 +17,12 @@ from gpt2.training.snapshots import NAMES as SNAPSHOTS
 
 ADAPTER, LAST = "adapter", "last"
 METRICS, PLOT, ANSWERS, RUN = "metrics.jsonl", "loss.png", "answers.md", "run.json"
+REPORT = "report.html"
 OPTIONS, ALL_ANSWERS = "options.yaml", "answers.jsonl"
 WINNER, LEADERBOARD, CURVES = "best", "leaderboard.jsonl", "curves.jsonl"
 SEARCH_PLOT, STUDY, WAVES = "search.png", "study.db", "waves"
 SEARCHED = (LEADERBOARD, CURVES, SEARCH_PLOT, STUDY)
-OURS = (*SEARCHED, METRICS, PLOT, ANSWERS, ALL_ANSWERS, RUN, OPTIONS, *SNAPSHOTS)
+OURS = (*SEARCHED, REPORT, METRICS, PLOT, ANSWERS, ALL_ANSWERS, RUN, OPTIONS, *SNAPSHOTS)
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 NUMBERED = Path("runs")
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import gpt2
 import lora
+import reporting
 from answers import Answer, sample, score
 from folder import ALL_ANSWERS, ANSWERS, PLOT, RUN
 from inputs import Reader
@@ -53,6 +54,7 @@ def write(
     if len(said) < len(answers):
         write_lines(folder / ALL_ANSWERS, ({**asdict(a), "verdict": a.verdict} for a in answers))
     write_record(folder, {**run, **outcome})
+    reporting.write(folder)
 
 
 def write_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -12,10 +12,11 @@ import gpt2
 import inputs
 import keeping
 import lora
+import observed
 import options as opts
 import processes
-import report
 import results
+import shown
 import starting
 import validation
 from gpt2.training import snapshots
@@ -39,8 +40,8 @@ def run(
         counts["LoRA"] = lora.count_parameters(model)
         ids = inputs.encode_prompts(prompts, reader.tokenizer, model, sampling, options.separator)
         total = gpt2.total_steps(apart.learnt, training)
-    line = f"{report.examples_line(apart.learnt)} {total:,} steps, by {options.config}.{apart.told}"
-    console.print(report.parameter_table(counts), line, sep="\n", soft_wrap=True)
+    line = f"{shown.examples_line(apart.learnt)} {total:,} steps, by {options.config}.{apart.told}"
+    console.print(shown.parameter_table(counts), line, sep="\n", soft_wrap=True)
     clock.lap("load")
     tried = functools.partial(continuing.tried, model, ids, sampling, console)
     with lora.disabled(model):
@@ -57,9 +58,9 @@ def run(
         learnt = validation.learnt_texts(source, options)
         compared = answers.compare(prompts, *texts, learnt, searched=source.whole)
         if compared:
-            console.print(report.answer_table(compared), answers.score(compared))
-        about = results.about(reader, counts, apart.learnt)
+            console.print(shown.answer_table(compared), answers.score(compared))
+        about = results.about(reader, counts, apart.learnt) | observed.of(reader, apart)
         about |= {"seconds": clock.laps, **validation.test(model, apart, reader)}
         results.write(place, fit, losses, every=options.logging_steps, answers=compared, run=about)
         snapshots.remove(place)  # the run is over
-    report.end(console, place, [place], options.model_name, prompts)
+    shown.end(console, place, [place], options.model_name, prompts)

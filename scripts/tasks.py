@@ -17,10 +17,12 @@ import gpt2
 import inputs
 import keeping
 import lora
+import observed
 import options as opts
 import processes
-import report
+import reporting
 import results
+import shown
 import starting
 import validation
 from answers import sample
@@ -70,7 +72,9 @@ def run(
             answer(model, names, prompts, ids, sampling, reader, place)
         for name in names:
             snapshots.remove(place / name)  # the run is over
-    report.end(console, place, [place / name for name in names], options.model_name, prompts)
+            reporting.write(place / name)
+        reporting.write(place)
+    shown.end(console, place, [place / name for name in names], options.model_name, prompts)
 
 
 def train(
@@ -83,16 +87,18 @@ def train(
     """Train one adapter, as if it were alone, or go on with it; its folder holds all of it."""
     model, options = reader.model, reader.options
     lora.activate(model, name)
-    told = f"{name}: {report.examples_line(apart.learnt)} {lora.count_parameters(model)}"
+    told = f"{name}: {shown.examples_line(apart.learnt)} {lora.count_parameters(model)}"
     reader.console.print(f"{told}{apart.told}", soft_wrap=True)
     if not processes.rank():
         place.mkdir(exist_ok=True)
     resume = bool(options.resume) and any((place / file).is_file() for file in snapshots.NAMES)
     places = folder.Places(name, place.parent, place, place / folder.LAST)
+    about = results.about(reader, {"LoRA": lora.count_parameters(model)}, apart.learnt)
     fit, losses = keeping.fitted(reader, apart, training, place, places, resume=resume)
     if not processes.rank():
         validation.test(model, apart, reader)
-        results.write_record(place, results.trained(fit, losses, options.logging_steps))
+        ended = results.trained(fit, losses, options.logging_steps)
+        results.write_record(place, {**about, **ended, **observed.of(reader, apart, name)})
 
 
 def answer(
@@ -118,11 +124,13 @@ def answer(
         texts = [reader.tokenizer.decode(row) for row in rows]
         said += [texts[i : i + len(columns)] for i in range(0, len(texts), len(columns))]
     answers = [[a.prompt, *row] for a, row in zip(prompts, said, strict=True)]
-    shown = sample(answers)
-    reader.console.print(report.task_table(["prompt", *columns], shown, len(answers)))
-    markdown = results.markdown_table(["prompt", *columns], shown)
+    some = sample(answers)
+    reader.console.print(shown.task_table(["prompt", *columns], some, len(answers)))
+    markdown = results.markdown_table(["prompt", *columns], some)
     (place / folder.ANSWERS).write_text(markdown, encoding="utf-8")
-    if len(shown) < len(answers):
+    routed = [{"prompt": p, "answers": dict(zip(columns, row, strict=True))} for p, *row in some]
+    results.write_record(place, {**observed.around(reader), "routed": routed})
+    if len(some) < len(answers):
         lines = (dict(zip(("prompt", *columns), row, strict=True)) for row in answers)
         results.write_lines(place / folder.ALL_ANSWERS, lines)
 
