@@ -41,11 +41,12 @@ class Recipe:
         )
 
     def varied(self, values: Values) -> Recipe:
-        """The same with what a trial has of a space."""
+        """The same with what a trial has of a space; where r varies, alpha / r stays."""
         given: dict[str, Any] = dict(values)
-        r = given.pop("r", self.adapter.r)
+        r, own = given.pop("r", self.adapter.r), dict[str, Any]()
         ratio = given.pop("alpha_over_r", self.adapter.alpha / self.adapter.r)
-        own: dict[str, Any] = {"r": r, "alpha": ratio * r if values else self.adapter.alpha}
+        if {"r", "alpha_over_r"} & {*values}:
+            own = {"r": r, "alpha": ratio * r}
         if "dropout" in given:
             own["dropout"] = given.pop("dropout")
         if "targets" in given:

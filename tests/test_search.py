@@ -468,3 +468,17 @@ def test_a_search_that_is_interrupted_says_how_to_go_on(
     place = tmp_path / "run"
     assert script("search").main([*tiny, "--res_path", str(place)]) == 130
     assert capsys.readouterr().err == f"Interrupted. Go on with --resume {place}.\n"
+
+
+def test_what_varies_takes_the_place_of_the_usual_and_nothing_else_does(made):
+    usual = made().plan.usual
+    assert usual.varied({"lr": 0.5}) == replace(usual, training=replace(usual.training, lr=0.5))
+    assert usual.varied({"r": 8}).adapter == replace(usual.adapter, r=8, alpha=16)
+    assert usual.varied({"alpha_over_r": 3}).adapter == replace(usual.adapter, alpha=6)
+    of_epochs = usual.varied({"epochs": 2}).training
+    assert (of_epochs.epochs, of_epochs.steps) == (2, None)
+    targets = usual.varied({"targets": '["c_attn", "c_fc"]'})
+    assert targets.adapter.targets == ("c_attn", "c_fc")
+    assert targets.values(("targets", "b_ratio")) == {"targets": ["c_attn", "c_fc"], "b_ratio": 1}
+    seeded = usual.seeded(9)
+    assert seeded.adapter.seed == seeded.training.seed == 9
