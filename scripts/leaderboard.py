@@ -14,6 +14,7 @@ from jsonargparse import Namespace
 import lora
 import noise
 import proposals
+import reporting
 import results
 import verdict
 from course import Course
@@ -35,6 +36,7 @@ def write(course: Course, options: Namespace, place: Path, about: Mapping[str, A
     proposals.write_study(place / STUDY, course.plan.space, course.known())
     plot(course, place / SEARCH_PLOT)
     results.write_record(place, {**about, **outcome(course), "versions": results.versions()})
+    reporting.write(place)
 
 
 def train_options(course: Course, options: Namespace) -> dict[str, Any]:

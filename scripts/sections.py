@@ -83,9 +83,7 @@ def chart(name: str, lines: list[Line], charts: Charts, **how: Any) -> str:
     """A chart with its key; its points go to the page's script too."""
     charts[name] = [{"name": line.name, "points": [list(p) for p in line.points]} for line in lines]
     keys = "".join(
-        f'<span class="key"><i class="k {line.style}" style="border-top:3px solid"></i>'
-        f"{text(line.name)}</span>"
-        for line in lines
+        f'<span class="key"><i class="{line.style}"></i>{text(line.name)}</span>' for line in lines
     )
     return f"<figure>{line_chart(name, lines, **how)}<figcaption>{keys}</figcaption></figure>"
 
@@ -144,7 +142,7 @@ def tokens(record: Record) -> str:
         own = table(("token", "base", "tuned", "gained"), rows)
         parts.append(f'<div class="tokens">{"".join(spans)}</div>')
         parts.append(f"<details><summary>the numbers</summary>{own}</details>")
-    note = f"{seen.get('from', 'A passage')}: green tokens became more likely, red ones less; "
+    note = f"{seen.get('from', 'A passage')}: blue tokens became more likely, orange ones less; "
     return section("What the adapter changed", *parts, note=note + "log-probabilities, in nats.")
 
 
