@@ -39,7 +39,7 @@ from waves import Waves
 
 DEMO = Path(__file__).resolve().parent / "configs" / "search_demo.yaml"
 SPACE = f"what varies: [choices], or {{low, high}} in logarithms; of {', '.join(searching.NAMES)}"
-DATA = inputs.DATA / "tasks" / "weather.jsonl"
+DATA = inputs.DATA / "weather.jsonl"
 
 
 def parse(argv: guard.Arguments) -> Namespace:
