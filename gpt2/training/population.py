@@ -49,8 +49,8 @@ class PopulationTraining:
         trainings: what is known of each slot's training; None where none was started.
 
     Raises:
-        ValueError: no slots; the model cannot be called on the data, or drops where no slot can have a mask
-            of its own; packing, token budgets or checkpointing, which a population has not.
+        ValueError: no slots; the model cannot be called on the data, or drops where no slot can
+            have a mask of its own; packing, token budgets or checkpointing, which a population has not.
     """
 
     def __init__(self, model: nn.Module, slots: Slots, data: Dataset, config: TrainConfig) -> None:
