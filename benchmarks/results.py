@@ -79,7 +79,7 @@ def _work(row: Row, _: Sequence[Row]) -> str:
 
 
 def _took(row: Row, _: Sequence[Row]) -> str:
-    unit, time = ("ms", row["ms"]) if "ms" in row else ("s", row["seconds"])
+    unit, time = ("ms", row["ms"]) if "ms" in row else ("s", row.get("seconds"))
     if not time:
         return ""
     return f"{time['median']:.4g} ({time['p10']:.4g}–{time['p90']:.4g}) {unit}"
@@ -142,6 +142,10 @@ def _case(row: Row, _: Sequence[Row]) -> str:
     return row["case"]
 
 
+def _gpus(row: Row) -> str:
+    return row["way"] if "way" in row else f"{row['gpus']} GPUs {row.get('how', '')}".strip()
+
+
 TIMED = {
     "work": _work,
     "case": _case,
@@ -171,11 +175,29 @@ COLUMNS: dict[str, dict[str, Cell]] = {
     },
     "distributed": {
         "work": _work,
-        "case": lambda row, _: f"{row['case']}, {row['gpus']} GPUs {row.get('how', '')}".strip(),
+        "case": lambda row, _: f"{row['case']}, {_gpus(row)}",
         "a step": _took,
         "tokens/s a GPU": _number("tokens_per_s_a_gpu"),
         "times one": _number("times", ".3f"),
         "state a GPU, of one's": _number("state_over_one", ".2f"),
+        "apart, relative": lambda row, _: f"{row['apart']:.1e}" if "apart" in row else "",
+    },
+    "restart": {
+        "case": lambda row, _: f"{row['case']}, process {row['killed']} of {row['gpus']}",
+        "s": _number("seconds", ".1f"),
+        "same bytes": lambda row, _: "yes" if row["same_bytes"] else "no",
+    },
+    "search": {
+        "case": lambda row, _: row["case"] + (f", seed {row['seed']}" if "seed" in row else ""),
+        "s": _number("seconds", ".1f"),
+        "adapter-steps": _number("adapter_steps"),
+        "of all steps": _number("share_of_all_steps", ".1%"),
+        "best held-out loss": _number("best"),
+        "found": _number("found"),
+        "within 1 %": lambda row, _: {True: "yes", False: "no"}.get(
+            row.get("within_1_percent"), ""
+        ),
+        "random, at equal cost": _number("random_at_equal_cost", ".0%"),
     },
     "kill_and_resume": {
         "case": lambda row, _: f"{row['case']}, {'CUDA graphs' if row['graphs'] else 'eager'}",
