@@ -135,7 +135,10 @@ def test_two_hosts_give_what_one_process_gives(alone, tmp_path):
     where = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}"]
     arguments = [TRAIN, *OPTIONS, "--res_path", str(tmp_path)]
     hosts = [started(*arguments, how=[*where, f"--node_rank={number}"]) for number in (0, 1)]
-    (code, out, _), (other, *rest) = map(ended, hosts)
+    try:
+        (code, out, _), (other, *rest) = map(ended, hosts)
+    finally:
+        hosts[1].kill()  # where the first did not end in time
     assert (code, other) == (0, 0)
     assert out.count("Saved in") == 1
     assert rest[0] == ""
