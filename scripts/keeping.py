@@ -19,6 +19,7 @@ import gpt2
 import lora
 import processes
 import shown
+import stopping
 from inputs import Reader
 from validation import Apart
 
@@ -77,7 +78,7 @@ def saved(run: gpt2.Fit, places: folder.Places) -> Iterator[None]:
         yield
         _save(run, places)
     except BaseException as stop:
-        processes.leaving()
+        stopping.leaving()
         if run.taken:
             stop.add_note(_rescue(run, places))
             if not isinstance(stop, RuntimeError | ValueError):

@@ -1,31 +1,24 @@
-"""The processes that torchrun starts: the first prints and writes, all end together.
+"""The processes that torchrun starts: who they are, and how they begin and go on together.
 
-Signals reach all of them. The first heeds them where its work can be saved; the others go on until
-it has left, since it may wait for them. Whoever is stuck then is ended.
+The first prints and writes. `stopping` has how they end.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
 import time
 import uuid
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
 
-from command import stop_signals
+import stopping
 
-STUCK = 5.0  # seconds after a signal, or a fault, until a process that cannot heed it is ended
-LEAVING, ENDED, FAULT = "leaving", "ended", "fault"
-GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
-_store: list[Any] = []  # what processes tell one another by, where there are several
 _rounds: list[int] = []  # how often torchrun started them
 
 
@@ -75,28 +68,15 @@ def joined() -> Iterator[None]:
     shared, number, count = next(group.rendezvous("env://"))
     _rounds.append(_numbered(shared, number, count))
     store = group.PrefixStore(f"round {_rounds[-1]}", shared)
-    _store[:] = [store]
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     group.init_process_group(
         backend, store=store, rank=number, world_size=count, timeout=timedelta(days=1)
     )
-    with _signals_in_order(), warnings.catch_warnings():
+    with stopping.together(store, number), warnings.catch_warnings():
         if number:
             warnings.simplefilter("ignore")
-        try:
-            yield
-            _meet()
-        except BaseException as error:
-            leaving()
-            if number:
-                _follow(error)
-            if any(said in str(error) for said in GONE):
-                error.args = ("Another process is gone.",)
-            if store.check([FAULT]) and (fault := store.get(FAULT).decode()) != str(error):
-                error.add_note(fault)
-            raise
-        finally:
-            store.set(ENDED, "")
+        yield
+        _meet()
     if torch.cuda.is_available():  # a captured collective would keep the group from ending
         sys.stdout.flush()
         os._exit(0)
@@ -133,16 +113,6 @@ def gathered(own: Any) -> list[Any]:
     return found
 
 
-def leaving() -> None:
-    """This process begins to end, and heeds no signal any more; the others wait for the first."""
-    if not _store:
-        return
-    for number in stop_signals():
-        signal.signal(number, signal.SIG_IGN)
-    if not rank():
-        _store[0].set(LEAVING, "")
-
-
 def _meet(error: BaseException | None = None) -> None:
     """Wait for all; raise the error of another process, unless this one has its own."""
     found: list[Any] = [None] * size()
@@ -150,29 +120,6 @@ def _meet(error: BaseException | None = None) -> None:
     faults = [f"Process {i}: {text}" for i, text in enumerate(found) if text is not None]
     if faults and error is None:
         raise ValueError(faults[0])
-
-
-def _follow(error: BaseException) -> None:
-    """End after the first process, without a word; it may have to be told why."""
-    _store[0].set(FAULT, f"Process {rank()}: {error}" if str(error) else "")
-    _wait_for_the_first()
-    os._exit(2)
-
-
-def _wait_for_the_first() -> None:
-    if _told(LEAVING, STUCK):  # else it waits for this one, or is dead
-        _told(ENDED, 60)
-
-
-def _told(key: str, seconds: float) -> bool:
-    """Whether the key is in the store, within so many seconds."""
-    until = time.monotonic() + seconds
-    with suppress(RuntimeError):  # the store is gone
-        while not _store[0].check([key]):
-            if time.monotonic() > until:
-                return False
-            time.sleep(0.02)
-    return True
 
 
 def _numbered(store: Any, number: int, count: int) -> int:
@@ -193,40 +140,3 @@ def _numbered(store: Any, number: int, count: int) -> int:
         if store.check([f"{now} welcomes {name}"]):
             return now
         time.sleep(0.02)
-
-
-@contextmanager
-def _signals_in_order() -> Iterator[None]:
-    """The first process heeds a signal; the others end after it."""
-    numbers, heard = stop_signals(), threading.Event()
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-
-    def heed(number: int, frame: Any) -> None:
-        if not rank():
-            heard.set()
-            leaving()
-            if not callable(before[number]):
-                raise KeyboardInterrupt
-            before[number](number, frame)
-
-    for number in numbers:
-        signal.signal(number, heed)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # heard while torch's code runs too
-    threading.Thread(target=_watch, args=(reader, heard), daemon=True).start()
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(-1)
-        os.close(writer)
-
-
-def _watch(reader: int, heard: threading.Event) -> None:
-    """End this process after a signal that it does not heed itself."""
-    if number := os.read(reader, 1):
-        if rank():
-            _wait_for_the_first()
-        elif heard.wait(STUCK):
-            return
-        os._exit(128 + number[0])

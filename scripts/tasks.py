@@ -5,11 +5,13 @@ All answers come from one batch, in which each row is under the base, an adapter
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from jsonargparse import Namespace
 
 import continuing
 import folder
@@ -27,8 +29,10 @@ import starting
 import validation
 from answers import sample
 from folder import RUN
-from gpt2.training import snapshots
+from gpt2.training import fingerprints, snapshots
 from gpt2.training.packing import settled
+
+MADE_OF = "made_of"
 
 
 def run(
@@ -53,6 +57,7 @@ def run(
     with processes.agreed():
         data = [validation.apart(source, reader) for source in sources]
         ended = {n for n in names if options.resume and (Path(options.res_path, n, RUN)).is_file()}
+        _check_trained(options, {n: a for n, a in zip(names, data, strict=True) if n in ended})
         for name in names:
             if name in ended:
                 lora.load(model, Path(options.res_path, name), adapter=name)
@@ -97,8 +102,9 @@ def train(
     fit, losses = keeping.fitted(reader, apart, training, place, places, resume=resume)
     if not processes.rank():
         validation.test(model, apart, reader)
+        about |= {MADE_OF: _made_of(apart), **observed.of(reader, apart, name)}
         ended = results.trained(fit, losses, options.logging_steps)
-        results.write_record(place, {**about, **ended, **observed.of(reader, apart, name)})
+        results.write_record(place, {**about, **ended})
 
 
 def answer(
@@ -144,3 +150,21 @@ def named(files: Sequence[str]) -> list[str]:
             f"got {', '.join(files)}."
         )
     return names
+
+
+def _made_of(apart: validation.Apart) -> dict[str, str]:
+    return fingerprints.of_data(apart.learnt, apart.held_out)
+
+
+def _check_trained(options: Namespace, ended: Mapping[str, validation.Apart]) -> None:
+    """The error of adapters that were trained on other data than is there now."""
+    odd: list[str] = []
+    for name, apart in ended.items():
+        record = json.loads(Path(options.res_path, name, RUN).read_text(encoding="utf-8"))
+        if record.get(MADE_OF) != _made_of(apart):
+            odd.append(name)
+    if odd:
+        raise ValueError(
+            f"{', '.join(odd)}: the data is not what they were trained on. Give what the run in "
+            f"{options.res_path} was begun with, or begin anew in another folder."
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Iterator
 from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
@@ -18,17 +19,27 @@ from gpt2.data.batches import collate
 from gpt2.fast.untyped import whole
 from gpt2.training import fitting, step
 from gpt2.training.sharding import shard
-from tests.processes import together
+from tests.processes import end, together
 from tests.test_train import DATA, Letters, model_of
 from tests.toys import raw
 
 HELD_OUT = gpt2.encode(["abd", "hallo", "lowtank", "as", "x"], Letters())
+MANY = gpt2.encode(
+    "a bc def ghij klmno pqrstu vw xyz abab cd efgh ijk lmnopq r stu vwxyz ace bdfh ik jl".split(),
+    Letters(),
+)
 PACKED = {"tokens_per_batch": 16, "packing": True}
 PLANS: dict[str, dict[str, Any]] = {
     "rows": {"batch_size": 1},
-    "buckets": {"tokens_per_batch": 12},
+    "buckets": {"tokens_per_batch": 24},
     "packed": PACKED,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_process_is_left() -> Iterator[None]:
+    yield
+    end()
 
 
 def fitted(adapter: bool, options: dict[str, Any], nan_on: int | None = None) -> dict[str, Any]:
@@ -39,7 +50,7 @@ def fitted(adapter: bool, options: dict[str, Any], nan_on: int | None = None) ->
         first = next(p for p in model.parameters() if p.requires_grad)
         first.register_hook(lambda grad: grad * torch.nan)
     run = gpt2.RunConfig(eval_every=3)
-    fit = fitting.fit(model, DATA, config, validation=HELD_OUT, run=run)
+    fit = fitting.fit(model, MANY, config, validation=HELD_OUT, run=run)
     told: list[Any] = []
     error = ""
     try:
@@ -67,10 +78,10 @@ def digest(tensors: Any) -> str:
 @pytest.mark.parametrize("plan", PLANS)
 def test_any_number_of_processes_gives_the_same_bits(plan):
     """With dropout, uneven token counts, and an epoch's end at which some have nothing to do."""
-    options = {"accumulate": 4} | PLANS[plan]
+    options = {"accumulate": 8} | PLANS[plan]
     (alone,) = together(1, fitted, True, options)
     assert len(alone["told"]) == 7
-    for count in (2, 4):
+    for count in (2, 4, 8):
         for got in together(count, fitted, True, options):
             assert got == alone
 
@@ -95,6 +106,35 @@ def test_a_sharded_model_trains_as_a_whole_one_to_rounding(adapter):
         assert got[2].keys() == want[2].keys()
         for name, values in want[2].items():
             assert got[2][name] == pytest.approx(values, rel=1e-3, abs=1e-4)
+
+
+def rounded_run(dtype: torch.dtype | None, world: int, autocast: bool) -> Any:
+    """The losses of a run, its weights' dtypes, and which of them are numbers of bfloat16."""
+    model = model_of()
+    if world > 1:
+        model = shard(model, dtype=dtype)
+    config = gpt2.TrainConfig(lr=1e-2, steps=7, accumulate=6, eps=1e-3, autocast=autocast)
+    told = [r.loss for r in gpt2.train(model, DATA, config)]
+    weights = {name: whole(p.detach()) for name, p in model.named_parameters()}
+    narrow = [name for name, p in weights.items() if torch.equal(p.bfloat16().float(), p)]
+    return told, {str(p.dtype) for p in model.parameters()}, narrow
+
+
+def test_a_model_sharded_in_bfloat16_keeps_float32_and_trains_as_autocast_does():
+    """Both round weights and activations to 8 bits, at other places, and so err alike.
+
+    So their losses differ by no more than twice what rounding does to autocast's, which is itself
+    below bfloat16's unit.
+    """
+    exact, _, _ = together(1, rounded_run, None, 1, False)[0]
+    want, _, _ = together(1, rounded_run, None, 1, True)[0]
+    rounding = max(abs(a - b) for a, b in zip(exact, want, strict=True))
+    assert 0 < rounding < 2**-8 * max(exact)
+    one, other = together(2, rounded_run, torch.bfloat16, 2, False)
+    assert one == other
+    assert one[0] != exact  # it was rounded
+    assert one[0] == pytest.approx(want, abs=2 * rounding)
+    assert one[1:] == ({"torch.float32"}, [])
 
 
 def test_a_gradient_that_is_not_finite_in_one_process_stops_all_at_the_same_step():
@@ -151,10 +191,18 @@ def sharded_fit(world: int, folder: str, stop: int | None, resume: bool) -> Any:
     return told, fit.evaluated, fit.best_step
 
 
+@pytest.fixture(scope="module")
+def unsharded(tmp_path_factory) -> tuple[Any, Path]:
+    """What a run of a whole model comes to, and where it is saved."""
+    folder = tmp_path_factory.mktemp("unsharded")
+    return together(1, sharded_fit, 1, str(folder), None, False)[0], folder / "of 1"
+
+
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 2)])
-def test_a_snapshot_of_a_sharded_run_opens_on_any_number_of_processes(before, after, tmp_path):
-    (tmp_path / "alone").mkdir()
-    (whole_run,) = together(1, sharded_fit, 1, str(tmp_path / "alone"), None, False)
+def test_a_snapshot_of_a_sharded_run_opens_on_any_number_of_processes(
+    before, after, unsharded, tmp_path
+):
+    whole_run, whole_model = unsharded
     first = together(before, sharded_fit, before, str(tmp_path), 5, False)
     second = together(after, sharded_fit, after, str(tmp_path), None, True)
     for one in first:
@@ -162,7 +210,7 @@ def test_a_snapshot_of_a_sharded_run_opens_on_any_number_of_processes(before, af
             assert one[0][:4] + two[0] == pytest.approx(whole_run[0], rel=1e-4)
             assert two[1] == pytest.approx(whole_run[1], rel=1e-4)
             assert two[2] == whole_run[2]
-    want = gpt2.GPT2.from_pretrained(str(tmp_path / "alone" / "of 1")).state_dict()
+    want = gpt2.GPT2.from_pretrained(str(whole_model)).state_dict()
     got = gpt2.GPT2.from_pretrained(str(tmp_path / f"of {after}")).state_dict()
     for name, tensor in want.items():
         assert torch.allclose(got[name], tensor, rtol=1e-3, atol=1e-4)

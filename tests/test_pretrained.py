@@ -1,3 +1,4 @@
+import itertools
 import json
 import logging
 import os
@@ -582,17 +583,30 @@ def test_a_head_that_was_untied_is_not_saved(tiny, tmp_path):
         tiny.save_pretrained(tmp_path)
 
 
-def test_after_a_failed_save_the_old_files_are_there(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError("disk full"), RuntimeError("disk full")])
+@pytest.mark.parametrize(
+    ("where", "name", "calls"),
+    [(streaming, "write", 0), (streaming, "_bytes", 2), (os, "fsync", 0), (os, "replace", 0)],
+    ids=["all", "a tensor in the midst", "the disk", "the move"],
+)
+def test_after_a_failed_save_the_old_files_are_there(
+    where, name, calls, error, tiny, tmp_path, monkeypatch
+):
+    """Whoever fails: the disk with an OSError, or a tensor of a device with an error of its own."""
     tiny.save_pretrained(tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    real, called = getattr(where, name), itertools.count()
 
-    def fail(file, tensors, metadata):
-        Path(file).write_bytes(b"half")
-        raise OSError("disk full")
+    def fail(*given):
+        if next(called) < calls:
+            return real(*given)
+        if name == "write":
+            given[0].write_bytes(b"half")
+        raise error
 
-    monkeypatch.setattr(streaming, "write", fail)
+    monkeypatch.setattr(where, name, fail)
     with torch.no_grad():
         tiny.transformer.ln_f.bias.add_(1)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(type(error), match="disk full"):
         tiny.save_pretrained(tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before

@@ -153,6 +153,37 @@ def test_another_file_or_option_is_refused(script, tmp_path, files, capsys, monk
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
 
 
+def test_a_file_that_changed_after_its_adapter_was_trained_is_refused(
+    script, tmp_path, files, capsys, monkeypatch
+):
+    train, keeping, out = script("train_qa").main, script("keeping"), tmp_path / "out"
+    recorded = keeping.recorded
+
+    def stopped(run, place):
+        for record in recorded(run, place):
+            yield record
+            if place.name == "air":
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    arguments = [*QUICK, "--steps", "2", *VALID, "--tasks", *files, "--res_path", str(out)]
+    with monkeypatch.context() as patch:
+        patch.setattr(keeping, "recorded", stopped)
+        assert train(arguments) == 143
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    was = {file: Path(file).read_bytes() for file in files}
+    for file in files[:2]:  # the same number of examples, one of them another
+        Path(file).write_bytes(was[file].replace(b" 7 ", b" 8 "))
+    capsys.readouterr()
+    assert train(["--resume", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "sea, land: the data is not what they were trained on" in error
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+    for file, text in was.items():
+        Path(file).write_bytes(text)
+    assert train(["--resume", str(out)]) == 0
+
+
 def test_many_prompts_are_tried_in_chunks_and_shown_by_a_sample(
     script, tmp_path, files, capsys, monkeypatch
 ):

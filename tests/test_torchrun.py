@@ -1,18 +1,25 @@
-"""`torchrun scripts/train_qa.py`, as a user starts it: killed, stopped, with fewer processes."""
+"""`torchrun scripts/train_qa.py`, as a user starts it: killed, stopped, with fewer processes.
+
+With LONG in the environment there are more cases, which take longer.
+"""
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gpt2.training import snapshots
+from tests.processes import end, together
 from tests.test_scripts import QUICK, SCRIPTS
 
 for package in ("jsonargparse", "docstring_parser", "yaml", "rich", "matplotlib"):
@@ -20,6 +27,7 @@ for package in ("jsonargparse", "docstring_parser", "yaml", "rich", "matplotlib"
 if not Path("/proc/self/task").is_dir():
     pytest.skip("the tests look for child processes in /proc", allow_module_level=True)
 
+long = pytest.mark.skipif("LONG" not in os.environ, reason="it is slow: set LONG=1")
 TRAIN = str(SCRIPTS / "train_qa.py")
 STEPS = 15
 OPTIONS = [*QUICK, "--steps", str(STEPS), "--accumulate", "2", "--validation"]
@@ -27,12 +35,11 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # as torchrun has it: sums 
 OPTIONS += ["0.4", "--save_every", "2", "--train_batch_size", "1", "--device", "cpu"]
 
 
-def started(*argv: str, processes: int = 2, port: int | None = None, restarts: int = 0) -> Any:
-    where = ["--standalone"] if port is None else ["--master_port", str(port)]
-    how = [*where, f"--nproc_per_node={processes}", f"--max_restarts={restarts}"]
+def started(*argv: str, how: Sequence[str] = ("--standalone", "--nproc_per_node=2")) -> Any:
+    """A torchrun, in a process group of its own."""
     command = [sys.executable, "-m", "torch.distributed.run", *how, *argv]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=ONE_THREAD)
+    pipes: Any = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen(command, **pipes, text=True, env=ONE_THREAD, start_new_session=True)
 
 
 def after(step: int, folder: Path, run: Any) -> list[int]:
@@ -60,18 +67,31 @@ def outcome(folder: Path) -> Any:
     return [f.read_bytes() for f in files], [line.split('"seconds"')[0] for line in told]
 
 
+def trained(*argv: str) -> int:
+    """The script in this process alone."""
+    if str(SCRIPTS) not in sys.path:
+        sys.path.insert(0, str(SCRIPTS))
+    return importlib.import_module("train_qa").main(argv)
+
+
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> Any:
+def alone(tmp_path_factory) -> Iterator[Any]:
     folder = tmp_path_factory.mktemp("alone")
-    arguments = [TRAIN, *OPTIONS, "--res_path", str(folder)]
-    subprocess.run([sys.executable, *arguments], check=True, capture_output=True, env=ONE_THREAD)
-    return outcome(folder)
+    assert together(1, trained, *OPTIONS, "--res_path", str(folder)) == [0]
+    yield outcome(folder)
+    end()
 
 
-def test_a_killed_process_brings_a_restart_that_ends_as_if_nothing_had_been(alone, tmp_path):
-    run = started(TRAIN, *OPTIONS, "--res_path", str(tmp_path), restarts=2)
-    os.kill(after(4, tmp_path, run)[0], signal.SIGKILL)
-    os.kill(after(9, tmp_path, run)[1], signal.SIGKILL)
+@pytest.mark.parametrize(
+    "killed", [(0,), pytest.param((0, 1), marks=long)], ids=["the first", "each in turn"]
+)
+def test_a_killed_process_brings_a_restart_that_ends_as_if_nothing_had_been(
+    killed, alone, tmp_path
+):
+    how = ("--standalone", "--nproc_per_node=2", "--max_restarts=2")
+    run = started(TRAIN, *OPTIONS, "--res_path", str(tmp_path), how=how)
+    for step, number in zip((4, 9), killed, strict=False):
+        os.kill(after(step, tmp_path, run)[number], signal.SIGKILL)
     code, out, _ = ended(run)
     assert code == 0
     assert outcome(tmp_path) == alone
@@ -79,18 +99,49 @@ def test_a_killed_process_brings_a_restart_that_ends_as_if_nothing_had_been(alon
     assert not list(tmp_path.glob("snapshot*"))
 
 
-def test_a_signal_ends_all_in_one_line_and_one_process_goes_on(alone, tmp_path):
+@pytest.mark.parametrize(
+    ("to", "number", "said"),
+    [
+        (os.kill, signal.SIGTERM, "Stopped by SIGTERM."),
+        pytest.param(os.killpg, signal.SIGINT, "Interrupted.", marks=long),  # as Ctrl-C sends it
+    ],
+    ids=["SIGTERM", "Ctrl-C"],
+)
+def test_a_signal_ends_all_in_one_line_and_one_process_goes_on(to, number, said, alone, tmp_path):
     run = started(TRAIN, *OPTIONS, "--res_path", str(tmp_path))
     after(4, tmp_path, run)
     began = time.monotonic()
-    run.send_signal(signal.SIGTERM)
+    to(run.pid, number)
     code, _, err = ended(run)
-    assert code != 0
+    assert code == 1  # torchrun's
     assert time.monotonic() - began < 20
-    assert err.count("Stopped by SIGTERM.") == 1
+    assert err.count(said) == 1
     assert err.count("Go on with --resume") == 1
-    again = [sys.executable, TRAIN, "--resume", str(tmp_path), "--device", "cpu"]
-    subprocess.run(again, check=True, capture_output=True, env=ONE_THREAD)
+    kept, fault = snapshots.read(tmp_path)
+    assert f"the last, of step {kept.state.step}, in" in err
+    assert not fault
+    assert not list(tmp_path.rglob("*.part"))
+    resume = ("--resume", str(tmp_path), "--device", "cpu")
+    assert together(1, trained, *resume) == [0]
+    assert outcome(tmp_path) == alone
+
+
+@long
+def test_two_hosts_give_what_one_process_gives(alone, tmp_path):
+    """Two torchruns that know one another by a port: the first process of each has LOCAL_RANK 0."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}"]
+    arguments = [TRAIN, *OPTIONS, "--res_path", str(tmp_path)]
+    hosts = [started(*arguments, how=[*where, f"--node_rank={number}"]) for number in (0, 1)]
+    try:
+        (code, out, _), (other, *rest) = map(ended, hosts)
+    finally:
+        hosts[1].kill()  # where the first did not end in time
+    assert (code, other) == (0, 0)
+    assert out.count("Saved in") == 1
+    assert rest[0] == ""
     assert outcome(tmp_path) == alone
 
 
@@ -119,7 +170,9 @@ def test_a_port_that_is_taken_is_said_by_torchrun(tmp_path):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        code, _, err = ended(started(TRAIN, "--res_path", str(tmp_path / "run"), port=port))
+        code, _, err = ended(
+            started(TRAIN, "--res_path", str(tmp_path / "run"), how=["--master_port", str(port)])
+        )
     assert code != 0
     assert "EADDRINUSE" in err
     assert not (tmp_path / "run").exists()

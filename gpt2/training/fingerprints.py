@@ -30,13 +30,17 @@ def of_run(
     sizes = network.config if isinstance(network, GPT2) else ""  # and attention's dropout
     return {
         **options,
-        "data": _of(data),
-        "validation data": _of(validation) if validation else "none",
+        **of_data(data, validation),
         "base": of_base(model),
         "modules": _digest(f"{model} {sizes}".replace("FSDP", "").encode()),
         "trained parameters": _digest(repr(sorted(trained.items())).encode()),
         "kind of device": next(iter(model.parameters())).device.type,
     }
+
+
+def of_data(data: Dataset, validation: Dataset | None) -> dict[str, str]:
+    """What a run learns and is evaluated on, by name."""
+    return {"data": _of(data), "validation data": _of(validation) if validation else "none"}
 
 
 def of_start(model: nn.Module, data: Dataset, config: TrainConfig, taken: int) -> str:
