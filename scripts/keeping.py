@@ -18,7 +18,7 @@ import folder
 import gpt2
 import lora
 import processes
-import report
+import shown
 from inputs import Reader
 from validation import Apart
 
@@ -63,7 +63,7 @@ def train(
     with saved(run, saved_in):
         bars.follow(run, recorded(run, place), losses, console, every=every)
     if run.evaluated:
-        console.print(report.validation_table(run))
+        console.print(shown.validation_table(run))
     return losses
 
 

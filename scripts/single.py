@@ -14,7 +14,7 @@ import keeping
 import lora
 import options as opts
 import processes
-import report
+import shown
 import results
 import starting
 import validation
@@ -39,8 +39,8 @@ def run(
         counts["LoRA"] = lora.count_parameters(model)
         ids = inputs.encode_prompts(prompts, reader.tokenizer, model, sampling, options.separator)
         total = gpt2.total_steps(apart.learnt, training)
-    line = f"{report.examples_line(apart.learnt)} {total:,} steps, by {options.config}.{apart.told}"
-    console.print(report.parameter_table(counts), line, sep="\n", soft_wrap=True)
+    line = f"{shown.examples_line(apart.learnt)} {total:,} steps, by {options.config}.{apart.told}"
+    console.print(shown.parameter_table(counts), line, sep="\n", soft_wrap=True)
     clock.lap("load")
     tried = functools.partial(continuing.tried, model, ids, sampling, console)
     with lora.disabled(model):
@@ -57,9 +57,9 @@ def run(
         learnt = validation.learnt_texts(source, options)
         compared = answers.compare(prompts, *texts, learnt, searched=source.whole)
         if compared:
-            console.print(report.answer_table(compared), answers.score(compared))
+            console.print(shown.answer_table(compared), answers.score(compared))
         about = results.about(reader, counts, apart.learnt)
         about |= {"seconds": clock.laps, **validation.test(model, apart, reader)}
         results.write(place, fit, losses, every=options.logging_steps, answers=compared, run=about)
         snapshots.remove(place)  # the run is over
-    report.end(console, place, [place], options.model_name, prompts)
+    shown.end(console, place, [place], options.model_name, prompts)

@@ -19,7 +19,7 @@ import keeping
 import lora
 import options as opts
 import processes
-import report
+import shown
 import results
 import starting
 import validation
@@ -70,7 +70,7 @@ def run(
             answer(model, names, prompts, ids, sampling, reader, place)
         for name in names:
             snapshots.remove(place / name)  # the run is over
-    report.end(console, place, [place / name for name in names], options.model_name, prompts)
+    shown.end(console, place, [place / name for name in names], options.model_name, prompts)
 
 
 def train(
@@ -83,7 +83,7 @@ def train(
     """Train one adapter, as if it were alone, or go on with it; its folder holds all of it."""
     model, options = reader.model, reader.options
     lora.activate(model, name)
-    told = f"{name}: {report.examples_line(apart.learnt)} {lora.count_parameters(model)}"
+    told = f"{name}: {shown.examples_line(apart.learnt)} {lora.count_parameters(model)}"
     reader.console.print(f"{told}{apart.told}", soft_wrap=True)
     if not processes.rank():
         place.mkdir(exist_ok=True)
@@ -118,11 +118,11 @@ def answer(
         texts = [reader.tokenizer.decode(row) for row in rows]
         said += [texts[i : i + len(columns)] for i in range(0, len(texts), len(columns))]
     answers = [[a.prompt, *row] for a, row in zip(prompts, said, strict=True)]
-    shown = sample(answers)
-    reader.console.print(report.task_table(["prompt", *columns], shown, len(answers)))
-    markdown = results.markdown_table(["prompt", *columns], shown)
+    some = sample(answers)
+    reader.console.print(shown.task_table(["prompt", *columns], some, len(answers)))
+    markdown = results.markdown_table(["prompt", *columns], some)
     (place / folder.ANSWERS).write_text(markdown, encoding="utf-8")
-    if len(shown) < len(answers):
+    if len(some) < len(answers):
         lines = (dict(zip(("prompt", *columns), row, strict=True)) for row in answers)
         results.write_lines(place / folder.ALL_ANSWERS, lines)
 
