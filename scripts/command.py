@@ -1,4 +1,4 @@
-"""`lora-gpt2 train|generate|predict|merge|search`: the scripts beside this file, from any folder.
+"""`lora-gpt2 train|generate|predict|merge|search|report`: the scripts beside this file, anywhere.
 
 Nothing slow is imported here, so that Ctrl-C while torch is loaded ends in one line.
 """
@@ -18,6 +18,7 @@ SCRIPTS = {
     "predict": "predict",
     "merge": "merge",
     "search": "search",
+    "report": "report",
 }
 USAGE = f"usage: lora-gpt2 {{{','.join(SCRIPTS)}}} ... (each has its own --help), or --version"
 

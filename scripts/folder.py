@@ -17,11 +17,11 @@ from gpt2.training.snapshots import NAMES as SNAPSHOTS
 
 ADAPTER, LAST = "adapter", "last"
 METRICS, PLOT, ANSWERS, RUN = "metrics.jsonl", "loss.png", "answers.md", "run.json"
-OPTIONS, ALL_ANSWERS = "options.yaml", "answers.jsonl"
+OPTIONS, ALL_ANSWERS, REPORT = "options.yaml", "answers.jsonl", "report.html"
 WINNER, LEADERBOARD, CURVES = "best", "leaderboard.jsonl", "curves.jsonl"
 SEARCH_PLOT, STUDY, WAVES = "search.png", "study.db", "waves"
 SEARCHED = (LEADERBOARD, CURVES, SEARCH_PLOT, STUDY)
-OURS = (*SEARCHED, METRICS, PLOT, ANSWERS, ALL_ANSWERS, RUN, OPTIONS, *SNAPSHOTS)
+OURS = (*SEARCHED, METRICS, PLOT, ANSWERS, ALL_ANSWERS, RUN, OPTIONS, REPORT, *SNAPSHOTS)
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 NUMBERED = Path("runs")
 
@@ -99,6 +99,15 @@ def _numbered() -> Path:
             continue
         return folder
     raise AssertionError("count ends never")
+
+
+def commands(
+    place: Path, adapters: Sequence[Path], base: str, prompts: Sequence[str]
+) -> dict[str, str]:
+    """The commands that run it again, into a new folder, and those that use what it made."""
+    prompt = min(prompts, key=len, default="Once upon a time")
+    again = shlex.join([*_started("train_qa"), "--config", str(place / OPTIONS)])
+    return {"again": again, "use": next_commands(place, adapters, base, prompt)}
 
 
 def next_commands(folder: Path, adapters: Iterable[Path], base: str, prompt: str) -> str:

@@ -12,6 +12,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import torch
+
 import gpt2
 import lora
 from answers import Answer, sample, score
@@ -20,14 +22,19 @@ from inputs import Reader
 
 
 def about(
-    reader: Reader, counts: Mapping[str, lora.ParameterCount], data: gpt2.Dataset
+    reader: Reader, counts: Mapping[str, lora.ParameterCount], *data: gpt2.Dataset
 ) -> dict[str, Any]:
     """What is known of a run before it ends."""
     return {
         "config": {k: v for k, v in reader.options.as_dict().items() if k != "config"},
         "device": str(next(reader.model.parameters()).device),
         "parameters": {name: asdict(count) for name, count in counts.items()},
-        "data": {"examples": len(data), "tokens": data.n_tokens, "truncated": data.truncated},
+        "machine": machine(reader.model),
+        "data": {
+            "examples": sum(map(len, data)),
+            "tokens": sum(own.n_tokens for own in data),
+            "truncated": sum(own.truncated for own in data),
+        },
     }
 
 
@@ -128,6 +135,15 @@ def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> st
     """A table in Markdown."""
     lines = [headings, ["---"] * len(headings), *(list(map(_markdown_cell, row)) for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def machine(model: gpt2.GPT2) -> dict[str, Any]:
+    """What computes: the processor, its cores, and the GPU if that is what the model is on."""
+    device = next(model.parameters()).device
+    found = {"processor": platform.machine(), "cores": os.cpu_count() or 0}
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found
 
 
 def versions() -> dict[str, str]:

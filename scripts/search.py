@@ -22,6 +22,7 @@ import guard
 import inputs
 import leaderboard
 import options as opts
+import page
 import proposals
 import recipe
 import results
@@ -84,6 +85,7 @@ def main(argv: guard.Arguments = None) -> None:
         clock.lap("search")
         about = searching.about(reader, apart, clock)
         leaderboard.write(course, options, place, about)
+        page.write(place)
         files.remove()  # the search is over
     finalists = leaderboard.ranked(course)[: len(course.finalists)]
     table = verdict.finalist_table(course, finalists)

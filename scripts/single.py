@@ -13,9 +13,10 @@ import inputs
 import keeping
 import lora
 import options as opts
+import page
 import processes
-import shown
 import results
+import shown
 import starting
 import validation
 from gpt2.training import snapshots
@@ -32,6 +33,7 @@ def run(
 ) -> None:
     """Train an adapter on the one file; show, save and compare."""
     (source,), model, options, console = sources, reader.model, reader.options, reader.console
+    asked = [prompt.prompt for prompt in prompts]
     clock, counts = results.Clock(), {"base": lora.count_parameters(model)}
     with processes.agreed():
         apart, training = validation.apart(source, reader), settled(model, training)
@@ -60,6 +62,8 @@ def run(
             console.print(shown.answer_table(compared), answers.score(compared))
         about = results.about(reader, counts, apart.learnt)
         about |= {"seconds": clock.laps, **validation.test(model, apart, reader)}
+        about["commands"] = folder.commands(place, [place], options.model_name, asked)
         results.write(place, fit, losses, every=options.logging_steps, answers=compared, run=about)
+        page.write(place)
         snapshots.remove(place)  # the run is over
-    shown.end(console, place, [place], options.model_name, prompts)
+    shown.end(console, place, about["commands"])

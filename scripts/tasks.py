@@ -18,9 +18,10 @@ import inputs
 import keeping
 import lora
 import options as opts
+import page
 import processes
-import shown
 import results
+import shown
 import starting
 import validation
 from answers import sample
@@ -45,7 +46,8 @@ def run(
     Raises:
         ValueError: what reading, training and generating raise.
     """
-    model, options, console = reader.model, reader.options, reader.console
+    model, options, clock = reader.model, reader.options, results.Clock()
+    counts = {"base": lora.count_parameters(model)}
     if sampling.num_beams > 1:
         raise ValueError("--tasks routes each row of a batch, so generate.num_beams must be 1.")
     with processes.agreed():
@@ -60,17 +62,26 @@ def run(
         for apart in data:
             gpt2.total_steps(apart.learnt, training)  # raises what is wrong with it
         ids = inputs.encode_prompts(prompts, reader.tokenizer, model, sampling, options.separator)
+    clock.lap("load")
     with starting.begun(options, names) as place:
         for name, apart in zip(names, data, strict=True):
             if name not in ended:
                 train(name, apart, place / name, reader, training)
         if processes.rank():
             return  # the first goes on alone
-        if prompts:
-            answer(model, names, prompts, ids, sampling, reader, place)
-        for name in names:
-            snapshots.remove(place / name)  # the run is over
-    shown.end(console, place, [place / name for name in names], options.model_name, prompts)
+        clock.lap("training")
+        told = answer(model, names, prompts, ids, sampling, reader, place) if prompts else []
+        clock.lap("answers")
+        counts["LoRA"] = lora.count_parameters(model)
+        about = results.about(reader, counts, *(apart.learnt for apart in data))
+        about |= {"seconds": clock.laps, "answers": told, "versions": results.versions()}
+        adapters, asked = [place / name for name in names], [prompt.prompt for prompt in prompts]
+        about["commands"] = folder.commands(place, adapters, options.model_name, asked)
+        results.write_record(place, about)
+        page.write(place)
+        for own in adapters:
+            snapshots.remove(own)  # the run is over
+    shown.end(reader.console, place, about["commands"])
 
 
 def train(
@@ -103,7 +114,7 @@ def answer(
     sampling: gpt2.GenerateConfig,
     reader: inputs.Reader,
     place: Path,
-) -> None:
+) -> list[dict[str, str]]:
     """Show and write what the base, each adapter and their mixture say to each prompt."""
     mixture = dict.fromkeys(names, 1 / len(names))
     columns = {"base": None, **{name: name for name in names}, "mixture": mixture}
@@ -118,13 +129,14 @@ def answer(
         texts = [reader.tokenizer.decode(row) for row in rows]
         said += [texts[i : i + len(columns)] for i in range(0, len(texts), len(columns))]
     answers = [[a.prompt, *row] for a, row in zip(prompts, said, strict=True)]
-    some = sample(answers)
-    reader.console.print(shown.task_table(["prompt", *columns], some, len(answers)))
-    markdown = results.markdown_table(["prompt", *columns], some)
+    some, headings = sample(answers), ["prompt", *columns]
+    reader.console.print(shown.task_table(headings, some, len(answers)))
+    markdown = results.markdown_table(headings, some)
     (place / folder.ANSWERS).write_text(markdown, encoding="utf-8")
     if len(some) < len(answers):
-        lines = (dict(zip(("prompt", *columns), row, strict=True)) for row in answers)
+        lines = (dict(zip(headings, row, strict=True)) for row in answers)
         results.write_lines(place / folder.ALL_ANSWERS, lines)
+    return [dict(zip(headings, row, strict=True)) for row in some]
 
 
 def named(files: Sequence[str]) -> list[str]:

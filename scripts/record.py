@@ -1,0 +1,125 @@
+"""What a run's folder tells of it, ended or killed: one plain value for the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import folder
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """A run.
+
+    Args:
+        name: the folder's.
+        asked: the options.
+        run: what was recorded at its end; of a run that was killed nothing.
+        steps: a row a step.
+        parts: of a run with `--tasks` its adapters.
+        board, curves: of a search its trials, and their losses by step.
+        place: the folder, as it was named.
+    """
+
+    name: str
+    place: Path
+    asked: Mapping[str, Any]
+    run: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    steps: list[Row] = field(default_factory=list[Row])
+    parts: list[Record] = field(default_factory=list["Record"])
+    board: list[Row] = field(default_factory=list[Row])
+    curves: list[Row] = field(default_factory=list[Row])
+
+    @property
+    def kind(self) -> str:
+        """`search`, `tasks` or `single`."""
+        if "space" in self.asked:
+            return "search"
+        return "tasks" if self.asked.get("tasks") else "single"
+
+    @property
+    def validation(self) -> dict[int, float]:
+        """The loss on held-out data by step."""
+        told = self.run.get("validation", {}).get("losses")
+        if told is not None:
+            return {int(step): loss for step, loss in told.items()}
+        return {s["step"]: s["validation"] for s in self.steps if s.get("validation") is not None}
+
+    @property
+    def best_step(self) -> int | None:
+        """The step whose weights were kept; of a killed run the best so far."""
+        if "validation" in self.run:
+            return self.run["validation"]["best_step"]
+        found = {step: loss for step, loss in self.validation.items() if loss == loss and step}
+        return min(found, key=found.__getitem__) if found else None
+
+    @property
+    def tokens_a_second(self) -> float | None:
+        """Supervised tokens over the seconds of training."""
+        if not self.steps or not self.steps[-1]["seconds"]:
+            return None
+        return sum(step["tokens"] for step in self.steps) / self.steps[-1]["seconds"]
+
+
+def read(place: Path) -> Record:
+    """The record of a run's folder.
+
+    Raises:
+        FileNotFoundError: the folder holds no run.
+    """
+    run = _json(place / folder.RUN)
+    if (
+        not run
+        and not (place / folder.OPTIONS).is_file()
+        and not (place / folder.METRICS).is_file()
+    ):
+        raise FileNotFoundError(
+            f"{place} holds no run: name a folder of train_qa.py or search.py, which has "
+            f"{folder.OPTIONS} and, at its end, {folder.RUN}."
+        )
+    options = place / folder.OPTIONS
+    kept = yaml.safe_load(options.read_text(encoding="utf-8")) if options.is_file() else None
+    asked = run.get("config") or kept or {}
+    names = [Path(file).stem for file in asked.get("tasks") or ()]
+    found = [place / name for name in names if (place / name / folder.METRICS).is_file()]
+    return Record(
+        name=place.resolve().name,
+        place=place,
+        asked=asked,
+        run=run,
+        steps=list(_lines(place / folder.METRICS)),
+        parts=[read(part) for part in found],
+        board=list(_lines(place / folder.LEADERBOARD)),
+        curves=list(_lines(place / folder.CURVES)),
+    )
+
+
+def _json(file: Path) -> Row:
+    """What a file holds; a run that was killed has none."""
+    if not file.is_file():
+        return {}
+    found = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is no record of a run: it holds a {type(found).__name__}.")
+    return found
+
+
+def _lines(file: Path) -> Iterator[Row]:
+    """The lines of a file; the last may be cut, where the run was killed while it wrote."""
+    if not file.is_file():
+        return
+    rows = file.read_bytes().decode("utf-8", "replace").splitlines()
+    for number, row in enumerate(rows, 1):
+        try:
+            yield json.loads(row)
+        except ValueError:
+            if number < len(rows):
+                raise ValueError(f"{file}, line {number}, is not JSON.") from None
