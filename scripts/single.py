@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import answers
 import continuing
 import folder
 import gpt2
 import inputs
+import inside
 import keeping
 import lora
 import options as opts
@@ -33,7 +36,6 @@ def run(
 ) -> None:
     """Train an adapter on the one file; show, save and compare."""
     (source,), model, options, console = sources, reader.model, reader.options, reader.console
-    asked = [prompt.prompt for prompt in prompts]
     clock, counts = results.Clock(), {"base": lora.count_parameters(model)}
     with processes.agreed():
         apart, training = validation.apart(source, reader), settled(model, training)
@@ -60,10 +62,25 @@ def run(
         compared = answers.compare(prompts, *texts, learnt, searched=source.whole)
         if compared:
             console.print(shown.answer_table(compared), answers.score(compared))
-        about = results.about(reader, counts, apart.learnt)
-        about |= {"seconds": clock.laps, **validation.test(model, apart, reader)}
-        about["commands"] = folder.commands(place, [place], options.model_name, asked)
+        about = {**found(reader, counts, apart, place, prompts), "seconds": clock.laps}
         results.write(place, fit, losses, every=options.logging_steps, answers=compared, run=about)
         page.write(place)
         snapshots.remove(place)  # the run is over
     shown.end(console, place, about["commands"])
+
+
+def found(
+    reader: inputs.Reader,
+    counts: Mapping[str, lora.ParameterCount],
+    apart: validation.Apart,
+    place: Path,
+    prompts: Sequence[inputs.Asked],
+) -> dict[str, Any]:
+    """What the record tells beside losses and answers: what it was, and what the adapter does."""
+    asked = [prompt.prompt for prompt in prompts]
+    return {
+        **results.about(reader, counts, apart.learnt),
+        **validation.test(reader.model, apart, reader),
+        **inside.measured(reader.model, apart, reader.tokenizer),
+        "commands": folder.commands(place, [place], reader.options.model_name, asked),
+    }

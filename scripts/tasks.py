@@ -15,6 +15,7 @@ import continuing
 import folder
 import gpt2
 import inputs
+import inside
 import keeping
 import lora
 import options as opts
@@ -102,8 +103,12 @@ def train(
     places = folder.Places(name, place.parent, place, place / folder.LAST)
     fit, losses = keeping.fitted(reader, apart, training, place, places, resume=resume)
     if not processes.rank():
-        validation.test(model, apart, reader)
-        results.write_record(place, results.trained(fit, losses, options.logging_steps))
+        told = {
+            **results.trained(fit, losses, options.logging_steps),
+            **validation.test(model, apart, reader),
+            **inside.measured(model, apart, reader.tokenizer),
+        }
+        results.write_record(place, told)
 
 
 def answer(

@@ -95,7 +95,7 @@ def test_text_is_text(run, script, tmp_path):  # noqa: F811
     (place / "run.json").write_text(json.dumps(record))
     assert script("report").main([str(place)]) == 0
     page = Page((place / "report.html").read_text(encoding="utf-8"))
-    assert {tag for tag, _ in page.tags} & {"img", "b"} <= {"b"}
+    assert "img" not in {tag for tag, _ in page.tags}
     assert not [given for _, given in page.tags if any(name.startswith("on") for name in given)]
     shown = "</script><img src=x onerror=alert(1)>\\x202e\\x00 & <b>"
     assert page.text.count(shown) >= 3 * len(record["answers"])
