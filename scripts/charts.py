@@ -23,14 +23,25 @@ class Series:
     Args:
         name: in the legend.
         points: x and y; those that are not finite are left out, and a line has a gap there.
-        look: `line`, `faint` for a line behind, `dots`, or `both`.
-        color: its number, or `accent`.
+        look: `line`, `dots` or `both`, and `faint` for what stands behind.
+        color: its number, `accent` or `soft`.
+        names: what the script says of each point.
     """
 
     name: str
     points: Points
     look: str = "line"
     color: str = "accent"
+    names: Sequence[str] | None = None
+
+    def numbers(self) -> dict[str, object]:
+        """The points that are drawn, each coordinate in a row of its own."""
+        kept = [i for i, (_, y) in enumerate(self.points) if math.isfinite(y)]
+        found: dict[str, object] = {"name": self.name}
+        if self.names:
+            found["names"] = [self.names[i] for i in kept]
+        found["x"], found["y"] = ([self.points[i][k] for i in kept] for k in (0, 1))
+        return found
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,10 @@ class Chart:
         series: those behind first.
         marks: x and what is said of it: lines from top to bottom.
         x_label: under the axis.
-        log_x: whether x is in logarithms; y is where its values need that.
+        log_x: whether x is in logarithms.
+        log_y: whether y is where its values need that.
+        x_ticks: values of x and their names, where numbers would not do.
+        near: whether the script looks for the nearest point, and not for the nearest x.
     """
 
     name: str
@@ -89,6 +103,9 @@ class Chart:
     x_label: str = "step"
     marks: Sequence[tuple[float, str]] = field(default_factory=tuple)
     log_x: bool = False
+    log_y: bool = True
+    x_ticks: Sequence[tuple[float, str]] | None = None
+    near: bool = False
 
     def axes(self) -> tuple[Axis, Axis] | None:
         """Both, or None where there is nothing to draw."""
@@ -97,33 +114,34 @@ class Chart:
             return None
         xs, ys = ([p[i] for p in points] for i in (0, 1))
         low, high = min(ys), max(ys)
-        log = low > 0 and high / low > 25
+        log = self.log_y and low > 0 and high / low > 25
         if not log:
             room = 0.06 * (high - low) or abs(high) or 1.0
             low, high = (low if 0 <= low < room * 3 else low - room), high + room
             low = 0.0 if 0 <= low < 0.35 * high else low
         else:
             low, high = low / 1.15, high * 1.15
+        if self.x_ticks:
+            xs += [at + side * 0.35 for at, _ in self.x_ticks for side in (-1, 1)]
         return Axis(min(xs), max(xs), self.log_x), Axis(low, high, log)
 
     def numbers(self) -> dict[str, object]:
         """The very numbers that are drawn, for the page's script and for whoever reads on."""
         if not (axes := self.axes()):
             return {}
+        x, y = axes
         return {
-            "x": [axes[0].low, axes[0].high, int(axes[0].log)],
-            "y": [axes[1].low, axes[1].high, int(axes[1].log)],
-            "series": [
-                {"name": s.name, "x": [x for x, _ in kept], "y": [y for _, y in kept]}
-                for s in self.series
-                if (kept := finite(s.points))
-            ],
+            "x": [x.low, x.high, int(x.log)],
+            "y": [y.low, y.high, int(y.log)],
+            "near": int(self.near),
+            "series": [one.numbers() for one in self.series if finite(one.points)],
         }
 
     def html(self) -> Markup:
         """The figure."""
         axes = self.axes()
-        keys = [tag("span", s.name, class_=f"key {s.look} c-{s.color}") for s in self.series]
+        named = [one for one in self.series if one.name]
+        keys = [tag("span", s.name, class_=f"key {s.look} c-{s.color}") for s in named]
         unit = ", ".join(u for u in (self.unit, "log" * bool(axes and axes[1].log)) if u)
         head = tag("figcaption", tag("b", self.title), tag("small", unit), *keys)
         if not axes:
@@ -143,8 +161,8 @@ class Chart:
                   aria_label=self.title)  # fmt: skip
         ys = [tag("span", short(v), class_="yt", style=f"top:{at / 10:g}%") for at, v in rows]
         xs = [
-            tag("span", short(v), class_="xt", style=f"left:{100 * x.at(v):.4g}%")
-            for v in x.ticks(6)
+            tag("span", said, class_="xt", style=f"left:{100 * x.at(v):.4g}%")
+            for v, said in self.x_ticks or [(v, short(v)) for v in x.ticks(5)]
         ]
         said = [
             tag("span", what, class_="say" + " left" * (x.at(at) > 0.6),
@@ -161,13 +179,13 @@ def drawn(series: Series, x: Axis, y: Axis) -> Iterable[Markup]:
         (round(SIDE * x.at(a)), SIDE - round(SIDE * y.at(b))) if math.isfinite(b) else None
         for a, b in series.points
     ]
-    if series.look != "dots":
+    if "dots" not in series.look:
         path, pen = "", "M"
         for place in places:
             path += f"{pen}{place[0]} {place[1]}" if place else ""
             pen = "L" if place else "M"
         yield tag("path", d=path, class_=f"{kind} l")
-    if series.look in ("dots", "both"):  # a line of no length has round ends: a dot
+    if "dots" in series.look or "both" in series.look:  # a line of no length, with round ends
         yield tag("path", d="".join(f"M{p[0]} {p[1]}h0" for p in places if p), class_=f"{kind} d")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import folder
+import searched
 import sections
 from charts import Chart
 from markup import Markup, joined, tag
@@ -44,7 +45,7 @@ def html(records: Sequence[Record]) -> str:
     """The page of one run, or of several side by side."""
     (first, *others) = records
     title = " · ".join(record.name for record in records)
-    found = list(sections.compared(records) if others else sections.of(first))
+    found = list(_found(first, others))
     parts = [part for _, _, parts in found for part in parts]
     charts = [c for p in parts for c in (p if isinstance(p, list) else [p]) if isinstance(c, Chart)]
     numbers = {chart.name: chart.numbers() for chart in charts}
@@ -72,6 +73,14 @@ def as_json(value: Any) -> str:
     """JSON that cannot end the element it stands in."""
     said = json.dumps(value, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
     return said.replace("<", "\\u003c")
+
+
+def _found(first: Record, others: Sequence[Record]) -> Iterator[sections.Section]:
+    if others:
+        yield from sections.compared([first, *others])
+    else:
+        yield from searched.sections_of(first)
+        yield from sections.of(first)
 
 
 def _sections(found: Sequence[sections.Section]) -> Iterator[Markup]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import changes
 import replies
 from charts import Chart, Series, finite, means, thinned
 from markup import Markup, joined, table, tag
@@ -13,6 +14,9 @@ from record import Record
 
 Part = Markup | Chart | list[Chart]  # charts of a list stand side by side
 Section = tuple[str, str, Sequence[Part]]
+KINDS = {"search": "A search", "tasks": "Adapters for several tasks", "single": "A LoRA adapter"}
+FACTS = ("device", "machine", "data", "seconds", "versions")
+SIZES = "The size of s·BA as a share of the weight's beside it; both as Frobenius norms."
 
 
 def head(records: Sequence[Record]) -> Markup:
@@ -21,12 +25,7 @@ def head(records: Sequence[Record]) -> Markup:
         names = ", ".join(record.name for record in records)
         return tag("header", tag("h1", f"{len(records)} runs"), tag("p", names))
     (record,) = records
-    kinds = {
-        "search": "A search",
-        "tasks": "Adapters for several tasks",
-        "single": "A LoRA adapter",
-    }
-    said = f"{kinds[record.kind]} on {record.asked.get('model_name', 'an unknown base')}"
+    said = f"{KINDS[record.kind]} on {record.asked.get('model_name', 'an unknown base')}"
     state = [] if record.run else [tag("p", stopped(record), class_="warn")]
     tiles = [
         tag("div", tag("dt", name), tag("dd", value)) for name, value in figures(record).items()
@@ -69,6 +68,13 @@ def of(record: Record) -> Iterator[Section]:
             yield name, "", [curve(run), list(rates(run))]
     if said := record.run.get("answers"):
         yield "Answers", record.run.get("score", ""), replies.cards(said)
+    for run in runs:
+        whose = f" by {run.name}" if record.parts else ""
+        if found := run.run.get("passage"):
+            shown, note = changes.passage(found)
+            yield f"What is changed{whose}", note, [shown]
+        if found := run.run.get("updates"):
+            yield f"Where the update is{whose}", SIZES, [changes.heat(found)]
     yield "What was asked", "", list(asked(record))
     if commands := record.run.get("commands"):
         yield (
@@ -101,26 +107,17 @@ def rates(run: Record) -> Iterator[Chart]:
         points = [(s["step"], s[key]) for s in run.steps if key in s]
         unit = "before clipping" if key == "grad_norm" else ""
         line = Series(name="", points=thinned(points))
-        yield Chart(name=f"{key} {run.name}", title=title, unit=unit, series=[line])
+        yield Chart(name=f"{key} {run.name}", title=title, unit=unit, series=[line], log_y=False)
 
 
 def asked(record: Record) -> Iterator[Markup]:
     """Options, parameters, data, machine, versions, seconds."""
     run = record.run
     if counts := run.get("parameters"):
-        rows = [
-            [
-                name,
-                f"{c['total']:,}",
-                f"{c['trainable']:,}",
-                f"{100 * c['trainable'] / c['total']:.4f}",
-            ]
-            for name, c in counts.items()
-        ]
+        both = [(name, c["total"], c["trainable"]) for name, c in counts.items()]
+        rows = [[n, f"{of:,}", f"{own:,}", f"{100 * own / of:.4f}"] for n, of, own in both]
         yield table(["model", "parameters", "trainable", "trainable %"], rows)
-    facts = {
-        key: run[key] for key in ("device", "machine", "data", "seconds", "versions") if key in run
-    }
+    facts = {key: run[key] for key in FACTS if key in run}
     yield pairs(flat(facts))
     yield tag("details", tag("summary", "Every option"), pairs(flat(record.asked)))
 

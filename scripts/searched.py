@@ -1,0 +1,105 @@
+"""The sections of a search's report: what came out, and every trial."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import trials
+from markup import Markup, joined, table, tag
+from record import Record
+from sections import Section, number
+from trials import Row, value_of
+
+FIRST = 32  # rows of the leaderboard that are open
+WORDS = {
+    "better": "On test data, which chose nothing, it is better than the default configuration.",
+    "worse": "On test data, which chose nothing, it is WORSE than the default configuration.",
+    "alike": "On test data it cannot be told apart from the default configuration.",
+    None: "It was not compared with the default configuration on test data.",
+}
+HYPER = (
+    "Each dot is a trial, at the loss of the last rung it reached: grey where it retired early, "
+    "blue in the last rung. Bars span the seeds of the finalists and of the default (orange). "
+    "Early rungs have trained less, so compare dots of one colour."
+)
+
+
+def sections_of(record: Record) -> Iterator[Section]:
+    """All of them."""
+    if not record.board:
+        return
+    yield "What came out", verdict(record), [finalists(record)]
+    yield "The halving", halving_note(record), [trials.tree(record)]
+    yield "Each hyper-parameter", HYPER, [list(trials.over_each(record))]
+    yield "Training", "Of each of their seeds.", [trials.training(record)]
+    yield "Leaderboard", "", [leaderboard(record)]
+
+
+def verdict(record: Record) -> str:
+    """What may be said of the winner, and what may not."""
+    run = record.run
+    if not run:
+        return ""
+    alike = ", ".join(map(str, run["not_told_apart"]))
+    told = f"Trial {run['winner']['trial']} has the lowest mean loss over its seeds. "
+    told += f"It cannot be told apart from {alike}. " if alike else ""
+    return f"{told}{WORDS[run['winner_on_test']]} {run['told_apart_by']}"
+
+
+def finalists(record: Record) -> Markup:
+    """The finalists and the default, over their seeds."""
+    run = record.run
+    rows = [r for r in record.board if r.get("seeds")]
+    found = [(str(r["trial"]), r["params"], list(r["seeds"].values())) for r in rows]
+    tested = {str(run["winner"]["trial"]): run["winner"]["test"], "default": run["default"]["test"]}
+    usual = run["default"]
+    found.append(("default", usual["params"], list(usual["selection"]["seeds"].values())))
+    made = [
+        [name, told(params), *spread(seeds), number(t["mean"]) if (t := tested.get(name)) else ""]
+        for name, params, seeds in found
+    ]
+    heads = ["trial", "what it is", "mean", "lowest", "highest", "test"]
+    return table(heads, made)
+
+
+def spread(losses: list[float | None]) -> list[str]:
+    """Mean, lowest and highest."""
+    known = [math.nan if loss is None else loss for loss in losses]
+    return [number(v) for v in (sum(known) / len(known), min(known), max(known))]
+
+
+def told(params: Row) -> str:
+    """A configuration in a line."""
+    return " · ".join(f"{name} {value_of(value)}" for name, value in params.items())
+
+
+def halving_note(record: Record) -> str:
+    """How many were trained how far."""
+    rungs = record.run.get("rungs", [])
+    parts = [f"{r['alive']:,} to {100 * r['share']:.3g} % of their schedule" for r in rungs]
+    steps = record.run.get("adapter_steps")
+    return f"{', then '.join(parts)}; {steps:,} steps in all." if parts and steps else ""
+
+
+def leaderboard(record: Record) -> Markup:
+    """Every trial, the best first; of many the first are open."""
+    last = max(row["rung"] for row in record.board)
+    rungs = [str(n) for n in range(1, last + 1)]
+    names = record.board[0]["params"]
+    heads = ["", "trial", "state", *(f"rung {n}" for n in rungs), *names]
+    rows = [
+        [
+            str(row["place"]),
+            str(row["trial"]),
+            row["state"] if not row["ended"] else f"ended: {row['ended']}",
+            *(number(row["losses"][n]) if n in row["losses"] else "" for n in rungs),
+            *map(value_of, row["params"].values()),
+        ]
+        for row in record.board
+    ]
+    parts = [table(heads, rows[:FIRST])]
+    if len(rows) > FIRST:
+        rest = table(heads, rows[FIRST:])
+        parts.append(tag("details", tag("summary", f"{len(rows) - FIRST} more"), rest))
+    return joined(*parts)
