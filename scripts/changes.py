@@ -31,7 +31,8 @@ def passage(found: Row) -> tuple[Markup, str]:
         f"orange where less likely; full colour at {MOST:g} nats. {total:+.3f} nats a token."
     )
     scale = [
-        tag("span", f"{step:+g}".replace("-", "−"), style=_colour(step)) for step in (-4, -2, 2, 4)
+        tag("span", f"{step:+g}".replace("-", "−"), style=_colour(step))
+        for step in (-4, -2, 0, 2, 4)
     ]
     shown = tag("div", tag("span", first, class_="first"), joined(*spans), class_="passage")
     return joined(shown, tag("p", "nats ", *scale, class_="scale")), note.replace("-0", "−0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 
 VOID = {"meta", "br", "link"}
@@ -38,15 +39,26 @@ def visible(character: str) -> str:
     return character if character.isspace() and ord(character) > 31 else f"\\x{ord(character):02x}"
 
 
-def table(headings: list[str], rows: list[list[str]], **attributes: object) -> Markup:
-    """A table in a frame that scrolls where it is too wide; cells of numbers stand right."""
-    head = tag("tr", *(tag("th", heading, scope="col") for heading in headings))
-    body = [tag("tr", *(tag("td", cell, class_=_kind(cell)) for cell in row)) for row in rows]
-    made = tag("table", tag("thead", head), tag("tbody", *body), **attributes)
-    return tag("div", made, class_="wide")
+def table(
+    headings: Sequence[str], rows: Sequence[Sequence[str]], best: int | None = None
+) -> Markup:
+    """A table in a frame that scrolls where it is too wide; columns of numbers stand right.
+
+    Args:
+        headings, rows: its cells.
+        best: the number of the row that stands out.
+    """
+    columns = list(zip(*rows, strict=True)) or [()] * len(headings)
+    kinds = ["n" if all(map(_is_number, cells)) else None for cells in columns]
+    heads = [tag("th", said, class_=kind) for said, kind in zip(headings, kinds, strict=True)]
+    body = [
+        tag("tr", *(tag("td", c, class_=kind) for c, kind in zip(row, kinds, strict=True)),
+            class_="best" if i == best else None)
+        for i, row in enumerate(rows)
+    ]  # fmt: skip
+    made = tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *body))
+    return tag("div", made, class_="wide", tabindex=0)
 
 
-def _kind(cell: str) -> str | None:
-    """Numbers are aligned."""
-    bare = cell.replace(",", "").rstrip(" %s")
-    return "n" if not isinstance(cell, Markup) and bare.lstrip("+−-")[:1].isdigit() else None
+def _is_number(cell: str) -> bool:
+    return not cell or cell == "not finite" or cell.lstrip("+−-")[:1].isdigit()

@@ -24,7 +24,10 @@ def _card(answer: Mapping[str, Any]) -> Markup:
         said[name] = marked(answer[name].strip(), (wanted or answer["base"]).strip())
     if wanted is not None:
         said["reference"] = marked(wanted.strip(), answer.get("tuned", "").strip())
-    rows = [tag("div", tag("dt", name), tag("dd", text)) for name, text in said.items()]
+    rows = [
+        tag("div", tag("dt", name), tag("dd", text), class_=KINDS.get(name))
+        for name, text in said.items()
+    ]
     verdict = answer.get("verdict")
     told = (
         [tag("span", verdict, class_="verdict" + " ok" * verdict.startswith("exact"))]
@@ -36,6 +39,7 @@ def _card(answer: Mapping[str, Any]) -> Markup:
     )
 
 
+KINDS = {"base": "base", "reference": "base"}
 NOT_ANSWERS = ("prompt", "base", "stopped", "trained", "references", "searched", "verdict")
 
 

@@ -9,7 +9,7 @@ import trials
 from markup import Markup, joined, table, tag
 from record import Record
 from sections import Section, number
-from trials import Row, value_of
+from trials import Row, brief, value_of
 
 FIRST = 32  # rows of the leaderboard that are open
 WORDS = {
@@ -19,9 +19,9 @@ WORDS = {
     None: "It was not compared with the default configuration on test data.",
 }
 HYPER = (
-    "Each dot is a trial, at the loss of the last rung it reached: grey where it retired early, "
-    "blue in the last rung. Bars span the seeds of the finalists and of the default (orange). "
-    "Early rungs have trained less, so compare dots of one colour."
+    "Each dot is a trial, at the loss of the last rung that it reached: blue is the last of all. "
+    "Early rungs have trained less, so compare dots of one colour. Bars span the seeds of the "
+    "finalists, and of the default configuration (orange)."
 )
 
 
@@ -94,11 +94,11 @@ def leaderboard(record: Record) -> Markup:
             str(row["trial"]),
             row["state"] if not row["ended"] else f"ended: {row['ended']}",
             *(number(row["losses"][n]) if n in row["losses"] else "" for n in rungs),
-            *map(value_of, row["params"].values()),
+            *map(brief, row["params"].values()),
         ]
         for row in record.board
     ]
-    parts = [table(heads, rows[:FIRST])]
+    parts = [table(heads, rows[:FIRST], best=0)]
     if len(rows) > FIRST:
         rest = table(heads, rows[FIRST:])
         parts.append(tag("details", tag("summary", f"{len(rows) - FIRST} more"), rest))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import changes
@@ -16,6 +17,7 @@ Part = Markup | Chart | list[Chart]  # charts of a list stand side by side
 Section = tuple[str, str, Sequence[Part]]
 KINDS = {"search": "A search", "tasks": "Adapters for several tasks", "single": "A LoRA adapter"}
 FACTS = ("device", "machine", "data", "seconds", "versions")
+MARKED = "Marked is what the reference, or else the base, does not say there."
 SIZES = "The size of s·BA as a share of the weight's beside it; both as Frobenius norms."
 
 
@@ -25,12 +27,21 @@ def head(records: Sequence[Record]) -> Markup:
         names = ", ".join(record.name for record in records)
         return tag("header", tag("h1", f"{len(records)} runs"), tag("p", names))
     (record,) = records
-    said = f"{KINDS[record.kind]} on {record.asked.get('model_name', 'an unknown base')}"
+    said = " · ".join(described(record))
     state = [] if record.run else [tag("p", stopped(record), class_="warn")]
     tiles = [
         tag("div", tag("dt", name), tag("dd", value)) for name, value in figures(record).items()
     ]
     return tag("header", tag("h1", record.name), tag("p", said), *state, tag("dl", *tiles))
+
+
+def described(record: Record) -> Iterator[str]:
+    """What it is, on what, of what."""
+    asked, form = record.asked, record.asked.get("lora", {})
+    yield f"{KINDS[record.kind]} on {asked.get('model_name', 'an unknown base')}"
+    yield ", ".join(Path(file).name for file in asked.get("tasks") or [asked.get("data", "?")])
+    if form and record.kind != "search":
+        yield f"rank {form['r']}, alpha {form['alpha']:g}, {told(form['targets'])}"
 
 
 def stopped(record: Record) -> str:
@@ -54,6 +65,11 @@ def figures(record: Record) -> dict[str, str]:
         found["trained"] = f"{100 * last['trainable'] / last['total']:.2f} %"
     if record.tokens_a_second:
         found["tokens a second"] = f"{record.tokens_a_second:,.0f}"
+    if record.board:
+        found["trials"] = f"{len(record.board):,}"
+    for name in ("winner", "default"):
+        if name in record.run:
+            found[f"{name}'s loss"] = number(record.run[name]["selection"]["mean"])
     if seconds := record.run.get("seconds"):
         found["seconds"] = f"{sum(seconds.values()):,.1f}"
     return found
@@ -67,7 +83,7 @@ def of(record: Record) -> Iterator[Section]:
         if run.steps:
             yield name, "", [curve(run), list(rates(run))]
     if said := record.run.get("answers"):
-        yield "Answers", record.run.get("score", ""), replies.cards(said)
+        yield "Answers", f"{record.run.get('score', '')} {MARKED}".strip(), replies.cards(said)
     for run in runs:
         whose = f" by {run.name}" if record.parts else ""
         if found := run.run.get("passage"):

@@ -18,7 +18,7 @@ def tree(record: Record) -> Chart:
     kinds: dict[str, list[Row]] = {"retired": [], "finalist": [], "winner": []}
     for row in reversed(record.board):
         kinds[row["state"] if row["state"] in kinds else "retired"].append(row)
-    looks = {"retired": "soft", "finalist": "3", "winner": "accent"}
+    looks = {"retired": "soft", "finalist": "4", "winner": "accent"}
     shown: list[Series] = []
     for kind, rows in kinds.items():
         points, names = [], []
@@ -29,7 +29,7 @@ def tree(record: Record) -> Chart:
         look = "both" if kind != "retired" else "both faint"
         shown.append(Series(name=kind, points=points, names=names, look=look, color=looks[kind]))
     alive = {r["rung"]: r["alive"] for r in record.run.get("rungs", [])}
-    ticks = [(n, f"rung {n}: {alive.get(n, '')}".rstrip(": ")) for n in range(1, last + 1)]
+    ticks = [(n, f"rung {n} · {alive.get(n, '?')} trials") for n in range(1, last + 1)]
     return Chart(name="halving", title="Loss by rung", unit="nats a token", series=shown,
                  x_ticks=ticks, x_label="", near=True)  # fmt: skip
 
@@ -40,20 +40,19 @@ def over_each(record: Record) -> Iterator[Chart]:
     last = max(row["rung"] for row in record.board)
     for name in names:
         at, ticks, log = places(record, name)
-        groups = {"soft": ("retired", []), "accent": ("last rung", [])}
+        groups: dict[int, list[Row]] = {rung: [] for rung in range(1, last + 1)}
         for row in reversed(record.board):
             if row["losses"]:
-                color = "accent" if row["rung"] == last else "soft"
-                groups[color][1].append(row)
+                groups[row["rung"]].append(row)
         shown = [
             Series(
-                name=said,
-                points=[(at(row), _value(row["losses"][str(row["rung"])])) for row in rows],
+                name=f"rung {rung}",
+                points=[(at(row), _value(row["losses"][str(rung)])) for row in rows],
                 names=[f"trial {row['trial']}, {value_of(row['params'][name])}" for row in rows],
-                look="dots" if color == "accent" else "dots faint",
-                color=color,
+                look="dots",
+                color="accent" if rung == last else "6" if rung > 1 else "soft",
             )
-            for color, (said, rows) in groups.items()
+            for rung, rows in groups.items()
         ]
         for row in record.board:
             if row.get("seeds"):
@@ -69,7 +68,7 @@ def bar(at: float, seeds: Mapping[str, float | None], color: str) -> Series:
     """The span of a configuration's seeds."""
     known = [loss for loss in seeds.values() if loss is not None]
     points = [(at, min(known)), (at, max(known))] if known else []
-    return Series(name="", points=points, look="line", color=color)
+    return Series(name="", points=points, look="both", color=color)
 
 
 def places(record: Record, name: str) -> tuple[Any, list[tuple[float, str]] | None, bool]:
@@ -86,7 +85,7 @@ def places(record: Record, name: str) -> tuple[Any, list[tuple[float, str]] | No
         low, high = min(values), max(values)
         return (lambda row: row["params"][name]), None, low > 0 and high / low > 20
     order = {said: i for i, (said, _) in enumerate(kinds)}
-    ticks = [(float(i), _brief(kind)) for kind, i in order.items()]
+    ticks = [(float(order[said]), brief(kind)) for said, kind in kinds]
 
     def at(row: Row) -> float:
         beside = (int(row["trial"]) * 0.618034) % 1 - 0.5
@@ -99,15 +98,17 @@ def _order(value: Any) -> tuple[int, Any]:
     return (0, value) if isinstance(value, int | float) else (1, str(value))
 
 
-def _brief(kind: str) -> str:
-    words = kind.split()
-    return kind if len(words) < 2 else f"{words[0]} + {len(words) - 1}"
+def brief(value: Any) -> str:
+    """A hyper-parameter's value in a word or two."""
+    if isinstance(value, list) and len(value) > 1:
+        return f"{value[0]} + {len(value) - 1}"
+    return value_of(value)
 
 
 def training(record: Record) -> Chart:
     """The training loss of the finalists and of the default."""
     wanted = {row["trial"]: row["state"] for row in record.board if row.get("seeds")}
-    looks = {"winner": ("line", "accent"), "finalist": ("faint", "3"), "default": ("line", "2")}
+    looks = {"winner": ("line", "accent"), "finalist": ("faint", "4"), "default": ("line", "2")}
     shown: list[Series] = []
     for row in record.curves:
         kind = "default" if row["trial"] == "default" else wanted.get(row["trial"])

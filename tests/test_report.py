@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -109,3 +110,59 @@ def test_no_spike_is_lost(script):
     assert len(kept) <= 3 * charts.BUCKETS
     assert {points[777], points[70_001], points[0], points[-1]} <= set(kept)
     assert any(y != y for _, y in kept)
+
+
+# In a browser.
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = (
+    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --enable-logging=stderr "
+    "--disable-background-networking --disable-component-update --disable-sync --hide-scrollbars"
+).split()
+PROBE = """<script>
+addEventListener("load", () => {
+  const wide = innerWidth, frames = [...document.querySelectorAll(".wide")];
+  const out = [...document.querySelectorAll("main *")]
+    .filter((e) => !frames.some((f) => f !== e && f.contains(e)))
+    .filter((e) => e.getBoundingClientRect().right > wide + 1 && e.getClientRects().length)
+    .map((e) => `${e.tagName}.${e.className.baseVal ?? e.className}`);
+  const plot = document.querySelector("figure[data-chart] .plot"), box = plot.getBoundingClientRect();
+  const where = { clientX: box.left + box.width / 2, clientY: box.top + 20, bubbles: true };
+  plot.dispatchEvent(new PointerEvent("pointermove", where));
+  const seen = {
+    wide, out, scroll: document.documentElement.scrollWidth, tip: document.getElementById("tip").textContent,
+    dark: getComputedStyle(document.body).backgroundColor, asked: performance.getEntriesByType("resource").length,
+    paint: performance.getEntriesByName("first-contentful-paint").map((e) => e.startTime),
+  };
+  document.body.dataset.seen = JSON.stringify(seen);
+});
+addEventListener("error", (e) => (document.body.dataset.error = e.message));
+</script>"""
+
+
+def look(file: Path, tmp_path: Path, width: int, dark: bool = False) -> tuple[dict, str]:
+    """What a browser finds in a page, and what it says on its console."""
+    text = file.read_text(encoding="utf-8")
+    if dark:
+        text = text.replace("@media (prefers-color-scheme: dark)", "@media all")
+    copy = tmp_path / "copy.html"
+    copy.write_text(text.replace("<main>", f"{PROBE}<main>", 1), encoding="utf-8")
+    own = [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", "--dump-dom"]
+    done = subprocess.run(
+        [CHROMIUM, *FLAGS, *own, copy.as_uri()], capture_output=True, text=True, timeout=60
+    )
+    (seen,) = (given["data-seen"] for tag, given in Page(done.stdout).tags if tag == "body")
+    assert "data-error" not in done.stdout.partition("<main>")[0].rpartition("<body")[2]
+    return json.loads(seen), "\n".join(s for s in done.stderr.splitlines() if "CONSOLE" in s)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])
+def test_a_browser_shows_all_of_it(run, tmp_path, width, dark):  # noqa: F811
+    seen, said = look(run[0] / "report.html", tmp_path, width, dark)
+    assert said == ""
+    assert seen["out"] == []
+    assert seen["scroll"] <= seen["wide"] == width
+    assert seen["asked"] == 0
+    assert "at 1" in seen["tip"], "the value under the pointer"
+    assert (seen["dark"] == "rgb(21, 22, 23)") == dark
