@@ -161,7 +161,12 @@ class Chart:
                   aria_label=self.title)  # fmt: skip
         ys = [tag("span", short(v), class_="yt", style=f"top:{at / 10:g}%") for at, v in rows]
         xs = [
-            tag("span", said, class_="xt", style=f"left:{100 * x.at(v):.4g}%")
+            tag(
+                "span",
+                said,
+                class_="xt" + " end" * (x.at(v) > 0.97),
+                style=f"left:{100 * x.at(v):.4g}%",
+            )
             for v, said in self.x_ticks or [(v, short(v)) for v in x.ticks(5)]
         ]
         said = [

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
 from typing import Any
 
-from markup import Markup, joined, tag
+from markup import Markup, joined, tag, text
 
 
 def cards(answers: Sequence[Mapping[str, Any]]) -> list[Markup]:
@@ -16,47 +16,47 @@ def cards(answers: Sequence[Mapping[str, Any]]) -> list[Markup]:
 
 
 def _card(answer: Mapping[str, Any]) -> Markup:
-    known = [*answer.get("trained", ()), *answer.get("references", ())]
-    wanted = _nearest(str(answer.get("tuned", "")), known)
-    said = {"base": Markup(tag("span", answer["base"].strip()))}
-    columns = [k for k in answer if k not in NOT_ANSWERS]
-    for name in columns:
-        said[name] = marked(answer[name].strip(), (wanted or answer["base"]).strip())
-    if wanted is not None:
-        said["reference"] = marked(wanted.strip(), answer.get("tuned", "").strip())
+    known = [text.strip() for kind in KNOWN for text in answer.get(kind, ())]
+    given = {name: answer[name].strip() for name in answer if name not in (*KNOWN, *ABOUT)}
+    (_, base), *others = given.items()
+    said: dict[str, str] = {"base": base}
+    for name, own in others:
+        wanted = max(known, key=lambda k, own=own: likeness(own, k), default=base)
+        said[name] = marked(own, wanted)
+    if known:
+        said["reference"] = max(known, key=lambda k: likeness(others[0][1], k))
     rows = [
-        tag("div", tag("dt", name), tag("dd", text), class_=KINDS.get(name))
-        for name, text in said.items()
+        tag("div", tag("dt", name), tag("dd", own), class_=SOFT.get(name))
+        for name, own in said.items()
     ]
-    verdict = answer.get("verdict")
-    told = (
-        [tag("span", verdict, class_="verdict" + " ok" * verdict.startswith("exact"))]
-        if verdict
-        else []
-    )
-    return tag(
-        "article", tag("h3", answer["prompt"].strip(), *told), tag("dl", *rows), class_="reply"
-    )
+    verdict = answer.get("verdict", "")
+    told = tag("span", verdict, class_="verdict" + " ok" * verdict.startswith("exact"))
+    head = tag("h3", answer["prompt"].strip(), told)
+    return tag("article", head, tag("dl", *rows), class_="reply")
 
 
-KINDS = {"base": "base", "reference": "base"}
-NOT_ANSWERS = ("prompt", "base", "stopped", "trained", "references", "searched", "verdict")
+KNOWN = ("trained", "references")
+ABOUT = ("prompt", "stopped", "searched", "verdict")
+SOFT = {"base": "base", "reference": "base"}
 
 
 def marked(said: str, other: str) -> Markup:
-    """A text, with those words marked that the other does not have there."""
+    """A text, with those words marked that the other does not have there; none if few agree."""
     one, two = _words(said), _words(other)
+    matcher = SequenceMatcher(None, one, two, autojunk=False)
+    if matcher.ratio() < 0.5:
+        return text(said)
     parts: list[str] = []
-    for kind, a, b, *_ in SequenceMatcher(None, one, two, autojunk=False).get_opcodes():
+    for kind, a, b, *_ in matcher.get_opcodes():
         piece = "".join(one[a:b])
         parts.append(piece if kind == "equal" or not piece.strip() else tag("mark", piece))
     return joined(*parts)
 
 
+def likeness(one: str, other: str) -> float:
+    """Of two texts, from 0 to 1."""
+    return SequenceMatcher(None, _words(one), _words(other), autojunk=False).ratio()
+
+
 def _words(said: str) -> list[str]:
     return re.findall(r"\w+|\s+|[^\w\s]", said)
-
-
-def _nearest(said: str, known: Sequence[str]) -> str | None:
-    """Of several right answers the one that is most like what was said."""
-    return max(known, key=lambda k: SequenceMatcher(None, said, k).ratio(), default=None)

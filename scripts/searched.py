@@ -56,11 +56,16 @@ def finalists(record: Record) -> Markup:
     usual = run["default"]
     found.append(("default", usual["params"], list(usual["selection"]["seeds"].values())))
     made = [
-        [name, told(params), *spread(seeds), number(t["mean"]) if (t := tested.get(name)) else ""]
+        [name, tag("span", told(params), class_="what"), *spread(seeds), mean_of(tested.get(name))]
         for name, params, seeds in found
     ]
     heads = ["trial", "what it is", "mean", "lowest", "highest", "test"]
     return table(heads, made)
+
+
+def mean_of(tested: Row | None) -> str:
+    """The mean loss on the test data, where there is one."""
+    return number(tested["mean"]) if tested else ""
 
 
 def spread(losses: list[float | None]) -> list[str]:

@@ -17,7 +17,7 @@ Part = Markup | Chart | list[Chart]  # charts of a list stand side by side
 Section = tuple[str, str, Sequence[Part]]
 KINDS = {"search": "A search", "tasks": "Adapters for several tasks", "single": "A LoRA adapter"}
 FACTS = ("device", "machine", "data", "seconds", "versions")
-MARKED = "Marked is what the reference, or else the base, does not say there."
+MARKED = "Marked is what the reference does not say; a text that is quite another has no marks."
 SIZES = "The size of s·BA as a share of the weight's beside it; both as Frobenius norms."
 
 
@@ -85,12 +85,12 @@ def of(record: Record) -> Iterator[Section]:
     if said := record.run.get("answers"):
         yield "Answers", f"{record.run.get('score', '')} {MARKED}".strip(), replies.cards(said)
     for run in runs:
-        whose = f" by {run.name}" if record.parts else ""
+        whose = run.name if record.parts else "the adapter"
         if found := run.run.get("passage"):
             shown, note = changes.passage(found)
-            yield f"What is changed{whose}", note, [shown]
+            yield f"What {whose} changed", note, [shown]
         if found := run.run.get("updates"):
-            yield f"Where the update is{whose}", SIZES, [changes.heat(found)]
+            yield f"Where the update of {whose} is", SIZES, [changes.heat(found)]
     yield "What was asked", "", list(asked(record))
     if commands := record.run.get("commands"):
         yield (

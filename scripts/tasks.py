@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -75,14 +76,22 @@ def run(
         clock.lap("answers")
         counts["LoRA"] = lora.count_parameters(model)
         about = results.about(reader, counts, *(apart.learnt for apart in data))
-        about |= {"seconds": clock.laps, "answers": told, "versions": results.versions()}
-        adapters, asked = [place / name for name in names], [prompt.prompt for prompt in prompts]
-        about["commands"] = folder.commands(place, adapters, options.model_name, asked)
-        results.write_record(place, about)
-        page.write(place)
-        for own in adapters:
-            snapshots.remove(own)  # the run is over
-    shown.end(reader.console, place, about["commands"])
+        about |= {"seconds": clock.laps, "answers": known(told, prompts, sources)}
+        commands = finish(place, [place / name for name in names], about, prompts)
+    shown.end(reader.console, place, commands)
+
+
+def finish(
+    place: Path, adapters: list[Path], about: dict[str, Any], prompts: Sequence[inputs.Asked]
+) -> dict[str, str]:
+    """Write the record of all, and the report; gives the commands that use what was made."""
+    asked, base = [prompt.prompt for prompt in prompts], about["config"]["model_name"]
+    commands = folder.commands(place, adapters, base, asked)
+    results.write_record(place, {**about, "versions": results.versions(), "commands": commands})
+    page.write(place)
+    for own in adapters:
+        snapshots.remove(own)  # the run is over
+    return commands
 
 
 def train(
@@ -142,6 +151,18 @@ def answer(
         lines = (dict(zip(headings, row, strict=True)) for row in answers)
         results.write_lines(place / folder.ALL_ANSWERS, lines)
     return [dict(zip(headings, row, strict=True)) for row in some]
+
+
+def known(
+    said: Sequence[dict[str, str]],
+    prompts: Sequence[inputs.Asked],
+    sources: Sequence[inputs.Source],
+) -> list[dict[str, Any]]:
+    """The answers, each with those that the files give to its prompt."""
+    given = {asked.prompt: [*asked.references] for asked in prompts}
+    for example in (e for source in sources for e in source.examples if e.prompt in given):
+        given[example.prompt].append(example.completion)
+    return [{**row, "references": [*dict.fromkeys(given[row["prompt"]])]} for row in said]
 
 
 def named(files: Sequence[str]) -> list[str]:

@@ -29,7 +29,7 @@ def tree(record: Record) -> Chart:
         look = "both" if kind != "retired" else "both faint"
         shown.append(Series(name=kind, points=points, names=names, look=look, color=looks[kind]))
     alive = {r["rung"]: r["alive"] for r in record.run.get("rungs", [])}
-    ticks = [(n, f"rung {n} · {alive.get(n, '?')} trials") for n in range(1, last + 1)]
+    ticks = [(n, f"rung {n}\n{alive.get(n, '?')} trials") for n in range(1, last + 1)]
     return Chart(name="halving", title="Loss by rung", unit="nats a token", series=shown,
                  x_ticks=ticks, x_label="", near=True)  # fmt: skip
 

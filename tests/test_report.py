@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -10,11 +12,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
+
+import lora
 
 for package in ("jsonargparse", "docstring_parser", "yaml", "rich", "matplotlib"):
     pytest.importorskip(package, reason="the scripts need the extra 'scripts'")
 
-from tests.test_scripts import run  # noqa: E402, F401
+from tests.test_scripts import QUICK, command  # noqa: E402
 
 
 class Page(HTMLParser):
@@ -35,6 +40,16 @@ class Page(HTMLParser):
             self.text += data
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> tuple[Path, str]:
+    """A run of the demo, shorter: its folder, and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    started = command("train_qa.py", *QUICK, "--steps", "60", "--res_path", str(folder))
+    done = subprocess.run(started, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
 def numbers(page: str) -> dict:
     found = re.search(r'<script type="application/json" id="numbers">(.*?)</script>', page, re.S)
     return json.loads(found[1])
@@ -44,7 +59,7 @@ def rows(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_every_run_ends_with_its_report(run):  # noqa: F811
+def test_every_run_ends_with_its_report(run):
     folder, said = run
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "report.html" in said
@@ -58,7 +73,7 @@ def test_every_run_ends_with_its_report(run):  # noqa: F811
     assert "19,446,528" in shown
 
 
-def test_the_numbers_are_the_records(run):  # noqa: F811
+def test_the_numbers_are_the_records(run):
     steps = rows(run[0] / "metrics.jsonl")
     found = numbers((run[0] / "report.html").read_text(encoding="utf-8"))
     for chart, key in (("loss", "loss"), ("lr", "lr"), ("grad_norm", "grad_norm")):
@@ -67,13 +82,13 @@ def test_the_numbers_are_the_records(run):  # noqa: F811
         assert series["y"] == [s[key] for s in steps]
 
 
-def test_the_same_record_gives_the_same_bytes(run, script, tmp_path, capsys):  # noqa: F811
+def test_the_same_record_gives_the_same_bytes(run, script, tmp_path, capsys):
     before = (run[0] / "report.html").read_bytes()
     assert script("report").main([str(run[0]), "--output", str(tmp_path / "again.html")]) == 0
     assert (tmp_path / "again.html").read_bytes() == before
 
 
-def test_a_run_that_was_killed_is_reported(run, script, tmp_path):  # noqa: F811
+def test_a_run_that_was_killed_is_reported(run, script, tmp_path):
     place = tmp_path / "killed"
     place.mkdir()
     shutil.copy(run[0] / "options.yaml", place)
@@ -85,7 +100,7 @@ def test_a_run_that_was_killed_is_reported(run, script, tmp_path):  # noqa: F811
     assert numbers(page)["loss killed"]["series"][0]["x"] == list(range(1, 51))
 
 
-def test_text_is_text(run, script, tmp_path):  # noqa: F811
+def test_text_is_text(run, script, tmp_path):
     evil = "</script><img src=x onerror=alert(1)>\u202e\x00 & <b>"
     place = tmp_path / "evil"
     shutil.copytree(run[0], place)
@@ -168,10 +183,145 @@ def look(file: Path, tmp_path: Path, width: int, dark: bool = False) -> tuple[di
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])
-def test_a_browser_shows_all_of_it(run, tmp_path, width, dark):  # noqa: F811
+def test_a_browser_shows_all_of_it(run, tmp_path, width, dark):
     seen, said = look(run[0] / "report.html", tmp_path, width, dark)
     assert said == ""
     assert seen["errors"] == seen["out"] == seen["asked"] == []
     assert seen["scroll"] == seen["width"] == width
-    assert "at 1" in seen["tip"], "the value under the pointer"
+    assert "at 30" in seen["tip"], "the value under the pointer"
     assert (seen["paper"] == "rgb(21, 22, 23)") == dark
+
+
+# A search.
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> Path:
+    """What a search leaves, of 512 trials of 2,500 steps in the last rung, as its record has it."""
+    place = tmp_path_factory.mktemp("searched") / "many"
+    place.mkdir()
+    draw = random.Random(1)
+    totals, alive = (39, 156, 625, 2500), (512, 128, 32, 8)
+    targets = [["c_attn"], ["c_attn", "c_fc"]]
+    params = [
+        {"lr": 10 ** draw.uniform(-4, -1), "r": draw.choice([2, 4, 8, 16]),
+         "dropout": draw.choice([0.0, 0.1]), "targets": draw.choice(targets)}
+        for _ in range(512)
+    ]  # fmt: skip
+    board, curves = [], []
+    for trial in range(512):
+        rung = sum(trial < n for n in alive)
+        losses = {str(n): 5 / n + draw.random() for n in range(1, rung + 1)}
+        state = "winner" if trial == 0 else "finalist" if trial < 4 else "retired"
+        board.append({"place": trial + 1, "trial": trial, "state": state, "params": params[trial],
+                      "rung": rung, "steps": totals[rung - 1], "total": 2500, "losses": losses,
+                      "ended": None})  # fmt: skip
+        curve = {"trial": trial, "seed": 1, "selection": {}}
+        curve["training"] = [draw.random() + 0.1 for _ in range(totals[rung - 1])]
+        if trial < 4:
+            board[-1]["seeds"] = {str(seed): draw.random() for seed in (1, 2, 3)}
+        curves.append(curve)
+    board[-1] |= {"losses": {}, "rung": 0, "ended": "</script><b>NaN"}
+    curves.append({**curves[0], "trial": "default"})
+    told = {"seeds": {"1": 0.5, "2": None}, "mean": None}
+    both = {"params": params[0], "selection": told, "test": {**told, "mean": 0.5}}
+    rungs = [{"rung": i + 1, "share": 0.1, "alive": n, "steps": 9} for i, n in enumerate(alive)]
+    record = {
+        "kind": "search", "config": {"space": {"lr": [1, 2]}, "data": "d.jsonl"},
+        "rungs": rungs, "winner": {"trial": 0, **both}, "default": both, "not_told_apart": [2],
+        "winner_on_test": "alike", "told_apart_by": "t", "adapter_steps": 65_000,
+    }  # fmt: skip
+    (place / "run.json").write_text(json.dumps(record))
+    for name, many in (("leaderboard", board), ("curves", curves)):
+        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many))
+    return place
+
+
+def test_a_search_of_512_trials(found, script, tmp_path):
+    assert script("report").main([str(found)]) == 0
+    page = (found / "report.html").read_text(encoding="utf-8")
+    assert len(page.encode()) < 1_000_000
+    board, told = rows(found / "leaderboard.jsonl"), numbers(page)
+    over = {(x, y) for s in told["over lr"]["series"] for x, y in zip(s["x"], s["y"], strict=True)}
+    assert over >= {(r["params"]["lr"], r["losses"][str(r["rung"])]) for r in board[:-1]}
+    tree = [y for series in told["halving"]["series"] for y in series["y"]]
+    assert sorted(tree) == sorted(loss for row in board for loss in row["losses"].values())
+    curve = rows(found / "curves.jsonl")[0]["training"]
+    drawn = next(s for s in told["training"]["series"] if s["name"] == "0 (winner)")
+    assert {min(curve), max(curve)} <= set(drawn["y"]) <= set(curve)
+    shown = Page(page).text
+    assert "ended: </script><b>NaN" in shown
+    assert "It cannot be told apart from 2." in shown
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_browser_shows_a_search(found, script, tmp_path):
+    assert script("report").main([str(found)]) == 0
+    seen, said = look(found / "report.html", tmp_path, 390)
+    assert said == ""
+    assert seen["errors"] == seen["out"] == seen["asked"] == []
+    assert seen["scroll"] == 390
+
+
+# Several.
+
+
+def test_several_runs_are_compared(run, script, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run[0], tmp_path / "other")
+    record = json.loads((tmp_path / "other" / "run.json").read_text(encoding="utf-8"))
+    record["config"]["lr"] = 0.123
+    (tmp_path / "other" / "run.json").write_text(json.dumps(record))
+    assert script("report").main([str(run[0]), "other"]) == 0
+    page = Path("comparison.html").read_text(encoding="utf-8")
+    assert "0.123" in Page(page).text
+    assert [s["name"] for s in numbers(page)["compared"]["series"]] == ["demo", "other"]
+    Path("comparison.html").write_text("mine")
+    assert script("report").main([str(run[0]), "other"]) == 2
+    assert "is no report" in capsys.readouterr().err
+    assert Path("comparison.html").read_text() == "mine"
+    assert script("report").main(["nowhere"]) == 2
+    assert "nowhere holds no run" in capsys.readouterr().err
+
+
+def test_tasks_show_every_adapter_and_the_mixture(script, tmp_path):
+    for name in ("sea", "land"):
+        lines = [{"prompt": f"{name} {i}:", "completion": f" {i} {name}"} for i in range(12)]
+        text = "".join(json.dumps(row) + "\n" for row in lines)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    files = [str(tmp_path / f"{name}.jsonl") for name in ("sea", "land")]
+    place = tmp_path / "out"
+    options = ["--steps", "4", "--validation", "0.4", "--eval_every", "2", "--res_path", str(place)]
+    assert script("train_qa").main([*QUICK, *options, "--tasks", *files]) == 0
+    page = (place / "report.html").read_text(encoding="utf-8")
+    shown, record = Page(page).text, json.loads((place / "run.json").read_text())
+    for answer in record["answers"]:
+        assert {"base", "sea", "land", "mixture", "references"} <= answer.keys()
+        assert all(answer[name].strip() in shown for name in ("base", "sea", "land", "mixture"))
+    for name in ("sea", "land"):
+        own = json.loads((place / name / "run.json").read_text())
+        drawn = {s["name"]: s for s in numbers(page)[f"loss {name}"]["series"]}["held-out"]
+        assert drawn["y"] == list(own["validation"]["losses"].values())
+        assert f"best: step {own['validation']['best_step']}" in shown
+        assert own["passage"]["held_out"]
+
+
+# What is recorded for it.
+
+
+def test_norms_and_log_probabilities_are_those_of_the_model(run, demo, tokenizer):
+    record = json.loads((run[0] / "run.json").read_text(encoding="utf-8"))
+    model = copy.deepcopy(demo)
+    ids = torch.tensor([tokenizer.encode("".join(record["passage"]["tokens"]).split("<|")[0])])
+    ids = torch.cat([ids, torch.tensor([[50256]])], 1)
+    for name in ("base", "adapter"):
+        if name == "adapter":
+            lora.load(model, run[0] / "adapter")
+        with torch.no_grad():
+            found = model(ids).log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
+        assert found.tolist() == pytest.approx(record["passage"][name], abs=2e-4)
+    for row in record["updates"]:
+        layer = model.get_submodule(row["layer"])
+        delta = next(iter(layer.updates.values())).delta().detach()
+        assert row["update"] == pytest.approx(float(delta.norm()), rel=1e-4)
+        assert row["weight"] == pytest.approx(float(layer.weight_out_in.norm()), rel=1e-4)
