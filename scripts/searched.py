@@ -56,10 +56,10 @@ def finalists(record: Record) -> Markup:
     usual = run["default"]
     found.append(("default", usual["params"], list(usual["selection"]["seeds"].values())))
     made = [
-        [name, tag("span", told(params), class_="what"), *spread(seeds), mean_of(tested.get(name))]
+        [name, *spread(seeds), mean_of(tested.get(name)), tag("span", told(params), class_="what")]
         for name, params, seeds in found
     ]
-    heads = ["trial", "what it is", "mean", "lowest", "highest", "test"]
+    heads = ["trial", "mean", "lowest", "highest", "test", "what it is"]
     return table(heads, made)
 
 

@@ -91,7 +91,7 @@ def of(record: Record) -> Iterator[Section]:
             yield f"What {whose} changed", note, [shown]
         if found := run.run.get("updates"):
             yield f"Where the update of {whose} is", SIZES, [changes.heat(found)]
-    yield "What was asked", "", list(asked(record))
+    yield "What was asked, and of what machine", "", list(asked(record))
     if commands := record.run.get("commands"):
         yield (
             "Commands",
