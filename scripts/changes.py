@@ -30,10 +30,8 @@ def passage(found: Row) -> tuple[Markup, str]:
         f"A {kind} passage: blue where the adapter makes the token likelier than the base does, "
         f"orange where less likely; full colour at {MOST:g} nats. {total:+.3f} nats a token."
     )
-    scale = [
-        tag("span", f"{step:+g}".replace("-", "−"), style=_colour(step))
-        for step in (-4, -2, 0, 2, 4)
-    ]
+    steps = {"−4": -4, "−2": -2, "0": 0, "+2": 2, "+4": 4}
+    scale = [tag("span", said, style=_colour(step)) for said, step in steps.items()]
     shown = tag("div", tag("span", first, class_="first"), joined(*spans), class_="passage")
     return joined(shown, tag("p", "nats ", *scale, class_="scale")), note.replace("-0", "−0")
 
