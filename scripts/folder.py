@@ -18,7 +18,7 @@ from gpt2.training.snapshots import NAMES as SNAPSHOTS
 ADAPTER, LAST = "adapter", "last"
 METRICS, PLOT, ANSWERS, RUN = "metrics.jsonl", "loss.png", "answers.md", "run.json"
 OPTIONS, ALL_ANSWERS, REPORT = "options.yaml", "answers.jsonl", "report.html"
-WINNER, LEADERBOARD, CURVES = "best", "leaderboard.jsonl", "curves.jsonl"
+WINNER, TRAINED_BY, LEADERBOARD, CURVES = "best", "train.yaml", "leaderboard.jsonl", "curves.jsonl"
 SEARCH_PLOT, STUDY, WAVES = "search.png", "study.db", "waves"
 SEARCHED = (LEADERBOARD, CURVES, SEARCH_PLOT, STUDY)
 OURS = (*SEARCHED, METRICS, PLOT, ANSWERS, ALL_ANSWERS, RUN, OPTIONS, REPORT, *SNAPSHOTS)
@@ -108,6 +108,13 @@ def commands(
     prompt = min(prompts, key=len, default="Once upon a time")
     again = shlex.join([*_started("train_qa"), "--config", str(place / OPTIONS)])
     return {"again": again, "use": next_commands(place, adapters, base, prompt)}
+
+
+def of_winner(place: Path, base: str, prompt: str) -> dict[str, str]:
+    """The commands that train a search's winner again, and those that use it."""
+    best = place / WINNER
+    again = shlex.join([*_started("train_qa"), "--config", str(best / TRAINED_BY)])
+    return {"the winner again, alone": again, "use": next_commands(place, [best], base, prompt)}
 
 
 def next_commands(folder: Path, adapters: Iterable[Path], base: str, prompt: str) -> str:

@@ -9,6 +9,7 @@ if __name__ == "__main__":  # on top, so that Ctrl-C during the imports below en
 
     sys.exit(command.start("search", sys.argv[1:]))
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import folder
 import gpt2
 import guard
 import inputs
+import inside
 import leaderboard
 import options as opts
 import page
@@ -84,7 +86,9 @@ def main(argv: guard.Arguments = None) -> None:
             course.search(apart.tested)
         clock.lap("search")
         about = searching.about(reader, apart, clock)
-        leaderboard.write(course, options, place, about)
+        about["commands"] = folder.of_winner(place, options.model_name, source.examples[0].prompt)
+        look = partial(inside.measured, apart=apart, tokenizer=reader.tokenizer)
+        leaderboard.write(course, options, place, about, look)
         page.write(place)
         files.remove()  # the search is over
     finalists = leaderboard.ranked(course)[: len(course.finalists)]

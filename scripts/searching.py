@@ -158,6 +158,7 @@ def about(reader: Reader, apart: Apart, clock: results.Clock) -> dict[str, Any]:
         "kind": "search",
         "config": {k: v for k, v in reader.options.as_dict().items() if k != "config"},
         "device": str(next(reader.model.parameters()).device),
+        "machine": results.machine(reader.model),
         "data": {
             name: data and {"examples": len(data), "tokens": data.n_tokens}
             for name, data in of.items()

@@ -85,7 +85,7 @@ def of(record: Record) -> Iterator[Section]:
     if said := record.run.get("answers"):
         yield "Answers", f"{record.run.get('score', '')} {MARKED}".strip(), replies.cards(said)
     for run in runs:
-        whose = run.name if record.parts else "the adapter"
+        whose = run.name if record.parts else "the winner" if record.board else "the adapter"
         if found := run.run.get("passage"):
             shown, note = changes.passage(found)
             yield f"What {whose} changed", note, [shown]
