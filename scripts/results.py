@@ -140,7 +140,8 @@ def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> st
 def machine(model: gpt2.GPT2) -> dict[str, Any]:
     """What computes: the processor, its cores, and the GPU if that is what the model is on."""
     device = next(model.parameters()).device
-    found = {"processor": platform.machine(), "cores": os.cpu_count() or 0}
+    weights = str(next(model.parameters()).dtype).removeprefix("torch.")
+    found = {"processor": platform.machine(), "cores": os.cpu_count() or 0, "weights": weights}
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)
     return found

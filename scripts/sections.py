@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import changes
+import limits
 import replies
 from charts import Chart, Series, finite, means, thinned
 from markup import Markup, joined, table, tag
@@ -81,7 +82,8 @@ def of(record: Record) -> Iterator[Section]:
     for run in runs:
         name = f"Training: {run.name}" if record.parts else "Training"
         if run.steps:
-            yield name, "", [curve(run), list(rates(run))]
+            speed = [drawn] if (drawn := limits.bar(run)) else []
+            yield name, "", [curve(run), list(rates(run)), *speed]
     if said := record.run.get("answers"):
         yield "Answers", f"{record.run.get('score', '')} {MARKED}".strip(), replies.cards(said)
     for run in runs:

@@ -117,6 +117,21 @@ def test_text_is_text(run, script, tmp_path):
     assert page.text.count(shown) >= 3 * len(record["answers"])
 
 
+def test_several_tasks_and_a_search_that_were_killed_are_reported(script, tmp_path, run):
+    tasks, search = tmp_path / "tasks", tmp_path / "search"
+    for name in ("sea", "land"):
+        (tasks / name).mkdir(parents=True)
+        shutil.copy(run[0] / "metrics.jsonl", tasks / name)
+    (tasks / "options.yaml").write_text("tasks: [sea.jsonl, land.jsonl, air.jsonl]\nseed: 7\n")
+    search.mkdir()
+    (search / "options.yaml").write_text("space: {lr: [1, 2]}\ndata: mine.jsonl\n")
+    for place, said in ((tasks, "Training: land"), (search, "mine.jsonl")):
+        assert script("report").main([str(place)]) == 0
+        shown = Page((place / "report.html").read_text()).text
+        assert "was stopped" in shown
+        assert said in shown
+
+
 def test_no_spike_is_lost(script):
     charts = script("charts")
     points = [(i, 1.0) for i in range(100_000)]
@@ -125,6 +140,36 @@ def test_no_spike_is_lost(script):
     assert len(kept) <= 3 * charts.BUCKETS
     assert {points[777], points[70_001], points[0], points[-1]} <= set(kept)
     assert any(y != y for _, y in kept)
+
+
+def test_the_limit_is_that_of_the_known_device(run, script, tmp_path):
+    place = tmp_path / "fast"
+    shutil.copytree(run[0], place)
+    record, steps = json.loads((place / "run.json").read_text()), rows(place / "metrics.jsonl")
+    assert "at this batch" not in Page((place / "report.html").read_text()).text, (
+        "of a processor nothing"
+    )
+    record["machine"] |= {"gpu": "NVIDIA H100 80GB HBM3", "weights": "bfloat16"}
+    (place / "run.json").write_text(json.dumps(record))
+    assert script("report").main([str(place)]) == 0
+    each = sum(s["tokens"] for s in steps) / len(steps)
+    limit = each / (2 * 19_446_528 * 2 / 3.35e12)  # some twenty tokens: bounded by memory
+    shown = Page((place / "report.html").read_text()).text
+    assert f"of the {limit:,.0f} that the NVIDIA H100 80GB HBM3 allows" in shown
+    assert "bounded by its memory" in shown
+
+
+def test_losses_that_are_not_finite_are_shown(run, script, tmp_path):
+    place = tmp_path / "blown"
+    shutil.copytree(run[0], place)
+    steps = rows(place / "metrics.jsonl")
+    for step in steps[30:]:
+        step["loss"] = step["grad_norm"] = float("nan")
+    (place / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    assert script("report").main([str(place)]) == 0
+    page = (place / "report.html").read_text()
+    assert numbers(page)["loss blown"]["series"][0]["x"] == list(range(1, 31))
+    assert "not finite" in Page(page).text
 
 
 # In a browser.
