@@ -18,6 +18,7 @@ import results
 import verdict
 from course import Course
 from folder import CURVES, LEADERBOARD, SEARCH_PLOT, STUDY, TRAINED_BY, WINNER
+from lora.config import as_names
 from waves import DEFAULT, Run
 
 Look = Callable[[gpt2.GPT2], dict[str, Any]]
@@ -60,7 +61,7 @@ def train_options(course: Course, options: Namespace) -> dict[str, Any]:
     own = {name: getattr(training, name) for name in ("lr", "steps", "epochs", "weight_decay")}
     own |= {"b_ratio": recipe.b_ratio, "eval_every": run.total}
     named = {"r": adapter.r, "alpha": adapter.alpha, "dropout": adapter.dropout}
-    named["targets"] = list(lora.config.as_names(adapter.targets))
+    named["targets"] = list(as_names(adapter.targets))
     return {**given, **own, "lora": {**given["lora"], **named}}
 
 
