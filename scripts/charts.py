@@ -114,7 +114,7 @@ class Chart:
             return None
         xs, ys = ([p[i] for p in points] for i in (0, 1))
         low, high = min(ys), max(ys)
-        log = self.log_y and low > 0 and high / low > 25
+        log = self.log_y and low > 0 and high / low > 12
         if not log:
             room = 0.06 * (high - low) or abs(high) or 1.0
             low, high = (low if 0 <= low < room * 3 else low - room), high + room

@@ -32,7 +32,11 @@ def sections_of(record: Record) -> Iterator[Section]:
     yield "What came out", verdict(record), [finalists(record)]
     yield "The halving", halving_note(record), [trials.tree(record)]
     yield "Each hyper-parameter", HYPER, [list(trials.over_each(record))]
-    yield "Training", "Of each of their seeds.", [trials.training(record)]
+    yield (
+        "Training",
+        "The finalists and the default configuration, under the first of their seeds.",
+        [trials.training(record)],
+    )
     yield "Leaderboard", "", [leaderboard(record)]
 
 

@@ -15,10 +15,10 @@ Row = Mapping[str, Any]
 def tree(record: Record) -> Chart:
     """Each trial's loss from rung to rung; a line ends where its trial retired."""
     last = max((row["rung"] for row in record.board), default=1)
-    kinds: dict[str, list[Row]] = {"retired": [], "finalist": [], "winner": []}
+    kinds: dict[str, list[Row]] = {"others": [], "finalist": [], "winner": []}
     for row in reversed(record.board):
-        kinds[row["state"] if row["state"] in kinds else "retired"].append(row)
-    looks = {"retired": "soft", "finalist": "4", "winner": "accent"}
+        kinds[row["state"] if row["state"] in kinds else "others"].append(row)
+    looks = {"others": "soft", "finalist": "4", "winner": "accent"}
     shown: list[Series] = []
     for kind, rows in kinds.items():
         points, names = [], []
@@ -26,7 +26,7 @@ def tree(record: Record) -> Chart:
             found = [(int(rung), _value(loss)) for rung, loss in row["losses"].items()]
             points += [*found, (last, math.nan)]
             names += [f"trial {row['trial']}"] * (len(found) + 1)
-        look = "both" if kind != "retired" else "both faint"
+        look = "both" if kind != "others" else "both faint"
         shown.append(Series(name=kind, points=points, names=names, look=look, color=looks[kind]))
     alive = {r["rung"]: r["alive"] for r in record.run.get("rungs", [])}
     ticks = [(n, f"rung {n}\n{alive.get(n, '?')} trials") for n in range(1, last + 1)]
@@ -50,7 +50,7 @@ def over_each(record: Record) -> Iterator[Chart]:
                 points=[(at(row), _value(row["losses"][str(rung)])) for row in rows],
                 names=[f"trial {row['trial']}, {value_of(row['params'][name])}" for row in rows],
                 look="dots",
-                color="accent" if rung == last else "6" if rung > 1 else "soft",
+                color="accent" if rung == last else "mid" if rung > 1 else "soft",
             )
             for rung, rows in groups.items()
         ]
