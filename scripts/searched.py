@@ -18,6 +18,7 @@ WORDS = {
     "alike": "On test data it cannot be told apart from the default configuration.",
     None: "It was not compared with the default configuration on test data.",
 }
+CURVES = "The finalists and the default configuration, under the first of their seeds."
 HYPER = (
     "Each dot is a trial, at the loss of the last rung that it reached: blue is the last of all. "
     "Early rungs have trained less, so compare dots of one colour. Bars span the seeds of the "
@@ -32,11 +33,7 @@ def sections_of(record: Record) -> Iterator[Section]:
     yield "What came out", verdict(record), [finalists(record)]
     yield "The halving", halving_note(record), [trials.tree(record)]
     yield "Each hyper-parameter", HYPER, [list(trials.over_each(record))]
-    yield (
-        "Training",
-        "The finalists and the default configuration, under the first of their seeds.",
-        [trials.training(record)],
-    )
+    yield "Training", CURVES, [trials.training(record)]
     yield "Leaderboard", "", [leaderboard(record)]
 
 
