@@ -192,7 +192,9 @@ class Population:
         self.put(slot, _low_rank(found))
 
     def eject(self) -> None:
-        """Take the population off: the model is, object for object, the one that it was."""
+        """Take the population off: the model is, object for object, the one it was; once only."""
+        if not {*self.model.modules()} & {*self.layers.values()}:
+            raise RuntimeError("The population is not on the model: it was taken off before.")
         self._tree.replace({layer.base: layer.base for layer in self.layers.values()})
         for parameter in self._thawed:
             parameter.requires_grad_(True)

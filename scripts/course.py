@@ -6,7 +6,7 @@ It knows of no options, folders or consoles, so that anything may drive it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -17,6 +17,7 @@ import proposals
 from plan import Plan
 from recipe import Recipe
 from space import Values
+from team import Team
 from wave_files import WaveFiles
 from waves import DEFAULT, Run, Waves
 
@@ -46,6 +47,7 @@ class Course:
     tested: dict[int | str, list[float]] = field(default_factory=dict[int | str, list[float]])
     alive: int = 0
     done: int = 0
+    team: Team = field(default_factory=Team)
 
     def search(self, test: gpt2.Dataset | None) -> None:
         """Run it to its end.
@@ -59,7 +61,8 @@ class Course:
                 ended = next(run.ended for run in self.runs if run.ended)
                 raise RuntimeError(f"No trial came to the end of rung {rung + 1}: {ended}")
         self._finals()
-        if test is not None:
+        self._fetch([*self.seeds_of(self.winner), *self.seeds_of(DEFAULT)])
+        if test is not None and self.team.rank == 0:
             for trial in (self.winner, DEFAULT):
                 runs = self.seeds_of(trial)
                 if all(run.place for run in runs):
@@ -120,22 +123,20 @@ class Course:
         return run.losses.get(self.plan.halving.step(rung, run.total), math.nan)
 
     def _rung(self, rung: int) -> None:
-        halving, slots = self.plan.halving, self.plan.slots
+        halving = self.plan.halving
         self.rungs.append([] if rung == 0 else self._order(rung - 1))
         numbers = range(halving.trials) if rung == 0 else self.rungs[rung]
         still = self._may_go_on if rung + 1 < halving.rungs else self._is_finalist
-        k = min(slots, len(numbers))
         self.alive = len(numbers)
-        for wave, first in enumerate(range(0, len(numbers), k)):
-            some = list(numbers[first : first + k])
+        k, waves = self.team.waves(numbers, self.plan.slots)
+        for wave, some in enumerate(waves):
             name = f"rung-{rung + 1}-wave-{wave + 1}"
             if rung == 0:
                 self._propose(wave, len(some), name)
                 self.rungs[0] += some
-            runs = [self.runs[n] for n in some]
+            runs = {n: self.runs[n] for n in some}
             values = [self.values[n] for n in some] if rung == 0 else None
-            until = [halving.step(rung, run.total) for run in runs]
-            self._wave(name, k, runs, until, values, lambda run, r=rung, s=still: s(run, r))
+            self._wave(name, k, runs, rung, values, lambda run, r=rung, s=still: s(run, r))
         for n in numbers:  # some were overtaken by those of later waves
             if not still(self.runs[n], rung):
                 self.runs[n].place = None
@@ -143,7 +144,7 @@ class Course:
     def _propose(self, wave: int, n: int, name: str) -> None:
         """Add so many trials: those of a wave that was trained before, or new ones."""
         plan = self.plan
-        values = self.files.values(name) if self.files else None
+        values = self.files.values(self.team.own(name)) if self.files else None
         if values is None and plan.sampler == "random":  # whatever the slots: all at once
             everything = self._proposed(plan.halving.trials, 0, [])
             values = everything[len(self.values) : len(self.values) + n]
@@ -195,32 +196,53 @@ class Course:
             ]
             self.again[trial] = own
             found += own
-        k = min(self.plan.slots, len(found))
-        self.alive = len(self.finalists)
-        for wave, first in enumerate(range(0, len(found), k)):
-            some = found[first : first + k]
-            until = [run.total for run in some]
-            self._wave(f"finals-wave-{wave + 1}", k, some, until, None, lambda run: not run.ended)
+        self.alive, last = len(self.finalists), self.plan.halving.rungs - 1
+        k, waves = self.team.waves(range(len(found)), self.plan.slots)
+        for wave, some in enumerate(waves):
+            runs = {i: found[i] for i in some}
+            self._wave(f"finals-wave-{wave + 1}", k, runs, last, None, lambda run: not run.ended)
 
     def _wave(
         self,
         name: str,
         k: int,
-        runs: list[Run],
-        until: list[int],
+        all_runs: Mapping[int, Run],
+        rung: int,
         values: list[Values] | None,
         keeps: Callable[[Run], bool],
     ) -> None:
         """Train runs, or read what they came to when they were trained before."""
-        before = sum(run.taken for run in runs)
-        if self.files and self.files.read(name, runs):
+        before = sum(run.taken for run in all_runs.values())
+        runs, name = [all_runs[i] for i in all_runs if self.team.has(i)], self.team.own(name)
+        if not runs or (self.files and self.files.read(name, runs)):
             self.progress(self, 0)
         else:
-            self.waves.train(k, runs, until, lambda steps: self.progress(self, steps))
+            until = [self.plan.halving.step(rung, run.total) for run in runs]
+            look = self.files.under_way(name, self.waves, runs) if self.files else lambda: None
+
+            def progress(steps: int) -> None:
+                look()
+                self.progress(self, steps)
+
+            self.waves.train(k, runs, until, progress)
             self.waves.keep(runs, [i for i, run in enumerate(runs) if keeps(run)])
             if self.files:
                 self.files.write(name, runs, values)
-        self.done += sum(run.taken for run in runs) - before
+        self._tell(all_runs)
+        self.done += sum(run.taken for run in all_runs.values()) - before
+
+    def _tell(self, runs: Mapping[int, Run]) -> None:
+        """Each process learns what the runs of the others came to."""
+        own = {i: (run.curve, run.losses, run.ended) for i, run in runs.items() if self.team.has(i)}
+        for found in self.team.gather(own):
+            for i, (curve, losses, ended) in found.items():
+                runs[i].curve, runs[i].losses, runs[i].ended = curve, losses, ended
+
+    def _fetch(self, runs: Sequence[Run]) -> None:
+        """Each process gets where these runs are."""
+        for places in self.team.gather([run.place for run in runs]):
+            for run, place in zip(runs, places, strict=True):
+                run.place = run.place or place
 
     def _total(self, recipe: Recipe) -> int:
         return gpt2.total_steps(self.waves.learnt, recipe.training)

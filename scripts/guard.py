@@ -109,6 +109,8 @@ def _plain(message: str) -> str:
     wanted = wanted or re.search(r"Expected an? (.+?)(?:\. Got value|$)", message, re.MULTILINE)
     if not (key and given and wanted):
         return message
+    if "float" in wanted[1] and re.fullmatch(r"[+-]?(nan|inf|infinity)", given[1], re.IGNORECASE):
+        return f"{key[1]} must be finite, got {given[1]}."
     kinds = re.sub(r"<class '([\w.]+)'>", r"\1", wanted[1])
     kinds = re.sub(r"\b(?:typing|collections\.abc)\.", "", kinds)
     return f"{key[1]} must be {kinds.replace(', NoneType', ' or null')}, got {given[1]}."

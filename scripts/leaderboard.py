@@ -13,6 +13,7 @@ from jsonargparse import Namespace
 import gpt2
 import lora
 import noise
+import page
 import proposals
 import results
 import verdict
@@ -51,6 +52,7 @@ def write(
     plot(course, place / SEARCH_PLOT)
     told = {**about, **outcome(course), **changed, "versions": results.versions()}
     results.write_record(place, told)
+    page.write(place)
 
 
 def train_options(course: Course, options: Namespace) -> dict[str, Any]:

@@ -14,7 +14,8 @@ import gpt2
 import inputs
 import lora
 import options as opts
-from space import Space, Values, names_of
+from lora.config import as_names
+from space import Range, Space, Values, names_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +41,12 @@ class Recipe:
         )
 
     def varied(self, values: Values) -> Recipe:
-        """The same with what a trial has of a space."""
+        """The same with what a trial has of a space; where r varies, alpha / r stays."""
         given: dict[str, Any] = dict(values)
-        r = given.pop("r", self.adapter.r)
+        r, own = given.pop("r", self.adapter.r), dict[str, Any]()
         ratio = given.pop("alpha_over_r", self.adapter.alpha / self.adapter.r)
-        own: dict[str, Any] = {"r": r, "alpha": ratio * r if values else self.adapter.alpha}
+        if {"r", "alpha_over_r"} & {*values}:
+            own = {"r": r, "alpha": ratio * r}
         if "dropout" in given:
             own["dropout"] = given.pop("dropout")
         if "targets" in given:
@@ -67,7 +69,7 @@ class Recipe:
             "r": adapter.r,
             "alpha_over_r": adapter.alpha / adapter.r,
             "dropout": adapter.dropout,
-            "targets": list(lora.config.as_names(adapter.targets)),
+            "targets": list(as_names(adapter.targets)),
         }
         return {name: own[name] if name in own else getattr(training, name) for name in of}
 
@@ -81,14 +83,14 @@ def room(space: Space, usual: Recipe, side: int | None = None) -> lora.LoRAConfi
         side: the largest rank that fits the layers; None leaves ranks out of account.
     """
     adapter = usual.adapter
+    axis = space.axes.get("r", ())
     ranks = [adapter.r, *(adapter.rank_pattern or {}).values()]
-    if "r" in space.axes:
-        axis: Any = space.axes["r"]
-        ranks += axis if isinstance(axis, tuple) else [axis.high]
-    r = 1 if side is None else max([min(rank, side) for rank in ranks if rank <= side] or [1])
-    if side is not None and any(rank > side for rank in ranks) and not isinstance(axis, tuple):
-        r = side
-    targets = dict.fromkeys([*lora.config.as_names(adapter.targets), *space.targets()])
+    if isinstance(axis, Range):
+        ranks.append(int(axis.high) if side is None else min(int(axis.high), side))
+    else:
+        ranks += [rank for rank in axis if isinstance(rank, int)]
+    r = 1 if side is None else max((rank for rank in ranks if rank <= side), default=1)
+    targets = dict.fromkeys([*as_names(adapter.targets), *space.targets()])
     dropout = max(adapter.dropout, space.ends("dropout", adapter.dropout)[1])
     return replace(
         adapter, r=r, targets=tuple(targets), dropout=dropout, rank_pattern=None,

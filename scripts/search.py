@@ -9,6 +9,7 @@ if __name__ == "__main__":  # on top, so that Ctrl-C during the imports below en
 
     sys.exit(command.start("search", sys.argv[1:]))
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ import inputs
 import inside
 import leaderboard
 import options as opts
-import page
+import processes
 import proposals
 import recipe
 import results
@@ -33,13 +34,14 @@ import starting
 import validation
 import verdict
 from course import Course
+from plan import Plan
+from team import Team
+from validation import Apart
+from waves import Waves
 
 DEMO = Path(__file__).resolve().parent / "configs" / "search_demo.yaml"
-SPACE = (
-    "what varies: a list is a choice, {low, high} a range, even in its logarithm; over "
-    + ", ".join(searching.NAMES)
-)
-DATA = inputs.DATA / "tasks" / "weather.jsonl"
+SPACE = f"what varies: [choices], or {{low, high}} in logarithms; of {', '.join(searching.NAMES)}"
+DATA = inputs.DATA / "weather.jsonl"
 
 
 def parse(argv: guard.Arguments) -> Namespace:
@@ -66,33 +68,44 @@ def parse(argv: guard.Arguments) -> Namespace:
 @guard.guarded
 def main(argv: guard.Arguments = None) -> None:
     """Parse, search, show, save."""
-    options, console, clock = parse(argv), cli.Plain(), results.Clock()
-    proposals.optuna()  # raises where it is missing
-    space = searching.checked(options)
-    searching.check(options)
-    device = cli.pick_device(options.device)
-    source = inputs.source(options.data, options)
-    model = inputs.base(options, device)
-    reader = inputs.Reader(gpt2.Tokenizer(), model, options, console)
-    apart = validation.apart(source, reader)
-    plan = searching.planned(options, space, apart)
-    waves = searching.waves(plan, model, apart)
-    console.print(searching.told(plan, apart), soft_wrap=True)
-    clock.lap("load")
-    with starting.begun(options, [folder.WINNER]) as place, waves:
-        files = searching.files(place, options, plan, model, apart)
-        with bars.searching(console) as progress:
-            course = Course(plan=plan, waves=waves, files=files, progress=progress)
-            course.search(apart.tested)
-        clock.lap("search")
-        about = searching.about(reader, apart, clock)
-        about["commands"] = folder.of_winner(place, options.model_name, source.examples[0].prompt)
-        look = partial(inside.measured, apart=apart, tokenizer=reader.tokenizer)
-        leaderboard.write(course, options, place, about, look)
-        page.write(place)
-        files.remove()  # the search is over
-    finalists = leaderboard.ranked(course)[: len(course.finalists)]
-    table = verdict.finalist_table(course, finalists)
-    console.print(table, verdict.said(course), sep="\n")
-    names = ", ".join(sorted(file.name for file in place.iterdir()))
-    console.print(f"Saved in {place}: {names}", soft_wrap=True)
+    clock = results.Clock()
+    with processes.joined():
+        with processes.agreed():
+            options = parse(argv)
+            proposals.optuna()  # raises where it is missing
+            space = searching.checked(options)
+            searching.check(options)
+            device = processes.own_device(cli.pick_device(options.device))
+            source = inputs.source(options.data, options)
+            model = inputs.base(options, device)
+            console = cli.Plain(quiet=processes.rank() > 0)
+            reader = inputs.Reader(gpt2.Tokenizer(), model, options, console)
+            apart = validation.apart(source, reader)
+            plan = searching.planned(options, space, apart)
+            waves = searching.waves(plan, model, apart)
+        console.print(searching.told(plan, apart), soft_wrap=True)
+        clock.lap("load")
+        with starting.begun(options, [folder.WINNER]) as place, waves:
+            search(plan, waves, place, reader, apart, clock)
+
+
+def search(
+    plan: Plan, waves: Waves, place: Path, reader: inputs.Reader, apart: Apart, clock: results.Clock
+) -> None:
+    """Search, and leave behind what was found."""
+    options, console = reader.options, reader.console
+    team = Team(rank=processes.rank(), size=processes.size(), gather=processes.gathered)
+    with processes.agreed():
+        files = searching.files(place, options, plan, waves.model, apart)
+    with bars.searching(console) as progress, searching.resumable(place):
+        course = Course(plan=plan, waves=waves, files=files, progress=progress, team=team)
+        course.search(apart.tested)
+    if processes.rank():
+        return  # the first goes on alone
+    clock.lap("search")
+    look = partial(inside.measured, apart=apart, tokenizer=reader.tokenizer)
+    leaderboard.write(course, options, place, searching.about(reader, apart, clock, place), look)
+    files.remove()  # the search is over
+    ranked = leaderboard.ranked(course)
+    console.print(verdict.finalist_table(course, ranked), verdict.said(course), sep="\n")
+    console.print(f"Saved in {place}: {', '.join(sorted(os.listdir(place)))}", soft_wrap=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import gpt2
 import lock
 import lora
 import memory
+import processes
 import recipe
 import results
 import space as spaces
@@ -28,7 +31,7 @@ from validation import Apart
 from wave_files import FOLDER, MADE_OF, WaveFiles
 from waves import Waves
 
-__all__ = ["NAMES", "about", "check", "checked", "files", "planned", "told", "waves"]
+__all__ = ["NAMES", "about", "check", "checked", "files", "planned", "resumable", "told", "waves"]
 
 
 def checked(options: Namespace) -> Space:
@@ -58,6 +61,11 @@ def check(options: Namespace) -> None:
         FileNotFoundError: there is nothing to go on with.
         ValueError: the folder holds a run; another one works there.
     """
+    if processes.size() > 1 and options.res_path is None and not options.resume:
+        raise ValueError("Several processes share a folder: name it with --res_path.")
+    if processes.is_restart() and not options.resume:
+        options.resume = (Path(options.res_path or "") / FOLDER / MADE_OF).is_file()
+        options.overwrite = not options.resume
     if options.resume:
         named = options.resume if isinstance(options.resume, str) else options.res_path
         if named is None:
@@ -70,7 +78,7 @@ def check(options: Namespace) -> None:
         options.res_path = named
     else:
         folder.check(options.res_path, overwrite=options.overwrite, adapters=[folder.WINNER])
-    if options.res_path and Path(options.res_path).is_dir():
+    if options.res_path and Path(options.res_path).is_dir() and not processes.rank():
         with lock.held(Path(options.res_path)):
             pass
 
@@ -121,6 +129,8 @@ def files(place: Path, options: Namespace, plan: Plan, model: gpt2.GPT2, apart: 
         ValueError: they are of another.
     """
     found = WaveFiles(place)
+    if not (options.resume or processes.rank()):
+        found.remove()  # of a search that is replaced
     training, halving = plan.usual.training, plan.halving
     made_of = fingerprints.of_run(model, apart.learnt, training, apart.held_out)
     for name in ("modules", "trained parameters"):
@@ -130,12 +140,24 @@ def files(place: Path, options: Namespace, plan: Plan, model: gpt2.GPT2, apart: 
         "space": repr(options.space),
         "adapter": repr(plan.usual.adapter),
         "base dropout": repr(options.base_dropout),
+        "processes": repr(processes.size()),
     }
     numbers = {"trials": halving.trials, "rungs": halving.rungs, "keep": halving.keep}
     numbers |= {name: getattr(plan, name) for name in ("slots", "finalists", "seeds")}
     numbers |= {"sampler": plan.sampler, "b_ratio": plan.usual.b_ratio}
     found.begin({**made_of, **{name: repr(value) for name, value in numbers.items()}})
     return found
+
+
+@contextmanager
+def resumable(place: Path) -> Iterator[None]:
+    """What is stopped within says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        processes.leaving()
+        stop.add_note(f"Go on with --resume {place}.")
+        raise
 
 
 def told(plan: Plan, apart: Apart) -> str:
@@ -151,14 +173,17 @@ def told(plan: Plan, apart: Apart) -> str:
     )
 
 
-def about(reader: Reader, apart: Apart, clock: results.Clock) -> dict[str, Any]:
+def about(reader: Reader, apart: Apart, clock: results.Clock, place: Path) -> dict[str, Any]:
     """What is known of a search but for what came out."""
+    ids, asked = apart.learnt[0][0].tolist(), int(apart.learnt.prompts[0])
+    prompt = reader.tokenizer.decode(ids[: asked or 8])
     of = {"training": apart.learnt, "selection": apart.held_out, "test": apart.tested}
     return {
         "kind": "search",
         "config": {k: v for k, v in reader.options.as_dict().items() if k != "config"},
         "device": str(next(reader.model.parameters()).device),
         "machine": results.machine(reader.model),
+        "commands": folder.of_winner(place, reader.options.model_name, prompt),
         "data": {
             name: data and {"examples": len(data), "tokens": data.n_tokens}
             for name, data in of.items()

@@ -112,7 +112,7 @@ def _axis(name: str, given: object) -> Range | tuple[Value, ...] | list[str]:
     """What one name may be, or what is wrong with it."""
     if isinstance(given, Mapping):
         return _range(name, given)
-    choices = given if isinstance(given, list) else [given]
+    choices: list[Any] = given if isinstance(given, list) else [given]
     if not choices:
         return [f"{name} has no choice"]
     if name == "targets":

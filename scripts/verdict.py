@@ -29,7 +29,7 @@ def finalist_table(course: Course, ordered: Sequence[int]) -> Table:
     table = Table("trial", "what it is", title="Finalists")
     for heading in ("mean", "min", "max", "sd", "test"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for trial in (*ordered, DEFAULT):
+    for trial in (*ordered[: len(course.finalists)], DEFAULT):
         run, spread = course.seeds_of(trial)[0], noise.spread(course.losses_of(trial))
         values = run.recipe.values(names).items()
         said = " · ".join(f"{name} {_short(value)}" for name, value in values)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,9 +18,11 @@ from safetensors import safe_open
 
 from gpt2 import streaming
 from gpt2.training import fingerprints
-from waves import Place, Run
+from waves import Place, Run, Waves
 
 FOLDER, MADE_OF = "waves", "made_of.json"
+SAVE_EVERY = 60.0  # seconds between two files of a wave under way
+SO_FAR = "-so-far"  # of a wave under way
 PARTS = ("flat", "first", "second")
 Values = list[Any]
 
@@ -70,6 +73,8 @@ class WaveFiles:
         part = file.with_suffix(".part")
         streaming.write(part, tensors, {"wave": json.dumps(about)})
         os.replace(part, file)
+        if not name.endswith(SO_FAR):
+            (self.folder / f"{name}{SO_FAR}.safetensors").unlink(missing_ok=True)
 
     def values(self, name: str) -> Values | None:
         """The values of a wave's trials; None of a wave that did not come to its end."""
@@ -88,6 +93,22 @@ class WaveFiles:
         for row, i in enumerate(about["kept"]):
             runs[i].place = Place(*(tensors[part][row] for part in PARTS))
         return True
+
+    def under_way(self, name: str, waves: Waves, runs: Sequence[Run]) -> Callable[[], None]:
+        """Give runs what is kept of a wave that was stopped; a function that keeps it from time to
+        time."""
+        self.read(name + SO_FAR, runs)
+        saved = time.monotonic()
+
+        def look() -> None:
+            nonlocal saved
+            if time.monotonic() - saved < SAVE_EVERY:
+                return
+            if so_far := waves.so_far(runs):
+                self.write(name + SO_FAR, so_far)
+            saved = time.monotonic()
+
+        return look
 
     def remove(self) -> None:
         """Take the files away: the search is over."""

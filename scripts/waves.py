@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -137,6 +137,26 @@ class Waves:
         for i, slot in enumerate(which):
             runs[slot].place = Place(*(row[i] for row in rows))
 
+    def so_far(self, runs: Sequence[Run]) -> list[Run]:
+        """Copies of runs that are being trained, with where they are; none in the midst of a step.
+
+        To be called between two looks at the device, in `train`'s `progress`.
+        """
+        _, training = self._of()
+        owns = training.trainings[: len(runs)]
+        if any(own is not None and own.micro for own in owns):
+            return []
+        copies = [
+            replace(
+                run,
+                curve=run.curve + [record.loss for record in own.records] if own else run.curve,
+                ended=own.ended if own else run.ended,
+            )
+            for run, own in zip(runs, owns, strict=True)
+        ]
+        self.keep(copies, [i for i, run in enumerate(copies) if run.ended is None])
+        return copies
+
     def evaluate(self, k: int, runs: Sequence[Run], data: gpt2.Dataset) -> list[float]:
         """The loss of runs, where they are kept, on other data."""
         found: list[float] = []
@@ -169,6 +189,8 @@ class Waves:
         training.trainings[:] = [None] * k
         for slot, (run, step) in enumerate(zip(runs, until, strict=True)):
             recipe, place = run.recipe, run.place
+            if run.ended is not None:
+                continue
             try:
                 slots.draw(slot, recipe.adapter)
             except ValueError as error:  # such as a rank above a layer's side

@@ -139,6 +139,8 @@ LINES = {
     "--tasks": "--tasks",
     "--epochs 1 --steps 1": "give epochs or steps, and not both",
     "--lr ''": "lr must be float",
+    "--lr nan": "lr must be finite, got nan",
+    "--lora.dropout inf": "lora.dropout must be finite, got inf",
     "--train_batch_size 0": "batch_size must be",
     "--config ''": "is missing or no file",
     "--config .": "is missing or no file",

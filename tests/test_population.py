@@ -352,11 +352,21 @@ def test_what_cannot_be_started_or_advanced_is_one_clear_line():
         "Slot 1 is empty": lambda: training.start(1, config),
         "slot must be in 0..1, got 5": lambda: training.start(5, config),
         "ticks must be an integer of at least 1, got 'x'": lambda: training.advance("x"),
+        "slots must be a lora.Population, got NoneType": lambda: PopulationTraining(
+            training.model, None, data(), config
+        ),
     }.items():
         with pytest.raises(ValueError, match=fault):
             start()
     to_the_end(training)
     same(outcome(training, slots, 0), outcome(*only(base()), 0))
+
+
+def test_a_population_is_taken_off_once():
+    slots = lora.Population(base(), 2, ROOM)
+    slots.eject()
+    with pytest.raises(RuntimeError, match="taken off before"):
+        slots.eject()
 
 
 def only(model: gpt2.GPT2) -> tuple[PopulationTraining, lora.Population]:

@@ -156,11 +156,17 @@ def test_no_trial_left_is_said(made):
         course.search(None)
 
 
-def test_a_search_stopped_anywhere_goes_on_to_the_same_end(made, script, monkeypatch, tmp_path):
+@pytest.mark.parametrize("seconds", [0.0, 60.0])
+def test_a_search_stopped_anywhere_goes_on_to_the_same_end(
+    made, script, monkeypatch, tmp_path, seconds
+):
+    """Whether what was trained of a wave is kept or not."""
     monkeypatch.setitem(script("waves").TICKS, "cpu", 2)
+    monkeypatch.setattr(script("wave_files"), "SAVE_EVERY", seconds)
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # which takes most of the time
     wanted = made(tmp_path / "wanted", sampler="tpe")
     wanted.search(data(4))
-    calls = [0]
+    calls, under_way = [0], list[bool]()
     for stop in (1, 3, 2, 5, 4, 1, 2, 3):
         course = made(tmp_path / "cut", sampler="tpe")
         calls[0] = 0
@@ -173,6 +179,8 @@ def test_a_search_stopped_anywhere_goes_on_to_the_same_end(made, script, monkeyp
         course.progress = progress
         with pytest.raises(KeyboardInterrupt):
             course.search(data(4))
+        under_way.append(any((tmp_path / "cut" / "waves").glob("*-so-far*")))
+    assert any(under_way) == (seconds == 0)
     course = made(tmp_path / "cut", sampler="tpe")
     course.search(data(4))
     assert facts(course) == facts(wanted)
@@ -258,10 +266,10 @@ def test_what_a_search_leaves_behind(found, script):
     assert run["adapter_steps"] == 4 * 4 + 2 * 4 + 2 * 8 + 2 * 8
     assert run["winner_on_test"] in ("better", "worse", "alike")
     assert (found / "search.png").stat().st_size > 10_000
-    assert not (found / "waves").exists()
     report = (found / "report.html").read_text()
     assert all(f"<td>{row['state']}</td>" in report for row in board)
     assert "What the winner changed" in report
+    assert not (found / "waves").exists()
     optuna = script("proposals").optuna()
     study = optuna.load_study(study_name=None, storage=f"sqlite:///{found / 'study.db'}")
     assert [t.state.name for t in study.trials].count("COMPLETE") == 2
@@ -310,8 +318,8 @@ def test_a_search_that_is_killed_goes_on_to_the_same_bytes(found, tiny, tmp_path
         capture_output=True, text=True, env=env(),
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
-    told = ("study.db", "report.html")  # which tell the time
-    for file in (f for f in found.rglob("*") if f.is_file() and f.name not in told):
+    clocked = ("study.db", "report.html")  # which shows the clock of run.json
+    for file in (f for f in found.rglob("*") if f.is_file() and f.name not in clocked):
         again = place / file.relative_to(found)
         if file.name == "run.json":
             one, other = (json.loads(f.read_text()) for f in (file, again))
@@ -396,11 +404,14 @@ def test_slots_that_do_not_fit_in_memory_are_refused_with_what_fits(
     fit = int(said.partition("--slots ")[2].rstrip(".\n"))
     assert fit < 3
     assert not place.exists()
-    assert script("search").main([*tiny, "--slots", str(fit), "--res_path", str(place)]) == 0
+    place.joinpath("waves").mkdir(parents=True)
+    place.joinpath("waves", "made_of.json").write_text('{"of": "another search"}')
+    more = ["--slots", str(fit), "--res_path", str(place), "--overwrite", "true"]
+    assert script("search").main([*tiny, *more]) == 0
 
 
 def test_what_a_slot_takes_is_about_what_is_told(script):
-    """Peak memory of sixteen slots more, in processes of their own."""
+    """Peak memory of twelve slots more, in processes of their own."""
     code = (
         "import resource, sys, torch, gpt2, lora\n"
         "from tests.test_search import a_step\n"
@@ -410,12 +421,12 @@ def test_what_a_slot_takes_is_about_what_is_told(script):
     peaks = [
         int(subprocess.run([sys.executable, "-c", code, k], env=env(), cwd=ROOT, check=True,
                            capture_output=True, text=True).stdout)
-        for k in ("12", "28")
+        for k in ("8", "20")
     ]  # fmt: skip
     model, parameters = gpt2.GPT2.from_pretrained("demo"), 16 * 32768
     told = script("memory").of_slot(model, parameters, 64, gpt2.TrainConfig(steps=1))
-    measured = (peaks[1] - peaks[0]) * 1024 / 16
-    assert 0.6 < measured / told < 1.4
+    measured = (peaks[1] - peaks[0]) * 1024 / 12
+    assert 0.3 < measured / told < 1.4  # the smaller peak may be that of loading
 
 
 def a_step(k: int) -> None:
@@ -429,4 +440,50 @@ def a_step(k: int) -> None:
     for slot in range(k):
         slots.draw(slot, room)
         training.start(slot, config)
-    training.advance(2)
+    training.advance(1)
+
+
+def test_two_processes_find_what_one_finds(found, tiny, tmp_path):
+    """Each trains trials of its own; to rounding, since a product of fewer rows is another."""
+    place = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    ended = subprocess.run(
+        [*command, *started(tiny, place)[1:]], capture_output=True, text=True, env=env()
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("Saved in") == 1
+    for row, wanted in zip(*(lines(f / "curves.jsonl") for f in (place, found)), strict=True):
+        assert row["training"] == pytest.approx(wanted["training"], rel=1e-3)
+        assert row["selection"] == pytest.approx(wanted["selection"], rel=1e-3)
+    one, other = (json.loads((f / "run.json").read_text()) for f in (place, found))
+    for name in ("finalists", "not_told_apart", "winner_on_test", "adapter_steps"):
+        assert one[name] == other[name], name
+    for name in ("winner", "default"):
+        tested = other[name]["test"]["seeds"]
+        assert one[name]["test"]["seeds"] == pytest.approx(tested, rel=1e-3)
+
+
+def test_a_search_that_is_interrupted_says_how_to_go_on(
+    tiny, tmp_path, script, capsys, monkeypatch
+):
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script("waves").Waves, "train", stopped)
+    place = tmp_path / "run"
+    assert script("search").main([*tiny, "--res_path", str(place)]) == 130
+    assert capsys.readouterr().err == f"Interrupted. Go on with --resume {place}.\n"
+
+
+def test_what_varies_takes_the_place_of_the_usual_and_nothing_else_does(made):
+    usual = made().plan.usual
+    assert usual.varied({"lr": 0.5}) == replace(usual, training=replace(usual.training, lr=0.5))
+    assert usual.varied({"r": 8}).adapter == replace(usual.adapter, r=8, alpha=16)
+    assert usual.varied({"alpha_over_r": 3}).adapter == replace(usual.adapter, alpha=6)
+    of_epochs = usual.varied({"epochs": 2}).training
+    assert (of_epochs.epochs, of_epochs.steps) == (2, None)
+    targets = usual.varied({"targets": '["c_attn", "c_fc"]'})
+    assert targets.adapter.targets == ("c_attn", "c_fc")
+    assert targets.values(("targets", "b_ratio")) == {"targets": ["c_attn", "c_fc"], "b_ratio": 1}
+    seeded = usual.seeded(9)
+    assert seeded.adapter.seed == seeded.training.seed == 9

@@ -49,12 +49,14 @@ class PopulationTraining:
         trainings: what is known of each slot's training; None where none was started.
 
     Raises:
-        ValueError: the model cannot be called on the data, or drops where no slot can have a mask
-            of its own; packing, token budgets or checkpointing, which a population has not.
+        ValueError: no slots; the model cannot be called on the data, or drops where no slot can
+            have a mask of its own; packing, token budgets, checkpointing: a population has none.
     """
 
     def __init__(self, model: nn.Module, slots: Slots, data: Dataset, config: TrainConfig) -> None:
         check_readable(model, data)
+        if not hasattr(slots, "flat"):
+            raise ValueError(f"slots must be a lora.Population, got {type(slots).__name__}.")
         check(model, config)
         self.model, self.slots, self.data, self.config = model, slots, data, config
         self.trainings: list[Slot | None] = [None] * len(slots.flat)
@@ -183,8 +185,10 @@ class PopulationTraining:
         with in_mode(self.model, training=False), self._randomness:
             for start in range(0, len(data), batch_size):
                 batch = collate([data[int(i)] for i in order[start : start + batch_size]])
-                rows = [t.repeat(k, 1).to(self.step.device) for t in (batch.idx, batch.labels)]
-                total += self.step.losses(*rows).view(k, -1).sum(1).double().cpu()
+                idx, labels = (
+                    t.repeat(k, 1).to(self.step.device) for t in (batch.idx, batch.labels)
+                )
+                total += self.step.losses(idx, labels).view(k, -1).sum(1).double().cpu()
                 tokens += batch.n_tokens
         return floats(total / tokens)
 
