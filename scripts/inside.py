@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +33,11 @@ def measured(model: gpt2.GPT2, apart: Apart, tokenizer: gpt2.Tokenizer) -> dict[
             "adapter": log_probabilities(model, ids),
         }
     return found
+
+
+def looked(apart: Apart, tokenizer: gpt2.Tokenizer) -> Callable[[gpt2.GPT2], dict[str, Any]]:
+    """The same, of a model that is not there yet."""
+    return partial(measured, apart=apart, tokenizer=tokenizer)
 
 
 def log_probabilities(model: gpt2.GPT2, ids: Tensor) -> list[float]:

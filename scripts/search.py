@@ -10,7 +10,6 @@ if __name__ == "__main__":  # on top, so that Ctrl-C during the imports below en
     sys.exit(command.start("search", sys.argv[1:]))
 
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +102,8 @@ def search(
     if processes.rank():
         return  # the first goes on alone
     clock.lap("search")
-    look = partial(inside.measured, apart=apart, tokenizer=reader.tokenizer)
-    leaderboard.write(course, options, place, searching.about(reader, apart, clock, place), look)
+    about = searching.about(reader, apart, clock, place)
+    leaderboard.write(course, options, place, about, inside.looked(apart, reader.tokenizer))
     files.remove()  # the search is over
     ranked = leaderboard.ranked(course)
     console.print(verdict.finalist_table(course, ranked), verdict.said(course), sep="\n")
