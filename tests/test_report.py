@@ -8,6 +8,8 @@ import random
 import re
 import shutil
 import subprocess
+from base64 import b64encode
+from hashlib import sha256
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -217,6 +219,8 @@ def look(file: Path, tmp_path: Path, width: int, dark: bool = False) -> tuple[di
     if dark:
         text = text.replace("@media (prefers-color-scheme: dark)", "@media all")
     inner = text.replace("<main>", f"{PROBE}<main>", 1)
+    mark = b64encode(sha256(PROBE[8:-9].encode()).digest()).decode()
+    inner = inner.replace("script-src ", f"script-src 'sha256-{mark}' ", 1)  # the probe's too
     (tmp_path / "inner.html").write_text(inner, encoding="utf-8")
     (tmp_path / "frame.html").write_text(FRAME.format(width=width))
     own = [f"--user-data-dir={tmp_path / 'profile'}", (tmp_path / "frame.html").as_uri()]
