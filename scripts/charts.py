@@ -1,193 +1,234 @@
-"""Line charts and scatters in SVG, drawn by hand; of many points the lowest and the highest."""
+"""Charts as SVG: axes, lines, dots. No spike is lost, and text keeps its size at any width.
+
+The drawing is stretched over its frame, strokes and dots are not; the labels beside it are HTML.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from html import escape
-from typing import cast
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
-Point = tuple[float, float]
-LEFT, RIGHT, TOP, BASE = 46.0, 12.0, 10.0, 24.0
+from markup import Markup, joined, tag
+
+BUCKETS = 200  # each gives two points, its lowest and its highest
+SIDE = 1000  # units of a drawing, across and down
+Points = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Line:
-    """A series and how it is drawn: a class of the style sheet."""
+class Series:
+    """Points of one name.
+
+    Args:
+        name: in the legend.
+        points: x and y; those that are not finite are left out, and a line has a gap there.
+        look: `line`, `dots` or `both`, and `faint` for what stands behind.
+        color: its number, `accent` or `soft`.
+        names: what the script says of each point.
+    """
 
     name: str
-    points: Sequence[Point]
-    style: str = "c0"
+    points: Points
+    look: str = "line"
+    color: str = "accent"
+    names: Sequence[str] | None = None
 
-
-def thinned(points: Sequence[Point], columns: int) -> list[Point]:
-    """The first, lowest, highest and last point of each of so many columns: no spike is lost.
-
-    What is not finite stays out of the drawing, and the line has a gap there.
-    """
-    if len(points) <= 2 * columns:
-        return list(points)
-    low, high = points[0][0], points[-1][0]
-    held: dict[int, list[Point]] = {}
-    for point in points:
-        held.setdefault(int((point[0] - low) / (high - low or 1) * (columns - 1)), []).append(point)
-    kept: list[Point] = [points[0]]
-    for column in held.values():
-        finite = [p for p in column if math.isfinite(p[1])]
-        pair = {min(finite, key=_height), max(finite, key=_height)} if finite else {column[0]}
-        if len(finite) < len(column) and finite:  # a gap is seen
-            pair.add(next(p for p in column if not math.isfinite(p[1])))
-        kept += sorted(pair - {kept[-1]}, key=lambda p: p[0])
-    return kept if kept[-1] == points[-1] else [*kept, points[-1]]
-
-
-def _height(point: Point) -> float:
-    return point[1]
+    def numbers(self) -> dict[str, object]:
+        """The points that are drawn, each coordinate in a row of its own."""
+        kept = [i for i, (_, y) in enumerate(self.points) if math.isfinite(y)]
+        found: dict[str, object] = {"name": self.name}
+        if self.names:
+            found["names"] = [self.names[i] for i in kept]
+        found["x"], found["y"] = ([self.points[i][k] for i in kept] for k in (0, 1))
+        return found
 
 
 @dataclass(frozen=True)
 class Axis:
-    """From values to places on the drawing."""
+    """Where values stand between two ends."""
 
     low: float
     high: float
-    start: float
-    end: float
     log: bool = False
 
     def at(self, value: float) -> float:
-        """Where a value stands."""
-        v = math.log10(max(value, 1e-300)) if self.log else value
-        return self.start + (v - self.low) / ((self.high - self.low) or 1) * (self.end - self.start)
+        """From 0 to 1."""
+        low, high, value = map(self._scaled, (self.low, self.high, value))
+        return (value - low) / (high - low) if high > low else 0.5
 
-    def ticks(self) -> list[tuple[float, str]]:
-        """Round values and what is written at them."""
+    def ticks(self, most: int = 6) -> list[float]:
+        """Round values between the ends."""
         if self.log:
-            whole = range(math.floor(self.low), math.ceil(self.high) + 1)
-            close = (1, 2, 5) if self.high - self.low < 2 else (1,)
-            found = [m * 10.0**e for e in whole for m in close]
-            inside = [v for v in found if self.low - 1e-9 <= math.log10(v) <= self.high + 1e-9]
-            return [(v, short(v)) for v in inside]
-        gap = (self.high - self.low) / 4 or 1
-        unit = 10.0 ** math.floor(math.log10(gap))
-        step = next(m * unit for m in (1, 2, 2.5, 5, 10) if m * unit >= gap - 1e-12)
-        first = math.ceil(self.low / step - 1e-9)
-        count = int((self.high + 1e-9 * step) / step) - first + 1
-        return [(v, short(v)) for v in ((first + i) * step for i in range(count))]
+            first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
+            for kinds in ((1, 2, 5), (1, 3), (1,)):
+                every = max(1, (last - first) // most) if kinds == (1,) else 1
+                found = [k * 10.0**e for e in range(first, last + 1, every) for k in kinds]
+                within = [v for v in found if self.low * 0.999 <= v <= self.high * 1.001]
+                if 2 <= len(within) <= most:
+                    return within
+            return within if len(within) > 1 else [self.low, self.high]
+        rough = (self.high - self.low) / most
+        if rough <= 0:
+            return [self.low]
+        size = 10.0 ** math.floor(math.log10(rough))
+        step = next(k * size for k in (1, 2, 5, 10) if k * size >= rough)
+        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
+        return [round(n * step, 12) for n in range(first, last + 1)]
+
+    def _scaled(self, value: float) -> float:
+        return math.log10(value) if self.log else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """Series over two axes.
+
+    Args:
+        name: by which the script finds its numbers.
+        title, unit: what is drawn.
+        series: those behind first.
+        marks: x and what is said of it: lines from top to bottom.
+        x_label: under the axis.
+        log_x: whether x is in logarithms.
+        log_y: whether y is where its values need that.
+        x_ticks: values of x and their names, where numbers would not do.
+        near: whether the script looks for the nearest point, and not for the nearest x.
+    """
+
+    name: str
+    title: str
+    series: Sequence[Series]
+    unit: str = ""
+    x_label: str = "step"
+    marks: Sequence[tuple[float, str]] = field(default_factory=tuple)
+    log_x: bool = False
+    log_y: bool = True
+    x_ticks: Sequence[tuple[float, str]] | None = None
+    near: bool = False
+
+    def axes(self) -> tuple[Axis, Axis] | None:
+        """Both, or None where there is nothing to draw."""
+        points = [p for one in self.series for p in finite(one.points)]
+        if not points:
+            return None
+        xs, ys = ([p[i] for p in points] for i in (0, 1))
+        low, high = min(ys), max(ys)
+        log = self.log_y and low > 0 and high / low > 12
+        if not log:
+            room = 0.06 * (high - low) or abs(high) or 1.0
+            low, high = (low if 0 <= low < room * 3 else low - room), high + room
+            low = 0.0 if 0 <= low < 0.35 * high else low
+        else:
+            low, high = low / 1.15, high * 1.15
+        if self.x_ticks:
+            xs += [at + side * 0.35 for at, _ in self.x_ticks for side in (-1, 1)]
+        return Axis(min(xs), max(xs), self.log_x), Axis(low, high, log)
+
+    def numbers(self) -> dict[str, object]:
+        """The very numbers that are drawn, for the page's script and for whoever reads on."""
+        if not (axes := self.axes()):
+            return {}
+        x, y = axes
+        return {
+            "x": [x.low, x.high, int(x.log)],
+            "y": [y.low, y.high, int(y.log)],
+            "near": int(self.near),
+            "series": [one.numbers() for one in self.series if finite(one.points)],
+        }
+
+    def html(self) -> Markup:
+        """The figure."""
+        axes = self.axes()
+        named = [one for one in self.series if one.name]
+        keys = [tag("span", s.name, class_=f"key {s.look} c-{s.color}") for s in named]
+        unit = ", ".join(u for u in (self.unit, "log" * bool(axes and axes[1].log)) if u)
+        head = tag("figcaption", tag("b", self.title), tag("small", unit), *keys)
+        if not axes:
+            return tag("figure", head, tag("p", "There are no numbers."), class_="chart")
+        drawn = tag("div", *self._plot(*axes), class_="plot")
+        label = tag("div", self.x_label, class_="xl")
+        return tag("figure", head, drawn, label, class_="chart", data_chart=self.name)
+
+    def _plot(self, x: Axis, y: Axis) -> Iterable[Markup]:
+        rows = [(SIDE - round(SIDE * y.at(v)), v) for v in y.ticks(5)]
+        grid = [tag("path", d="".join(f"M0 {at}H{SIDE}" for at, _ in rows), class_="grid")]
+        for at, _ in self.marks:
+            grid.append(tag("path", d=f"M{round(SIDE * x.at(at))} 0V{SIDE}", class_="mark"))
+        lines = [joined(*drawn(one, x, y)) for one in self.series]
+        box = f"0 0 {SIDE} {SIDE}"
+        svg = tag("svg", *grid, *lines, viewBox=box, preserveAspectRatio="none", role="img",
+                  aria_label=self.title)  # fmt: skip
+        ys = [tag("span", short(v), class_="yt", style=f"top:{at / 10:g}%") for at, v in rows]
+        xs = [
+            tag(
+                "span",
+                said,
+                class_="xt" + " end" * (x.at(v) > 0.97),
+                style=f"left:{100 * x.at(v):.4g}%",
+            )
+            for v, said in self.x_ticks or [(v, short(v)) for v in x.ticks(5)]
+        ]
+        said = [
+            tag("span", what, class_="say" + " left" * (x.at(at) > 0.6),
+                style=f"left:{100 * x.at(at):.4g}%")
+            for at, what in self.marks
+        ]  # fmt: skip
+        return [svg, *ys, *xs, *said]
+
+
+def drawn(series: Series, x: Axis, y: Axis) -> Iterable[Markup]:
+    """A series as paths."""
+    kind = f"c-{series.color} {series.look}"
+    places: list[tuple[int, int] | None] = [
+        (round(SIDE * x.at(a)), SIDE - round(SIDE * y.at(b))) if math.isfinite(b) else None
+        for a, b in series.points
+    ]
+    if "dots" not in series.look:
+        path, pen = "", "M"
+        for place in places:
+            path += f"{pen}{place[0]} {place[1]}" if place else ""
+            pen = "L" if place else "M"
+        yield tag("path", d=path, class_=f"{kind} l")
+    if "dots" in series.look or "both" in series.look:  # a line of no length, with round ends
+        yield tag("path", d="".join(f"M{p[0]} {p[1]}h0" for p in places if p), class_=f"{kind} d")
+
+
+def thinned(points: Points, buckets: int = BUCKETS) -> Points:
+    """Of many points the lowest and the highest of each bucket, so that no spike is lost.
+
+    Points that are not finite stay: a line has a gap there. So do the first and the last.
+    """
+    if len(points) <= 2 * buckets:
+        return points
+    kept = {0, len(points) - 1}
+    for n in range(buckets):
+        within = range(n * len(points) // buckets, (n + 1) * len(points) // buckets)
+        values = [i for i in within if math.isfinite(points[i][1])]
+        if len(values) < len(within):
+            kept.add(next(i for i in within if not math.isfinite(points[i][1])))
+        if values:
+            kept |= {
+                min(values, key=lambda i: points[i][1]),
+                max(values, key=lambda i: points[i][1]),
+            }
+    return [points[i] for i in sorted(kept)]
+
+
+def finite(points: Points) -> list[tuple[float, float]]:
+    """The points that can be drawn."""
+    return [(x, y) for x, y in points if math.isfinite(y)]
+
+
+def means(points: Points, of: int) -> Points:
+    """The mean of each `of` points, in their middle."""
+    parts = [points[i : i + of] for i in range(0, len(points) - of + 1, of)]
+    return [(sum(x for x, _ in p) / of, sum(y for _, y in p) / of) for p in parts]
 
 
 def short(value: float) -> str:
     """A number in few letters."""
-    if value and (abs(value) < 1e-3 or abs(value) >= 1e6):
-        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
-    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-
-
-def scale(values: Sequence[float], start: float, end: float, *, log: bool, zero: bool) -> Axis:
-    """The axis on which all finite values have room."""
-    finite = [v for v in values if math.isfinite(v) and (v > 0 or not log)] or [1.0, 2.0]
-    if log:
-        low, high = math.log10(min(finite)), math.log10(max(finite))
-        pad = (high - low) * 0.05 or 0.1
-        return Axis(low - pad, high + pad, start, end, log=True)
-    low, high = min(finite), max(finite)
-    low = min(0.0, low) if zero else low
-    pad = (high - low) * 0.05 or abs(high) * 0.1 or 1.0
-    return Axis(low if zero else low - pad, high + pad, start, end)
-
-
-def frame(
-    x: Axis,
-    y: Axis,
-    size: tuple[float, float],
-    x_name: str,
-    named: Sequence[str] = (),
-) -> str:
-    """Grid lines and what is written at them; below, names for the places 0, 1, … if there are."""
-    (width, height), parts = size, list[str]()
-    for value, said in y.ticks():
-        at = y.at(value)
-        parts.append(f'<path class="grid" d="M{LEFT:g} {at:.1f}H{width - RIGHT:g}"/>')
-        parts.append(f'<text x="{LEFT - 7:g}" y="{at + 4:.1f}" text-anchor="end">{said}</text>')
-    for value, said in enumerate(map(escape, named)) if named else x.ticks():
-        at = x.at(value)
-        parts.append(f'<text x="{at:.1f}" y="{height - 7:g}" text-anchor="middle">{said}</text>')
-    name = f'<text x="{width - RIGHT:g}" y="{height - BASE - 5:g}" text-anchor="end">'
-    return "".join(parts) + f"{name}{escape(x_name)}</text>"
-
-
-def path(points: Sequence[Point], x: Axis, y: Axis, style: str) -> str:
-    """A line in whole units, each point told from the one before, in as few letters as can be."""
-    said, last = list[str](), cast(tuple[int, int] | None, None)
-    for px, py in points:
-        if not math.isfinite(py) or (y.log and py <= 0):
-            last = None
-            continue
-        now = (round(x.at(px)), round(y.at(py)))
-        if last is None:
-            said.append(f"M{now[0]} {now[1]}")
-        elif now != last:
-            said.append(f"l{now[0] - last[0]} {now[1] - last[1]}")
-        last = now
-    d = "".join(said).replace(" -", "-")
-    return f'<path class="l {style}" d="{d}"/>' if d else ""
-
-
-def line_chart(
-    name: str,
-    lines: Sequence[Line],
-    *,
-    size: tuple[float, float] = (1000, 320),
-    log: bool = False,
-    zero: bool = True,
-    mark: Point | None = None,
-) -> str:
-    """A chart of lines over steps; `mark` is the best one."""
-    width, height = size
-    xs = [p[0] for line in lines for p in line.points] or [0, 1]
-    x = Axis(min(xs), max(xs), LEFT, width - RIGHT)
-    ys = [p[1] for line in lines for p in line.points]
-    y = scale(ys, height - BASE, TOP, log=log, zero=zero and not log)
-    drawn = "".join(path(line.points, x, y, line.style) for line in lines)
-    if mark:
-        mx, my = x.at(mark[0]), y.at(mark[1])
-        drawn += f'<path class="best" d="M{mx:.1f} {TOP}V{height - BASE:g}"/>'
-        drawn += f'<circle class="d1" cx="{mx:.1f}" cy="{my:.1f}" r="4.5"/>'
-    at = f'data-x="{x.low:g} {x.high:g} {x.start:g} {x.end:g}"'
-    at += f' data-y="{y.low!r} {y.high!r} {y.end:g} {y.start:g}" data-log="{int(log)}"'
-    told = escape(", ".join(line.name for line in lines if line.style != "pale"))
-    return (
-        f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{told}" '
-        f'data-chart="{escape(name)}" {at}>{frame(x, y, size, "step")}{drawn}</svg>'
-    )
-
-
-def scatter(
-    points: Sequence[tuple[float, float, str, str]],
-    *,
-    x_name: str,
-    x_log: bool,
-    whiskers: Sequence[tuple[float, float, float]] = (),
-    names: Sequence[str] = (),
-    size: tuple[float, float] = (470, 250),
-) -> str:
-    """Points (x, y, style, what is said of it), y in logarithms; whiskers are (x, low, high)."""
-    width, height = size
-    heights = [p[1] for p in points] + [v for w in whiskers for v in w[1:]]
-    x = scale([p[0] for p in points], LEFT, width - RIGHT, log=x_log, zero=False)
-    y = scale(heights, height - BASE, TOP, log=min(heights, default=1) > 0, zero=False)
-    dots = "".join(
-        f'<circle class="{style}" cx="{x.at(px):.1f}" cy="{y.at(py):.1f}" r="3.4">'
-        f"<title>{escape(said)}</title></circle>"
-        for px, py, style, said in points
-    )
-    spread = "".join(
-        f'<path class="whisk" d="M{x.at(at):.1f} {y.at(low):.1f}V{y.at(high):.1f}"/>'
-        for at, low, high in whiskers
-    )
-    label = escape(f"loss over {x_name}")
-    return (
-        f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{label}">'
-        f"{frame(x, y, size, '', names)}{spread}{dots}</svg>"
-    )
+    if value == int(value) and abs(value) < 1e7 and abs(value) >= 1:
+        return f"{int(value):,}"
+    said = f"{value:.3g}"
+    return said.replace("e-0", "e-").replace("e+0", "e").replace("-", "−")

@@ -1,4 +1,4 @@
-"""`lora-gpt2 train|generate|…`: the scripts beside this file, from any folder.
+"""`lora-gpt2 train|generate|predict|merge|search|report`: the scripts beside this file, anywhere.
 
 Nothing slow is imported here, so that Ctrl-C while torch is loaded ends in one line.
 """

@@ -17,12 +17,11 @@ from gpt2.training.snapshots import NAMES as SNAPSHOTS
 
 ADAPTER, LAST = "adapter", "last"
 METRICS, PLOT, ANSWERS, RUN = "metrics.jsonl", "loss.png", "answers.md", "run.json"
-REPORT = "report.html"
-OPTIONS, ALL_ANSWERS = "options.yaml", "answers.jsonl"
-WINNER, LEADERBOARD, CURVES = "best", "leaderboard.jsonl", "curves.jsonl"
+OPTIONS, ALL_ANSWERS, REPORT = "options.yaml", "answers.jsonl", "report.html"
+WINNER, TRAINED_BY, LEADERBOARD, CURVES = "best", "train.yaml", "leaderboard.jsonl", "curves.jsonl"
 SEARCH_PLOT, STUDY, WAVES = "search.png", "study.db", "waves"
 SEARCHED = (LEADERBOARD, CURVES, SEARCH_PLOT, STUDY)
-OURS = (*SEARCHED, REPORT, METRICS, PLOT, ANSWERS, ALL_ANSWERS, RUN, OPTIONS, *SNAPSHOTS)
+OURS = (*SEARCHED, METRICS, PLOT, ANSWERS, ALL_ANSWERS, RUN, OPTIONS, REPORT, *SNAPSHOTS)
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 NUMBERED = Path("runs")
 
@@ -100,6 +99,22 @@ def _numbered() -> Path:
             continue
         return folder
     raise AssertionError("count ends never")
+
+
+def commands(
+    place: Path, adapters: Sequence[Path], base: str, prompts: Sequence[str]
+) -> dict[str, str]:
+    """The commands that run it again, into a new folder, and those that use what it made."""
+    prompt = min(prompts, key=len, default="Once upon a time")
+    again = shlex.join([*_started("train_qa"), "--config", str(place / OPTIONS)])
+    return {"again": again, "use": next_commands(place, adapters, base, prompt)}
+
+
+def of_winner(place: Path, base: str, prompt: str) -> dict[str, str]:
+    """The commands that train a search's winner again, and those that use it."""
+    best = place / WINNER
+    again = shlex.join([*_started("train_qa"), "--config", str(best / TRAINED_BY)])
+    return {"the winner again, alone": again, "use": next_commands(place, [best], base, prompt)}
 
 
 def next_commands(folder: Path, adapters: Iterable[Path], base: str, prompt: str) -> str:

@@ -2,41 +2,57 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import Namespace
 
+import gpt2
 import lora
 import noise
+import page
 import proposals
-import reporting
 import results
 import verdict
 from course import Course
-from folder import CURVES, LEADERBOARD, SEARCH_PLOT, STUDY, WINNER
+from folder import CURVES, LEADERBOARD, SEARCH_PLOT, STUDY, TRAINED_BY, WINNER
 from lora.config import as_names
 from waves import DEFAULT, Run
 
-TRAINED_BY = "train.yaml"
+Look = Callable[[gpt2.GPT2], dict[str, Any]]
 
 
-def write(course: Course, options: Namespace, place: Path, about: Mapping[str, Any]) -> None:
-    """Write all of it; the record of the run last, since it says that the search has ended."""
-    best = place / WINNER
-    course.waves.saved(course.runs[course.winner], functools.partial(_save, best))
+def write(
+    course: Course, options: Namespace, place: Path, about: Mapping[str, Any], look: Look
+) -> None:
+    """Write all of it; the record of the run last, since it says that the search has ended.
+
+    Args:
+        course: what was searched.
+        options: of the search.
+        place: its folder.
+        about: what is known of it but for what came out.
+        look: tells what the winner's adapter does to the model that carries it.
+    """
+    best, changed = place / WINNER, dict[str, Any]()
+
+    def keep(model: gpt2.GPT2) -> None:
+        lora.save(model, best)
+        changed.update(look(model))
+
+    course.waves.saved(course.runs[course.winner], keep)
     text = yaml.safe_dump(train_options(course, options), sort_keys=False)
     (best / TRAINED_BY).write_text(text, encoding="utf-8")
     results.write_lines(place / LEADERBOARD, lines(course))
     results.write_lines(place / CURVES, curves(course))
     proposals.write_study(place / STUDY, course.plan.space, course.known())
     plot(course, place / SEARCH_PLOT)
-    results.write_record(place, {**about, **outcome(course), "versions": results.versions()})
-    reporting.write(place)
+    told = {**about, **outcome(course), **changed, "versions": results.versions()}
+    results.write_record(place, told)
+    page.write(place)
 
 
 def train_options(course: Course, options: Namespace) -> dict[str, Any]:
@@ -207,7 +223,3 @@ def _spread(losses: list[float]) -> dict[str, float | None]:
 
 def _curve(run: Run) -> dict[str, Any]:
     return {"training": [finite(loss) for loss in run.curve], "selection": run.losses}
-
-
-def _save(place: Path, model: Any) -> None:
-    lora.save(model, place)

@@ -1,127 +1,125 @@
-"""What a run's folder holds, in one plain record; of a run that was killed, what there is.
-
-No torch here: a report is made wherever the folder is.
-"""
+"""What a run's folder tells of it, ended or killed: one plain value for the report."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+import folder
+
 Row = dict[str, Any]
-FILES = ("run.json", "metrics.jsonl", "options.yaml")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """A run as its folder tells of it.
+    """A run.
 
     Args:
-        name: the folder's own name.
+        name: the folder's.
+        asked: the options.
+        run: what was recorded at its end; of a run that was killed nothing.
+        steps: a row a step.
+        parts: of a run with `--tasks` its adapters.
+        board, curves: of a search its trials, and their losses by step.
         place: the folder, as it was named.
-        config: the options.
-        run: what the run wrote when it ended; empty of one that was killed.
-        metrics: a row a step.
-        trials: of a search, a row each, the best first.
-        curves: of a search, a row a trial.
-        parts: of several adapters, the record of each.
     """
 
     name: str
-    place: str
-    config: Row
-    run: Row
-    metrics: list[Row]
-    trials: list[Row] = field(default_factory=list[Row])
+    place: Path
+    asked: Mapping[str, Any]
+    run: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    steps: list[Row] = field(default_factory=list[Row])
+    parts: list[Record] = field(default_factory=list["Record"])
+    board: list[Row] = field(default_factory=list[Row])
     curves: list[Row] = field(default_factory=list[Row])
-    parts: tuple[Record, ...] = ()
 
     @property
-    def ended(self) -> bool:
-        """Whether the run came to its end."""
-        return bool(self.run)
-
-    def line(self, key: str) -> list[tuple[int, float]]:
-        """A metric by step, without the steps that have none."""
-        return [(row["step"], row[key]) for row in self.metrics if row.get(key) is not None]
+    def kind(self) -> str:
+        """`search`, `tasks` or `single`."""
+        if "space" in self.asked:
+            return "search"
+        return "tasks" if self.asked.get("tasks") else "single"
 
     @property
-    def held_out(self) -> list[tuple[int, float]]:
-        """The held-out loss by step, that before the first step too where it is known."""
-        known = self.run.get("validation", {}).get("losses", {})
-        evaluated = {int(step): loss for step, loss in known.items()}
-        return sorted({**dict(self.line("validation")), **evaluated}.items())
+    def validation(self) -> dict[int, float]:
+        """The loss on held-out data by step."""
+        told = self.run.get("validation", {}).get("losses")
+        if told is not None:
+            return {int(step): loss for step, loss in told.items()}
+        return {s["step"]: s["validation"] for s in self.steps if s.get("validation") is not None}
 
     @property
-    def best(self) -> tuple[int, float] | None:
-        """The best step and its held-out loss."""
-        finite = [(step, loss) for step, loss in self.held_out if loss == loss and step]
-        step = self.run.get("validation", {}).get("best_step")
-        chosen = [pair for pair in finite if pair[0] == step]
-        return next(iter(chosen), min(finite, key=lambda pair: (pair[1], pair[0]), default=None))
+    def best_step(self) -> int | None:
+        """The step whose weights were kept; of a killed run the best so far."""
+        if "validation" in self.run:
+            return self.run["validation"]["best_step"]
+        found = {step: loss for step, loss in self.validation.items() if loss == loss and step}
+        return min(found, key=found.__getitem__) if found else None
+
+    @property
+    def tokens_a_second(self) -> float | None:
+        """Supervised tokens over the seconds of training."""
+        if not self.steps or not self.steps[-1]["seconds"]:
+            return None
+        return sum(step["tokens"] for step in self.steps) / self.steps[-1]["seconds"]
 
 
 def read(place: Path) -> Record:
-    """The record of a folder.
+    """The record of a run's folder.
 
     Raises:
-        FileNotFoundError: there is no run.
-        ValueError: a file is not what a run writes.
+        FileNotFoundError: the folder holds no run.
     """
-    adapters = sorted(p for p in _folders(place) if (p / "metrics.jsonl").is_file())
-    if not adapters and not any((place / name).is_file() for name in FILES):
-        raise FileNotFoundError(f"{place} holds no run: it has none of {', '.join(FILES)}.")
-    run = _json(place / "run.json")
-    config = run.get("config") or _options(place / "options.yaml")
+    run = _json(place / folder.RUN)
+    if (
+        not run
+        and not (place / folder.OPTIONS).is_file()
+        and not (place / folder.METRICS).is_file()
+    ):
+        raise FileNotFoundError(
+            f"{place} holds no run: name a folder of train_qa.py or search.py, which has "
+            f"{folder.OPTIONS} and, at its end, {folder.RUN}."
+        )
+    options = place / folder.OPTIONS
+    kept = yaml.safe_load(options.read_text(encoding="utf-8")) if options.is_file() else None
+    asked = run.get("config") or kept or {}
+    names = [Path(file).stem for file in asked.get("tasks") or ()]
+    found = [place / name for name in names if (place / name / folder.METRICS).is_file()]
     return Record(
         name=place.resolve().name,
-        place=str(place),
-        config=config,
+        place=place,
+        asked=asked,
         run=run,
-        metrics=_lines(place / "metrics.jsonl"),
-        trials=_lines(place / "leaderboard.jsonl"),
-        curves=_lines(place / "curves.jsonl"),
-        parts=tuple(read(p) for p in adapters) if not (place / "metrics.jsonl").is_file() else (),
+        steps=list(_lines(place / folder.METRICS)),
+        parts=[read(part) for part in found],
+        board=list(_lines(place / folder.LEADERBOARD)),
+        curves=list(_lines(place / folder.CURVES)),
     )
 
 
-def _folders(place: Path) -> Sequence[Path]:
-    return [p for p in place.iterdir() if p.is_dir()] if place.is_dir() else []
-
-
 def _json(file: Path) -> Row:
+    """What a file holds; a run that was killed has none."""
     if not file.is_file():
         return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}.") from None
+    found = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(found, dict):
-        raise ValueError(f"{file} is not the record of a run: it holds no object.")
+        raise ValueError(f"{file} is no record of a run: it holds a {type(found).__name__}.")
     return found
 
 
-def _options(file: Path) -> Row:
+def _lines(file: Path) -> Iterator[Row]:
+    """The lines of a file; the last may be cut, where the run was killed while it wrote."""
     if not file.is_file():
-        return {}
-    found = yaml.safe_load(file.read_text(encoding="utf-8"))
-    return found if isinstance(found, dict) else {}
-
-
-def _lines(file: Path) -> list[Row]:
-    """The rows of a file; a killed run's last line may be cut, and is left out."""
-    if not file.is_file():
-        return []
-    lines, rows = file.read_text(encoding="utf-8", errors="replace").splitlines(), list[Row]()
-    for number, line in enumerate(lines, 1):
+        return
+    rows = file.read_bytes().decode("utf-8", "replace").splitlines()
+    for number, row in enumerate(rows, 1):
         try:
-            rows.append(json.loads(line))
+            yield json.loads(row)
         except ValueError:
-            if number < len(lines):
+            if number < len(rows):
                 raise ValueError(f"{file}, line {number}, is not JSON.") from None
-    return rows

@@ -1,4 +1,4 @@
-"""Make report.html of a run's folder, also of a killed run; of several, one that compares them."""
+"""Make `report.html` of a run's folder, ended or killed, or one page that compares several."""
 
 from __future__ import annotations
 
@@ -9,24 +9,30 @@ if __name__ == "__main__":  # on top, so that Ctrl-C during the imports below en
 
     sys.exit(command.start("report", sys.argv[1:]))
 
-import argparse
 from pathlib import Path
 
+import cli
+import folder
 import guard
+import options as opts
+import page
 import record
-import reporting
+
+COMPARED = Path("comparison.html")
 
 
 @guard.guarded
 def main(argv: guard.Arguments = None) -> None:
-    """Parse, read, write."""
-    parser = argparse.ArgumentParser("report.py", description=__doc__, allow_abbrev=False)
-    parser.add_argument("folders", nargs="+", metavar="DIR", help="a folder of train_qa or search")
-    parser.add_argument("--out", help="the file; by default report.html in the only folder")
-    options = parser.parse_args(argv)
-    folders = [Path(name) for name in options.folders]
-    if len(folders) > 1 and options.out is None:
-        raise ValueError("Several runs are compared in a file of your own: give --out FILE.")
-    out = Path(options.out) if options.out else folders[0] / reporting.REPORT
-    reporting.put(out, reporting.html([record.read(place) for place in folders]))
-    print(f"See {out}")
+    """Parse, read, write, say where."""
+    parser = cli.parser("report", __doc__)
+    parser.add_argument("runs", type=str, nargs="+", help="folders of train_qa.py or search.py")
+    place = f"by default {folder.REPORT} in the run's folder; of several {COMPARED} here"
+    parser.add_argument("--output", type=str | None, help=place)
+    options = opts.flags(parser, argv)
+    places = [Path(run) for run in options.runs]
+    pages = [record.read(place) for place in places]
+    usual = COMPARED if len(places) > 1 else places[0] / folder.REPORT
+    file = Path(options.output) if options.output else usual
+    if file.exists() and not page.is_ours(file):
+        raise ValueError(f"{file} is no report and is left as it is: choose another --output.")
+    print(page.put(file, page.html(pages)))

@@ -12,23 +12,29 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import torch
+
 import gpt2
 import lora
-import reporting
 from answers import Answer, sample, score
 from folder import ALL_ANSWERS, ANSWERS, PLOT, RUN
 from inputs import Reader
 
 
 def about(
-    reader: Reader, counts: Mapping[str, lora.ParameterCount], data: gpt2.Dataset
+    reader: Reader, counts: Mapping[str, lora.ParameterCount], *data: gpt2.Dataset
 ) -> dict[str, Any]:
     """What is known of a run before it ends."""
     return {
         "config": {k: v for k, v in reader.options.as_dict().items() if k != "config"},
         "device": str(next(reader.model.parameters()).device),
         "parameters": {name: asdict(count) for name, count in counts.items()},
-        "data": {"examples": len(data), "tokens": data.n_tokens, "truncated": data.truncated},
+        "machine": machine(reader.model),
+        "data": {
+            "examples": sum(map(len, data)),
+            "tokens": sum(own.n_tokens for own in data),
+            "truncated": sum(own.truncated for own in data),
+        },
     }
 
 
@@ -54,7 +60,6 @@ def write(
     if len(said) < len(answers):
         write_lines(folder / ALL_ANSWERS, ({**asdict(a), "verdict": a.verdict} for a in answers))
     write_record(folder, {**run, **outcome})
-    reporting.write(folder)
 
 
 def write_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -130,6 +135,16 @@ def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> st
     """A table in Markdown."""
     lines = [headings, ["---"] * len(headings), *(list(map(_markdown_cell, row)) for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def machine(model: gpt2.GPT2) -> dict[str, Any]:
+    """What computes: the processor, its cores, and the GPU if that is what the model is on."""
+    device = next(model.parameters()).device
+    weights = str(next(model.parameters()).dtype).removeprefix("torch.")
+    found = {"processor": platform.machine(), "cores": os.cpu_count() or 0, "weights": weights}
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found
 
 
 def versions() -> dict[str, str]:

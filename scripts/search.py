@@ -21,6 +21,7 @@ import folder
 import gpt2
 import guard
 import inputs
+import inside
 import leaderboard
 import options as opts
 import processes
@@ -101,7 +102,8 @@ def search(
     if processes.rank():
         return  # the first goes on alone
     clock.lap("search")
-    leaderboard.write(course, options, place, searching.about(reader, apart, clock))
+    about = searching.about(reader, apart, clock, place)
+    leaderboard.write(course, options, place, about, inside.looked(apart, reader.tokenizer))
     files.remove()  # the search is over
     ranked = leaderboard.ranked(course)
     console.print(verdict.finalist_table(course, ranked), verdict.said(course), sep="\n")

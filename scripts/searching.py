@@ -18,6 +18,7 @@ import processes
 import recipe
 import results
 import space as spaces
+import stopping
 import validation
 from gpt2.training import fingerprints
 from gpt2.training.population import PopulationTraining
@@ -155,7 +156,7 @@ def resumable(place: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stop:
-        processes.leaving()
+        stopping.leaving()
         stop.add_note(f"Go on with --resume {place}.")
         raise
 
@@ -173,13 +174,17 @@ def told(plan: Plan, apart: Apart) -> str:
     )
 
 
-def about(reader: Reader, apart: Apart, clock: results.Clock) -> dict[str, Any]:
+def about(reader: Reader, apart: Apart, clock: results.Clock, place: Path) -> dict[str, Any]:
     """What is known of a search but for what came out."""
+    ids, asked = apart.learnt[0][0].tolist(), int(apart.learnt.prompts[0])
+    prompt = reader.tokenizer.decode(ids[: asked or 8])
     of = {"training": apart.learnt, "selection": apart.held_out, "test": apart.tested}
     return {
         "kind": "search",
         "config": {k: v for k, v in reader.options.as_dict().items() if k != "config"},
         "device": str(next(reader.model.parameters()).device),
+        "machine": results.machine(reader.model),
+        "commands": folder.of_winner(place, reader.options.model_name, prompt),
         "data": {
             name: data and {"examples": len(data), "tokens": data.n_tokens}
             for name, data in of.items()

@@ -1,216 +1,203 @@
-"""What the page of a run shows, section by section; each is empty where nothing is known."""
+"""The sections of a report: what was asked, how it went, what it answers, how to use it."""
 
 from __future__ import annotations
 
 import math
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from charts import Line, Point, line_chart, thinned
-from page import changed, pairs, section, table, text, tiles
+import changes
+import limits
+import replies
+from charts import Chart, Series, finite, means, thinned
+from markup import Markup, joined, table, tag
 from record import Record
 
-COLUMNS = 200  # of points: the lowest and the highest of each are drawn
-STYLES = 6
-# FLOP a second that a large bfloat16 product reaches; 4 FLOP a parameter and token are needed:
-# forward, and the gradients of inputs.
-PEAKS = {"H100": 790e12, "H200": 790e12}
-Charts = dict[str, list[Mapping[str, Any]]]
+Part = Markup | Chart | list[Chart]  # charts of a list stand side by side
+Section = tuple[str, str, Sequence[Part]]
+KINDS = {"search": "A search", "tasks": "Adapters for several tasks", "single": "A LoRA adapter"}
+FACTS = ("device", "machine", "data", "seconds", "versions")
+MARKED = "Marked is what the reference does not say; a text that is quite another has no marks."
+SIZES = "The size of s·BA as a share of the weight's beside it; both as Frobenius norms."
 
 
-def head(record: Record) -> str:
-    """The title, whether the run ended, and the largest figures."""
-    base, lora = record.config.get("model_name", "?"), record.config.get("lora") or {}
-    device = record.run.get("machine") or record.run.get("device") or "device not recorded"
-    lead = f"{base}, adapted by LoRA of rank {lora.get('r', '?')}, on {device}."
-    stopped = (
-        ""
-        if record.ended
-        else '<p class="warn">This run did not come to its end: there is no run.json. What follows '
-        f"is what it had written, up to step {len(record.metrics):,}.</p>"
+def head(records: Sequence[Record]) -> Markup:
+    """Name, what it is, and the figures that one looks for first."""
+    if len(records) > 1:
+        names = ", ".join(record.name for record in records)
+        return tag("header", tag("h1", f"{len(records)} runs"), tag("p", names))
+    (record,) = records
+    said = " · ".join(described(record))
+    state = [] if record.run else [tag("p", stopped(record), class_="warn")]
+    tiles = [
+        tag("div", tag("dt", name), tag("dd", value)) for name, value in figures(record).items()
+    ]
+    return tag("header", tag("h1", record.name), tag("p", said), *state, tag("dl", *tiles))
+
+
+def described(record: Record) -> Iterator[str]:
+    """What it is, on what, of what."""
+    asked, form = record.asked, record.asked.get("lora", {})
+    yield f"{KINDS[record.kind]} on {asked.get('model_name', 'an unknown base')}"
+    yield ", ".join(Path(file).name for file in asked.get("tasks") or [asked.get("data", "?")])
+    if form and record.kind != "search":
+        yield f"rank {form['r']}, alpha {form['alpha']:g}, {told(form['targets'])}"
+
+
+def stopped(record: Record) -> str:
+    """What is said of a run that has no record."""
+    done = f" after {len(record.steps):,} steps" if record.steps else ""
+    return f"This run was stopped{done}, before its end: there are no answers. --resume goes on."
+
+
+def figures(record: Record) -> dict[str, str]:
+    """The figures that one looks for first."""
+    found: dict[str, str] = {}
+    if record.steps:
+        found["steps"] = f"{len(record.steps):,}"
+        found["last loss"] = number(record.steps[-1]["loss"])
+    if (best := record.best_step) is not None and best in record.validation:
+        found["held-out loss"] = number(record.validation[best])
+    if test := record.run.get("test"):
+        found["test loss"] = number(test["loss"])
+    if counts := record.run.get("parameters"):
+        last = list(counts.values())[-1]
+        found["trained"] = f"{100 * last['trainable'] / last['total']:.2f} %"
+    if record.tokens_a_second:
+        found["tokens a second"] = f"{record.tokens_a_second:,.0f}"
+    if record.board:
+        found["trials"] = f"{len(record.board):,}"
+    for name in ("winner", "default"):
+        if name in record.run:
+            found[f"{name}'s loss"] = number(record.run[name]["selection"]["mean"])
+    if seconds := record.run.get("seconds"):
+        found["seconds"] = f"{sum(seconds.values()):,.1f}"
+    return found
+
+
+def of(record: Record) -> Iterator[Section]:
+    """The sections of one run."""
+    runs = record.parts or [record]
+    for run in runs:
+        name = f"Training: {run.name}" if record.parts else "Training"
+        if run.steps:
+            speed = [drawn] if (drawn := limits.bar(run)) else []
+            yield name, "", [curve(run), list(rates(run)), *speed]
+    if said := record.run.get("answers"):
+        yield "Answers", f"{record.run.get('score', '')} {MARKED}".strip(), replies.cards(said)
+    for run in runs:
+        whose = run.name if record.parts else "the winner" if record.board else "the adapter"
+        if found := run.run.get("passage"):
+            shown, note = changes.passage(found)
+            yield f"What {whose} changed", note, [shown]
+        if found := run.run.get("updates"):
+            yield f"Where the update of {whose} is", SIZES, [changes.heat(found)]
+    yield "What was asked, and of what machine", "", list(asked(record))
+    if commands := record.run.get("commands"):
+        yield (
+            "Commands",
+            "",
+            [joined(tag("h3", what), tag("pre", line)) for what, line in commands.items()],
+        )
+
+
+def curve(run: Record) -> Chart:
+    """The loss of each step, its mean, and that on held-out data."""
+    points = [(s["step"], s["loss"]) for s in run.steps]
+    few = max(1, len(points) // 40)
+    shown = [Series(name="each step", points=thinned(points), look="faint")]
+    if few > 1:
+        shown.append(Series(name=f"mean of {few} steps", points=means(points, few)))
+    marks: list[tuple[float, str]] = []
+    if held_out := list(run.validation.items()):
+        shown.append(Series(name="held-out", points=held_out, look="both", color="2"))
+        if run.best_step is not None:
+            marks.append((run.best_step, f"best: step {run.best_step:,}"))
+    return Chart(
+        name=f"loss {run.name}", title="Loss", unit="nats a token", series=shown, marks=marks
     )
-    figures: list[tuple[str, str]] = []
-    if record.metrics:
-        last = record.metrics[-1]
-        figures.append(("steps", f"{last['step']:,}"))
-        figures.append(("loss of the last step", f"{last['loss']:.4f}"))
-        figures += [("seconds of training", f"{last['seconds']:,.1f}")]
-    if record.best:
-        figures.insert(1, (f"best held-out loss, step {record.best[0]:,}", f"{record.best[1]:.4f}"))
-    if count := record.run.get("parameters", {}).get("LoRA"):
-        share = 100 * count["trainable"] / count["total"]
-        figures.append((f"trained parameters, {share:.2f} %", f"{count['trainable']:,}"))
-    return (
-        f'<header><h1>{text(record.name)}</h1><p class="lead">{text(lead)}</p>{stopped}</header>'
-        + (tiles(figures) if figures else "")
-    )
 
 
-def curves(record: Record, charts: Charts, key: str = "") -> str:
-    """Loss and held-out loss, learning rate, gradient norm."""
-    if not record.metrics:
-        return ""
-    loss = record.line("loss")
-    lines = [Line(name="loss", points=thinned(loss, COLUMNS), style="pale")]
-    if len(loss) >= 20:
-        every = max(2, len(loss) // 50)
-        lines.append(Line(name=f"mean of {every} steps", points=_means(loss, every), style="c0"))
-    if record.held_out:
-        lines.append(Line(name="held-out loss", points=record.held_out, style="c1"))
-    small = [
-        ("learning rate", [Line(name="learning rate", points=thinned(record.line("lr"), 60))]),
-        ("gradient norm", [Line(name="gradient norm",
-                                points=thinned(record.line("grad_norm"), 100))]),
-    ]  # fmt: skip
-    drawn = chart(f"{key}loss", lines, charts, mark=record.best)
-    both = "".join(chart(f"{key}{n}", own, charts, size=(480, 200)) for n, own in small)
-    odd = [step for step, value in loss if not math.isfinite(value)]
-    note = "Loss in nats a token. Each column shows its lowest and its highest point."
-    if record.best:
-        note += f" The dashed line marks the best step, {record.best[0]:,}."
-    if odd:
-        note += f" {len(odd):,} steps have no finite loss, the first is {odd[0]:,}."
-    return section("Training", drawn, f'<div class="pair">{both}</div>', note=note)
+def rates(run: Record) -> Iterator[Chart]:
+    """Learning rate and gradient norm."""
+    for key, title in (("lr", "Learning rate"), ("grad_norm", "Gradient norm")):
+        points = [(s["step"], s[key]) for s in run.steps if key in s]
+        unit = "before clipping" if key == "grad_norm" else ""
+        line = Series(name="", points=thinned(points))
+        yield Chart(name=f"{key} {run.name}", title=title, unit=unit, series=[line], log_y=False)
 
 
-def _means(points: Sequence[Point], every: int) -> list[Point]:
-    found = [points[i : i + every] for i in range(0, len(points) - every + 1, every)]
-    return [(own[len(own) // 2][0], sum(p[1] for p in own) / every) for own in found]
-
-
-def chart(name: str, lines: list[Line], charts: Charts, **how: Any) -> str:
-    """A chart with its key; its points go to the page's script too."""
-    charts[name] = [{"name": line.name, "points": [list(p) for p in line.points]} for line in lines]
-    keys = "".join(
-        f'<span class="key"><i class="{line.style}"></i>{text(line.name)}</span>' for line in lines
-    )
-    return f"<figure>{line_chart(name, lines, **how)}<figcaption>{keys}</figcaption></figure>"
-
-
-def answers(record: Record) -> str:
-    """Each prompt with what base and tuned model say, and what was wanted."""
-    parts: list[str] = []
-    for a in record.run.get("answers", []):
-        wanted = [*a.get("trained", ()), *a.get("references", ())]
-        best = next((w for w in wanted if w == a["tuned"]), wanted[0] if wanted else None)
-        told = [
-            ("base", changed(a["tuned"], a["base"], "del")),
-            ("tuned", changed(a["base"] if best is None else best, a["tuned"], "ins")),
-        ]
-        if best is not None:
-            told.append(("reference", changed(a["tuned"], best, "ins")))
-        ok = " ok" if "exact" in a["verdict"] else ""
-        badge = f'<span class="badge{ok}">{text(a["verdict"])}</span>'
-        parts.append(_answer(a["prompt"], told, badge))
-    for a in record.run.get("routed", []):
-        base, *others = a["answers"].items()
-        told = [(base[0], text(base[1]))]
-        told += [(name, changed(base[1], said, "ins")) for name, said in others]
-        parts.append(_answer(a["prompt"], told, ""))
-    note = "Where two texts are alike, the words that differ are marked."
-    return section("Answers", *parts, note=f"{record.run.get('score', '')} {note}".strip())
-
-
-def _answer(prompt: str, told: Sequence[tuple[str, str]], badge: str) -> str:
-    cells = "".join(
-        f'<div><small>{text(name)}</small><div class="say">{said.strip()}</div></div>'
-        for name, said in told
-    )
-    asked = f'<div class="q">{text(prompt)} {badge}</div>'
-    return f'<div class="answer">{asked}<div class="cols">{cells}</div></div>'
-
-
-def tokens(record: Record) -> str:
-    """Passages whose tokens are coloured by what the adapter changed."""
-    parts: list[str] = []
-    seen = record.run.get("observed", {})
-    for passage in seen.get("passages", []):
-        spans, rows = list[str](), list[list[Any]]()
-        for token, base, tuned in passage["tokens"]:
-            if base is None or tuned is None:
-                spans.append(f'<span class="p">{text(token)}</span>')
-                continue
-            gain = tuned - base
-            kind, depth = "gain" if gain >= 0 else "loss", min(abs(gain) / 8, 1) ** 0.6 * 0.6
-            title = f"{gain:+.3f} nats: {base:.3f} before, {tuned:.3f} after"
-            spans.append(
-                f'<span style="background:rgba(var(--{kind}),{depth:.2f})" title="{title}">'
-                f"{text(token)}</span>"
-            )
-            rows.append([repr(token), base, tuned, gain])
-        own = table(("token", "base", "tuned", "gained"), rows)
-        parts.append(f'<div class="tokens">{"".join(spans)}</div>')
-        parts.append(f"<details><summary>the numbers</summary>{own}</details>")
-    note = f"{seen.get('from', 'A passage')}: blue tokens became more likely, orange ones less; "
-    return section("What the adapter changed", *parts, note=note + "log-probabilities, in nats.")
-
-
-def updates(record: Record) -> str:
-    """The size of each layer's update against its weight's."""
-    rows = record.run.get("observed", {}).get("updates", [])
-    most = max((row["update"] / row["weight"] for row in rows if row["weight"]), default=0) or 1
-    lines: list[str] = []
-    for row in rows:
-        share = row["update"] / row["weight"] if row["weight"] else 0.0
-        bar = f'<div class="bar thin"><i style="width:{100 * share / most:.1f}%"></i></div>'
-        exact = f'title="{row["update"]!r} of {row["weight"]!r}"'
-        cells = f'<td>{text(row["layer"])}</td><td class="wide">{bar}</td>'
-        lines.append(f'<tr>{cells}<td class="n" {exact}>{100 * share:.2f} %</td></tr>')
-    body = f'<div class="scroll"><table>{"".join(lines)}</table></div>' if lines else ""
-    note = "Frobenius norm of s·BA over that of the weight that it is added to."
-    return section("Where the update is", body, note=note)
-
-
-def speed(record: Record) -> str:
-    """Tokens a second, against the device's limit where it is known."""
-    if not record.metrics or not record.metrics[-1].get("seconds"):
-        return ""
-    rate = sum(row["tokens"] for row in record.metrics) / record.metrics[-1]["seconds"]
-    device = str(record.run.get("machine") or record.run.get("device") or "")
-    peak = next((flops for name, flops in PEAKS.items() if name in device), None)
-    total = record.run.get("parameters", {}).get("LoRA", {}).get("total")
-    said = f"{rate:,.0f} supervised tokens a second"
-    if not (peak and total):
-        return section("Speed", f"<p>{said}. The limit of this device is not known.</p>")
-    limit = peak / (4 * total)
-    bar = f'<div class="bar"><i style="width:{min(100, 100 * rate / limit):.2f}%"></i></div>'
-    note = f"The limit takes {peak / 1e12:g} TFLOP/s and 4 FLOP a parameter and token."
-    return section("Speed", f"<p>{said}: {rate / limit:.1%} of {limit:,.0f}.</p>", bar, note=note)
-
-
-def asked(record: Record) -> str:
-    """Options, data, machine and versions."""
+def asked(record: Record) -> Iterator[Markup]:
+    """Options, parameters, data, machine, versions, seconds."""
     run = record.run
-    flat = {k: v for k, v in record.config.items() if not isinstance(v, Mapping) and v is not None}
-    for group in ("lora", "generate"):
-        flat |= {f"{group}.{k}": v for k, v in (record.config.get(group) or {}).items()
-                 if v not in (None, [], False)}  # fmt: skip
-    machine = {k: run.get(k) for k in ("device", "machine")} | run.get("versions", {})
-    data = {k: f"{v:,}" if isinstance(v, int) else v for k, v in run.get("data", {}).items()}
-    seconds = {k: f"{v:,.1f} s" for k, v in run.get("seconds", {}).items()}
-    parts = ""
-    for title, rows in (("data", data), ("machine", machine), ("time", seconds), ("options", flat)):
-        known = {k: v for k, v in rows.items() if v is not None}
-        parts += f"<h3>{title}</h3>{pairs(known)}" if known else ""
-    return section("What was asked, and where it ran", parts)
+    if counts := run.get("parameters"):
+        both = [(name, c["total"], c["trainable"]) for name, c in counts.items()]
+        rows = [[n, f"{of:,}", f"{own:,}", f"{100 * own / of:.4f}"] for n, of, own in both]
+        yield table(["model", "parameters", "trainable", "trainable %"], rows)
+    facts = {key: run[key] for key in FACTS if key in run}
+    yield pairs(flat(facts))
+    yield tag("details", tag("summary", "Every option"), pairs(flat(record.asked)))
 
 
-def commands(record: Record) -> str:
-    """What makes the run again, and what uses its adapter."""
-    script = "search.py" if record.trials else "train_qa.py"
-    again = ["python", f"scripts/{script}", "--config", f"{record.place}/options.yaml"]
-    lines = [("The same run again, in a new folder", shlex.join(again))]
-    adapters = [p.place for p in record.parts] or [record.place]
-    base = str(record.config.get("model_name", "demo"))
-    if record.trials:
-        adapters = [f"{record.place}/best"]
-        train = ["python", "scripts/train_qa.py", "--config", f"{record.place}/best/train.yaml"]
-        lines.append(("The winner trained again", shlex.join(train)))
-    prompt = next((a["prompt"] for a in record.run.get("answers", [])), "Once upon a time")
-    for place in adapters:
-        use = ["python", "scripts/generate.py", prompt, "--base", base, "--adapter", place]
-        lines.append(("Use the adapter", shlex.join(use)))
-        merge = ["python", "scripts/merge.py", place, f"{place}-merged", "--base", base]
-        lines.append(("Fold it into the base", shlex.join(merge)))
-    return section("Commands", *(f"<h3>{text(t)}</h3><pre>{text(line)}</pre>" for t, line in lines))
+def flat(values: Mapping[str, Any], before: str = "") -> dict[str, str]:
+    """Nested values by dotted names."""
+    found: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{before}{key}.")
+        else:
+            found[f"{before}{key}"] = told(value)
+    return found
+
+
+def pairs(values: Mapping[str, str]) -> Markup:
+    """Names and values in columns."""
+    rows = [tag("div", tag("dt", name), tag("dd", value)) for name, value in values.items()]
+    return tag("dl", *rows, class_="pairs")
+
+
+def told(value: Any) -> str:
+    """A value of an option."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(told, value)) or "–"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def number(value: float | None) -> str:
+    """A loss."""
+    return "not finite" if value is None or not math.isfinite(value) else f"{value:.4f}"
+
+
+def compared(records: Sequence[Record]) -> Iterator[Section]:
+    """The sections of several runs."""
+    yield "Side by side", "", [differences(records), overlaid(records)]
+
+
+def differences(records: Sequence[Record]) -> Markup:
+    """The figures of each, and the options in which they differ."""
+    options = [flat(record.asked) for record in records]
+    names = [n for n in dict.fromkeys(n for o in options for n in o) if n != "res_path"]
+    differ = [n for n in names if len({o.get(n) for o in options}) > 1]
+    all_figures = [figures(record) for record in records]
+    headings = list(dict.fromkeys(name for own in all_figures for name in own))
+    rows = [
+        [r.name, *(own.get(h, "") for h in headings), *(o.get(n, "") for n in differ)]
+        for r, own, o in zip(records, all_figures, options, strict=True)
+    ]
+    return table(["run", *headings, *differ], rows)
+
+
+def overlaid(records: Sequence[Record]) -> Chart:
+    """The loss of each, as means; held-out where there is one."""
+    shown: list[Series] = []
+    for i, record in enumerate(records):
+        points = [(s["step"], s["loss"]) for s in record.steps]
+        few = max(1, len(points) // 40)
+        line = means(points, few) if len(finite(points)) == len(points) else thinned(points)
+        shown.append(Series(name=record.name, points=line, color=str(i % 6 + 1)))
+    return Chart(name="compared", title="Loss", unit="nats a token, smoothed", series=shown)

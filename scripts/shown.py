@@ -9,11 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-import folder
 import gpt2
 import lora
 from answers import Answer, sample
-from inputs import Asked
 
 
 def parameter_table(counts: Mapping[str, lora.ParameterCount]) -> Table:
@@ -63,19 +61,12 @@ def examples_line(data: gpt2.Dataset) -> str:
     return f"{said}."
 
 
-def end(
-    console: Console,
-    place: Path,
-    adapters: Sequence[Path],
-    base: str,
-    prompts: Sequence[Asked],
-) -> None:
+def end(console: Console, place: Path, commands: Mapping[str, str]) -> None:
     """Where everything is, and the commands that use it, unbroken so that they can be copied."""
     names = ", ".join(sorted(file.name for file in place.iterdir()))
     console.print(f"Saved in {place}: {names}", soft_wrap=True)
-    prompt = min((e.prompt for e in prompts), key=len, default="Once upon a time")
     console.print("To use it:", soft_wrap=True)
-    console.print(folder.next_commands(place, adapters, base, prompt), soft_wrap=True)
+    console.print(commands["use"], soft_wrap=True)
 
 
 def validation_table(run: gpt2.Fit) -> Table:

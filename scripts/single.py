@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import answers
 import continuing
 import folder
 import gpt2
 import inputs
+import inside
 import keeping
 import lora
-import observed
 import options as opts
+import page
 import processes
 import results
 import shown
@@ -59,8 +62,25 @@ def run(
         compared = answers.compare(prompts, *texts, learnt, searched=source.whole)
         if compared:
             console.print(shown.answer_table(compared), answers.score(compared))
-        about = results.about(reader, counts, apart.learnt) | observed.of(reader, apart)
-        about |= {"seconds": clock.laps, **validation.test(model, apart, reader)}
+        about = {**found(reader, counts, apart, place, prompts), "seconds": clock.laps}
         results.write(place, fit, losses, every=options.logging_steps, answers=compared, run=about)
+        page.write(place)
         snapshots.remove(place)  # the run is over
-    shown.end(console, place, [place], options.model_name, prompts)
+    shown.end(console, place, about["commands"])
+
+
+def found(
+    reader: inputs.Reader,
+    counts: Mapping[str, lora.ParameterCount],
+    apart: validation.Apart,
+    place: Path,
+    prompts: Sequence[inputs.Asked],
+) -> dict[str, Any]:
+    """What the record tells beside losses and answers: what it was, and what the adapter does."""
+    asked = [prompt.prompt for prompt in prompts]
+    return {
+        **results.about(reader, counts, apart.learnt),
+        **validation.test(reader.model, apart, reader),
+        **inside.measured(reader.model, apart, reader.tokenizer),
+        "commands": folder.commands(place, [place], reader.options.model_name, asked),
+    }

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jsonargparse import Namespace
@@ -17,12 +18,12 @@ import continuing
 import folder
 import gpt2
 import inputs
+import inside
 import keeping
 import lora
-import observed
 import options as opts
+import page
 import processes
-import reporting
 import results
 import shown
 import starting
@@ -51,7 +52,8 @@ def run(
     Raises:
         ValueError: what reading, training and generating raise.
     """
-    model, options, console = reader.model, reader.options, reader.console
+    model, options, clock = reader.model, reader.options, results.Clock()
+    counts = {"base": lora.count_parameters(model)}
     if sampling.num_beams > 1:
         raise ValueError("--tasks routes each row of a batch, so generate.num_beams must be 1.")
     with processes.agreed():
@@ -67,19 +69,34 @@ def run(
         for apart in data:
             gpt2.total_steps(apart.learnt, training)  # raises what is wrong with it
         ids = inputs.encode_prompts(prompts, reader.tokenizer, model, sampling, options.separator)
+    clock.lap("load")
     with starting.begun(options, names) as place:
         for name, apart in zip(names, data, strict=True):
             if name not in ended:
                 train(name, apart, place / name, reader, training)
         if processes.rank():
             return  # the first goes on alone
-        if prompts:
-            answer(model, names, prompts, ids, sampling, reader, place)
-        for name in names:
-            snapshots.remove(place / name)  # the run is over
-            reporting.write(place / name)
-        reporting.write(place)
-    shown.end(console, place, [place / name for name in names], options.model_name, prompts)
+        clock.lap("training")
+        told = answer(model, names, prompts, ids, sampling, reader, place) if prompts else []
+        clock.lap("answers")
+        counts["LoRA"] = lora.count_parameters(model)
+        about = results.about(reader, counts, *(apart.learnt for apart in data))
+        about |= {"seconds": clock.laps, "answers": known(told, prompts, sources)}
+        commands = finish(place, [place / name for name in names], about, prompts)
+    shown.end(reader.console, place, commands)
+
+
+def finish(
+    place: Path, adapters: list[Path], about: dict[str, Any], prompts: Sequence[inputs.Asked]
+) -> dict[str, str]:
+    """Write the record of all, and the report; gives the commands that use what was made."""
+    asked, base = [prompt.prompt for prompt in prompts], about["config"]["model_name"]
+    commands = folder.commands(place, adapters, base, asked)
+    results.write_record(place, {**about, "versions": results.versions(), "commands": commands})
+    page.write(place)
+    for own in adapters:
+        snapshots.remove(own)  # the run is over
+    return commands
 
 
 def train(
@@ -98,13 +115,15 @@ def train(
         place.mkdir(exist_ok=True)
     resume = bool(options.resume) and any((place / file).is_file() for file in snapshots.NAMES)
     places = folder.Places(name, place.parent, place, place / folder.LAST)
-    about = results.about(reader, {"LoRA": lora.count_parameters(model)}, apart.learnt)
     fit, losses = keeping.fitted(reader, apart, training, place, places, resume=resume)
     if not processes.rank():
-        validation.test(model, apart, reader)
-        about |= {MADE_OF: _made_of(apart), **observed.of(reader, apart, name)}
-        ended = results.trained(fit, losses, options.logging_steps)
-        results.write_record(place, {**about, **ended})
+        told = {
+            MADE_OF: _made_of(apart),
+            **results.trained(fit, losses, options.logging_steps),
+            **validation.test(model, apart, reader),
+            **inside.measured(model, apart, reader.tokenizer),
+        }
+        results.write_record(place, told)
 
 
 def answer(
@@ -115,7 +134,7 @@ def answer(
     sampling: gpt2.GenerateConfig,
     reader: inputs.Reader,
     place: Path,
-) -> None:
+) -> list[dict[str, str]]:
     """Show and write what the base, each adapter and their mixture say to each prompt."""
     mixture = dict.fromkeys(names, 1 / len(names))
     columns = {"base": None, **{name: name for name in names}, "mixture": mixture}
@@ -130,15 +149,26 @@ def answer(
         texts = [reader.tokenizer.decode(row) for row in rows]
         said += [texts[i : i + len(columns)] for i in range(0, len(texts), len(columns))]
     answers = [[a.prompt, *row] for a, row in zip(prompts, said, strict=True)]
-    some = sample(answers)
-    reader.console.print(shown.task_table(["prompt", *columns], some, len(answers)))
-    markdown = results.markdown_table(["prompt", *columns], some)
+    some, headings = sample(answers), ["prompt", *columns]
+    reader.console.print(shown.task_table(headings, some, len(answers)))
+    markdown = results.markdown_table(headings, some)
     (place / folder.ANSWERS).write_text(markdown, encoding="utf-8")
-    routed = [{"prompt": p, "answers": dict(zip(columns, row, strict=True))} for p, *row in some]
-    results.write_record(place, {**observed.around(reader), "routed": routed})
     if len(some) < len(answers):
-        lines = (dict(zip(("prompt", *columns), row, strict=True)) for row in answers)
+        lines = (dict(zip(headings, row, strict=True)) for row in answers)
         results.write_lines(place / folder.ALL_ANSWERS, lines)
+    return [dict(zip(headings, row, strict=True)) for row in some]
+
+
+def known(
+    said: Sequence[dict[str, str]],
+    prompts: Sequence[inputs.Asked],
+    sources: Sequence[inputs.Source],
+) -> list[dict[str, Any]]:
+    """The answers, each with those that the files give to its prompt."""
+    given = {asked.prompt: [*asked.references] for asked in prompts}
+    for example in (e for source in sources for e in source.examples if e.prompt in given):
+        given[example.prompt].append(example.completion)
+    return [{**row, "references": [*dict.fromkeys(given[row["prompt"]])]} for row in said]
 
 
 def named(files: Sequence[str]) -> list[str]:

@@ -1,276 +1,376 @@
-"""report.html: what it shows, that it is safe and whole, and how a real browser shows it."""
+"""The report: its numbers are the record's, its text is text, it asks for nothing."""
 
 from __future__ import annotations
 
+import copy
 import json
-import math
+import random
 import re
 import shutil
 import subprocess
+from base64 import b64encode
+from hashlib import sha256
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
+
+import lora
 
 for package in ("jsonargparse", "docstring_parser", "yaml", "rich", "matplotlib"):
     pytest.importorskip(package, reason="the scripts need the extra 'scripts'")
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-browser = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
-EVIL = "</script><img src=x onerror=\"document.title='ran'\"><b>&amp;"
-QUIET = (
-    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
-    "--disable-background-networking --disable-component-update --hide-scrollbars"
-).split()
+from tests.test_scripts import QUICK, command  # noqa: E402
 
 
-def metrics(n: int, spike: int | None = None) -> list[dict]:
-    return [
-        {"step": i, "epoch": 1, "lr": 0.01 / i, "grad_norm": 1.0 + i % 3, "tokens": 20,
-         "loss": 50.0 if i == spike else 1 + 1 / i, "seconds": i / 10}
-        for i in range(1, n + 1)
-    ]  # fmt: skip
+class Page(HTMLParser):
+    """What a browser makes of a page: the tags, and the text outside of scripts and styles."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.text, self.inside = "", ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.inside = tag
+
+    def handle_data(self, data):
+        if self.inside not in ("script", "style"):
+            self.text += data
 
 
-def put_lines(file: Path, rows: list[dict]) -> None:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> tuple[Path, str]:
+    """A run of the demo, shorter: its folder, and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    started = command("train_qa.py", *QUICK, "--steps", "60", "--res_path", str(folder))
+    done = subprocess.run(started, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A run whose texts are hostile."""
-    place = tmp_path / "run"
+def numbers(page: str) -> dict:
+    found = re.search(r'<script type="application/json" id="numbers">(.*?)</script>', page, re.S)
+    return json.loads(found[1])
+
+
+def rows(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_every_run_ends_with_its_report(run):
+    folder, said = run
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "report.html" in said
+    assert len(page) < 150_000
+    shown = Page(page).text
+    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    for answer in record["answers"]:
+        assert answer["tuned"].strip().split()[0] in shown
+        assert answer["prompt"].strip() in shown
+    assert record["commands"]["use"] in shown
+    assert "19,446,528" in shown
+
+
+def test_the_numbers_are_the_records(run):
+    steps = rows(run[0] / "metrics.jsonl")
+    found = numbers((run[0] / "report.html").read_text(encoding="utf-8"))
+    for chart, key in (("loss", "loss"), ("lr", "lr"), ("grad_norm", "grad_norm")):
+        series = found[f"{chart} demo"]["series"][0]
+        assert series["x"] == [s["step"] for s in steps]
+        assert series["y"] == [s[key] for s in steps]
+
+
+def test_the_same_record_gives_the_same_bytes(run, script, tmp_path, capsys):
+    before = (run[0] / "report.html").read_bytes()
+    assert script("report").main([str(run[0]), "--output", str(tmp_path / "again.html")]) == 0
+    assert (tmp_path / "again.html").read_bytes() == before
+
+
+def test_a_run_that_was_killed_is_reported(run, script, tmp_path):
+    place = tmp_path / "killed"
     place.mkdir()
-    put_lines(place / "metrics.jsonl", metrics(5000, spike=3211))
-    answer = {"prompt": f"Q: {EVIL}", "base": EVIL, "tuned": f"yes {EVIL}", "stopped": True,
-              "trained": ["no"], "references": [], "verdict": "differs"}  # fmt: skip
-    run = {
-        "config": {"model_name": EVIL, "lr": 0.01, "lora": {"r": 8, "alpha": 16.0}},
-        "device": "cuda:0",
-        "machine": "NVIDIA H100 80GB HBM3",
-        "parameters": {"LoRA": {"trainable": 65536, "total": 19512064}},
-        "validation": {"losses": {"0": 4.0, "2500": 1.25, "5000": 1.5}, "best_step": 2500},
-        "answers": [answer],
-        "observed": {
-            "from": "Held-out text",
-            "passages": [{"tokens": [["A", None, None], [EVIL, -5.25, -1.125], [" c", -1, -2]]}],
-            "updates": [{"layer": "h.0", "update": 1.5, "weight": 30.0}],
-        },
-    }
-    (place / "run.json").write_text(json.dumps(run))
-    return place
+    shutil.copy(run[0] / "options.yaml", place)
+    lines = (run[0] / "metrics.jsonl").read_text().splitlines()[:50]
+    (place / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 51, "lo')
+    assert script("report").main([str(place)]) == 0
+    page = (place / "report.html").read_text()
+    assert "stopped after 50 steps" in page
+    assert numbers(page)["loss killed"]["series"][0]["x"] == list(range(1, 51))
 
 
-@pytest.fixture
-def searched(tmp_path):
-    """A search of 512 trials of 2,500 steps, all of them to their end."""
-    place = tmp_path / "search"
-    place.mkdir()
-    trials = [
-        {"place": n + 1, "trial": n, "state": "winner" if not n else "retired", "rung": 1 + n % 3,
-         "params": {"lr": 10 ** -(1 + n / 128), "r": 2 ** (n % 5), "targets": ["c_attn", "c_fc"]},
-         "losses": {str(k): 1 + n / 100 + 1 / k for k in range(1, 2 + n % 3)}, "ended": None,
-         "steps": 2500, "total": 2500, **({} if n else {"seeds": {"1": 0.5, "2": 0.75}})}
-        for n in range(512)
-    ]  # fmt: skip
-    trials[5] |= {"losses": {}, "ended": "the loss is not finite"}
-    curve = [2 + math.sin(i * 1.7) + (i * 7919 % 97) / 97 for i in range(2500)]
-    put_lines(place / "leaderboard.jsonl", trials)
-    rows = [
-        {"trial": n, "training": [v + n % 7 for v in curve], "selection": {}} for n in range(512)
-    ]
-    rows[5]["training"][100:] = [None] * 2400
-    put_lines(place / "curves.jsonl", rows)
-    rungs = [{"rung": k + 1, "alive": 512 // 4**k, "share": 0.25 ** (2 - k)} for k in range(3)]
-    run = {"kind": "search", "rungs": rungs, "winner": {"trial": 0}, "config": {}, "device": "cpu"}
-    (place / "run.json").write_text(json.dumps(run))
-    return place
+def test_text_is_text(run, script, tmp_path):
+    evil = "</script><img src=x onerror=alert(1)>\u202e\x00 & <b>"
+    place = tmp_path / "evil"
+    shutil.copytree(run[0], place)
+    record = json.loads((place / "run.json").read_text(encoding="utf-8"))
+    for answer in record["answers"]:
+        answer |= {"prompt": evil, "base": evil, "tuned": f"{evil} tuned", "trained": [evil]}
+    record["config"]["data"] = record["commands"]["use"] = evil
+    (place / "run.json").write_text(json.dumps(record))
+    assert script("report").main([str(place)]) == 0
+    page = Page((place / "report.html").read_text(encoding="utf-8"))
+    assert "img" not in {tag for tag, _ in page.tags}
+    assert not [given for _, given in page.tags if any(name.startswith("on") for name in given)]
+    shown = "</script><img src=x onerror=alert(1)>\\x202e\\x00 & <b>"
+    assert page.text.count(shown) >= 3 * len(record["answers"])
 
 
-@pytest.fixture
-def made(script):
-    """The page of folders."""
-    records, reporting = script("record"), script("reporting")
-    return lambda *places: reporting.html([records.read(place) for place in places])
+def test_several_tasks_and_a_search_that_were_killed_are_reported(script, tmp_path, run):
+    tasks, search = tmp_path / "tasks", tmp_path / "search"
+    for name in ("sea", "land"):
+        (tasks / name).mkdir(parents=True)
+        shutil.copy(run[0] / "metrics.jsonl", tasks / name)
+    (tasks / "options.yaml").write_text("tasks: [sea.jsonl, land.jsonl, air.jsonl]\nseed: 7\n")
+    search.mkdir()
+    (search / "options.yaml").write_text("space: {lr: [1, 2]}\ndata: mine.jsonl\n")
+    for place, said in ((tasks, "Training: land"), (search, "mine.jsonl")):
+        assert script("report").main([str(place)]) == 0
+        shown = Page((place / "report.html").read_text()).text
+        assert "was stopped" in shown
+        assert said in shown
 
 
-def data_of(page: str) -> dict:
-    return json.loads(re.search(r'id="record">(.*?)</script>', page, re.DOTALL)[1])
+def test_no_spike_is_lost(script):
+    charts = script("charts")
+    points = [(i, 1.0) for i in range(100_000)]
+    points[777], points[70_001], points[5] = (777, 9.0), (70_001, -3.0), (5, float("nan"))
+    kept = charts.thinned(points)
+    assert len(kept) <= 3 * charts.BUCKETS
+    assert {points[777], points[70_001], points[0], points[-1]} <= set(kept)
+    assert any(y != y for _, y in kept)
 
 
-def test_every_run_ends_with_its_report(script, tmp_path, monkeypatch):
-    place = tmp_path / "real"
-    monkeypatch.chdir(tmp_path)
-    argv = ["--device", "cpu", "--epochs", "null", "--steps", "4", "--res_path", str(place)]
-    argv += ["--generate.max_new_tokens", "4"]
-    assert script("train_qa").main(argv) in (0, None)
-    page, run = (place / "report.html").read_text(), json.loads((place / "run.json").read_text())
-    assert data_of(page)["run"] == run
-    seen = run["observed"]
-    assert {row["layer"].split(".")[-1] for row in seen["updates"]} == {"c_attn"}
-    assert len(seen["updates"]) == 8
-    assert all(0 < row["update"] < row["weight"] for row in seen["updates"])
-    told = [row for row in seen["passages"][0]["tokens"] if row[1] is not None]
-    assert told
-    assert all(base <= 0 and tuned <= 0 for _, base, tuned in told)
-    for heading in ("Answers", "Training", "What the adapter changed", "Where the update is"):
-        assert f"<h2>{heading}</h2>" in page
-    assert len(page) <= 150_000
-    before = (place / "report.html").read_bytes()
-    assert script("report").main([str(place)]) in (0, None)
-    assert (place / "report.html").read_bytes() == before
-
-
-def test_the_size_of_an_update_is_that_of_the_product(script):
-    import gpt2
-    import lora
-
-    model = gpt2.GPT2.from_pretrained("demo")
-    lora.inject(model, r=3, targets=["c_attn", "mlp.c_fc"], seed=1)
-    for layer in lora.algebra.factors(model).values():
-        layer.B.normal_()
-    with_b = lora.algebra.factors(model)
-    lora.algebra.implant(fresh := gpt2.GPT2.from_pretrained("demo"), with_b)
-    rows = script("observed").updates(fresh, "default")
-    assert len(rows) == 16
-    for row in rows:
-        pair = with_b[row["layer"]]
-        assert row["update"] == pytest.approx(float((pair.B @ pair.A).norm()), rel=1e-5)
-    base = gpt2.GPT2.from_pretrained("demo").get_submodule(rows[0]["layer"]).weight
-    assert rows[0]["weight"] == pytest.approx(float(base.detach().norm()), rel=1e-6)
-
-
-def test_texts_stay_text_and_numbers_are_the_records(folder, made):
-    page, run = made(folder), json.loads((folder / "run.json").read_text())
-    assert "<img" not in page
-    assert page.count("&lt;/script&gt;&lt;img src=x onerror=") >= 5
-    data = data_of(page)
-    assert data["run"] == run
-    losses = {row["step"]: row["loss"] for row in metrics(5000, spike=3211)}
-    drawn = data["charts"]["loss"][0]["points"]
-    assert [3211, 50.0] in drawn
-    assert all(losses[step] == loss for step, loss in drawn)
-    assert "best held-out loss, step 2,500" in page
-    assert "1.2500" in page
-    assert "+4.125 nats: -5.250 before, -1.125 after" in page
-    assert "5.00 %" in page
-    rate = 20 * 5000 / 500
-    assert f"{rate:,.0f} supervised tokens a second" in page
-    assert f"{rate / (790e12 / (4 * 19512064)):.1%}" in page
-    assert len(page) <= 150_000
-    assert page == made(folder)
-    assert not re.search(r"https?://", page)
-
-
-def test_min_and_max_keep_every_extreme(script):
-    thinned = script("charts").thinned
-    points = [(i, math.sin(i * i)) for i in range(10_000)]
-    points[777], points[5001] = (777, 9.0), (5001, math.nan)
-    kept = thinned(points, 200)
-    assert len(kept) <= 3 * 200
-    assert kept[0] == points[0]
-    assert kept[-1] == points[-1]
-    assert (777, 9.0) in kept
-    assert any(math.isnan(y) for _, y in kept)
-    assert [x for x, _ in kept] == sorted({x for x, _ in kept})
-    assert thinned([], 10) == []
-
-
-def test_a_killed_run_reports_what_it_wrote(folder, made, script):
-    (folder / "run.json").unlink()
-    (folder / "options.yaml").write_text("model_name: demo\nlr: 0.003\nlora: {r: 8}\n")
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 5001, "lo')
-    page = made(folder)
-    assert "did not come to its end" in page
-    assert "5,000" in page
-    assert "demo, adapted by LoRA of rank 8" in page
-    empty = folder.parent / "empty"
-    empty.mkdir()
-    with pytest.raises(FileNotFoundError, match="holds no run"):
-        script("record").read(empty)
-
-
-def test_a_run_that_diverged_is_shown(folder, made):
-    rows = metrics(50)
-    rows[20]["loss"] = math.nan
-    rows[30]["loss"] = math.inf
-    put_lines(folder / "metrics.jsonl", rows)
-    page = made(folder)
-    assert "2 steps have no finite loss, the first is 21" in page
-    assert not [d for d in re.findall(r"<svg.*?</svg>", page) if "nan" in d or "inf" in d]
-    assert data_of(page)["charts"]["loss"][0]["points"][20] == [21, None]
-
-
-def test_several_runs_are_compared(folder, made, tmp_path, script):
-    other = tmp_path / "other"
-    shutil.copytree(folder, other)
-    page = made(folder, other)
-    assert "2 runs compared" in page
-    assert [line["name"] for line in data_of(page)["charts"]["loss"]] == ["run", "other"]
-    out = tmp_path / "two.html"
-    assert script("report").main([str(folder), str(other), "--out", str(out)]) in (0, None)
-    assert out.read_text() == page
-    assert script("report").main([str(folder), str(other)]) == 2
-
-
-def test_a_search_of_512_trials_fits_a_megabyte(searched, made):
-    page = made(searched)
-    assert len(page.encode()) <= 1_000_000
-    for heading in ("Halving", "Loss over each parameter", "All trials", "Leaderboard"):
-        assert f"<h2>{heading}</h2>" in page
-    assert page.count('<path class="l') >= 512
-    assert "ended: the loss is not finite" in page
-    assert '<path class="whisk"' in page
-
-
-PROBE = """<script>addEventListener("load", () => { const wide = [...document.querySelectorAll("*")]
-.filter((e) => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest(".scroll,svg"));
-const paint = performance.getEntriesByType("navigation")[0];
-document.documentElement.dataset.probe = JSON.stringify({title: document.title, width: innerWidth,
-scroll: document.documentElement.scrollWidth, wide: wide.map((e) => e.outerHTML.slice(0, 80)),
-images: document.images.length, loaded: performance.getEntriesByType("resource").length,
-charts: document.querySelectorAll(".read").length, ready: paint.domContentLoadedEventEnd,
-back: getComputedStyle(document.documentElement).backgroundColor}); });</script>"""
-
-
-@browser
-@pytest.mark.parametrize("kind", ["run", "search"])
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_a_browser_shows_it_whole(folder, searched, made, tmp_path, kind, dark):
-    page = made(folder if kind == "run" else searched)
-    # A window of headless Chromium is at least 500 wide, so a phone's width is a frame's.
-    probed = re.sub(r"<meta http-equiv[^>]*>", "", page).replace("</body>", PROBE + "</body>")
-    (tmp_path / "probed.html").write_text(probed)
-    (tmp_path / "page.html").write_text(page)
-    frames = "".join(
-        f'<iframe src="probed.html" style="width:{w}px;height:900px;border:0"></iframe>'
-        for w in (1280, 390)
+def test_the_limit_is_that_of_the_known_device(run, script, tmp_path):
+    place = tmp_path / "fast"
+    shutil.copytree(run[0], place)
+    record, steps = json.loads((place / "run.json").read_text()), rows(place / "metrics.jsonl")
+    assert "at this batch" not in Page((place / "report.html").read_text()).text, (
+        "of a processor nothing"
     )
-    read = """<script>addEventListener("load", () => { document.body.dataset.all = JSON.stringify(
-    [...document.querySelectorAll("iframe")].map((f) =>
-    JSON.parse(f.contentDocument.documentElement.dataset.probe))); });</script>"""
-    (tmp_path / "both.html").write_text(f"<body>{frames}{read}</body>")
-    scheme = ["--blink-settings=preferredColorScheme=0"] if dark else []
-    shown, said = dumped(tmp_path, "both.html", *scheme, "--allow-file-access-from-files")
-    found = json.loads(re.search(r'data-all="([^"]*)"', shown)[1].replace("&quot;", '"'))
-    for probe in found:
-        assert probe["wide"] == []
-        assert probe["scroll"] <= probe["width"]
-        assert probe["images"] == probe["loaded"] == 0
-        assert probe["title"] != "ran"
-        assert probe["charts"] == (3 if kind == "run" else 0)
-        assert probe["back"] == ("rgb(20, 22, 26)" if dark else "rgb(251, 250, 248)")
-    assert [probe["width"] for probe in found] == [1280, 390]
-    # The page itself, with its policy: no error. It lets nothing be loaded.
-    _, said = dumped(tmp_path, "page.html", "--enable-logging=stderr", "--v=0")
-    assert ":CONSOLE" not in said
-    assert "default-src 'none'" in page
+    record["machine"] |= {"gpu": "NVIDIA H100 80GB HBM3", "weights": "bfloat16"}
+    (place / "run.json").write_text(json.dumps(record))
+    assert script("report").main([str(place)]) == 0
+    each = sum(s["tokens"] for s in steps) / len(steps)
+    limit = each / (2 * 19_446_528 * 2 / 3.35e12)  # some twenty tokens: bounded by memory
+    shown = Page((place / "report.html").read_text()).text
+    assert f"of the {limit:,.0f} that the NVIDIA H100 80GB HBM3 allows" in shown
+    assert "bounded by its memory" in shown
 
 
-def dumped(tmp_path: Path, name: str, *flags: str) -> tuple[str, str]:
-    """The page as Chromium has it after its scripts, and what it logged."""
-    command = [CHROMIUM, *QUIET, f"--user-data-dir={tmp_path / 'profile'}", "--timeout=8000",
-               "--window-size=1400,1900", *flags, "--dump-dom",
-               (tmp_path / name).as_uri()]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60)
-    return done.stdout, done.stderr
+def test_losses_that_are_not_finite_are_shown(run, script, tmp_path):
+    place = tmp_path / "blown"
+    shutil.copytree(run[0], place)
+    steps = rows(place / "metrics.jsonl")
+    for step in steps[30:]:
+        step["loss"] = step["grad_norm"] = float("nan")
+    (place / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    assert script("report").main([str(place)]) == 0
+    page = (place / "report.html").read_text()
+    assert numbers(page)["loss blown"]["series"][0]["x"] == list(range(1, 31))
+    assert "not finite" in Page(page).text
+
+
+# In a browser.
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = (
+    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+    "--disable-background-networking --disable-component-update --enable-logging=stderr "
+    "--hide-scrollbars --window-size=1400,1000 --virtual-time-budget=4000 --dump-dom"
+).split()
+PROBE = """<script>
+const errors = [];
+addEventListener("error", (e) => errors.push(e.message));
+addEventListener("load", () => {
+  const frames = [...document.querySelectorAll(".wide")];
+  const out = [...document.querySelectorAll("main *")]
+    .filter((e) => !frames.some((f) => f !== e && f.contains(e)) && e.getClientRects().length)
+    .filter((e) => e.getBoundingClientRect().right > innerWidth + 1)
+    .map((e) => `${e.tagName} ${e.className}`);
+  const plot = document.querySelector("figure[data-chart] .plot");
+  const box = plot.getBoundingClientRect();
+  const where = { clientX: box.left + box.width / 2, clientY: box.top + 20, bubbles: true };
+  plot.dispatchEvent(new PointerEvent("pointermove", where));
+  parent.postMessage(JSON.stringify({
+    width: innerWidth, out, scroll: document.documentElement.scrollWidth, errors,
+    tip: document.getElementById("tip").textContent,
+    paper: getComputedStyle(document.body).backgroundColor,
+    asked: performance.getEntriesByType("resource").map((e) => e.name),
+  }), "*");
+});
+</script>"""
+FRAME = """<body style="margin:0">
+<iframe src="inner.html" style="width:{width}px;height:900px;border:0"></iframe>
+<script>
+addEventListener("message", (e) => (document.body.dataset.seen = e.data));
+</script>"""
+
+
+def look(file: Path, tmp_path: Path, width: int, dark: bool = False) -> tuple[dict, str]:
+    """What a browser finds in a page so wide, and what it says on its console.
+
+    The page is in a frame, since no window is as narrow as a phone.
+    """
+    text = file.read_text(encoding="utf-8")
+    if dark:
+        text = text.replace("@media (prefers-color-scheme: dark)", "@media all")
+    inner = text.replace("<main>", f"{PROBE}<main>", 1)
+    mark = b64encode(sha256(PROBE[8:-9].encode()).digest()).decode()
+    inner = inner.replace("script-src ", f"script-src 'sha256-{mark}' ", 1)  # the probe's too
+    (tmp_path / "inner.html").write_text(inner, encoding="utf-8")
+    (tmp_path / "frame.html").write_text(FRAME.format(width=width))
+    own = [f"--user-data-dir={tmp_path / 'profile'}", (tmp_path / "frame.html").as_uri()]
+    command = [CHROMIUM, *FLAGS, *own]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    (seen,) = (given["data-seen"] for tag, given in Page(done.stdout).tags if tag == "body")
+    return json.loads(seen), "\n".join(s for s in done.stderr.splitlines() if "CONSOLE" in s)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])
+def test_a_browser_shows_all_of_it(run, tmp_path, width, dark):
+    seen, said = look(run[0] / "report.html", tmp_path, width, dark)
+    assert said == ""
+    assert seen["errors"] == seen["out"] == seen["asked"] == []
+    assert seen["scroll"] == seen["width"] == width
+    assert "at 30" in seen["tip"], "the value under the pointer"
+    assert (seen["paper"] == "rgb(21, 22, 23)") == dark
+
+
+# A search.
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> Path:
+    """What a search leaves, of 512 trials of 2,500 steps in the last rung, as its record has it."""
+    place = tmp_path_factory.mktemp("searched") / "many"
+    place.mkdir()
+    draw = random.Random(1)
+    totals, alive = (39, 156, 625, 2500), (512, 128, 32, 8)
+    targets = [["c_attn"], ["c_attn", "c_fc"]]
+    params = [
+        {"lr": 10 ** draw.uniform(-4, -1), "r": draw.choice([2, 4, 8, 16]),
+         "dropout": draw.choice([0.0, 0.1]), "targets": draw.choice(targets)}
+        for _ in range(512)
+    ]  # fmt: skip
+    board, curves = [], []
+    for trial in range(512):
+        rung = sum(trial < n for n in alive)
+        losses = {str(n): 5 / n + draw.random() for n in range(1, rung + 1)}
+        state = "winner" if trial == 0 else "finalist" if trial < 4 else "retired"
+        board.append({"place": trial + 1, "trial": trial, "state": state, "params": params[trial],
+                      "rung": rung, "steps": totals[rung - 1], "total": 2500, "losses": losses,
+                      "ended": None})  # fmt: skip
+        curve = {"trial": trial, "seed": 1, "selection": {}}
+        curve["training"] = [draw.random() + 0.1 for _ in range(totals[rung - 1])]
+        if trial < 4:
+            board[-1]["seeds"] = {str(seed): draw.random() for seed in (1, 2, 3)}
+        curves.append(curve)
+    board[-1] |= {"losses": {}, "rung": 0, "ended": "</script><b>NaN"}
+    curves.append({**curves[0], "trial": "default"})
+    told = {"seeds": {"1": 0.5, "2": None}, "mean": None}
+    both = {"params": params[0], "selection": told, "test": {**told, "mean": 0.5}}
+    rungs = [{"rung": i + 1, "share": 0.1, "alive": n, "steps": 9} for i, n in enumerate(alive)]
+    record = {
+        "kind": "search", "config": {"space": {"lr": [1, 2]}, "data": "d.jsonl"},
+        "rungs": rungs, "winner": {"trial": 0, **both}, "default": both, "not_told_apart": [2],
+        "winner_on_test": "alike", "told_apart_by": "t", "adapter_steps": 65_000,
+    }  # fmt: skip
+    (place / "run.json").write_text(json.dumps(record))
+    for name, many in (("leaderboard", board), ("curves", curves)):
+        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many))
+    return place
+
+
+def test_a_search_of_512_trials(found, script, tmp_path):
+    assert script("report").main([str(found)]) == 0
+    page = (found / "report.html").read_text(encoding="utf-8")
+    assert len(page.encode()) < 1_000_000
+    board, told = rows(found / "leaderboard.jsonl"), numbers(page)
+    over = {(x, y) for s in told["over lr"]["series"] for x, y in zip(s["x"], s["y"], strict=True)}
+    assert over >= {(r["params"]["lr"], r["losses"][str(r["rung"])]) for r in board[:-1]}
+    tree = [y for series in told["halving"]["series"] for y in series["y"]]
+    assert sorted(tree) == sorted(loss for row in board for loss in row["losses"].values())
+    curve = rows(found / "curves.jsonl")[0]["training"]
+    drawn = next(s for s in told["training"]["series"] if s["name"] == "0 (winner)")
+    assert {min(curve), max(curve)} <= set(drawn["y"]) <= set(curve)
+    shown = Page(page).text
+    assert "ended: </script><b>NaN" in shown
+    assert "It cannot be told apart from 2." in shown
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_browser_shows_a_search(found, script, tmp_path):
+    assert script("report").main([str(found)]) == 0
+    seen, said = look(found / "report.html", tmp_path, 390)
+    assert said == ""
+    assert seen["errors"] == seen["out"] == seen["asked"] == []
+    assert seen["scroll"] == 390
+
+
+# Several.
+
+
+def test_several_runs_are_compared(run, script, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run[0], tmp_path / "other")
+    record = json.loads((tmp_path / "other" / "run.json").read_text(encoding="utf-8"))
+    record["config"]["lr"] = 0.123
+    (tmp_path / "other" / "run.json").write_text(json.dumps(record))
+    assert script("report").main([str(run[0]), "other"]) == 0
+    page = Path("comparison.html").read_text(encoding="utf-8")
+    assert "0.123" in Page(page).text
+    assert [s["name"] for s in numbers(page)["compared"]["series"]] == ["demo", "other"]
+    Path("comparison.html").write_text("mine")
+    assert script("report").main([str(run[0]), "other"]) == 2
+    assert "is no report" in capsys.readouterr().err
+    assert Path("comparison.html").read_text() == "mine"
+    assert script("report").main(["nowhere"]) == 2
+    assert "nowhere holds no run" in capsys.readouterr().err
+
+
+def test_tasks_show_every_adapter_and_the_mixture(script, tmp_path):
+    for name in ("sea", "land"):
+        lines = [{"prompt": f"{name} {i}:", "completion": f" {i} {name}"} for i in range(12)]
+        text = "".join(json.dumps(row) + "\n" for row in lines)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    files = [str(tmp_path / f"{name}.jsonl") for name in ("sea", "land")]
+    place = tmp_path / "out"
+    options = ["--steps", "4", "--validation", "0.4", "--eval_every", "2", "--res_path", str(place)]
+    assert script("train_qa").main([*QUICK, *options, "--tasks", *files]) == 0
+    page = (place / "report.html").read_text(encoding="utf-8")
+    shown, record = Page(page).text, json.loads((place / "run.json").read_text())
+    for answer in record["answers"]:
+        assert {"base", "sea", "land", "mixture", "references"} <= answer.keys()
+        assert all(answer[name].strip() in shown for name in ("base", "sea", "land", "mixture"))
+    for name in ("sea", "land"):
+        own = json.loads((place / name / "run.json").read_text())
+        drawn = {s["name"]: s for s in numbers(page)[f"loss {name}"]["series"]}["held-out"]
+        assert drawn["y"] == list(own["validation"]["losses"].values())
+        assert f"best: step {own['validation']['best_step']}" in shown
+        assert own["passage"]["held_out"]
+
+
+# What is recorded for it.
+
+
+def test_norms_and_log_probabilities_are_those_of_the_model(run, demo, tokenizer):
+    record = json.loads((run[0] / "run.json").read_text(encoding="utf-8"))
+    model = copy.deepcopy(demo)
+    ids = torch.tensor([tokenizer.encode("".join(record["passage"]["tokens"]).split("<|")[0])])
+    ids = torch.cat([ids, torch.tensor([[50256]])], 1)
+    for name in ("base", "adapter"):
+        if name == "adapter":
+            lora.load(model, run[0] / "adapter")
+        with torch.no_grad():
+            found = model(ids).log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
+        assert found.tolist() == pytest.approx(record["passage"][name], abs=2e-4)
+    for row in record["updates"]:
+        layer = model.get_submodule(row["layer"])
+        delta = next(iter(layer.updates.values())).delta().detach()
+        assert row["update"] == pytest.approx(float(delta.norm()), rel=1e-4)
+        assert row["weight"] == pytest.approx(float(layer.weight_out_in.norm()), rel=1e-4)

@@ -506,10 +506,11 @@ def test_tasks_are_all_checked_before_the_first_is_trained(script, tmp_path, cap
     assert "'a.bad.name'" in error
     assert not out.exists()
     assert train([*QUICK, "--res_path", str(out), "--tasks", str(good)]) == 0
-    assert sorted(p.name for p in out.iterdir()) == ["good", "options.yaml"]
+    made = ["good", "options.yaml", "report.html", "run.json"]
+    assert sorted(p.name for p in out.iterdir()) == made
     capsys.readouterr()
     assert train([*QUICK, "--res_path", str(out), "--tasks", str(good)]) == 2
-    assert "holds a run (good, options.yaml)" in capsys.readouterr().err
+    assert "holds a run (good, run.json, options.yaml, report.html)" in capsys.readouterr().err
 
 
 def test_tasks_train_each_adapter_as_alone(script, tmp_path):
