@@ -194,8 +194,8 @@ COLUMNS: dict[str, dict[str, Cell]] = {
         "of all steps": _number("share_of_all_steps", ".1%"),
         "best held-out loss": _number("best"),
         "found": _number("found"),
-        "within 1 %": lambda row, _: {True: "yes", False: "no"}.get(
-            row.get("within_1_percent"), ""
+        "within 1 %": lambda row, _: (
+            ("no", "yes")[row["within_1_percent"]] if "within_1_percent" in row else ""
         ),
         "random, at equal cost": _number("random_at_equal_cost", ".0%"),
     },
