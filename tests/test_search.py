@@ -410,13 +410,16 @@ def test_slots_that_do_not_fit_in_memory_are_refused_with_what_fits(
     assert script("search").main([*tiny, *more]) == 0
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="looks for memory in /proc")
 def test_what_a_slot_takes_is_about_what_is_told(script):
     """Peak memory of twelve slots more, in processes of their own."""
     code = (
-        "import resource, sys, torch, gpt2, lora\n"
+        "import pathlib, sys\n"
         "from tests.test_search import a_step\n"
         "a_step(int(sys.argv[1]))\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        # Not ru_maxrss, which begins as that of the process which started this one.
+        "lines = pathlib.Path('/proc/self/status').read_text().splitlines()\n"
+        "print(next(line.split()[1] for line in lines if line.startswith('VmHWM')))"
     )
     peaks = [
         int(subprocess.run([sys.executable, "-c", code, k], env=env(), cwd=ROOT, check=True,
@@ -426,7 +429,7 @@ def test_what_a_slot_takes_is_about_what_is_told(script):
     model, parameters = gpt2.GPT2.from_pretrained("demo"), 16 * 32768
     told = script("memory").of_slot(model, parameters, 64, gpt2.TrainConfig(steps=1))
     measured = (peaks[1] - peaks[0]) * 1024 / 12
-    assert 0.3 < measured / told < 1.4  # the smaller peak may be that of loading
+    assert 0.6 < measured / told < 1.4
 
 
 def a_step(k: int) -> None:
