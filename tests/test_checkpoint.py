@@ -200,6 +200,15 @@ def test_a_slightly_tuned_base_is_another_base(saved):
     refuses(model, saved[0], r"another base, whose weights differ in transformer.h.1.attn.c_attn ")
 
 
+def test_a_base_of_another_size_is_refused(saved):
+    """Of the same direction in every weight, so that only its norm tells it from the other."""
+    model = tiny_gpt2()
+    with torch.no_grad():
+        for p in model.parameters():
+            p *= 1.01
+    refuses(model, saved[0], "made for another base")
+
+
 def test_swapped_factors_of_a_square_layer_are_detected(tmp_path):
     """With in = out, B transposed has A's shape: only the stored probe tells."""
     torch.manual_seed(0)

@@ -63,12 +63,13 @@ def _probe_vectors(n: int) -> Tensor:
 
 
 def _base_probe(base: nn.Module) -> dict[str, Any]:
-    """What tells this base weight from another: its dtype, and projections of its direction."""
+    """What tells this base weight from another: dtype, size, projections of its direction."""
     weight = out_in_view(base, whole(base.get_parameter("weight").detach())).cpu().double()
     left, right = _probe_vectors(weight.shape[0]), _probe_vectors(weight.shape[1])
-    values = left[:, 0] @ weight @ right / (_norm(weight) or 1.0)
+    norm = _norm(weight)
+    values = left[:, 0] @ weight @ right / (norm or 1.0)
     dtype = str(base.get_parameter("weight").dtype).removeprefix("torch.")
-    return {"dtype": dtype, "probe": _floats(values)}
+    return {"dtype": dtype, "probe": _floats(values), "norm": float(f"{norm:.6e}")}
 
 
 def _update_probe(a: Tensor, b: Tensor) -> list[float]:
@@ -95,7 +96,10 @@ def _same_base(saved: Mapping[str, Any], base: nn.Module) -> bool:
     """Whether the weights agree to the rounding of the coarser dtype of the two."""
     here = _base_probe(base)
     coarser = max(torch.finfo(getattr(torch, d["dtype"])).eps for d in (saved, here))
-    return _close(here["probe"], saved["probe"], max(coarser, 1e-5))
+    slack = max(coarser, 1e-5)
+    norm = saved.get("norm", here["norm"])  # files of before have none
+    same_size = abs(here["norm"] - norm) <= slack * norm
+    return same_size and _close(here["probe"], saved["probe"], slack)
 
 
 def _same_update(saved: list[float], a: Tensor, b: Tensor) -> bool:
