@@ -119,18 +119,23 @@ def test_a_run_of_several_goes_on_where_it_was_stopped(
     assert "the run came to its end" in capsys.readouterr().err
 
 
-def test_another_file_or_option_is_refused(script, tmp_path, files, capsys, monkeypatch):
-    train, keeping, out = script("train_qa").main, script("keeping"), tmp_path / "out"
-    recorded = keeping.recorded
+def stopped(recorded, names):
+    """`keeping.recorded`, with a SIGTERM after a step of one of these adapters."""
 
-    def stopped(run, place):
+    def until(run, place):
         for record in recorded(run, place):
             yield record
-            os.kill(os.getpid(), signal.SIGTERM)
+            if place.name in names:
+                os.kill(os.getpid(), signal.SIGTERM)
 
+    return until
+
+
+def test_another_file_or_option_is_refused(script, tmp_path, files, capsys, monkeypatch):
+    train, keeping, out = script("train_qa").main, script("keeping"), tmp_path / "out"
     arguments = [*QUICK, "--steps", "5", *VALID, "--tasks", *files, "--res_path", str(out)]
     with monkeypatch.context() as patch:
-        patch.setattr(keeping, "recorded", stopped)
+        patch.setattr(keeping, "recorded", stopped(keeping.recorded, NAMES))
         assert train(arguments) == 143
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     capsys.readouterr()
@@ -157,17 +162,9 @@ def test_a_file_that_changed_after_its_adapter_was_trained_is_refused(
     script, tmp_path, files, capsys, monkeypatch
 ):
     train, keeping, out = script("train_qa").main, script("keeping"), tmp_path / "out"
-    recorded = keeping.recorded
-
-    def stopped(run, place):
-        for record in recorded(run, place):
-            yield record
-            if place.name == "air":
-                os.kill(os.getpid(), signal.SIGTERM)
-
     arguments = [*QUICK, "--steps", "2", *VALID, "--tasks", *files, "--res_path", str(out)]
     with monkeypatch.context() as patch:
-        patch.setattr(keeping, "recorded", stopped)
+        patch.setattr(keeping, "recorded", stopped(keeping.recorded, ["air"]))
         assert train(arguments) == 143
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     was = {file: Path(file).read_bytes() for file in files}
