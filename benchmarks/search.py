@@ -34,7 +34,7 @@ GRID = {
     "alpha_over_r": [1, 2],
     "targets": [["c_attn"], ALL],
 }
-RUNGS, KEEP, WITHIN = 3, 4, 0.01
+RUNGS, KEEP, WITHIN = 5, 2, 0.01
 SPACE = {
     "lr": {"low": 1e-5, "high": 3e-3},
     "r": [2, 4, 8],
@@ -45,7 +45,7 @@ SPACE = {
 
 def main() -> None:
     a = harness.arguments(
-        __doc__, article=0, grid=0, data="", valid="", seeds=10, examples=2000, held_out=400
+        __doc__, article=0, grid=0, data="", valid="", seeds=10, examples=8000, held_out=400
     )
     if a.article:
         harness.emit("search", a.out, case="best of 512 article-size runs", **article(a))
@@ -77,7 +77,7 @@ def article(a: Any) -> dict[str, Any]:
             "trials": 512,
             "slots": 256,
             "rungs": 4,
-            "keep": KEEP,
+            "keep": 4,
             "finalists": 3,
             "seeds": 3,
             "space": SPACE,
@@ -99,9 +99,14 @@ def article(a: Any) -> dict[str, Any]:
 
 def grid(a: Any, seed: int) -> dict[str, Any]:
     """All of the grid; then what halving and random search would have found of it."""
-    losses = whole_grid(a, seed)
+    losses, halving = whole_grid(a, seed), plan(32)
     last = [row[-1] for row in losses]
-    best, found, cost = min(last), last[halved(losses)], halving_cost(len(losses))
+    alive = dict.fromkeys(range(len(losses)))
+    cost = 0.0
+    for rung in range(RUNGS):
+        cost += len(alive) * halving.steps(rung, 2**20) / 2**20 / len(losses)
+        alive = dict.fromkeys(halving.going_on({n: losses[n][rung] for n in alive}, rung))
+    best, found = min(last), last[next(iter(alive))]
     good = sum(loss <= best * (1 + WITHIN) for loss in last)
     tries = int(cost * len(losses))
     missed = comb(len(losses) - good, tries) / comb(len(losses), tries)
@@ -116,6 +121,15 @@ def grid(a: Any, seed: int) -> dict[str, Any]:
     }
 
 
+def plan(trials: int) -> Any:
+    """The rungs."""
+    sys.path.insert(0, str(SCRIPTS))
+    from halving import Halving  # pyright: ignore[reportMissingImports]
+
+    made: Any = Halving
+    return made(trials=trials, rungs=RUNGS, keep=KEEP)
+
+
 def whole_grid(a: Any, seed: int) -> list[list[float]]:
     """Each configuration's held-out loss where each rung ends."""
     sys.path.insert(0, str(SCRIPTS))
@@ -123,12 +137,12 @@ def whole_grid(a: Any, seed: int) -> list[list[float]]:
     import search  # pyright: ignore[reportMissingImports]
     import space  # pyright: ignore[reportMissingImports]
     import waves  # pyright: ignore[reportMissingImports]
-    from halving import Halving  # pyright: ignore[reportMissingImports]
 
     given = ["--config", str(SCRIPTS / "configs" / "search_e2e.yaml"), "--validation", a.valid]
     script: Any = search
     options = script.parse(given)
-    options.epochs, options.warmup_steps, options.autocast = 1, 16, a.device != "cpu"
+    options.epochs, options.warmup_steps = 1, a.examples // options.train_batch_size // 32
+    options.autocast = options.compile = a.device != "cpu"
     usual: Any = recipe.of(options)
     dimensions: Any = space.read(GRID, 1)
     grid = list(dimensions.all())
@@ -145,7 +159,7 @@ def whole_grid(a: Any, seed: int) -> list[list[float]]:
         waves.Run(trial=i, recipe=usual.varied(values).seeded(seed), total=total)
         for i, values in enumerate(grid)
     ]
-    halving: Any = Halving(trials=len(grid), rungs=RUNGS, keep=KEEP)
+    halving = plan(len(grid))
     with waves.Waves(model, learnt, held_out, usual.training, room) as work:
         for rung in range(RUNGS):
             until = [halving.step(rung, total)] * len(some)
@@ -154,23 +168,6 @@ def whole_grid(a: Any, seed: int) -> list[list[float]]:
     return [
         [run.losses.get(halving.step(r, total), math.inf) for r in range(RUNGS)] for run in some
     ]
-
-
-def halved(losses: list[list[float]]) -> int:
-    """The configuration that halving ends with."""
-    alive = list(range(len(losses)))
-    for i in range(RUNGS):
-        alive.sort(key=lambda n: (losses[n][i], n))
-        alive = alive[: max(1, len(losses) // KEEP ** (i + 1))] if i + 1 < RUNGS else alive
-    return alive[0]
-
-
-def halving_cost(n: int) -> float:
-    """Its steps, as a share of those of all."""
-    shares = [KEEP ** (i + 1 - RUNGS) for i in range(RUNGS)]
-    sizes = [-(-n // KEEP**i) for i in range(RUNGS)]
-    before = [0.0, *shares]
-    return sum(s * (b - a) for s, a, b in zip(sizes, before, shares, strict=False)) / n
 
 
 if __name__ == "__main__":

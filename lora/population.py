@@ -85,12 +85,12 @@ class Population:
         if own := [path for path in drawn if not is_plain(self._tree.bases[path])]:
             raise ValueError(f"{own[0]} has a forward of its own: leave it out of the targets.")
         self._configs: list[dict[str, UpdateConfig]] = [{} for _ in range(slots)]
-        some = next(iter(drawn.values())).A
+        some, drops, bases = next(iter(drawn.values())).A, self.room.dropout > 0, self._tree.bases
         shapes = {path: update.factors() for path, update in drawn.items()}
         self._stack = Stack(slots, shapes, some.dtype, some.device)
         self.flat, self.grad, self.parts = self._stack.flat, self._stack.grad, self._stack.parts
         self.layers = {
-            path: StackedLinear(self._tree.bases[path], *self._stack.of(self.flat, path))
+            path: StackedLinear(bases[path], *self._stack.of(self.flat, path), dropping=drops)
             for path in drawn
         }
         self.parameters: Sequence[Tensor] = [

@@ -19,6 +19,7 @@ class StackedLinear(nn.Module):
         base: the frozen layer, which computes `x W + b`.
         a: `(k, r, in)`; where a slot's rank is smaller, the rest is zero and stays so.
         b: `(k, out, r)`, likewise.
+        dropping: whether any slot may have dropout.
 
     Attributes:
         scales: `(k,)`, each slot's factor, zero at first.
@@ -30,12 +31,12 @@ class StackedLinear(nn.Module):
 
     drops: Callable[[Tensor, Tensor], Tensor] | None = None
 
-    def __init__(self, base: nn.Module, a: Tensor, b: Tensor) -> None:
+    def __init__(self, base: nn.Module, a: Tensor, b: Tensor, *, dropping: bool) -> None:
         super().__init__()
         self.base = base
         self.A, self.B = nn.Parameter(a), nn.Parameter(b)
         self.scales, self.rates = a.new_zeros(2, len(a)).unbind()
-        self.training = base.training
+        self.dropping, self.training = dropping, base.training
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(k·b, …, in)` to `(k·b, …, out)`.
@@ -46,8 +47,8 @@ class StackedLinear(nn.Module):
         y, k = self.base(x), len(self.A)
         if x.shape[0] % k:
             raise ValueError(f"The batch has {x.shape[0]} rows, which are not {k} equal blocks.")
-        dropping = self.training and self.drops is not None
-        rows = self.drops(x, self.rates) if dropping and self.drops is not None else x
+        drops = self.drops if self.training and self.dropping else None
+        rows = x if drops is None else drops(x, self.rates)
         rows = rows.reshape(k, -1, x.shape[-1])
         h = rows @ self.A.to(x.dtype).mT  # (k, b·…, r)
         h = (h * self.scales[:, None, None].to(h.dtype)).to(y.dtype)

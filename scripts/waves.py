@@ -20,6 +20,7 @@ from recipe import Recipe
 
 Progress = Callable[[int], None]
 TICKS = {"cpu": 8}  # micro-batches between two looks at the device; on a faster one more
+ROWS = {"cpu": 8}  # that are evaluated at a time, at least 8 a slot; on a faster one more
 DEFAULT = "default"  # the configuration that takes no part
 
 
@@ -115,7 +116,7 @@ class Waves:
             now = sum(len(own.records) for own in training.trainings if own)
             progress(now - done)
             done = now
-        losses = training.evaluate(self.selection)
+        losses = training.evaluate(self.selection, self._rows(k))
         for run, own, loss in zip(runs, training.trainings, losses, strict=False):
             if own is None:
                 continue
@@ -164,7 +165,7 @@ class Waves:
             some = runs[first : first + k]
             _, training = self._of(k)
             self._put(k, some, [run.taken for run in some])
-            found += training.evaluate(data)[: len(some)]
+            found += training.evaluate(data, self._rows(k))[: len(some)]
         return found
 
     def saved(self, run: Run, save: Callable[[gpt2.GPT2], None]) -> None:
@@ -173,6 +174,10 @@ class Waves:
         self._put(1, [run], [run.taken])
         with slots.adapter(0):
             save(self.model)
+
+    def _rows(self, k: int) -> int:
+        device = next(self.model.parameters()).device
+        return max(8, ROWS.get(device.type, 512) // k)
 
     def _of(self, k: int | None = None) -> tuple[lora.Population, PopulationTraining]:
         """The population, of k slots."""

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 import gpt2
 import lora
+from gpt2.fast.slot_dropout import Streams
 from gpt2.training.population import PopulationTraining
+from gpt2.training.slots import learnt_at
 from tests.toys import TINY
 
 STEPS = 30
@@ -381,3 +383,39 @@ def test_an_evaluation_knows_no_label_smoothing():
     for i in range(4):
         with slots.adapter(i) as model:
             assert losses[i] == pytest.approx(gpt2.evaluate(model, data(5)).loss, rel=1e-6)
+
+
+def test_the_head_looks_only_where_something_may_be_learnt(monkeypatch):
+    seen: list[int] = []
+    inner = gpt2.fast.head._losses
+    monkeypatch.setattr(
+        gpt2.fast.head,
+        "_losses",
+        lambda head, x, *rest: seen.append(len(x)) or inner(head, x, *rest),
+    )
+    training, _ = population(base(torch.float32))
+    training.advance(12)
+    learnt = np.sort(data().supervised(np.arange(7)))[-2:].sum()
+    assert set(seen) == {4 * -(-int(learnt) // 8) * 8}
+    seen.clear()
+    training.evaluate(data())
+    assert sum(seen) == 4 * data().supervised(np.arange(7)).sum()
+
+
+def test_places_of_what_is_learnt_are_those_of_the_labels():
+    IGNORE = gpt2.IGNORE
+    labels = np.array([[5, 6, IGNORE, 7], [IGNORE] * 4, [8, IGNORE, IGNORE, IGNORE], [1, 2, 3, 4]])
+    at = learnt_at(labels, 2, 4)
+    assert at.tolist() == [[0, 2, 3, 3], [4, 5, 6, 3]]
+
+
+def test_where_no_slot_may_drop_nothing_is_drawn(monkeypatch):
+    drawn: list[float] = []
+    monkeypatch.setattr(Streams, "__call__", lambda self, x, p: drawn.append(1) or x)
+    for dropout, often in ((0.0, 0), (0.1, 1)):
+        slots = lora.Population(base(dropout=0.0), 1, r=2, dropout=dropout, layers=[0])
+        training = PopulationTraining(slots.model, slots, data(), CONFIGS[0])
+        slots.draw(0, r=2, layers=[0])
+        training.start(0, CONFIGS[0])
+        training.advance(1)
+        assert len(drawn) == often

@@ -55,15 +55,25 @@ def summed_loss(
 
 
 def losses(
-    head: nn.Module, x: Tensor, labels: Tensor, *, compiling: bool, smoothing: float = 0.0
+    head: nn.Module,
+    x: Tensor,
+    labels: Tensor,
+    at: Tensor,
+    *,
+    compiling: bool,
+    smoothing: float = 0.0,
 ) -> Tensor:
-    """The summed loss of each row, `(B,)`: no row's depends on what is learnt in another.
+    """The summed loss of each of k equal blocks of rows, `(k,)`, whatever is learnt in another.
 
     Args:
         head, x, labels, compiling, smoothing: as for `summed_loss`.
+        at: `(k, S)`, which of a block's positions to look at: all that are supervised, and as many
+            others as give each block the same number.
     """
-    each = _losses(head, x.flatten(0, 1), shifted(labels), compiling, smoothing)
-    return each.view(len(x), -1).sum(1)
+    first = torch.arange(len(at), device=at.device) * (labels.numel() // len(at))
+    rows = (at + first[:, None]).flatten()
+    hidden, targets = x.flatten(0, 1).index_select(0, rows), shifted(labels)[rows]
+    return _losses(head, hidden, targets, compiling, smoothing).view_as(at).sum(1)
 
 
 def _losses(
@@ -162,17 +172,16 @@ def _chunk(
     if smoothing:
         sought = at_wanted.lerp(found[:, :vocab].mean(-1, keepdim=True) - top, smoothing)
         right = 1 - smoothing + smoothing / vocab
-    scores = found.sub_(top).exp_()
+    scores = found.sub_(top).exp_()  # the probabilities but for a factor, which comes last
     total = scores.sum(-1, keepdim=True)  # in pairs; a softmax kernel's running sum is off by 1e-5
     loss = (total.log() - sought).squeeze(1).where(supervised, 0.0)
     if not needs_gradient:
         return loss, hidden
-    probabilities = scores.div_(total)
     if smoothing:
-        probabilities[:, :vocab] -= smoothing / vocab
-    probabilities = probabilities.to(weight.dtype)
-    less_one = (at_wanted.exp() / total - right).to(weight.dtype)  # where the token is right
-    gradient = _times(probabilities.scatter_(1, wanted, less_one), weight.t())
+        scores[:, :vocab] -= total * (smoothing / vocab)
+    scores = scores.to(weight.dtype)
+    less_one = (at_wanted.exp() - right * total).to(weight.dtype)  # where the token is right
+    gradient = _times(scores.scatter_(1, wanted, less_one), weight.t()) / total
     return loss, gradient.to(hidden.dtype) * supervised[:, None]
 
 

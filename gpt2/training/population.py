@@ -27,12 +27,11 @@ from gpt2.fast.untyped import floats, from_numpy, table
 from gpt2.model import GPT2
 from gpt2.training.checks import check_readable, require_count
 from gpt2.training.config import TrainConfig
-from gpt2.training.loss import IGNORE
 from gpt2.training.modes import in_mode
 from gpt2.training.randomness import RandomState, seed_of
 from gpt2.training.run import StepRecord
 from gpt2.training.slot_adamw import IDLE, Rates
-from gpt2.training.slots import OWN, Slot, SlotState, opened, rows_of
+from gpt2.training.slots import OWN, Slot, SlotState, learnt_at, most_learnt, opened, rows_of
 from gpt2.training.stack_step import Slots, StackStep, check
 
 
@@ -63,6 +62,7 @@ class PopulationTraining:
         self.step = StackStep(model, slots, config)
         limit = model.config.block_size if isinstance(model, GPT2) else data.longest
         self.width = bucket(data.longest, limit) if self.step.graphs else data.longest
+        self._most = most_learnt(data, config.batch_size)
         self._randomness = RandomState(config.seed, slots.flat.device)
         self._untold: list[tuple[list[tuple[Slot, StepRecord]], Tensor]] = []
 
@@ -185,10 +185,13 @@ class PopulationTraining:
         with in_mode(self.model, training=False), self._randomness:
             for start in range(0, len(data), batch_size):
                 batch = collate([data[int(i)] for i in order[start : start + batch_size]])
-                idx, labels = (
-                    t.repeat(k, 1).to(self.step.device) for t in (batch.idx, batch.labels)
+                n = batch.n_tokens  # on a GPU few numbers occur, since chunks may be compiled
+                most = bucket(n, batch.labels.numel()) if self.step.graphs else n
+                at = from_numpy(learnt_at(batch.labels.numpy(), 1, most))
+                inputs = (
+                    t.repeat(k, 1).to(self.step.device) for t in (batch.idx, batch.labels, at)
                 )
-                total += self.step.losses(idx, labels).view(k, -1).sum(1).double().cpu()
+                total += self.step.losses(*inputs).double().cpu()
                 tokens += batch.n_tokens
         return floats(total / tokens)
 
@@ -223,9 +226,10 @@ class PopulationTraining:
             if is_last:
                 over.append((own, own.record(tokens)))
             own.go_on(is_last=is_last)
-        idx, labels, sizes = rows_of(self.data, chosen, self.config.batch_size, self.width, IGNORE)
+        idx, labels, sizes = rows_of(self.data, chosen, self.config.batch_size, self.width)
         rates = torch.tensor(numbers, dtype=self.slots.flat.dtype, device="cpu").t().contiguous()
-        figures = self.step(from_numpy(idx), from_numpy(labels), rates, seeds, sizes)
+        inputs = map(from_numpy, (idx, labels, learnt_at(labels, k, self._most)))
+        figures = self.step(*inputs, rates, seeds, sizes)
         self._untold.append((over, figures))
 
     def _tell(self, began: float) -> None:

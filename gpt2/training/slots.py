@@ -16,6 +16,7 @@ from torch import Tensor
 from gpt2.data.order import Integers, Order
 from gpt2.data.tokens import Dataset, places
 from gpt2.training.config import TrainConfig
+from gpt2.training.loss import IGNORE
 from gpt2.training.run import StepRecord
 from gpt2.training.schedule import lr_scale, planned, steps_an_epoch, total_steps
 
@@ -156,8 +157,31 @@ def opened(
     )
 
 
+def most_learnt(data: Dataset, size: int) -> int:
+    """The most tokens that so many examples can have learnt, rounded up to a multiple of 8.
+
+    So each slot's begin at such a multiple: a product's rows differ in their last bits by that.
+    """
+    each = np.sort(data.supervised(np.arange(len(data))))
+    return -(-int(each[-size:].sum()) // 8) * 8
+
+
+def learnt_at(labels: Any, k: int, most: int) -> Integers:
+    """Where in its block of `labels` `(k·b, T)` each slot learns, `(k, most)`.
+
+    What is left of the room is a row's last position, after which nothing is learnt.
+    """
+    wanted = np.zeros(labels.shape, bool)
+    wanted[:, :-1] = labels[:, 1:] != IGNORE
+    slots, found = np.nonzero(wanted.reshape(k, -1))
+    counts = np.bincount(slots, minlength=k)
+    at = np.full((k, most), labels.shape[1] - 1)
+    at[slots, places(counts)] = found
+    return at
+
+
 def rows_of(
-    data: Dataset, chosen: Sequence[Integers], size: int, width: int, ignore: int
+    data: Dataset, chosen: Sequence[Integers], size: int, width: int
 ) -> tuple[Any, Any, list[tuple[int, int]]]:
     """A batch in which each slot's examples stand in its own block, and nothing else is learnt.
 
@@ -165,18 +189,17 @@ def rows_of(
         data: the examples.
         chosen: each slot's, at most `size`.
         size, width: b and T.
-        ignore: the label of what is not learnt.
 
     Returns:
         Ids and labels `(k·b, T)`, int64, and how many rows and columns each slot fills.
     """
     idx = np.zeros((len(chosen) * size, width), np.int64)
-    labels = np.full_like(idx, ignore)
+    labels = np.full_like(idx, IGNORE)
     counts = [len(some) for some in chosen]
     rows = np.concatenate([np.arange(n) + i * size for i, n in enumerate(counts)])
     ids, learnt, lengths = data.take(np.concatenate(chosen))
     at = np.repeat(rows, lengths), places(lengths)
-    idx[at], labels[at] = ids, np.where(learnt, ids, ignore)
+    idx[at], labels[at] = ids, np.where(learnt, ids, IGNORE)
     ends = np.cumsum(counts)
     longest = [int(lengths[e - n : e].max()) if n else 0 for n, e in zip(counts, ends, strict=True)]
     return idx, labels, list(zip(counts, longest, strict=True))

@@ -85,6 +85,7 @@ class StackStep:
         self,
         idx: Tensor,
         labels: Tensor,
+        at: Tensor,
         numbers: Tensor,
         seeds: Sequence[int | None],
         sizes: Sequence[tuple[int, int]],
@@ -93,6 +94,7 @@ class StackStep:
 
         Args:
             idx, labels: `(k·b, T)`.
+            at: `(k, S)`, where in its block each slot learns; see `gpt2.fast.head.losses`.
             numbers: `(10, k)`: the fields of `Rates`, then the loss's factor, then 1 where the
                 slot's step is over.
             seeds: of each slot's dropout, 64 bits; None for an idle one.
@@ -102,20 +104,20 @@ class StackStep:
             self._streams.begin(seeds, sizes)
         halves = [[(s or 0) & 0xFFFFFFFF, (s or 0) >> 32] for s in seeds]
         keys = torch.tensor(halves, dtype=torch.int64, device="cpu").to(torch.int32)
-        inputs = [devices.copied(t, self.device) for t in (idx, labels, numbers, keys)]
+        inputs = [devices.copied(t, self.device) for t in (idx, labels, at, numbers, keys)]
         if self.graphs is None or self.config.cuda_graph is False:
             return self._micro_batch(*inputs)
         return self.graphs(self._micro_batch, self._state, *inputs).clone()
 
-    def losses(self, idx: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-        """The summed loss of each row, `(B,)`."""
+    def losses(self, idx: Tensor, labels: Tensor, at: Tensor, smoothing: float = 0.0) -> Tensor:
+        """The summed loss of each slot, `(k,)`."""
         model = self.model
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast):
             if isinstance(model, GPT2):
                 how: Any = {"compiling": self.config.compile, "smoothing": smoothing}
-                return head.losses(model.lm_head, model.transformer(idx), labels, **how)
+                return head.losses(model.lm_head, model.transformer(idx), labels, at, **how)
             found = logits_of(model, idx).flatten(0, 1)
-            return cross_entropies(found, shifted(labels), smoothing).view(len(idx), -1).sum(1)
+            return cross_entropies(found, shifted(labels), smoothing).view(len(at), -1).sum(1)
 
     @contextmanager
     def in_force(self) -> Generator[None]:
@@ -134,12 +136,14 @@ class StackStep:
             for (module, name, _), value in zip(own, before, strict=True):
                 setattr(module, name, value)
 
-    def _micro_batch(self, idx: Tensor, labels: Tensor, numbers: Tensor, keys: Tensor) -> Tensor:
-        slots, k = self.slots, len(self.failed)
+    def _micro_batch(
+        self, idx: Tensor, labels: Tensor, at: Tensor, numbers: Tensor, keys: Tensor
+    ) -> Tensor:
+        slots = self.slots
         if self._streams is None:
             places(keys, self._seeds)
         smoothing = self.config.label_smoothing
-        loss = self.losses(idx, labels, smoothing).view(k, -1).sum(1) * numbers[-2]
+        loss = self.losses(idx, labels, at, smoothing) * numbers[-2]
         found = gradients(loss.sum(), slots.parameters)
         with torch.no_grad():
             for sum_so_far, gradient in zip(slots.gradients, found, strict=True):
