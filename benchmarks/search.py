@@ -134,6 +134,7 @@ def whole_grid(a: Any, seed: int) -> list[list[float]]:
     """Each configuration's held-out loss where each rung ends."""
     sys.path.insert(0, str(SCRIPTS))
     import recipe  # pyright: ignore[reportMissingImports]
+    import runs  # pyright: ignore[reportMissingImports]
     import search  # pyright: ignore[reportMissingImports]
     import space  # pyright: ignore[reportMissingImports]
     import waves  # pyright: ignore[reportMissingImports]
@@ -156,15 +157,13 @@ def whole_grid(a: Any, seed: int) -> list[list[float]]:
     side = model.config.n_embd
     room: Any = recipe.room(dimensions, usual, side)
     some = [
-        waves.Run(trial=i, recipe=usual.varied(values).seeded(seed), total=total)
+        runs.Run(trial=i, recipe=usual.varied(values).seeded(seed), total=total)
         for i, values in enumerate(grid)
     ]
     halving = plan(len(grid))
     with waves.Waves(model, learnt, held_out, usual.training, room) as work:
         for rung in range(RUNGS):
-            until = [halving.step(rung, total)] * len(some)
-            work.train(len(some), some, until, lambda steps: None)
-            work.keep(some, range(len(some)))
+            work.train(len(some), some, halving, rung, lambda steps: None)
     return [
         [run.losses.get(halving.step(r, total), math.inf) for r in range(RUNGS)] for run in some
     ]

@@ -16,10 +16,11 @@ import noise
 import proposals
 from plan import Plan
 from recipe import Recipe
+from runs import DEFAULT, Run
 from space import Values
 from team import Team
 from wave_files import WaveFiles
-from waves import DEFAULT, Run, Waves
+from waves import Waves
 
 Progress = Callable[["Course", int], None]
 
@@ -212,24 +213,25 @@ class Course:
         keeps: Callable[[Run], bool],
     ) -> None:
         """Train runs, or read what they came to when they were trained before."""
-        before = sum(run.taken for run in all_runs.values())
+        halving, before = self.plan.halving, sum(run.taken for run in all_runs.values())
         runs, name = [all_runs[i] for i in all_runs if self.team.has(i)], self.team.own(name)
         if not runs or (self.files and self.files.read(name, runs)):
             self.progress(self, 0)
         else:
-            until = [self.plan.halving.step(rung, run.total) for run in runs]
             look = self.files.under_way(name, self.waves, runs) if self.files else lambda: None
 
             def progress(steps: int) -> None:
                 look()
                 self.progress(self, steps)
 
-            self.waves.train(k, runs, until, progress)
-            self.waves.keep(runs, [i for i, run in enumerate(runs) if keeps(run)])
+            self.waves.train(k, runs, halving, rung, progress)
+            for run in runs:
+                run.place = run.place if keeps(run) else None
             if self.files:
                 self.files.write(name, runs, values)
         self._tell(all_runs)
-        self.done += sum(run.taken for run in all_runs.values()) - before
+        copies = (r.ended is None and halving.copys_steps(rung, r.total) for r in all_runs.values())
+        self.done += sum(run.taken for run in all_runs.values()) - before + sum(copies)
 
     def _tell(self, runs: Mapping[int, Run]) -> None:
         """Each process learns what the runs of the others came to."""

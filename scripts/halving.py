@@ -1,10 +1,12 @@
 """Successive halving, all of a rung at once: how many go on, how far, and who. No torch here.
 
-All trials of a rung have done the same share of their own schedules, so that none looks better
-only because its learning rate has decayed; those with the lowest losses go on.
+All trials of a rung have done the same share of their own schedules, and are judged after the
+learning rate of a copy has fallen to zero; else a high one looks worse than it ends. Those with the
+lowest losses go on.
 
-Source: Jamieson and Talwalkar 2016, "Non-stochastic Best Arm Identification and Hyperparameter
-Optimization".
+Sources: Jamieson and Talwalkar 2016, "Non-stochastic Best Arm Identification and Hyperparameter
+Optimization"; for the copies Hägele et al. 2024, "Scaling Laws and Compute-Optimal Training Beyond
+Fixed Training Durations".
 """
 
 from __future__ import annotations
@@ -22,11 +24,13 @@ class Halving:
         trials: in the first rung.
         rungs: how many; in the last, trainings come to the end of their schedules.
         keep: at least 2.
+        cooling: in one in so many of the steps so far the rate of a copy falls; 0 for no copies.
     """
 
     trials: int
     rungs: int
     keep: int
+    cooling: int = 8
 
     @property
     def alive(self) -> list[int]:
@@ -38,8 +42,15 @@ class Halving:
         return total // self.keep ** (self.rungs - 1 - rung)
 
     def steps(self, rung: int, total: int) -> int:
-        """The steps that a rung takes of such a training."""
-        return self.step(rung, total) - (self.step(rung - 1, total) if rung else 0)
+        """The steps that a rung takes of such a training, its copy's among them."""
+        before = self.step(rung - 1, total) if rung else 0
+        return self.step(rung, total) - before + self.copys_steps(rung, total)
+
+    def copys_steps(self, rung: int, total: int) -> int:
+        """The steps in which a copy's learning rate falls; none in the last rung."""
+        if not self.cooling or rung + 1 == self.rungs:
+            return 0
+        return max(1, self.step(rung, total) // self.cooling)
 
     def going_on(self, losses: Mapping[int, float], rung: int) -> list[int]:
         """The trials that go on from a rung, the best first; of equal losses the earlier trial.

@@ -20,7 +20,7 @@ import verdict
 from course import Course
 from folder import CURVES, LEADERBOARD, SEARCH_PLOT, STUDY, TRAINED_BY, WINNER
 from lora.config import as_names
-from waves import DEFAULT, Run
+from runs import DEFAULT, Run
 
 Look = Callable[[gpt2.GPT2], dict[str, Any]]
 
@@ -153,10 +153,9 @@ def outcome(course: Course) -> dict[str, Any]:
         }
         for rung, trials in enumerate(course.rungs)
     ]  # fmt: skip
-    runs = [*course.runs, *(run for own in course.again.values() for run in own)]
     return {
         "rungs": rungs,
-        "adapter_steps": sum(run.taken for run in runs),
+        "adapter_steps": course.done,
         "winner": {"trial": course.winner, **_told(course, course.winner, names)},
         "default": _told(course, DEFAULT, names),
         "finalists": course.finalists,

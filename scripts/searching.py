@@ -91,7 +91,9 @@ def planned(options: Namespace, space: Space, apart: Apart) -> Plan:
         ValueError: they do not.
     """
     usual = recipe.of(options)
-    halving = Halving(trials=options.trials, rungs=options.rungs, keep=options.keep)
+    sizes = {"trials": options.trials, "rungs": options.rungs, "keep": options.keep}
+    decays = usual.training.schedule != "constant"
+    halving = Halving(**sizes, **({} if decays else {"cooling": 0}))
     least = min(_totals(space, usual, apart.learnt))
     if faults := halving.faults(least, options.finalists):
         raise ValueError(f"The rungs cannot be: {'; '.join(faults)}.")

@@ -9,7 +9,7 @@ from rich.table import Table
 
 import noise
 from course import Course
-from waves import DEFAULT
+from runs import DEFAULT
 
 
 def against_default(course: Course) -> str | None:

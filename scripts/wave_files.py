@@ -18,7 +18,8 @@ from safetensors import safe_open
 
 from gpt2 import streaming
 from gpt2.training import fingerprints
-from waves import Place, Run, Waves
+from runs import Place, Run
+from waves import Waves
 
 FOLDER, MADE_OF = "waves", "made_of.json"
 SAVE_EVERY = 60.0  # seconds between two files of a wave under way

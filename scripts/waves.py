@@ -1,74 +1,26 @@
 """Trainings of a search on populations: some at a time, each as if it were alone.
 
-Shapes: k slots · P parameters of a slot.
+Shapes: k slots.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 import gpt2
 import lora
 from gpt2.training.population import PopulationTraining
 from gpt2.training.slots import SlotState
-from recipe import Recipe
+from halving import Halving
+from runs import Place, Run
 
 Progress = Callable[[int], None]
 TICKS = {"cpu": 8}  # micro-batches between two looks at the device; on a faster one more
 ROWS = {"cpu": 8}  # that are evaluated at a time, at least 8 a slot; on a faster one more
-DEFAULT = "default"  # the configuration that takes no part
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a training is between two waves: parameters and AdamW's moments, `(P,)` each."""
-
-    flat: Tensor
-    first: Tensor
-    second: Tensor
-
-
-@dataclass(kw_only=True)
-class Run:
-    """A trial's training under a seed.
-
-    Args:
-        trial: its number, or `DEFAULT`.
-        recipe: how it is trained; its seed is the run's.
-        total: steps of its whole schedule.
-        curve: the training loss of each step.
-        losses: on the selection data, by step.
-        ended: why it came to an end of its own, if it did.
-        place: where it is, if it goes on.
-    """
-
-    trial: int | str
-    recipe: Recipe
-    total: int
-    curve: list[float] = field(default_factory=list[float])
-    losses: dict[int, float] = field(default_factory=dict[int, float])
-    ended: str | None = None
-    place: Place | None = None
-
-    @property
-    def seed(self) -> int:
-        """Of its order of data, dropout and first A."""
-        return self.recipe.training.seed
-
-    @property
-    def taken(self) -> int:
-        """Steps that it has taken, the one included that failed."""
-        return len(self.curve)
-
-    @property
-    def loss(self) -> float:
-        """The last on the selection data; NaN where it ended."""
-        return math.nan if self.ended or not self.losses else self.losses[max(self.losses)]
 
 
 class Waves:
@@ -93,6 +45,7 @@ class Waves:
         self.common, self.room = common, room
         self._slots: lora.Population | None = None
         self._training: PopulationTraining | None = None
+        self._cools = False
 
     def __enter__(self) -> Waves:
         return self
@@ -106,36 +59,77 @@ class Waves:
             self._slots.eject()
         self._slots = self._training = None
 
-    def train(self, k: int, runs: Sequence[Run], until: Sequence[int], progress: Progress) -> None:
-        """Take runs to these steps and evaluate them, in k slots; each knows then what came out."""
-        slots, training = self._of(k)
+    def train(
+        self, k: int, runs: Sequence[Run], halving: Halving, rung: int, progress: Progress
+    ) -> None:
+        """Take runs to the end of a rung; each knows then where it is, and how good.
+
+        Args:
+            k: slots.
+            runs: at most as many.
+            halving, rung: how far, and in how many steps a copy cools down that is judged.
+            progress: called with the steps taken since the last call.
+        """
+        until, cooling = (
+            [steps(rung, run.total) for run in runs]
+            for steps in (halving.step, halving.copys_steps)
+        )
+        _, training = self._of(k)
         self._put(k, runs, until)
-        ticks, before = TICKS.get(slots.flat.device.type, 64), sum(run.taken for run in runs)
-        done = 0
+        self._advance(progress)
+        for run, own in zip(runs, training.trainings, strict=False):
+            if own is not None:
+                run.curve += [record.loss for record in own.records]
+                run.ended = own.ended
+        self._keep(runs)
+        taken = [run.taken for run in runs]
+        self._cool(runs, cooling, progress)
+        losses = training.evaluate(self.selection, self._rows(k))
+        for run, step, loss in zip(runs, taken, losses, strict=False):
+            if run.ended is None and not math.isfinite(loss):
+                run.ended, run.place = (
+                    f"Step {step}: the loss on the selection data is {loss}",
+                    None,
+                )
+            if run.ended is None:
+                run.losses[step] = loss
+
+    def _advance(self, progress: Progress) -> None:
+        """Train until all slots have come to rest."""
+        slots, training = self._of()
+        ticks, done = TICKS.get(slots.flat.device.type, 64), self._recorded()
         while training.advance(ticks):
-            now = sum(len(own.records) for own in training.trainings if own)
+            now = self._recorded()
             progress(now - done)
             done = now
-        losses = training.evaluate(self.selection, self._rows(k))
-        for run, own, loss in zip(runs, training.trainings, losses, strict=False):
-            if own is None:
-                continue
-            run.curve += [record.loss for record in own.records]
-            run.ended = own.ended
-            if run.ended is None and not math.isfinite(loss):
-                run.ended = f"Step {own.taken}: the loss on the selection data is {loss}"
-            if run.ended is None:
-                run.losses[own.taken] = loss
-        assert sum(run.taken for run in runs) == before + done
 
-    def keep(self, runs: Sequence[Run], which: Sequence[int]) -> None:
-        """Of the runs that were just trained, keep where these are; the others' end here."""
+    def _recorded(self) -> int:
+        _, training = self._of()
+        return sum(len(own.records) for own in training.trainings if own)
+
+    def _cool(self, runs: Sequence[Run], steps: Sequence[int], progress: Progress) -> None:
+        """Go on in the slots with copies, as if the schedules came to their ends."""
+        _, training = self._of()
+        for slot, (run, more) in enumerate(zip(runs, steps, strict=True)):
+            if run.ended is None and more:
+                ends = {"epochs": None, "steps": run.taken + more, "schedule": "linear"}
+                config = replace(run.recipe.training, **ends)
+                training.go_on(slot, replace(training.state(slot), config=config))
+        self._cools = True
+        try:
+            self._advance(progress)
+        finally:
+            self._cools = False
+
+    def _keep(self, runs: Sequence[Run]) -> None:
+        """Keep where runs are that have not come to an end."""
         slots, training = self._of()
         stacks = (slots.flat, training.step.first, training.step.second)
-        rows = [stack.detach()[list(which)].cpu() for stack in stacks] if which else []
+        alive = [i for i, run in enumerate(runs) if run.ended is None]
+        rows = [stack.detach()[alive].cpu() for stack in stacks] if alive else []
         for run in runs:
             run.place = None
-        for i, slot in enumerate(which):
+        for i, slot in enumerate(alive):
             runs[slot].place = Place(*(row[i] for row in rows))
 
     def so_far(self, runs: Sequence[Run]) -> list[Run]:
@@ -145,7 +139,7 @@ class Waves:
         """
         _, training = self._of()
         owns = training.trainings[: len(runs)]
-        if any(own is not None and own.micro for own in owns):
+        if self._cools or any(own is not None and own.micro for own in owns):
             return []
         copies = [
             replace(
@@ -155,7 +149,7 @@ class Waves:
             )
             for run, own in zip(runs, owns, strict=True)
         ]
-        self.keep(copies, [i for i, run in enumerate(copies) if run.ended is None])
+        self._keep(copies)
         return copies
 
     def evaluate(self, k: int, runs: Sequence[Run], data: gpt2.Dataset) -> list[float]:
