@@ -45,12 +45,20 @@ SPACE = {
 
 def main() -> None:
     a = harness.arguments(
-        __doc__, article=0, grid=0, data="", valid="", seeds=10, examples=8000, held_out=400
+        __doc__,
+        article=0,
+        grid=0,
+        data="",
+        valid="",
+        first=0,
+        seeds=10,
+        examples=8000,
+        held_out=400,
     )
     if a.article:
         harness.emit("search", a.out, case="best of 512 article-size runs", **article(a))
     if a.grid:
-        for seed in range(a.seeds):
+        for seed in range(a.first, a.seeds):
             harness.emit("search", a.out, case="halving on a grid", seed=seed, **grid(a, seed))
 
 
