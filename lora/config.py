@@ -10,6 +10,7 @@ from typing import Any, TypeGuard, cast
 
 import torch
 
+from lora.foreign import answering
 from lora.messages import brief
 
 Names = str | Sequence[str]
@@ -54,6 +55,7 @@ class UpdateConfig:
         return replace(self, r=self.r * k, alpha=grown)
 
 
+@answering
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
     """What an adapter is made of: the sizes of its updates, and the layers that get one.
@@ -82,6 +84,7 @@ class LoRAConfig:
         dtype: of A and B; by default the base layer's, but float32 beside a 16-bit base.
 
     Raises:
+        TypeError: an argument that is none of these; of PEFT's it says what to write instead.
         ValueError: naming each argument that is out of range.
     """
 

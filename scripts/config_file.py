@@ -10,13 +10,15 @@ from typing import Any
 
 import yaml
 
+from lora.foreign import MISSING, PEFT_NAMES
+
 OTHER_NAMES = {  # of the article and of PEFT's and transformers' scripts
     "strategy": "logging_steps",
     "learning_rate": "lr",
     "num_train_epochs": "epochs",
     "rank": "lora.r",
-    "target_modules": "lora.targets",
     "output_dir": "res_path",
+    **{theirs: f"lora.{ours}" for theirs, ours in PEFT_NAMES.items()},
 }
 
 
@@ -82,6 +84,8 @@ def unknown_option(name: str, known: Iterable[str], dashes: str) -> str:
     last = name.rpartition(".")[2]
     if last in OTHER_NAMES and last in meant:
         return f"There is no option {dashes}{name}: {dashes}{meant[last]} takes its place."
+    if last in MISSING and "lora.r" in meant.values():
+        return f"There is no option {dashes}{name}: {MISSING[last]}."
     near = [n for n in meant if n == last] or [n for n in meant if n.startswith(name)]
     near = near or difflib.get_close_matches(name, meant, 1, 0.5)
     near = near or difflib.get_close_matches(last, meant, 1, 0)

@@ -130,6 +130,8 @@ LINES = {
     "--strategy steps": "--logging_steps takes its place",
     "--lora null": "--lora is a group of options: --lora.r,",
     "--lora.q 1": "There is no option --lora.q",
+    "--lora.lora_alpha 1": "There is no option --lora.lora_alpha: --lora.alpha takes its place.",
+    "--use_dora true": "There is no option --use_dora: there is no DoRA.",
     "stray": "It is not clear what 'stray' is for",
     "-x": "It is not clear what '-x' is for",
     f"--{LONG} 1": "There is no option --xxxx",

@@ -309,7 +309,7 @@ def fault_of(error: Exception) -> str | None:
     message = str(error)
     kind = f"{type(error).__name__}: {message[:300]}"
     if isinstance(error, TypeError):  # of Python's signatures and paths, or a keyword of ours
-        return None if PYTHONS.search(message) or raised_in(error, "config_of") else kind
+        return None if PYTHONS.search(message) or raised_in(error, "config_of", "checked") else kind
     if type(error) not in (ValueError, RuntimeError) and not isinstance(error, OSError):
         return kind
     if len(message) < 15 or (len(message) > 2000 and not isinstance(error, OSError)):
@@ -317,11 +317,11 @@ def fault_of(error: Exception) -> str | None:
     return None
 
 
-def raised_in(error: Exception, function: str) -> bool:
+def raised_in(error: Exception, *functions: str) -> bool:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_code.co_name == function
+    return trace is not None and trace.tb_frame.f_code.co_name in functions
 
 
 def run(seed: int, cases: int, folder: Path, calls: dict[str, Any]) -> None:
