@@ -43,7 +43,7 @@ def verdict(record: Record) -> str:
     if not run:
         return ""
     alike = ", ".join(map(str, run["not_told_apart"]))
-    told = f"Trial {run['winner']['trial']} has the lowest mean loss over its seeds. "
+    told = f"Of the finalists trial {run['winner']['trial']} has the lowest mean loss. "
     told += f"It cannot be told apart from {alike}. " if alike else ""
     return f"{told}{WORDS[run['winner_on_test']]} {run['told_apart_by']}"
 
