@@ -503,7 +503,7 @@ def test_what_a_search_prints_is_of_use(tiny, tmp_path, script, capsys):
     assert out.endswith(f"To use it:\n{use}\n")
 
 
-def test_the_lowest_mean_is_said_of_finalists_since_the_default_may_have_a_lower(made, script, monkeypatch):
+def test_the_lowest_mean_is_said_of_finalists_and_not_of_the_default(made, script, monkeypatch):
     course = made()
     course.search(data(4))
     monkeypatch.setattr(type(course), "alike", [7])
