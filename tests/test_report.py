@@ -134,6 +134,43 @@ def test_several_tasks_and_a_search_that_were_killed_are_reported(script, tmp_pa
         assert said in shown
 
 
+def test_a_search_that_was_killed_while_it_wrote_its_end_is_reported(found, script, tmp_path):
+    place = tmp_path / "late"
+    shutil.copytree(found, place)
+    (place / "run.json").unlink()  # it is written last
+    (place / "options.yaml").write_text("space: {lr: [1, 2]}\n")
+    assert script("report").main([str(place)]) == 0
+    assert "was stopped" in Page((place / "report.html").read_text()).text
+
+
+DAMAGED = {
+    "run.json": ["\0", "3", '{"config": 3}', '{"config": {"tasks": 3}}'],
+    "options.yaml": ["\0", "- 1", "hello", "tasks: 3", "a: ["],
+    "metrics.jsonl": ["3\n", '{"step": 1}\n', "{\n{}\n", '[]\n{"st'],
+    "leaderboard.jsonl": ['{"trial": 1}\n'],
+    "curves.jsonl": ['"trial"\n'],
+}
+
+
+@pytest.mark.parametrize(("name", "text"), [(n, text) for n in DAMAGED for text in DAMAGED[n]])
+def test_a_damaged_file_of_a_run_is_named(name, text, script, tmp_path, capsys):
+    place = tmp_path / "run"
+    place.mkdir()
+    (place / "options.yaml").write_text("seed: 1\n")
+    (place / name).write_text(text)
+    assert script("report").main([str(place)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith(f"{place}: the options" if "tasks" in text else str(place))
+    assert name in said or "options of the run" in said
+    assert not (place / "report.html").exists()
+
+
+def test_a_folder_is_no_report(run, script, tmp_path, capsys):
+    assert script("report").main([str(run[0]), "--output", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"{tmp_path} is no report and is left as it is")
+
+
 def test_no_spike_is_lost(script):
     charts = script("charts")
     points = [(i, 1.0) for i in range(100_000)]
