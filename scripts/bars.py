@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
@@ -105,7 +106,8 @@ def searching(console: Console) -> Iterator[Callable[[Searched, int], None]]:
         def advance(course: Searched, steps: int) -> None:
             taken[0] += steps
             speed = f"{taken[0] / max(perf_counter() - began, 1e-9):,.0f} adapter-steps/s"
-            said = f"{course.alive} alive · best {course.best:.4f} · {speed}"
+            best = f" · best {course.best:.4f}" if math.isfinite(course.best) else ""  # none yet
+            said = f"{course.alive} alive{best} · {speed}"
             shown.update(task, total=course.total, description=said)
             shown.advance(task, steps)
             if len(course.rungs) != taken[1]:

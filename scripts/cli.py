@@ -89,9 +89,11 @@ def adapter_folder(place: str) -> Path:
     """The adapter in a run's folder, or the folder itself.
 
     Raises:
-        ValueError: the run made several adapters.
+        ValueError: the run made several adapters, or none yet.
     """
     inside = sorted(file.parent for file in Path(place).glob("*/adapter_config.json"))
+    if not inside and Path(place, "options.yaml").is_file():
+        raise ValueError(f"{place} holds a run that has no adapter yet: --resume {place} goes on.")
     if not inside or Path(place, "adapter_config.json").is_file():
         return Path(place)
     if [file.name for file in inside] == ["adapter", "last"]:

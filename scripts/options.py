@@ -19,6 +19,7 @@ INSTEAD = (
     ("tokens_per_batch", "train_batch_size"),
     ("warmup_ratio", "warmup_steps"),
 )
+PLACES = ("adapter", "base", "cache", "output", "resume")  # '' must be neither here nor a default
 
 
 def add_lora(to: ArgumentParser) -> None:
@@ -37,10 +38,14 @@ def flags(to: ArgumentParser, argv: Arguments, *, defaults: bool = True) -> Name
     """The options that the command line gives, and the defaults of the others.
 
     Raises:
-        ValueError: naming the options that are unknown, and the nearest that are known.
+        ValueError: naming the options that are unknown, and the nearest that are known; or those
+            that are empty, as a variable of a shell is that was never set.
     """
     try:
-        return to.parse_args(argv, defaults=defaults)
+        found = to.parse_args(argv, defaults=defaults)
+        if empty := [name for name in PLACES if found.get(name) == ""]:
+            raise ValueError(f"{', '.join(empty)} is empty: leave it out, or name a place.")
+        return found
     except ArgumentError as error:
         unknown = re.match(r"unrecognized arguments: (.*)", str(error), re.IGNORECASE | re.DOTALL)
         if not unknown:

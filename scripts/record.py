@@ -13,6 +13,9 @@ import yaml
 import folder
 
 Row = dict[str, Any]
+STEP = frozenset({"step", "loss", "tokens", "seconds"})  # what the report asks of each row
+TRIAL = frozenset({"place", "trial", "state", "params", "rung", "losses", "ended"})
+CURVE = frozenset({"trial", "training"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +77,9 @@ def read(place: Path) -> Record:
 
     Raises:
         FileNotFoundError: the folder holds no run.
+        ValueError: a file of it is not what a run writes.
     """
-    run = _json(place / folder.RUN)
+    run = _mapping(place / folder.RUN)
     if (
         not run
         and not (place / folder.OPTIONS).is_file()
@@ -85,9 +89,9 @@ def read(place: Path) -> Record:
             f"{place} holds no run: name a folder of train_qa.py or search.py, which has "
             f"{folder.OPTIONS} and, at its end, {folder.RUN}."
         )
-    options = place / folder.OPTIONS
-    kept = yaml.safe_load(options.read_text(encoding="utf-8")) if options.is_file() else None
-    asked = run.get("config") or kept or {}
+    asked = run.get("config") or _mapping(place / folder.OPTIONS)
+    if not isinstance(asked, dict) or not isinstance(asked.get("tasks") or [], list):
+        raise ValueError(f"{place}: the options of the run are not what a run writes.")
     names = [Path(file).stem for file in asked.get("tasks") or ()]
     found = [place / name for name in names if (place / name / folder.METRICS).is_file()]
     return Record(
@@ -95,31 +99,39 @@ def read(place: Path) -> Record:
         place=place,
         asked=asked,
         run=run,
-        steps=list(_lines(place / folder.METRICS)),
+        steps=list(_lines(place / folder.METRICS, STEP)),
         parts=[read(part) for part in found],
-        board=list(_lines(place / folder.LEADERBOARD)),
-        curves=list(_lines(place / folder.CURVES)),
+        board=list(_lines(place / folder.LEADERBOARD, TRIAL)),
+        curves=list(_lines(place / folder.CURVES, CURVE)),
     )
 
 
-def _json(file: Path) -> Row:
-    """What a file holds; a run that was killed has none."""
+def _mapping(file: Path) -> Row:
+    """What a JSON or YAML file holds; a run that was killed has no record."""
     if not file.is_file():
         return {}
-    found = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        text = file.read_text(encoding="utf-8")
+        found = yaml.safe_load(text) if file.suffix == ".yaml" else json.loads(text)
+    except (ValueError, yaml.YAMLError):
+        found = None
     if not isinstance(found, dict):
-        raise ValueError(f"{file} is no record of a run: it holds a {type(found).__name__}.")
+        raise ValueError(f"{file} is damaged: a run writes a mapping there.")
     return found
 
 
-def _lines(file: Path) -> Iterator[Row]:
+def _lines(file: Path, wanted: frozenset[str]) -> Iterator[Row]:
     """The lines of a file; the last may be cut, where the run was killed while it wrote."""
     if not file.is_file():
         return
     rows = file.read_bytes().decode("utf-8", "replace").splitlines()
     for number, row in enumerate(rows, 1):
         try:
-            yield json.loads(row)
+            found = json.loads(row)
         except ValueError:
-            if number < len(rows):
-                raise ValueError(f"{file}, line {number}, is not JSON.") from None
+            if number == len(rows):
+                return
+            raise ValueError(f"{file}, line {number}, is not JSON.") from None
+        if not isinstance(found, dict) or not found.keys() >= wanted:
+            raise ValueError(f"{file}, line {number}, is no row with {', '.join(sorted(wanted))}.")
+        yield found

@@ -33,6 +33,6 @@ def main(argv: guard.Arguments = None) -> None:
     pages = [record.read(place) for place in places]
     usual = COMPARED if len(places) > 1 else places[0] / folder.REPORT
     file = Path(options.output) if options.output else usual
-    if file.exists() and not page.is_ours(file):
+    if file.exists() and not (file.is_file() and page.is_ours(file)):
         raise ValueError(f"{file} is no report and is left as it is: choose another --output.")
     print(page.put(file, page.html(pages)))

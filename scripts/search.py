@@ -9,7 +9,6 @@ if __name__ == "__main__":  # on top, so that Ctrl-C during the imports below en
 
     sys.exit(command.start("search", sys.argv[1:]))
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ import proposals
 import recipe
 import results
 import searching
+import shown
 import starting
 import validation
 import verdict
@@ -107,4 +107,4 @@ def search(
     files.remove()  # the search is over
     ranked = leaderboard.ranked(course)
     console.print(verdict.finalist_table(course, ranked), verdict.said(course), sep="\n")
-    console.print(f"Saved in {place}: {', '.join(sorted(os.listdir(place)))}", soft_wrap=True)
+    shown.end(console, place, about["commands"])

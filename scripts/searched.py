@@ -28,7 +28,7 @@ HYPER = (
 
 def sections_of(record: Record) -> Iterator[Section]:
     """All of them."""
-    if not record.board:
+    if not record.board or not record.run:  # the record comes last, and says what came out
         return
     yield "What came out", verdict(record), [finalists(record)]
     yield "The halving", halving_note(record), [trials.tree(record)]
@@ -40,10 +40,8 @@ def sections_of(record: Record) -> Iterator[Section]:
 def verdict(record: Record) -> str:
     """What may be said of the winner, and what may not."""
     run = record.run
-    if not run:
-        return ""
     alike = ", ".join(map(str, run["not_told_apart"]))
-    told = f"Trial {run['winner']['trial']} has the lowest mean loss over its seeds. "
+    told = f"Of the finalists trial {run['winner']['trial']} has the lowest mean loss. "
     told += f"It cannot be told apart from {alike}. " if alike else ""
     return f"{told}{WORDS[run['winner_on_test']]} {run['told_apart_by']}"
 

@@ -44,8 +44,8 @@ def said(course: Course) -> str:
     n, seeds = course.winner, course.plan.seeds
     others = ", ".join(map(str, course.alike))
     if others:
-        told = f"Trial {n} has the lowest mean; it cannot be told apart, over {seeds} seeds, from "
-        told += f"{others}."
+        told = f"Of the finalists trial {n} has the lowest mean; it cannot be told apart, over "
+        told += f"{seeds} seeds, from {others}."
     elif len(course.finalists) > 1:
         told = f"Trial {n} is the best of the finalists, over {seeds} seeds."
     else:

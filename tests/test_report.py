@@ -134,6 +134,43 @@ def test_several_tasks_and_a_search_that_were_killed_are_reported(script, tmp_pa
         assert said in shown
 
 
+def test_a_search_that_was_killed_while_it_wrote_its_end_is_reported(found, script, tmp_path):
+    place = tmp_path / "late"
+    shutil.copytree(found, place)
+    (place / "run.json").unlink()  # it is written last
+    (place / "options.yaml").write_text("space: {lr: [1, 2]}\n")
+    assert script("report").main([str(place)]) == 0
+    assert "was stopped" in Page((place / "report.html").read_text()).text
+
+
+DAMAGED = {
+    "run.json": ["\0", "3", '{"config": 3}', '{"config": {"tasks": 3}}'],
+    "options.yaml": ["\0", "- 1", "hello", "tasks: 3", "a: ["],
+    "metrics.jsonl": ["3\n", '{"step": 1}\n', "{\n{}\n", '[]\n{"st'],
+    "leaderboard.jsonl": ['{"trial": 1}\n'],
+    "curves.jsonl": ['"trial"\n'],
+}
+
+
+@pytest.mark.parametrize(("name", "text"), [(n, text) for n in DAMAGED for text in DAMAGED[n]])
+def test_a_damaged_file_of_a_run_is_named(name, text, script, tmp_path, capsys):
+    place = tmp_path / "run"
+    place.mkdir()
+    (place / "options.yaml").write_text("seed: 1\n")
+    (place / name).write_text(text)
+    assert script("report").main([str(place)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith(f"{place}: the options" if "tasks" in text else str(place))
+    assert name in said or "options of the run" in said
+    assert not (place / "report.html").exists()
+
+
+def test_a_folder_is_no_report(run, script, tmp_path, capsys):
+    assert script("report").main([str(run[0]), "--output", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"{tmp_path} is no report and is left as it is")
+
+
 def test_no_spike_is_lost(script):
     charts = script("charts")
     points = [(i, 1.0) for i in range(100_000)]
@@ -191,12 +228,16 @@ addEventListener("load", () => {
     .filter((e) => !frames.some((f) => f !== e && f.contains(e)) && e.getClientRects().length)
     .filter((e) => e.getBoundingClientRect().right > innerWidth + 1)
     .map((e) => `${e.tagName} ${e.className}`);
+  const cut = frames.filter((f) => f.scrollWidth > f.clientWidth + 1).map((f) => f.textContent);
+  const folded = [...document.querySelectorAll("details")]
+    .filter((d) => !d.lastElementChild.checkVisibility({ contentVisibilityAuto: true }))
+    .map((d) => d.firstElementChild.textContent);
   const plot = document.querySelector("figure[data-chart] .plot");
   const box = plot.getBoundingClientRect();
   const where = { clientX: box.left + box.width / 2, clientY: box.top + 20, bubbles: true };
   plot.dispatchEvent(new PointerEvent("pointermove", where));
   parent.postMessage(JSON.stringify({
-    width: innerWidth, out, scroll: document.documentElement.scrollWidth, errors,
+    width: innerWidth, out, cut, folded, scroll: document.documentElement.scrollWidth, errors,
     tip: document.getElementById("tip").textContent,
     paper: getComputedStyle(document.body).backgroundColor,
     asked: performance.getEntriesByType("resource").map((e) => e.name),
@@ -210,14 +251,15 @@ addEventListener("message", (e) => (document.body.dataset.seen = e.data));
 </script>"""
 
 
-def look(file: Path, tmp_path: Path, width: int, dark: bool = False) -> tuple[dict, str]:
+def look(file: Path, tmp_path: Path, width: int, media: str = "") -> tuple[dict, str]:
     """What a browser finds in a page so wide, and what it says on its console.
 
-    The page is in a frame, since no window is as narrow as a phone.
+    The page is in a frame, since no window is as narrow as a phone; it is shown as `media`.
     """
     text = file.read_text(encoding="utf-8")
-    if dark:
-        text = text.replace("@media (prefers-color-scheme: dark)", "@media all")
+    if media:
+        assert f"@media {media}" in text
+        text = text.replace(f"@media {media}", "@media all")
     inner = text.replace("<main>", f"{PROBE}<main>", 1)
     mark = b64encode(sha256(PROBE[8:-9].encode()).digest()).decode()
     inner = inner.replace("script-src ", f"script-src 'sha256-{mark}' ", 1)  # the probe's too
@@ -233,7 +275,8 @@ def look(file: Path, tmp_path: Path, width: int, dark: bool = False) -> tuple[di
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])
 def test_a_browser_shows_all_of_it(run, tmp_path, width, dark):
-    seen, said = look(run[0] / "report.html", tmp_path, width, dark)
+    media = "(prefers-color-scheme: dark)" if dark else ""
+    seen, said = look(run[0] / "report.html", tmp_path, width, media)
     assert said == ""
     assert seen["errors"] == seen["out"] == seen["asked"] == []
     assert seen["scroll"] == seen["width"] == width
@@ -310,6 +353,26 @@ def test_a_browser_shows_a_search(found, script, tmp_path):
     assert said == ""
     assert seen["errors"] == seen["out"] == seen["asked"] == []
     assert seen["scroll"] == 390
+
+
+PAPER = 718  # pixels of CSS between the margins of a sheet of A4, with Chromium's 1 cm
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize("wide", [True, False])
+def test_paper_cuts_no_column_and_hides_no_row(found, script, tmp_path, wide):
+    place = tmp_path / "printed"
+    shutil.copytree(found, place)
+    board = rows(place / "leaderboard.jsonl")
+    for row in board if wide else ():  # all that a search may vary
+        four = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+        more = {"b_ratio": 16, "alpha_over_r": 4.0, "weight_decay": 0.1, "epochs": 100}
+        row["params"] |= {**more, "targets": four}
+    (place / "leaderboard.jsonl").write_text("".join(json.dumps(row) + "\n" for row in board))
+    assert script("report").main([str(place)]) == 0
+    seen, _ = look(place / "report.html", tmp_path, PAPER, "print")
+    assert seen["cut"] == seen["out"] == []
+    assert seen["folded"] == []
 
 
 # Several.

@@ -223,3 +223,22 @@ def test_one_run_at_a_time_in_a_folder(script, tmp_path):
         assert done.stderr.startswith(f"Another run works in {tmp_path}: ")
     with lock.held(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("name", ["generate", "predict", "merge"])
+def test_a_run_that_was_killed_before_it_kept_an_adapter_says_how_to_go_on(
+    name, script, tmp_path, capsys
+):
+    place = tmp_path / "killed"
+    place.mkdir()
+    (place / "options.yaml").write_text("seed: 1\n")
+    (tmp_path / "ask.txt").write_text("Q:\n")
+    given = {
+        "generate": ["Q:", "--adapter", str(place)],
+        "predict": [str(tmp_path / "ask.txt"), "--adapter", str(place)],
+        "merge": [str(place), str(tmp_path / "out")],
+    }
+    assert script(name).main(given[name]) == 2
+    told = f"{place} holds a run that has no adapter yet: --resume {place} goes on.\n"
+    assert capsys.readouterr().err == told
+    assert not (tmp_path / "out").exists()

@@ -507,3 +507,22 @@ def test_what_varies_takes_the_place_of_the_usual_and_nothing_else_does(made):
     assert targets.values(("targets", "b_ratio")) == {"targets": ["c_attn", "c_fc"], "b_ratio": 1}
     seeded = usual.seeded(9)
     assert seeded.adapter.seed == seeded.training.seed == 9
+
+
+def test_what_a_search_prints_is_of_use(tiny, tmp_path, script, capsys):
+    """No loss before there is one; who won among whom; the commands that use it."""
+    place = tmp_path / "run"
+    assert script("search").main([*tiny, "--res_path", str(place)]) == 0
+    out = capsys.readouterr().out
+    assert "rung 1 · " in out
+    assert "nan" not in out
+    use = json.loads((place / "run.json").read_text())["commands"]["use"]
+    assert out.endswith(f"To use it:\n{use}\n")
+
+
+def test_the_lowest_mean_is_said_of_finalists_and_not_of_the_default(made, script, monkeypatch):
+    course = made()
+    course.search(data(4))
+    monkeypatch.setattr(type(course), "alike", [7])
+    told = script("verdict").said(course)
+    assert told.startswith(f"Of the finalists trial {course.winner} has the lowest mean;")
