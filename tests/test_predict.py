@@ -171,7 +171,7 @@ def test_a_killed_run_goes_on():
     Path("many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [sys.executable, str(SCRIPTS / "predict.py"), "many.jsonl", "--max_new_tokens", "2"]
     command += ["--device", "cpu", "--batch_size"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     process = subprocess.Popen([*command, "1"], env=environment, stdout=subprocess.DEVNULL)
     file = Path("predictions.jsonl")
     while not (file.exists() and file.stat().st_size):

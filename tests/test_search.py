@@ -252,7 +252,7 @@ def found(tiny, tmp_path_factory) -> Path:
 
 
 def env() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT)}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
 
 
 def started(arguments: list[str], place: Path, *more: str) -> list[str]:

@@ -188,10 +188,10 @@ class PopulationTraining:
                 n = batch.n_tokens  # on a GPU few numbers occur, since chunks may be compiled
                 most = bucket(n, batch.labels.numel()) if self.step.graphs else n
                 at = from_numpy(learnt_at(batch.labels.numpy(), 1, most))
-                inputs = (
+                idx, labels, at = (
                     t.repeat(k, 1).to(self.step.device) for t in (batch.idx, batch.labels, at)
                 )
-                total += self.step.losses(*inputs).double().cpu()
+                total += self.step.losses(idx, labels, at).double().cpu()
                 tokens += batch.n_tokens
         return floats(total / tokens)
 
@@ -228,8 +228,8 @@ class PopulationTraining:
             own.go_on(is_last=is_last)
         idx, labels, sizes = rows_of(self.data, chosen, self.config.batch_size, self.width)
         rates = torch.tensor(numbers, dtype=self.slots.flat.dtype, device="cpu").t().contiguous()
-        inputs = map(from_numpy, (idx, labels, learnt_at(labels, k, self._most)))
-        figures = self.step(*inputs, rates, seeds, sizes)
+        at = from_numpy(learnt_at(labels, k, self._most))
+        figures = self.step(from_numpy(idx), from_numpy(labels), at, rates, seeds, sizes)
         self._untold.append((over, figures))
 
     def _tell(self, began: float) -> None:
