@@ -83,6 +83,9 @@ else:
     def __getattr__(name: str) -> str:
         if name != "__version__":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from importlib.metadata import version  # not at the top: few ask
+        from importlib import metadata  # not at the top: few ask
 
-        return version("lora-gpt2")
+        try:
+            return metadata.version("lora-gpt2")
+        except metadata.PackageNotFoundError:
+            raise AttributeError("lora-gpt2 is not installed, and has no version.") from None

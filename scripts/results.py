@@ -149,8 +149,8 @@ def machine(model: gpt2.GPT2) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Of Python and of the packages that decide the numbers."""
-    packages = ("torch", "numpy", "safetensors", "tiktoken")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+    own = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    return own | {name: version(name) for name in ("numpy", "safetensors", "tiktoken")}
 
 
 def _markdown_cell(text: str) -> str:

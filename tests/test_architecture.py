@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.metadata
 import pydoc
 import re
 import subprocess
@@ -182,3 +183,15 @@ def test_rooms_keep_to_their_size(file):
     limit = 110 if file in SCRIPTS and "if __name__" in file.read_text() else 250
     assert len(file.read_text().splitlines()) <= limit
     assert not [(name, size) for name, size in functions(file) if size > 40]
+
+
+@pytest.mark.parametrize("package", ["lora", "gpt2"])
+def test_a_face_that_is_not_installed_has_no_version_and_says_so(package, monkeypatch):
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    face = importlib.import_module(package)
+    assert not hasattr(face, "__version__")
+    with pytest.raises(AttributeError, match="lora-gpt2 is not installed"):
+        face.__version__

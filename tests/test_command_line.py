@@ -376,7 +376,7 @@ def test_a_missing_package_of_the_scripts_is_one_line(tmp_path):
         [sys.executable, str(SCRIPTS / "generate.py"), "Once"],
         capture_output=True,
         encoding="utf-8",
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "rich is missing: pip install 'lora-gpt2[scripts]'.\n"
@@ -417,7 +417,9 @@ def installed(tmp_path_factory):
     (wheel,) = target.glob("*.whl")
     subprocess.run([*pip, "install", *offline, "--target", str(target), str(wheel)], check=True)
     path = os.pathsep.join([str(target / "bin"), os.environ["PATH"]])
-    return {**os.environ, "PYTHONPATH": str(target), "PATH": path, "HF_HUB_OFFLINE": "1"}
+    others = [p for p in sys.path if p and not Path(p).samefile(ROOT)] if sys.path else []
+    python = os.pathsep.join([str(target), *others])
+    return {**os.environ, "PYTHONPATH": python, "PATH": path, "HF_HUB_OFFLINE": "1"}
 
 
 def test_the_installed_command_trains_generates_and_merges_anywhere(installed, here):

@@ -575,7 +575,7 @@ def test_the_e2e_config_is_read_as_the_benchmark_reads_it(script):
     steps = 2 * -(-42_061 // 8)  # the task's examples
     by_steps, by_share = (
         gpt2.TrainConfig(lr=options.lr, epochs=2, **{name: value})
-        for name, value in (("warmup_steps", options.warmup_steps), ("warmup_ratio", 0.03))
+        for name, value in (("warmup_steps", options.warmup_steps), ("warmup_ratio", 0.015))
     )
     for step in range(1, steps + 1, 7):
         assert gpt2.learning_rate(step, steps, by_steps) == gpt2.learning_rate(

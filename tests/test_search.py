@@ -216,6 +216,7 @@ def tiny(tmp_path_factory) -> list[str]:
     (place / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = {
         "model_name": "demo",
+        "device": "cpu",
         "base_dropout": 0.0,
         "data": str(place / "data.jsonl"),
         "validation": "0.25",

@@ -83,7 +83,7 @@ def _by_processes(work: Work, count: int) -> Iterator[Block]:
     finally:
         for worker in workers:
             if worker.pid is not None:
-                worker.terminate()
+                worker.kill()  # it may still heed signals as this process does
                 worker.join()
         for pipe in (end for pair in pipes for end in pair):
             pipe.close()
