@@ -19,6 +19,8 @@ def written(folder: str | Path) -> Generator[Path]:
     They are on the disk before the first is moved. After an error, such as a full disk, nothing
     has changed. Files get the modes that the umask says.
     """
+    if folder == "":  # which would be the folder one is in
+        raise ValueError("'' is no path of a folder.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as made:

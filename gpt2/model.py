@@ -129,8 +129,9 @@ class Transformer(nn.Module):
 
     def _positions(self, idx: Tensor, cache: KVCache | None) -> Tensor:
         """The position of every token, `(1, T)` or with a cache `(B, T)`."""
-        if idx.dim() != 2 or idx.is_floating_point():
-            raise ValueError(f"idx must be (B, T) integers, got {tuple(idx.shape)} {idx.dtype}.")
+        if idx.dim() != 2 or idx.dtype not in (torch.int32, torch.int64):
+            found = f"{tuple(idx.shape)} {idx.dtype}"
+            raise ValueError(f"idx must be (B, T) integers, got {found}: give int32 or int64.")
         T, limit = idx.shape[1], self.config.block_size if cache is None else cache.slots
         start = 0 if cache is None else cache.filled
         if not 1 <= T <= limit - start:

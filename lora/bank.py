@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import cast
 
+import torch
 from torch import nn
 
 from lora.config import UpdateConfig, is_finite
@@ -13,6 +14,7 @@ from lora.injection import detach
 from lora.merging import refold
 from lora.tree import Tree, survey, survey_adapted
 from lora.undo import all_or_nothing
+from lora.updates import LowRankUpdate
 
 Mixture = str | Mapping[str, float]
 """An adapter's name, or names with the weights of their updates in the sum."""
@@ -153,7 +155,7 @@ def as_mixture(mixture: Mixture, tree: Tree) -> dict[str, float]:
 
     Raises:
         ValueError: listing each name that the model does not carry, and each weight that is not a
-            finite number.
+            finite number, or with which an update's scaling would be none.
     """
     if not isinstance(cast(object, mixture), str | Mapping):
         shown = repr(mixture)[:80]
@@ -170,6 +172,11 @@ def as_mixture(mixture: Mixture, tree: Tree) -> dict[str, float]:
         for name, weight in weights.items()
         if not is_finite(weight)
     ]
+    faults += [
+        f"the weight of {name!r:.80}, {weights[name]:.3g}, is more than its updates hold"
+        for name in weights
+        if not faults and abs(weights[name]) > 1 and _overflows(tree, name, weights[name])
+    ]
     for path, module in tree.copies.items():
         having = [name for name in weights if name in module.updates]
         if len(having) > 1 or any(weights[name] != 1 for name in having):
@@ -177,6 +184,16 @@ def as_mixture(mixture: Mixture, tree: Tree) -> dict[str, float]:
     if faults:
         raise ValueError("; ".join(faults[:5]) + ".")
     return {name: float(weight) for name, weight in weights.items()}
+
+
+def _overflows(tree: Tree, name: str, weight: float) -> bool:
+    """Whether a weight takes the scaling of an update out of the range of its factors."""
+    updates = (layer.updates[name] for layer in tree.layers.values() if name in layer.updates)
+    return any(
+        abs(weight) * update.config.scaling > torch.finfo(update.A.dtype).max
+        for update in updates
+        if isinstance(update, LowRankUpdate)
+    )
 
 
 def _parts(tree: Tree) -> Iterator[nn.Module]:

@@ -74,6 +74,8 @@ def eject(model: nn.Module, *, merge: bool = False) -> list[str]:
         ValueError: with `merge=True`, as `lora.merge`.
         The model is as it was after any error, Ctrl-C included.
     """
+    if type(merge) is not bool:
+        raise ValueError(f"merge must be True or False, got {merge!r:.80}.")
     tree = survey_adapted(model)
     if not tree.is_merged:
         tree.require_settled()
@@ -108,6 +110,8 @@ def attach(
     tree.require_settled()
     if not all(module.enabled for module in tree.adapted.values()):
         raise RuntimeError("The model is disabled. Leave the lora.disabled context first.")
+    if type(untie) is not bool:
+        raise ValueError(f"untie must be True or False, got {untie!r:.80}.")
     wrapped = {path: _wrapped(tree, path, update) for path, update in updates.items()}
     new = [path for path in updates if path not in tree.adapted]
     tied = tree.shared_weights(p for p in new if isinstance(wrapped[p], LoRALinear))

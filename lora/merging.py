@@ -118,6 +118,8 @@ def fold(tree: Tree) -> dict[str, Rounding]:
             f"{' and '.join(o.path for o in having)} are one tensor" for having in shared.values()
         ]
         raise ValueError("; ".join(faults) + ". Merging would change both; leave them unmerged.")
+    if hollow := [path for path, layer in layers.items() if layer.weight.is_meta]:
+        raise ValueError(f"{hollow[0]} is on the meta device, which holds no values.")
     weights: dict[str, Tensor] = {}
     report: dict[str, Rounding] = {}
     faults: list[str] = []

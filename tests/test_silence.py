@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import threading
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import gpt2
 import lora
 from tests.toys import MLP, TINY, randomize, raw, snapshot, tiny_gpt2
 
@@ -373,3 +375,96 @@ def test_dare_does_not_depend_on_the_order_of_layers():
     assert all(torch.equal(here[path], delta) for path, delta in alone.items())
     other = lora.algebra.dare(values, 0.5, seed=4)
     assert not any(torch.equal(here[path], other[path]) for path in here)
+
+
+@pytest.mark.parametrize("weight", [1e300, 1e38, -1e308])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_weight_that_takes_the_scaling_out_of_range_is_refused(weight, dtype):
+    """It would be 0 · inf, which is NaN."""
+    model = MLP().to(dtype)
+    lora.inject(model, targets="all-linear", r=2, alpha=16)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="the weight of 'default', .* is more than its updates"):
+        lora.activate(model, {"default": weight})
+    with (
+        pytest.raises(ValueError, match="is more than its updates hold"),
+        lora.routed(model, [{"default": weight}]),
+    ):
+        pass
+    assert snapshot(model) == before
+    lora.activate(model, {"default": 1e30})
+
+
+def test_what_is_no_boolean_does_not_decide():
+    model = MLP()
+    with pytest.raises(ValueError, match="untie must be True or False, got 'no'"):
+        lora.inject(model, targets="all-linear", r=2, untie="no")
+    lora.inject(model, targets="all-linear", r=2)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="merge must be True or False, got 'no'"):
+        lora.eject(model, merge="no")
+    assert snapshot(model) == before
+
+
+def test_a_model_without_values_is_not_merged():
+    model = MLP().to("meta")
+    lora.inject(model, targets="all-linear", r=2)
+    merge_for_good = lambda m: lora.eject(m, merge=True)  # noqa: E731
+    for verb in (lora.merge, merge_for_good):
+        with pytest.raises(ValueError, match="is on the meta device, which holds no values"):
+            verb(model)
+        assert not lora.is_merged(model)
+
+
+def test_an_empty_path_is_not_the_folder_one_is_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = MLP()
+    lora.inject(model, targets="all-linear", r=2)
+    lora.save(model, "adapter")
+    monkeypatch.chdir(tmp_path / "adapter")
+    before = {file: file.read_bytes() for file in sorted(tmp_path.rglob("*")) if file.is_file()}
+    empty = "'' is no path of a folder"
+    for call in (
+        lambda: lora.save(model, ""),
+        lambda: lora.load(MLP(), ""),
+        lambda: lora.algebra.read(""),
+        lambda: tiny_gpt2().save_pretrained(""),
+        lambda: gpt2.Tokenizer().save_pretrained(""),
+    ):
+        with pytest.raises(ValueError, match=empty):
+            call()
+    found = {file: file.read_bytes() for file in sorted(tmp_path.rglob("*")) if file.is_file()}
+    assert found == before
+
+
+def test_letters_and_names_of_columns_are_no_examples():
+    tokenizer = gpt2.Tokenizer()
+    with pytest.raises(ValueError, match="texts is one string, 'abc'…: give a list of them"):
+        gpt2.from_texts("abc")
+    with pytest.raises(ValueError, match="examples must be several, got dict"):
+        gpt2.encode({"text": ["a b", "c d"]}, tokenizer)
+
+
+INTS, ENDS, NONE = np.arange(8), np.array([4, 8]), np.zeros(2, int)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ((INTS.astype(float), ENDS, NONE), "ids must be integers along one axis"),
+        ((INTS.reshape(2, 4), ENDS, NONE), "ids must be integers along one axis"),
+        ((INTS, None, NONE), "ends must be integers along one axis"),
+        ((INTS, np.array([4, 99]), NONE), "ends at 99, and the ids at 8"),
+        ((INTS, np.array([2, 4]), NONE), "ends at 4, and the ids at 8"),
+        ((INTS, ENDS, np.zeros(3, int)), "There are 2 ends and 3 counts"),
+    ],
+)
+def test_arrays_that_are_no_dataset_are_refused(arrays, said):
+    with pytest.raises(ValueError, match=said):
+        gpt2.Dataset(*arrays)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.complex64])
+def test_ids_that_no_embedding_takes_are_named(dtype):
+    with pytest.raises(ValueError, match=r"\(B, T\) integers, got .*: give int32 or int64"):
+        tiny_gpt2()(IDX.to(dtype))

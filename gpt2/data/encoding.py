@@ -9,7 +9,7 @@ import os
 import reprlib
 from array import array
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -158,8 +158,9 @@ def _check_several(examples: object) -> None:
     if isinstance(examples, str | Example):
         kind = "string" if type(examples) is str else "Example"
         raise ValueError(f"examples is one {kind}, {str(examples)[:20]!r}…: give a list of them.")
-    if not isinstance(examples, Iterable):
-        raise ValueError(f"examples must be several, got {type(examples).__name__}.")
+    kind = type(examples)
+    if issubclass(kind, Mapping) or not issubclass(kind, Iterable):  # its keys are no examples
+        raise ValueError(f"examples must be several, got {kind.__name__}.")
 
 
 def _texts(examples: Iterable[Example | str]) -> Iterator[list[str]]:

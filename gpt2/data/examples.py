@@ -26,7 +26,13 @@ class Example:
 
 
 def from_texts(texts: Iterable[str]) -> Iterator[Example]:
-    """Examples that are learnt as a whole."""
+    """Examples that are learnt as a whole.
+
+    Raises:
+        ValueError: one string, whose letters would be examples.
+    """
+    if isinstance(texts, str):
+        raise ValueError(f"texts is one string, {texts[:20]!r}…: give a list of them.")
     return (Example("", text) for text in texts)
 
 

@@ -32,11 +32,15 @@ class Dataset(Sequence[tuple[Tensor, Tensor]]):
         known: `prompts`, how many of each example's first tokens are its prompt, if that is not
             `ignored`; and what a store has counted: `histogram`, `by_length`, `fingerprint`,
             `repeated`.
+
+    Raises:
+        ValueError: arrays that are not integers in a row, or do not end together.
     """
 
     def __init__(
         self, ids: Array, ends: Array, ignored: Array, truncated: int = 0, **known: Any
     ) -> None:
+        _check(ids, ends, ignored)
         self._ids, self._ends, self._ignored = ids, ends, ignored
         self.truncated, self.prompts = truncated, ignored
         vars(self).update(known)
@@ -142,6 +146,17 @@ class Dataset(Sequence[tuple[Tensor, Tensor]]):
                 self._ids[begin : int(ends[-1])], ends, self._ignored[first : first + len(ends)]
             )
         return digest.hexdigest()
+
+
+def _check(ids: Array, ends: Array, ignored: Array) -> None:
+    """What can be told at once, however many there are."""
+    for name, array in (("ids", ids), ("ends", ends), ("ignored", ignored)):
+        if np.ndim(array) != 1 or np.asarray(array).dtype.kind not in "iu":
+            raise ValueError(f"{name} must be integers along one axis.")
+    if len(ends) != len(ignored):
+        raise ValueError(f"There are {len(ends)} ends and {len(ignored)} counts of ignored tokens.")
+    if (last := int(ends[-1]) if len(ends) else 0) != len(ids):
+        raise ValueError(f"The last example ends at {last}, and the ids at {len(ids)}.")
 
 
 class Digest:

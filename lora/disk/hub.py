@@ -42,7 +42,7 @@ def as_path(name: str | Path) -> Path:
         ValueError: it cannot.
     """
     try:
-        if b"\0" not in os.fsencode(name):
+        if name != "" and b"\0" not in os.fsencode(name):  # "" would be the folder one is in
             return Path(name)
     except (TypeError, UnicodeEncodeError):
         pass
