@@ -194,4 +194,4 @@ def test_a_face_that_is_not_installed_has_no_version_and_says_so(package, monkey
     face = importlib.import_module(package)
     assert not hasattr(face, "__version__")
     with pytest.raises(AttributeError, match="lora-gpt2 is not installed"):
-        face.__version__
+        _ = face.__version__

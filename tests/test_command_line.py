@@ -417,7 +417,7 @@ def installed(tmp_path_factory):
     (wheel,) = target.glob("*.whl")
     subprocess.run([*pip, "install", *offline, "--target", str(target), str(wheel)], check=True)
     path = os.pathsep.join([str(target / "bin"), os.environ["PATH"]])
-    others = [p for p in sys.path if p and not Path(p).samefile(ROOT)] if sys.path else []
+    others = [path for path in sys.path if Path(path).resolve() != ROOT]  # that of the extras
     python = os.pathsep.join([str(target), *others])
     return {**os.environ, "PYTHONPATH": python, "PATH": path, "HF_HUB_OFFLINE": "1"}
 
