@@ -1,6 +1,7 @@
 """The search: how long the best of many takes, and how often halving finds what all runs would.
 
     python -m benchmarks.search --article 1                        seconds, process start to report
+    python -m benchmarks.search --processes "1;2"                  trials a second, one a GPU
     python -m benchmarks.search --grid 1 --data train.jsonl --valid valid.jsonl --seeds 10
 
 The grid is run whole once a seed. Since a trial is what it is alone, whoever its neighbours are,
@@ -47,6 +48,7 @@ def main() -> None:
     a = harness.arguments(
         __doc__,
         article=0,
+        processes="",
         grid=0,
         data="",
         valid="",
@@ -57,52 +59,79 @@ def main() -> None:
     )
     if a.article:
         harness.emit("search", a.out, case="best of 512 article-size runs", **article(a))
+    for n in filter(None, a.processes.split(";")):
+        harness.emit("search", a.out, case=f"{n} processes", **waves_by(a, int(n)))
     if a.grid:
         for seed in range(a.first, a.seeds):
             harness.emit("search", a.out, case="halving on a grid", seed=seed, **grid(a, seed))
 
 
 def article(a: Any) -> dict[str, Any]:
-    """The script itself, on GPT-2 124M of random weights: timing does not depend on them."""
+    """The script itself, from its start to its end."""
     with tempfile.TemporaryDirectory() as place:
-        torch.manual_seed(0)
-        gpt2.GPT2(gpt2.SIZES["gpt2"]).save_pretrained(Path(place, "base"))
-        asked = [f"What is number {i}?" for i in range(32)]
-        rows = [{"question": q, "answer": f"It is {q[8:-1]}."} for q in asked]
-        held_out, test = (Path(place, f"{name}.jsonl") for name in ("held_out", "test"))
-        for file, some in ((held_out, rows[::2]), (test, rows[1::2])):
-            file.write_text("".join(json.dumps(row) + "\n" for row in some))
-        options = {
-            "model_name": f"{place}/base",
-            "data": str(SCRIPTS / "data" / "article.jsonl"),
-            "validation": str(held_out),
-            "test": str(test),
-            "res_path": f"{place}/run",
-            "device": a.device,
-            "autocast": a.device != "cpu",
-            "steps": 2500,
-            "lora": {"r": 8, "alpha": 16},
-            "trials": 512,
-            "slots": 256,
-            "rungs": 4,
-            "keep": 4,
-            "finalists": 3,
-            "seeds": 3,
-            "space": SPACE,
-        }
-        config = Path(place, "search.yaml")
-        config.write_text(yaml.safe_dump(options))
+        script = prepared(a, place, trials=512, slots=256, rungs=4, finalists=3, seeds=3)
         began = time.time()
-        subprocess.run([sys.executable, SCRIPTS / "search.py", "--config", config], check=True)
+        subprocess.run([sys.executable, *script], check=True)
         seconds = time.time() - began
         found = json.loads(Path(place, "run", "run.json").read_text())
-        sizes = [[len(rung["trials"]), rung["share"]] for rung in found["rungs"]]
-        return {
-            "seconds": round(seconds, 1),
-            "laps": found["seconds"],
-            "adapter_steps": found["adapter_steps"],
-            "rungs": sizes,
-        }
+    sizes = [[len(rung["trials"]), rung["share"]] for rung in found["rungs"]]
+    return {
+        "seconds": round(seconds, 1),
+        "laps": found["seconds"],
+        "adapter_steps": found["adapter_steps"],
+        "rungs": sizes,
+    }
+
+
+def waves_by(a: Any, processes: int) -> dict[str, Any]:
+    """Trials a second of several processes, from the end of their first waves to that of the last.
+
+    What starts and captures is left out, which does not grow with the search.
+    """
+    slots, trials, ends = 64, 512, dict[str, float]()
+    with tempfile.TemporaryDirectory() as place:
+        script = prepared(a, place, trials=trials, slots=slots, rungs=1, finalists=1, seeds=2)
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        run = subprocess.Popen([sys.executable, *torchrun, *script, "--steps", "400"])
+        while run.poll() is None:
+            for file in Path(place, "run", "waves").glob("rung-1-wave-*.safetensors"):
+                if "so-far" not in file.name:
+                    wave = file.stem.split("-of-")[0]  # of whichever process
+                    ends[wave] = max(ends.get(wave, 0.0), file.stat().st_mtime)
+            time.sleep(0.02)
+    if run.returncode:
+        raise SystemExit(run.returncode)
+    waves = trials // slots // processes
+    seconds = ends[f"rung-1-wave-{waves}"] - ends["rung-1-wave-1"]
+    later = (waves - 1) * slots * processes
+    return {"trials": trials, "slots": slots, "trials_per_s": round(later / seconds, 2)}
+
+
+def prepared(a: Any, place: str, **sizes: Any) -> list[str]:
+    """A search on GPT-2 124M of random weights, on which times do not depend."""
+    torch.manual_seed(0)
+    gpt2.GPT2(gpt2.SIZES["gpt2"]).save_pretrained(Path(place, "base"))
+    asked = [f"What is number {i}?" for i in range(32)]
+    rows = [{"question": q, "answer": f"It is {q[8:-1]}."} for q in asked]
+    held_out, test = (Path(place, f"{name}.jsonl") for name in ("held_out", "test"))
+    for file, some in ((held_out, rows[::2]), (test, rows[1::2])):
+        file.write_text("".join(json.dumps(row) + "\n" for row in some))
+    options = {
+        "model_name": f"{place}/base",
+        "data": str(SCRIPTS / "data" / "article.jsonl"),
+        "validation": str(held_out),
+        "test": str(test),
+        "res_path": f"{place}/run",
+        "device": a.device,
+        "autocast": a.device != "cpu",
+        "steps": 2500,
+        "lora": {"r": 8, "alpha": 16},
+        "keep": 4,
+        "space": SPACE,
+    }
+    config = Path(place, "search.yaml")
+    config.write_text(yaml.safe_dump(options | sizes))
+    return [str(SCRIPTS / "search.py"), "--config", str(config)]
 
 
 def grid(a: Any, seed: int) -> dict[str, Any]:
