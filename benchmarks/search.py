@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from math import comb
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,8 @@ def waves_by(a: Any, processes: int) -> dict[str, Any]:
             for file in Path(place, "run", "waves").glob("rung-1-wave-*.safetensors"):
                 if "so-far" not in file.name:
                     wave = file.stem.split("-of-")[0]  # of whichever process
-                    ends[wave] = max(ends.get(wave, 0.0), file.stat().st_mtime)
+                    with suppress(FileNotFoundError):  # the search is over
+                        ends[wave] = max(ends.get(wave, 0.0), file.stat().st_mtime)
             time.sleep(0.02)
     if run.returncode:
         raise SystemExit(run.returncode)
