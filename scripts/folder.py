@@ -67,7 +67,7 @@ def prepare(place: str | None, adapters: Sequence[str] = (ADAPTER,)) -> Path:
         OSError: it cannot be written.
     """
     if place is None:
-        return _numbered()
+        return _numbered("search" if WINNER in adapters else "qa")
     folder = Path(place)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -89,10 +89,10 @@ def is_begun(folder: Path, adapters: Sequence[str]) -> bool:
     return (folder / OPTIONS).is_file() and not ended
 
 
-def _numbered() -> Path:
+def _numbered(kind: str) -> Path:
     NUMBERED.mkdir(exist_ok=True)
     for number in count(1):
-        folder = NUMBERED / f"qa-{number}"
+        folder = NUMBERED / f"{kind}-{number}"
         try:
             folder.mkdir()  # of two runs that start at once, one gets the next number
         except FileExistsError:

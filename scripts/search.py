@@ -57,7 +57,7 @@ def parse(argv: guard.Arguments) -> Namespace:
     add("--finalists", type=int, default=4, help="trials of the last rung that run again")
     add("--seeds", type=int, default=3, help="of each finalist and of the default, at least 2")
     recipe.add_options(parser, str(DATA))
-    starting.add_options(parser)
+    starting.add_options(parser, "search")
     validation.add_options(parser)
     options = opts.with_config(parser, argv, lambda given: starting.options_file(given, DEMO))
     recipe.check(options, {"slots": 1, "finalists": 1, "seeds": 2})

@@ -34,6 +34,8 @@ from waves import Waves
 
 __all__ = ["NAMES", "about", "check", "checked", "files", "planned", "resumable", "told", "waves"]
 
+MOST = 1_000_000  # trials, which all are held in memory
+
 
 def checked(options: Namespace) -> Space:
     """The space, if the options do not contradict it or one another.
@@ -46,6 +48,8 @@ def checked(options: Namespace) -> Space:
     if options.validation is None:
         raise ValueError("A search chooses by validation data: give --validation.")
     validation.shares(options)
+    if options.trials > MOST:
+        raise ValueError(f"trials must be at most {MOST:,}, got {options.trials:,}.")
     space = spaces.read(options.space, options.trials)
     if options.sampler == "tpe" and options.trials <= options.slots:
         raise ValueError(

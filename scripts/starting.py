@@ -22,9 +22,9 @@ TRANSIENT = ("config", "resume", "overwrite", "res_path")  # options of one star
 FREE = ("logging_steps", "prompts", "generate", "device", "cache", "sync_every", "save_every")
 
 
-def add_options(to: ArgumentParser) -> None:
+def add_options(to: ArgumentParser, kind: str = "qa") -> None:
     """Where the results and the tokens go, and whether a run is there."""
-    place = "folder for the results, by default a new runs/qa-N"
+    place = f"folder for the results, by default a new runs/{kind}-N"
     to.add_argument("--res_path", type=str | None, help=place)
     cache = "folder for the tokens of the data, by default beside a large file and nowhere else"
     to.add_argument("--cache", type=str | None, help=cache)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +17,7 @@ from gpt2.training.population import PopulationTraining
 from gpt2.training.slots import learnt_at
 from tests.toys import TINY
 
-STEPS = 30
+STEPS = 200 if "LONG" in os.environ else 30
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 

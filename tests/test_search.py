@@ -357,6 +357,7 @@ def test_a_search_that_is_killed_goes_on_to_the_same_bytes(found, tiny, tmp_path
         (["--space", "{}"], "The space is empty"),
         (["--space", '{"r": [2]}'], "nothing in it varies"),
         (["--space", '{"r": [2, 3]}'], "it has 2 different trials, and 4 are asked for"),
+        (["--trials", "99999999999"], "trials must be at most 1,000,000, got 99,999,999,999"),
         (["--rungs", "5"], "5 rungs, each 2 times as long"),
         (["--finalists", "3"], "there are 3 finalists, and 2 in the last rung"),
         (["--sampler", "grid"], "sampler must be one of random, tpe"),
@@ -377,6 +378,13 @@ def test_bad_input_is_one_line(tiny, tmp_path, script, capsys, monkeypatch, more
     assert said in told
     assert told.count("\n") == 1
     assert not (tmp_path / "runs").exists(), "nothing is begun"
+
+
+def test_a_search_without_a_folder_gets_a_numbered_one_of_its_own(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = script("folder")
+    places = [folder.prepare(None, [folder.WINNER]), folder.prepare(None)]
+    assert [str(place) for place in places] == ["runs/search-1", "runs/qa-1"]
 
 
 def test_all_faults_of_a_space_are_told_at_once(script):
