@@ -84,10 +84,10 @@ class Population:
             raise ValueError(f"{next(iter(shared))}.weight is shared: leave it out of the targets.")
         if own := [path for path in drawn if not is_plain(self._tree.bases[path])]:
             raise ValueError(f"{own[0]} has a forward of its own: leave it out of the targets.")
-        self._configs: list[dict[str, UpdateConfig]] = [{} for _ in range(slots)]
         some, drops, bases = next(iter(drawn.values())).A, self.room.dropout > 0, self._tree.bases
         shapes = {path: update.factors() for path, update in drawn.items()}
         self._stack = Stack(slots, shapes, some.dtype, some.device)
+        self._configs: list[dict[str, UpdateConfig]] = [{} for _ in range(slots)]
         self.flat, self.grad, self.parts = self._stack.flat, self._stack.grad, self._stack.parts
         self.layers = {
             path: StackedLinear(bases[path], *self._stack.of(self.flat, path), dropping=drops)

@@ -656,3 +656,9 @@ def test_a_run_can_be_repeated_on_a_copy():
     twin = copy.deepcopy(model)
     assert [r.loss for r in run(twin)] == [r.loss for r in run(model)]
     assert weights(twin) == weights(model)
+
+
+@pytest.mark.parametrize("config", [None, {"steps": 1}, 3])
+def test_a_config_that_is_none_is_one_clear_line(config):
+    with pytest.raises(ValueError, match=r"config must be a gpt2\.TrainConfig, got"):
+        train(tiny_gpt2(), DATA, config)

@@ -72,3 +72,9 @@ def require_count(name: str, value: object) -> None:
     """Raise a ValueError unless the value is an integer of at least 1."""
     if type(value) is not int or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+
+
+def require_config(value: object) -> None:
+    """Raise a ValueError unless the value is a TrainConfig."""
+    if not isinstance(value, TrainConfig):
+        raise ValueError(f"config must be a gpt2.TrainConfig, got {type(value).__name__}.")

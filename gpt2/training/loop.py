@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from gpt2.data.tokens import Dataset
-from gpt2.training.checks import check_options, check_readable
+from gpt2.training.checks import check_options, check_readable, require_config
 from gpt2.training.config import TrainConfig
 from gpt2.training.groups import Groups, listed
 from gpt2.training.packing import settled
@@ -43,7 +43,7 @@ class Training(Iterator[StepRecord]):
         self._records.close()
 
     def __del__(self) -> None:
-        if not self._used:
+        if not getattr(self, "_used", True):  # a copy may have been refused halfway
             warnings.warn(
                 "gpt2.train(...) was never iterated, so nothing was trained: "
                 "write `for record in gpt2.train(...)`, or `list(gpt2.train(...))`.",
@@ -75,12 +75,13 @@ def train(
 
     Raises:
         ValueError: nothing requires grad; the data is no `Dataset`, empty or too long for the
-            model; groups that do not hold each trained parameter once; options that the model
-            cannot follow.
+            model; the config no `TrainConfig`; groups that do not hold each trained parameter once;
+            options that the model cannot follow.
         RuntimeError: what requires grad has no part in the loss; the model was changed between two
             steps; a loss, a gradient or a trained weight is not finite.
     """
     check_readable(model, data)
+    require_config(config)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("Nothing in the model requires grad: inject an adapter or unfreeze it.")
     config = settled(inner(model), config)

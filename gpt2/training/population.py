@@ -25,7 +25,7 @@ from gpt2.data.tokens import Dataset
 from gpt2.fast.compiling import bucket
 from gpt2.fast.untyped import floats, from_numpy, table
 from gpt2.model import GPT2
-from gpt2.training.checks import check_readable, require_count
+from gpt2.training.checks import check_readable, require_config, require_count
 from gpt2.training.config import TrainConfig
 from gpt2.training.modes import in_mode
 from gpt2.training.randomness import RandomState, seed_of
@@ -87,8 +87,7 @@ class PopulationTraining:
             ValueError: a config that differs in more; a part or a slot that there is not, or that
                 is empty; a ratio or a step out of range.
         """
-        if not isinstance(config, TrainConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ValueError(f"config must be a gpt2.TrainConfig, got {type(config).__name__}.")
+        require_config(config)
         if until is not None:
             require_count("until", until)
         self.slots.take(slot)  # raises of a slot that is empty, in which nothing would be trained
