@@ -189,12 +189,9 @@ def _steps(model: torch.nn.Module, task: Task, config: gpt2.TrainConfig) -> tupl
     began = time.perf_counter()
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     of_b = {name for name, _ in named if name.endswith(".B") or ".lora_B." in name}  # ours, PEFT's
-    rates = {True: config.lr * task.recipe["b_ratio"], False: config.lr}
-    groups = [
-        {"params": [p for name, p in named if (name in of_b) is is_b], "lr": rate}
-        for is_b, rate in rates.items()
-    ]
-    groups = [group for group in groups if group["params"]]
+    fast, rest = ([p for name, p in named if (name in of_b) is is_b] for is_b in (True, False))
+    groups: list[dict[str, Any]] = [{"params": rest}] if rest else []
+    groups += [{"params": fast, "lr": config.lr * task.recipe["b_ratio"]}] if fast else []
     steps = sum(1 for _ in gpt2.train(model, task.train, config, groups=groups))
     return steps, time.perf_counter() - began
 

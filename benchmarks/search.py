@@ -29,6 +29,7 @@ import gpt2
 from benchmarks import harness
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+sys.path.insert(0, str(SCRIPTS))
 ALL = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 GRID = {
     "lr": [5e-4, 1e-3, 2e-3, 4e-3],
@@ -138,7 +139,8 @@ def prepared(a: Any, place: str, **sizes: Any) -> list[str]:
 
 def grid(a: Any, seed: int) -> dict[str, Any]:
     """All of the grid; then what halving and random search would have found of it."""
-    losses, halving = whole_grid(a, seed), plan(32)
+    halving = plan()
+    losses = whole_grid(a, seed, halving)
     last = [row[-1] for row in losses]
     alive = dict.fromkeys(range(len(losses)))
     cost = 0.0
@@ -160,18 +162,16 @@ def grid(a: Any, seed: int) -> dict[str, Any]:
     }
 
 
-def plan(trials: int) -> Any:
-    """The rungs."""
-    sys.path.insert(0, str(SCRIPTS))
+def plan() -> Any:
+    """The rungs of the grid."""
     from halving import Halving  # pyright: ignore[reportMissingImports]
 
     made: Any = Halving
-    return made(trials=trials, rungs=RUNGS, keep=KEEP)
+    return made(trials=math.prod(map(len, GRID.values())), rungs=RUNGS, keep=KEEP)
 
 
-def whole_grid(a: Any, seed: int) -> list[list[float]]:
+def whole_grid(a: Any, seed: int, halving: Any) -> list[list[float]]:
     """Each configuration's held-out loss where each rung ends."""
-    sys.path.insert(0, str(SCRIPTS))
     import recipe  # pyright: ignore[reportMissingImports]
     import runs  # pyright: ignore[reportMissingImports]
     import search  # pyright: ignore[reportMissingImports]
@@ -199,7 +199,6 @@ def whole_grid(a: Any, seed: int) -> list[list[float]]:
         runs.Run(trial=i, recipe=usual.varied(values).seeded(seed), total=total)
         for i, values in enumerate(grid)
     ]
-    halving = plan(len(grid))
     with waves.Waves(model, learnt, held_out, usual.training, room) as work:
         for rung in range(RUNGS):
             work.train(len(some), some, halving, rung, lambda steps: None)

@@ -230,7 +230,7 @@ class Course:
             if self.files:
                 self.files.write(name, runs, values)
         self._tell(all_runs)
-        copies = (r.ended is None and halving.copys_steps(rung, r.total) for r in all_runs.values())
+        copies = [halving.cooldown_steps(rung, r.total) for r in all_runs.values() if not r.ended]
         self.done += sum(run.taken for run in all_runs.values()) - before + sum(copies)
 
     def _tell(self, runs: Mapping[int, Run]) -> None:

@@ -24,13 +24,13 @@ class Halving:
         trials: in the first rung.
         rungs: how many; in the last, trainings come to the end of their schedules.
         keep: at least 2.
-        cooling: in one in so many of the steps so far the rate of a copy falls; 0 for no copies.
+        cooldown: in one in so many of the steps so far the rate of a copy falls; 0 for no copies.
     """
 
     trials: int
     rungs: int
     keep: int
-    cooling: int = 8
+    cooldown: int = 8
 
     @property
     def alive(self) -> list[int]:
@@ -44,13 +44,13 @@ class Halving:
     def steps(self, rung: int, total: int) -> int:
         """The steps that a rung takes of such a training, its copy's among them."""
         before = self.step(rung - 1, total) if rung else 0
-        return self.step(rung, total) - before + self.copys_steps(rung, total)
+        return self.step(rung, total) - before + self.cooldown_steps(rung, total)
 
-    def copys_steps(self, rung: int, total: int) -> int:
+    def cooldown_steps(self, rung: int, total: int) -> int:
         """The steps in which a copy's learning rate falls; none in the last rung."""
-        if not self.cooling or rung + 1 == self.rungs:
+        if not self.cooldown or rung + 1 == self.rungs:
             return 0
-        return max(1, self.step(rung, total) // self.cooling)
+        return max(1, self.step(rung, total) // self.cooldown)
 
     def going_on(self, losses: Mapping[int, float], rung: int) -> list[int]:
         """The trials that go on from a rung, the best first; of equal losses the earlier trial.

@@ -14,6 +14,14 @@ TEST = (
 )
 
 
+WORDS = {  # of the winner, by what the last data says of it
+    "better": "On the test data it is better than the default configuration.",
+    "worse": "On the test data it is WORSE than the default configuration.",
+    "alike": "On the test data it cannot be told apart from the default configuration.",
+    None: "There is no test data, or the default configuration ended: they are not compared.",
+}
+
+
 def spread(losses: Sequence[float]) -> dict[str, float]:
     """Mean, lowest, highest, and standard deviation of a configuration's losses over seeds."""
     return {

@@ -5,19 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-import trials
+import noise
+import search_charts
 from markup import Markup, joined, table, tag
 from record import Record
+from search_charts import Row, brief, value_of
 from sections import Section, number
-from trials import Row, brief, value_of
 
 FIRST = 32  # rows of the leaderboard that are open
-WORDS = {
-    "better": "On test data, which chose nothing, it is better than the default configuration.",
-    "worse": "On test data, which chose nothing, it is WORSE than the default configuration.",
-    "alike": "On test data it cannot be told apart from the default configuration.",
-    None: "It was not compared with the default configuration on test data.",
-}
 CURVES = "The finalists and the default configuration, under the first of their seeds."
 HYPER = (
     "Each dot is a trial, at the loss of the last rung that it reached: blue is the last of all. "
@@ -31,9 +26,9 @@ def sections_of(record: Record) -> Iterator[Section]:
     if not record.board or not record.run:  # the record comes last, and says what came out
         return
     yield "What came out", verdict(record), [finalists(record)]
-    yield "The halving", halving_note(record), [trials.tree(record)]
-    yield "Each hyper-parameter", HYPER, [list(trials.over_each(record))]
-    yield "Training", CURVES, [trials.training(record)]
+    yield "The halving", halving_note(record), [search_charts.tree(record)]
+    yield "Each hyper-parameter", HYPER, [list(search_charts.over_each(record))]
+    yield "Training", CURVES, [search_charts.training(record)]
     yield "Leaderboard", "", [leaderboard(record)]
 
 
@@ -43,7 +38,7 @@ def verdict(record: Record) -> str:
     alike = ", ".join(map(str, run["not_told_apart"]))
     told = f"Of the finalists trial {run['winner']['trial']} has the lowest mean loss. "
     told += f"It cannot be told apart from {alike}. " if alike else ""
-    return f"{told}{WORDS[run['winner_on_test']]} {run['told_apart_by']}"
+    return f"{told}{noise.WORDS[run['winner_on_test']]} {run['told_apart_by']}"
 
 
 def finalists(record: Record) -> Markup:

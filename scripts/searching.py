@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,13 @@ from jsonargparse import Namespace
 
 import folder
 import gpt2
-import lock
 import lora
 import memory
 import processes
 import recipe
 import results
 import space as spaces
+import starting
 import stopping
 import validation
 from gpt2.training import fingerprints
@@ -71,21 +72,15 @@ def check(options: Namespace) -> None:
     if processes.is_restart() and not options.resume:
         options.resume = (Path(options.res_path or "") / FOLDER / MADE_OF).is_file()
         options.overwrite = not options.resume
-    if options.resume:
-        named = options.resume if isinstance(options.resume, str) else options.res_path
-        if named is None:
-            raise ValueError("Name the folder of the search that is to go on: --resume FOLDER.")
-        if not (Path(named) / FOLDER / MADE_OF).is_file():
+
+    def may_go_on(place: Path) -> None:
+        if not (place / FOLDER / MADE_OF).is_file():
             raise FileNotFoundError(
-                f"{named} holds no search to go on with: none was begun there, or it came to its "
+                f"{place} holds no search to go on with: none was begun there, or it came to its "
                 "end."
             )
-        options.res_path = named
-    else:
-        folder.check(options.res_path, overwrite=options.overwrite, adapters=[folder.WINNER])
-    if options.res_path and Path(options.res_path).is_dir() and not processes.rank():
-        with lock.held(Path(options.res_path)):
-            pass
+
+    starting.check_folder(options, "search", [folder.WINNER], may_go_on)
 
 
 def planned(options: Namespace, space: Space, apart: Apart) -> Plan:
@@ -95,9 +90,9 @@ def planned(options: Namespace, space: Space, apart: Apart) -> Plan:
         ValueError: they do not.
     """
     usual = recipe.of(options)
-    sizes = {"trials": options.trials, "rungs": options.rungs, "keep": options.keep}
-    decays = usual.training.schedule != "constant"
-    halving = Halving(**sizes, **({} if decays else {"cooling": 0}))
+    halving = Halving(trials=options.trials, rungs=options.rungs, keep=options.keep)
+    if usual.training.schedule == "constant":  # no rate will fall
+        halving = replace(halving, cooldown=0)
     least = min(_totals(space, usual, apart.learnt))
     if faults := halving.faults(least, options.finalists):
         raise ValueError(f"The rungs cannot be: {'; '.join(faults)}.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,21 +53,41 @@ def check(options: Namespace, adapters: Sequence[str] = (folder.ADAPTER,)) -> No
         kept = any((f / name).is_file() for f in there for name in snapshots.NAMES)
         options.resume = kept or bool(options.tasks and folder.is_begun(run, adapters))
         options.overwrite = not options.resume
+
+    def may_go_on(place: Path) -> None:
+        if options.tasks and folder.is_begun(place, adapters):
+            _check_same(options, place)
+        else:
+            snapshots.check(place)
+
+    check_folder(options, "run", adapters, may_go_on)
+    cli.build(gpt2.RunConfig, options, folder=Path(options.res_path or folder.NUMBERED))
+
+
+def check_folder(
+    options: Namespace, what: str, adapters: Sequence[str], may_go_on: Callable[[Path], None]
+) -> None:
+    """Whether the folder is free, or what it holds may go on; its name is then in `res_path`.
+
+    Args:
+        options: of the run.
+        what: it is, to a person.
+        adapters: the folders of those that it makes.
+        may_go_on: raises where there is nothing in a folder to go on with.
+
+    Raises:
+        ValueError: it holds a run; another one works there; or as `may_go_on`.
+    """
     if options.resume:
         named = options.resume if isinstance(options.resume, str) else options.res_path
         if named is None:
-            raise ValueError("Name the folder of the run that is to go on: --resume FOLDER.")
-        if options.tasks and folder.is_begun(Path(named), adapters):
-            _check_same(options, Path(named))
-        else:
-            snapshots.check(Path(named))
+            raise ValueError(f"Name the folder of the {what} that is to go on: --resume FOLDER.")
+        may_go_on(Path(named))
         options.res_path = named
     else:
         folder.check(options.res_path, overwrite=options.overwrite, adapters=adapters)
-    place = Path(options.res_path or folder.NUMBERED)
-    cli.build(gpt2.RunConfig, options, folder=place)
-    if options.res_path and place.is_dir() and not processes.rank():
-        with lock.held(place):
+    if options.res_path and Path(options.res_path).is_dir() and not processes.rank():
+        with lock.held(Path(options.res_path)):
             pass
 
 

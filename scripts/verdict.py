@@ -50,13 +50,7 @@ def said(course: Course) -> str:
         told = f"Trial {n} is the best of the finalists, over {seeds} seeds."
     else:
         told = f"Trial {n} is the only finalist."
-    words = {
-        "better": "On the test data it is better than the default configuration.",
-        "worse": "On the test data it is WORSE than the default configuration.",
-        "alike": "On the test data it cannot be told apart from the default configuration.",
-        None: "There is no test data, or the default configuration ended: they are not compared.",
-    }
-    return f"{told} {words[against_default(course)]} {noise.TEST}"
+    return f"{told} {noise.WORDS[against_default(course)]} {noise.TEST}"
 
 
 def _short(value: Any) -> str:

@@ -45,7 +45,6 @@ class Waves:
         self.common, self.room = common, room
         self._slots: lora.Population | None = None
         self._training: PopulationTraining | None = None
-        self._cools = False
 
     def __enter__(self) -> Waves:
         return self
@@ -72,7 +71,7 @@ class Waves:
         """
         until, cooling = (
             [steps(rung, run.total) for run in runs]
-            for steps in (halving.step, halving.copys_steps)
+            for steps in (halving.step, halving.cooldown_steps)
         )
         _, training = self._of(k)
         self._put(k, runs, until)
@@ -87,10 +86,8 @@ class Waves:
         losses = training.evaluate(self.selection, self._rows(k))
         for run, step, loss in zip(runs, taken, losses, strict=False):
             if run.ended is None and not math.isfinite(loss):
-                run.ended, run.place = (
-                    f"Step {step}: the loss on the selection data is {loss}",
-                    None,
-                )
+                run.ended = f"Step {step}: the loss on the selection data is {loss}"
+                run.place = None
             if run.ended is None:
                 run.losses[step] = loss
 
@@ -115,11 +112,7 @@ class Waves:
                 ends = {"epochs": None, "steps": run.taken + more, "schedule": "linear"}
                 config = replace(run.recipe.training, **ends)
                 training.go_on(slot, replace(training.state(slot), config=config))
-        self._cools = True
-        try:
-            self._advance(progress)
-        finally:
-            self._cools = False
+        self._advance(progress)
 
     def _keep(self, runs: Sequence[Run]) -> None:
         """Keep where runs are that have not come to an end."""
@@ -133,13 +126,16 @@ class Waves:
             runs[slot].place = Place(*(row[i] for row in rows))
 
     def so_far(self, runs: Sequence[Run]) -> list[Run]:
-        """Copies of runs that are being trained, with where they are; none in the midst of a step.
+        """Copies of runs that are being trained, with where they are.
+
+        None in the midst of a step, nor while what trains is itself a copy that cools down.
 
         To be called between two looks at the device, in `train`'s `progress`.
         """
         _, training = self._of()
         owns = training.trainings[: len(runs)]
-        if self._cools or any(own is not None and own.micro for own in owns):
+        pairs = list(zip(runs, owns, strict=True))
+        if any(own and (own.micro or own.config is not run.recipe.training) for run, own in pairs):
             return []
         copies = [
             replace(
@@ -147,7 +143,7 @@ class Waves:
                 curve=run.curve + [record.loss for record in own.records] if own else run.curve,
                 ended=own.ended if own else run.ended,
             )
-            for run, own in zip(runs, owns, strict=True)
+            for run, own in pairs
         ]
         self._keep(copies)
         return copies

@@ -185,6 +185,14 @@ def test_rooms_keep_to_their_size(file):
     assert not [(name, size) for name, size in functions(file) if size > 40]
 
 
+def test_a_shared_room_past_a_scripts_size_has_its_reason():
+    """Each that is longer is named with a sentence, and none that is not."""
+    large = {f.name for f in SCRIPTS if len(f.read_text().splitlines()) > 110}
+    design = (ROOT / "docs" / "design.md").read_text()
+    told = re.findall(r"^- `(\w+\.py)`: .{20,}\.$", design.partition("past 110 lines")[2], re.M)
+    assert sorted(told) == sorted(large)
+
+
 @pytest.mark.parametrize("package", ["lora", "gpt2"])
 def test_a_face_that_is_not_installed_has_no_version_and_says_so(package, monkeypatch):
     def missing(name: str) -> str:

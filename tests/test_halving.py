@@ -29,9 +29,9 @@ def goes_on(kind, data):
     assert steps[0] >= 1
     assert steps == sorted({*steps}), "every rung takes a step"
     copies = [max(1, steps[rung] // 8) for rung in range(rungs - 1)] + [0]
-    assert [plan.copys_steps(rung, total) for rung in range(rungs)] == copies
+    assert [plan.cooldown_steps(rung, total) for rung in range(rungs)] == copies
     assert sum(plan.steps(rung, total) for rung in range(rungs)) == total + sum(copies)
-    assert kind(trials=trials, rungs=rungs, keep=keep, cooling=0).copys_steps(0, total) == 0
+    assert kind(trials=trials, rungs=rungs, keep=keep, cooldown=0).cooldown_steps(0, total) == 0
     for step, rung in zip(steps, range(rungs), strict=True):  # the share, to less than a step
         assert 0 <= total / keep ** (rungs - 1 - rung) - step < 1
     loss = st.one_of(st.floats(0, 9), st.just(math.nan), st.just(math.inf))
