@@ -10,6 +10,7 @@ One row of T tokens a slot; the base has no dropout, as in searches.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -44,12 +45,22 @@ def main() -> None:
         mode = "reduce-overhead" if on_gpu else None
         runs["PEFT compiled" if on_gpu else "PEFT"] = models.PeftStep(other, one, mode=mode)
     report(a, runs)
+    step = None if on_gpu else runs["alone"]
     del runs, alone
     for k in map(int, a.slots.split(";")):
         harness.free()
         tick = ticks(a, k, **compiling)
         facts = {"peak_gib": harness.peak_gib(tick, a.device), **busy(a, tick)} if on_gpu else {}
-        report(a, {f"k={k}": tick}, each=a.ticks, **facts)
+        turns: dict[str, Callable[[], Any]] = {f"k={k}": tick}
+        if step is not None:
+            turns[f"{k} alone"] = functools.partial(again, step, k * a.ticks)
+        report(a, turns, each=a.ticks, **facts)
+
+
+def again(step: Callable[[], Any], times: int) -> None:
+    """So many steps, one after the other."""
+    for _ in range(times):
+        step()
 
 
 def largest(a: Any) -> int:

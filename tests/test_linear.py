@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import lora
+from gpt2.fast import products
 from gpt2.fast.products import linear
 
 sizes = st.integers(1, 9)
@@ -22,28 +23,32 @@ def test_it_is_torchs_linear(n_in, n_out, axes, threads, transposed, biased):
     x = torch.randn(*(2, 3, 1)[:axes], n_in, requires_grad=True)
     weight = torch.randn(n_in, n_out).t() if transposed else torch.randn(n_out, n_in)
     leaves = [x, weight.requires_grad_(), *([torch.randn(n_out).requires_grad_()] * biased)]
-    before = torch.get_num_threads()
+    before, whole = torch.get_num_threads(), products.WHOLE
     torch.set_num_threads(threads)
+    products.WHOLE = 0
     try:
         results = [(y := f(*leaves), *torch.autograd.grad(y.square().sum(), leaves))
                    for f in (linear, F.linear)]  # fmt: skip
     finally:
         torch.set_num_threads(before)
+        products.WHOLE = whole
     for got, want in zip(*results, strict=True):
         assert got.shape == want.shape
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [(0,), (2, 0), (5,)])
-def test_it_is_sliced_in_float32_only_and_takes_no_rows_too(rows, monkeypatch):
+def test_a_large_weight_is_sliced_in_float32_only_and_no_rows_are_taken_too(rows, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     calls: list[int] = []
     matmul = torch.Tensor.__matmul__
     monkeypatch.setattr(
         torch.Tensor, "__matmul__", lambda a, b: (calls.append(a.dim()), matmul(a, b))[1]
     )
-    for dtype, expected in ((torch.float32, [3, 2]), (torch.float64, []), (torch.bfloat16, [])):
+    cases = (27, torch.float32, [3, 2]), (27, torch.float64, []), (27, torch.bfloat16, [])
+    for whole, dtype, expected in (*cases, (28, torch.float32, [])):
         calls.clear()
+        monkeypatch.setattr(products, "WHOLE", whole)
         y = linear(torch.ones(*rows, 4, dtype=dtype), torch.ones(7, 4, dtype=dtype))
         assert y.shape == (*rows, 7)
         assert calls == expected

@@ -8,19 +8,21 @@ from torch.nn import functional as F
 
 from gpt2.fast.devices import slices_products
 
+WHOLE = 2**18  # elements of a weight, a megabyte, up to which one product is as fast as slices
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x Wᵀ + bias` as `F.linear`, from `(…, in)` to `(…, out)`.
 
-    On a CPU the weight is cut into as many slices as there are threads, one for each: MKL splits
-    a batch of small products better than a single one with few rows.
+    On a CPU a large weight is cut into as many slices as there are threads, one for each: MKL
+    splits a batch of small products better than a single one with few rows.
 
     Args:
         x: `(…, in)`.
         weight: `(out, in)`, of any strides.
         bias: `(out,)`.
     """
-    slices = torch.get_num_threads() if _pays(x) else 1
+    slices = torch.get_num_threads() if weight.numel() > WHOLE and _pays(x) else 1
     n_out = weight.shape[0]
     sliced = n_out // slices * slices
     if slices == 1 or sliced == 0:
