@@ -51,7 +51,7 @@ class Decoder:
         tokens: `(B,)` the last of each row: what the next step reads.
         cache: the keys and values that attention has seen.
         seen: `(B, V)` booleans, true for the tokens that a row holds; None without a penalty.
-        uniform: `(max_new_tokens, B)` random numbers, on the CPU if the device has no float64.
+        uniform: `(max_new_tokens, B, 2)` random numbers, on the CPU if the device has no float64.
     """
 
     @torch.no_grad()
@@ -104,7 +104,7 @@ class Decoder:
             penalty = self.config.repetition_penalty
             logits = apply_repetition_penalty(logits.float(), self.seen, penalty)
         if self.config.temperature:
-            uniform = self.uniform[self.n.to(self.uniform.device)][0]  # (B,)
+            uniform = self.uniform[self.n.to(self.uniform.device)][0]  # (B, 2)
             chosen = sample(logits, self.config, uniform)
         else:
             chosen = greedy(logits)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gpt2.config import is_number
 from gpt2.faults import listed
@@ -113,12 +114,12 @@ def _default(name: str) -> object:
 
 
 def uniform_numbers(rows: int, config: GenerateConfig) -> Tensor:
-    """Random numbers `(max_new_tokens, rows)` in [0, 1), float64 on the CPU.
+    """Random numbers `(max_new_tokens, rows, 2)` in [0, 1), float64 on the CPU.
 
     Each row has a generator of its own, so that it draws what it draws alone, on any device.
     """
     generators = [torch.Generator("cpu").manual_seed(config.seed + row) for row in range(rows)]
-    size, kind = config.max_new_tokens, torch.double
+    size, kind = (config.max_new_tokens, 2), torch.double
     draws = [torch.rand(size, dtype=kind, device="cpu", generator=g) for g in generators]
     return torch.stack(draws, 1)
 
@@ -181,8 +182,8 @@ def sample(logits: Tensor, config: GenerateConfig, uniform: Tensor) -> Tensor:
     Args:
         logits: `(B, V)`, after the repetition penalty.
         config: temperature, top-k and top-p, applied in this order as transformers does.
-        uniform: `(B,)` float64 random numbers in [0, 1), one a row, on the logits' device or on
-            the CPU: where they lie the token is drawn. Greedy takes no notice.
+        uniform: `(B, 2)` float64 random numbers in [0, 1), on the logits' device or on the CPU:
+            where they lie the token is drawn. Greedy takes no notice.
     """
     if config.temperature == 0:
         return greedy(logits)
@@ -194,12 +195,32 @@ def sample(logits: Tensor, config: GenerateConfig, uniform: Tensor) -> Tensor:
         logits = apply_top_k(logits, config.top_k)
     if config.top_p is not None:
         logits = apply_top_p(logits, config.top_p)
-    # Invert the cumulative distribution. float64: no token is too unlikely to be drawn, and since
-    # uniform is at most 1 - 2**-53, the product stays below the total.
-    cumulative = logits.double().softmax(-1).cumsum(-1)
-    drawn = uniform[:, None] * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, drawn, right=True)[:, 0]
+    tokens = _drawn(logits.double().softmax(-1), uniform)
     return _or_none(whole.amax(-1), tokens).to(device)
+
+
+def _drawn(p: Tensor, uniform: Tensor) -> Tensor:
+    """A token `(B,)` for each row of probabilities `(B, V)`: first a block of √V, then one of it.
+
+    Rounding, such as another batch brings, moves each bound between two a little: a draw beside
+    2√V bounds, not V, seldom falls on the other side of one.
+    """
+    side = math.isqrt(p.shape[-1] - 1) + 1
+    blocks = F.pad(p, (0, side * side - p.shape[-1])).unflatten(-1, (side, side))
+    block = _inverted(blocks.sum(-1), uniform[:, 0]).clamp(max=side - 1)  # past it if p is NaN
+    of_block = blocks.gather(1, block[:, None, None].expand(-1, -1, side))[:, 0]
+    return block * side + _inverted(of_block, uniform[:, 1])
+
+
+def _inverted(p: Tensor, uniform: Tensor) -> Tensor:
+    """Where the cumulative sums of `p` `(B, N)` pass the share `uniform` `(B,)` of their total.
+
+    In float64 no token is too unlikely to be drawn, and since uniform is at most 1 - 2**-53, the
+    product stays below the total.
+    """
+    cumulative = p.cumsum(-1)
+    drawn = uniform[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, drawn, right=True)[:, 0]
 
 
 def _or_none(greatest: Tensor, tokens: Tensor) -> Tensor:

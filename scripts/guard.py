@@ -63,17 +63,27 @@ def _stoppable() -> Iterator[None]:
     """Signals raise `Stopped`, once; while what was done is being saved, others change nothing."""
     numbers = stop_signals() if threading.current_thread() is threading.main_thread() else []
     before = {number: signal.getsignal(number) for number in numbers}
+    other_errors = sys.unraisablehook
 
     def stop(number: int, _: object) -> None:
         for other in numbers:
             signal.signal(other, signal.SIG_IGN)
         raise Stopped(number)
 
+    def again(unraisable: sys.UnraisableHookArgs) -> None:
+        """Where Python ignores errors, as in a finalizer or about a fork, a stop is put off."""
+        if not isinstance(unraisable.exc_value, Stopped):
+            return other_errors(unraisable)
+        signal.signal(unraisable.exc_value.number, stop)
+        threading.Timer(0.01, os.kill, [os.getpid(), unraisable.exc_value.number]).start()
+
     try:
+        sys.unraisablehook = again
         for number in numbers:
             signal.signal(number, stop)
         yield
     finally:
+        sys.unraisablehook = other_errors
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -285,6 +285,25 @@ def test_a_signal_saves_the_step_it_met_and_others_change_nothing(
     assert signal.getsignal(kill) == before
 
 
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_where_python_ignores_errors_ends_the_script_too(name, code, script, capsys):
+    class Dying:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), getattr(signal, name))
+            for _ in range(1000):  # here the signal is heeded, and what it raises is ignored
+                pass
+
+    def body(_) -> None:
+        Dying()
+        time.sleep(20)
+        raise AssertionError("the signal was lost")
+
+    assert script("guard").guarded(body)([]) == code
+    said = "Interrupted." if name == "SIGINT" else f"Stopped by {name}."
+    assert capsys.readouterr().err == f"{said}\n"
+
+
 def test_a_reader_that_goes_ends_training_with_a_line(tmp_path):
     options = ["--steps", "5000", "--logging_steps", "1", "--res_path", str(tmp_path / "cut")]
     started = subprocess.Popen(
