@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -38,6 +39,7 @@ GRID = {
     "targets": [["c_attn"], ALL],
 }
 RUNGS, KEEP, WITHIN = 5, 2, 0.01
+THREADS = "8"  # of each process, whether alone or not: torchrun gives one of several a single one
 SPACE = {
     "lr": {"low": 1e-5, "high": 3e-3},
     "r": [2, 4, 8],
@@ -91,22 +93,22 @@ def waves_by(a: Any, processes: int) -> dict[str, Any]:
     What starts and captures is left out, which does not grow with the search.
     """
     slots, trials, ends = 64, 512, dict[str, float]()
+    env = os.environ | {"OMP_NUM_THREADS": THREADS}
     with tempfile.TemporaryDirectory() as place:
         script = prepared(a, place, trials=trials, slots=slots, rungs=1, finalists=1, seeds=2)
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        run = subprocess.Popen([sys.executable, *torchrun, *script, "--steps", "400"])
+        run = subprocess.Popen([sys.executable, *torchrun, *script, "--steps", "400"], env=env)
         while run.poll() is None:
             for file in Path(place, "run", "waves").glob("rung-1-wave-*.safetensors"):
                 if "so-far" not in file.name:
-                    wave = file.stem.split("-of-")[0]  # of whichever process
                     with suppress(FileNotFoundError):  # the search is over
-                        ends[wave] = max(ends.get(wave, 0.0), file.stat().st_mtime)
+                        ends[file.stem] = file.stat().st_mtime
             time.sleep(0.02)
     if run.returncode:
         raise SystemExit(run.returncode)
-    waves = trials // slots // processes
-    seconds = ends[f"rung-1-wave-{waves}"] - ends["rung-1-wave-1"]
-    later = (waves - 1) * slots * processes
+    first = [end for name, end in ends.items() if "-wave-1" in name]
+    later = trials - slots * processes
+    seconds = max(ends.values()) - max(first)
     return {"trials": trials, "slots": slots, "trials_per_s": round(later / seconds, 2)}
 
 

@@ -206,7 +206,7 @@ def _drawn(p: Tensor, uniform: Tensor) -> Tensor:
     2√V bounds, not V, seldom falls on the other side of one.
     """
     side = math.isqrt(p.shape[-1] - 1) + 1
-    blocks = F.pad(p, (0, side * side - p.shape[-1])).unflatten(-1, (side, side))
+    blocks = F.pad(p, (0, side * side - p.shape[-1])).reshape(-1, side, side)
     block = _inverted(blocks.sum(-1), uniform[:, 0]).clamp(max=side - 1)  # past it if p is NaN
     of_block = blocks.gather(1, block[:, None, None].expand(-1, -1, side))[:, 0]
     return block * side + _inverted(of_block, uniform[:, 1])

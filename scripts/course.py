@@ -47,7 +47,6 @@ class Course:
     again: dict[int | str, list[Run]] = field(default_factory=dict[int | str, list[Run]])
     tested: dict[int | str, list[float]] = field(default_factory=dict[int | str, list[float]])
     alive: int = 0
-    done: int = 0
     team: Team = field(default_factory=Team)
 
     def search(self, test: gpt2.Dataset | None) -> None:
@@ -90,9 +89,17 @@ class Course:
         return int(found)
 
     @property
+    def done(self) -> int:
+        """Adapter-steps taken, those of the copies that were judged included."""
+        halving, again = self.plan.halving, [run for own in self.again.values() for run in own]
+        judged = ((run, rung) for n, run in enumerate(self.runs) for rung in self.by_rung(n))
+        copies = [halving.cooldown_steps(rung - 1, run.total) for run, rung in judged]
+        return sum(run.taken for run in [*self.runs, *again]) + sum(copies)
+
+    @property
     def finalists(self) -> list[int]:
         """The best of the last rung, the best first."""
-        return self._order(self.plan.halving.rungs - 1)[: self.plan.finalists]
+        return self._going_on(self.plan.halving.rungs - 1)
 
     @property
     def winner(self) -> int:
@@ -118,6 +125,11 @@ class Course:
         losses = {n: self._at(n, rung) for n in self.rungs[rung]}
         return self.plan.halving.going_on(losses, rung)
 
+    def _going_on(self, rung: int) -> list[int]:
+        """The best so far of a rung: as many as begin the next, or after the last run again."""
+        is_last = rung + 1 == self.plan.halving.rungs
+        return self._order(rung)[: self.plan.finalists if is_last else None]
+
     def _at(self, trial: int, rung: int) -> float:
         """The loss with which a trial came to the end of a rung."""
         run = self.runs[trial]
@@ -127,7 +139,6 @@ class Course:
         halving = self.plan.halving
         self.rungs.append([] if rung == 0 else self._order(rung - 1))
         numbers = range(halving.trials) if rung == 0 else self.rungs[rung]
-        still = self._may_go_on if rung + 1 < halving.rungs else self._is_finalist
         self.alive = len(numbers)
         k, waves = self.team.waves(numbers, self.plan.slots)
         for wave, some in enumerate(waves):
@@ -137,10 +148,12 @@ class Course:
                 self.rungs[0] += some
             runs = {n: self.runs[n] for n in some}
             values = [self.values[n] for n in some] if rung == 0 else None
-            self._wave(name, k, runs, rung, values, lambda run, r=rung, s=still: s(run, r))
-        for n in numbers:  # some were overtaken by those of later waves
-            if not still(self.runs[n], rung):
-                self.runs[n].place = None
+            self._wave(name, k, runs, rung, values, lambda run: run.trial in self._going_on(rung))
+            if self.plan.sampler == "tpe" and rung == 0:  # what it proposes depends on all
+                self._tell(runs)
+        self._tell({n: self.runs[n] for n in numbers})
+        for n in {*numbers} - {*self._going_on(rung)}:  # some were overtaken in later waves
+            self.runs[n].place = None
 
     def _propose(self, wave: int, n: int, name: str) -> None:
         """Add so many trials: those of a wave that was trained before, or new ones."""
@@ -157,9 +170,8 @@ class Course:
             self.values.append(own)
 
     def _proposed(self, n: int, wave: int, known: list[proposals.Known]) -> list[Any]:
-        plan = self.plan
-        how = {"sampler": plan.sampler, "seed": plan.seed, "wave": wave}
-        return proposals.propose(plan.space, n, known, **how)
+        plan, sampler = self.plan, self.plan.sampler
+        return proposals.propose(plan.space, n, known, sampler=sampler, seed=plan.seed, wave=wave)
 
     def known(self) -> list[proposals.Known]:
         """All trials as Optuna's study has them."""
@@ -171,18 +183,10 @@ class Course:
         return {rung: loss for rung, loss in found.items() if math.isfinite(loss)}
 
     def _known(self, trial: int, rungs: int) -> proposals.Known:
-        losses = {r: loss for r, loss in self.by_rung(trial).items() if r <= rungs}
-        if self.runs[trial].ended:
-            losses = {}
-        complete = self.plan.halving.rungs in losses
-        return proposals.Known(values=self.values[trial], losses=losses, complete=complete)
-
-    def _may_go_on(self, run: Run, rung: int) -> bool:
-        """Whether a run is among the best so far of its rung, of as many as go on."""
-        return run.trial in self._order(rung)
-
-    def _is_finalist(self, run: Run, rung: int) -> bool:
-        return run.trial in self._order(rung)[: self.plan.finalists]
+        reached = {} if self.runs[trial].ended else self.by_rung(trial)
+        losses = {rung: loss for rung, loss in reached.items() if rung <= rungs}
+        whole = self.plan.halving.rungs in losses
+        return proposals.Known(values=self.values[trial], losses=losses, complete=whole)
 
     def _finals(self) -> None:
         """Run the finalists under the other seeds, and the usual configuration under all."""
@@ -191,17 +195,17 @@ class Course:
             (n, self.runs[n].recipe, self.plan.all_seeds[1:]) for n in self.finalists
         ]
         for trial, recipe, seeds in [*recipes, (DEFAULT, usual, self.plan.all_seeds)]:
-            own = [
+            self.again[trial] = [
                 Run(trial=trial, recipe=recipe.seeded(seed), total=self._total(recipe))
                 for seed in seeds
             ]
-            self.again[trial] = own
-            found += own
+            found += self.again[trial]
         self.alive, last = len(self.finalists), self.plan.halving.rungs - 1
         k, waves = self.team.waves(range(len(found)), self.plan.slots)
         for wave, some in enumerate(waves):
             runs = {i: found[i] for i in some}
             self._wave(f"finals-wave-{wave + 1}", k, runs, last, None, lambda run: not run.ended)
+        self._tell(dict(enumerate(found)))
 
     def _wave(
         self,
@@ -213,7 +217,6 @@ class Course:
         keeps: Callable[[Run], bool],
     ) -> None:
         """Train runs, or read what they came to when they were trained before."""
-        halving, before = self.plan.halving, sum(run.taken for run in all_runs.values())
         runs, name = [all_runs[i] for i in all_runs if self.team.has(i)], self.team.own(name)
         if not runs or (self.files and self.files.read(name, runs)):
             self.progress(self, 0)
@@ -222,16 +225,13 @@ class Course:
 
             def progress(steps: int) -> None:
                 look()
-                self.progress(self, steps)
+                self.progress(self, steps * self.team.size)  # the others take as many
 
-            self.waves.train(k, runs, halving, rung, progress)
+            self.waves.train(k, runs, self.plan.halving, rung, progress)
             for run in runs:
                 run.place = run.place if keeps(run) else None
             if self.files:
                 self.files.write(name, runs, values)
-        self._tell(all_runs)
-        copies = [halving.cooldown_steps(rung, r.total) for r in all_runs.values() if not r.ended]
-        self.done += sum(run.taken for run in all_runs.values()) - before + sum(copies)
 
     def _tell(self, runs: Mapping[int, Run]) -> None:
         """Each process learns what the runs of the others came to."""

@@ -72,10 +72,11 @@ def _stoppable() -> Iterator[None]:
 
     def again(unraisable: sys.UnraisableHookArgs) -> None:
         """Where Python ignores errors, as in a finalizer or about a fork, a stop is put off."""
-        if not isinstance(unraisable.exc_value, Stopped):
-            return other_errors(unraisable)
-        signal.signal(unraisable.exc_value.number, stop)
-        threading.Timer(0.01, os.kill, [os.getpid(), unraisable.exc_value.number]).start()
+        if isinstance(error := unraisable.exc_value, Stopped):
+            signal.signal(error.number, stop)
+            threading.Timer(0.01, os.kill, [os.getpid(), error.number]).start()
+        else:
+            other_errors(unraisable)
 
     try:
         sys.unraisablehook = again

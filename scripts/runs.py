@@ -17,7 +17,10 @@ DEFAULT = "default"  # the configuration that takes no part
 
 @dataclass(frozen=True)
 class Place:
-    """Where a training is between two waves: parameters and AdamW's moments, `(P,)` each."""
+    """Where a training is between two waves: parameters and AdamW's moments, `(P,)` each.
+
+    The moments of a training that is over are empty, `(0,)`.
+    """
 
     flat: Tensor
     first: Tensor
@@ -55,6 +58,11 @@ class Run:
     def taken(self) -> int:
         """Steps that it has taken, the one included that failed."""
         return len(self.curve)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its schedule has come to its end."""
+        return self.taken >= self.total
 
     @property
     def loss(self) -> float:

@@ -117,9 +117,11 @@ class Waves:
     def _keep(self, runs: Sequence[Run]) -> None:
         """Keep where runs are that have not come to an end."""
         slots, training = self._of()
-        stacks = (slots.flat, training.step.first, training.step.second)
+        moments = (training.step.first, training.step.second)
         alive = [i for i, run in enumerate(runs) if run.ended is None]
-        rows = [stack.detach()[alive].cpu() for stack in stacks] if alive else []
+        if all(runs[i].is_over for i in alive):
+            moments = [stack[:, :0] for stack in moments]
+        rows = [stack.detach()[alive].cpu() for stack in (slots.flat, *moments)]
         for run in runs:
             run.place = None
         for i, slot in enumerate(alive):
@@ -197,6 +199,8 @@ class Waves:
                 continue
             with torch.no_grad():
                 slots.flat[slot] = place.flat.to(slots.flat.device)
+            if run.is_over:
+                continue
             state = SlotState(
                 occupant=slots.take(slot),
                 first=place.first,

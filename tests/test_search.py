@@ -296,7 +296,8 @@ def test_what_a_search_leaves_behind(found, script):
 
 def test_train_qa_alone_gives_the_winner_again(found, tmp_path, script):
     config = str(found / "best" / "train.yaml")
-    assert script("train_qa").main(["--config", config, "--res_path", str(tmp_path / "r")]) == 0
+    alone = ["--config", config, "--device", "cpu", "--res_path", str(tmp_path / "r")]
+    assert script("train_qa").main(alone) == 0
     name = "adapter_model.safetensors"
     wanted = load_file(found / "best" / name)
     made = load_file(tmp_path / "r" / "last" / name)
