@@ -98,7 +98,7 @@ def report(a: Any, runs: dict[str, Callable[[], Any]], each: int = 1, **facts: A
             run()
     for name, time in harness.interleaved(runs, a.repeats, a.device).items():
         ms = {key: round(value / each, 3) for key, value in time.items()}
-        harness.emit("population", a.out, case=name, T=a.T, ms=ms, **facts)
+        harness.emit("population", a.out, size=a.size, case=name, T=a.T, ms=ms, **facts)
 
 
 def busy(a: Any, tick: Callable[[], Any]) -> dict[str, Any]:

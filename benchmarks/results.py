@@ -191,6 +191,7 @@ COLUMNS: dict[str, dict[str, Cell]] = {
         "case": lambda row, _: row["case"] + (f", seed {row['seed']}" if "seed" in row else ""),
         "s": _number("seconds", ".1f"),
         "adapter-steps": _number("adapter_steps"),
+        "trials/s": _number("trials_per_s", ".2f"),
         "of all steps": _number("share_of_all_steps", ".1%"),
         "best held-out loss": _number("best"),
         "found": _number("found"),
