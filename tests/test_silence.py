@@ -464,6 +464,23 @@ def test_arrays_that_are_no_dataset_are_refused(arrays, said):
         gpt2.Dataset(*arrays)
 
 
+@pytest.mark.parametrize("foreign", [-1, 50_000])
+def test_data_of_another_vocabulary_is_refused_before_a_step(foreign):
+    ids = np.array([1, 2, 3, 4, 5, 6, 7, foreign])
+    data, model = gpt2.Dataset(ids, ENDS, NONE), tiny_gpt2()
+    lora.inject(model, r=2)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    for call in (
+        lambda: list(gpt2.train(model, data, gpt2.TrainConfig(steps=2, lr=1e-3))),
+        lambda: gpt2.evaluate(model, data),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"ids from .*{foreign}.* vocabulary 0 to \d+: encode"
+        ):
+            call()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.complex64])
 def test_ids_that_no_embedding_takes_are_named(dtype):
     with pytest.raises(ValueError, match=r"\(B, T\) integers, got .*: give int32 or int64"):

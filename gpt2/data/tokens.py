@@ -19,6 +19,7 @@ from gpt2.training.loss import IGNORE
 
 Array = np.ndarray[Any, np.dtype[Any]]
 AT_A_TIME = 1 << 16  # examples that are looked at together
+IDS_AT_A_TIME = 1 << 24
 
 
 class Dataset(Sequence[tuple[Tensor, Tensor]]):
@@ -122,6 +123,14 @@ class Dataset(Sequence[tuple[Tensor, Tensor]]):
     def histogram(self) -> Array:
         """How many examples have 0, 1, 2, … tokens, up to the longest."""
         return np.bincount(self.lengths)
+
+    @cached_property
+    def extremes(self) -> tuple[int, int]:
+        """The lowest token id and the highest."""
+        starts = range(0, len(self._ids), IDS_AT_A_TIME)
+        parts = [self._ids[start : start + IDS_AT_A_TIME] for start in starts]
+        lowest, highest = (p.min() for p in parts), (p.max() for p in parts)
+        return int(min(lowest, default=0)), int(max(highest, default=0))
 
     @cached_property
     def by_length(self) -> Array:

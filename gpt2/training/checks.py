@@ -19,7 +19,8 @@ def check_readable(model: nn.Module, data: Dataset) -> None:
     """Find out whether the model can be called on the data.
 
     Raises:
-        ValueError: it is no module, the data no `Dataset`, empty, or too long for the model.
+        ValueError: it is no module, the data no `Dataset`, empty, too long for the model, or of
+            another vocabulary.
     """
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"model must be an nn.Module, got {type(model).__name__}.")
@@ -38,6 +39,12 @@ def check_readable(model: nn.Module, data: Dataset) -> None:
             raise ValueError(
                 f"An example has {longest} tokens and the model's context takes {limit}: "
                 f"encode the data with max_length={limit}."
+            )
+        (low, high), vocab = data.extremes, network.config.vocab_size
+        if low < 0 or high >= vocab:
+            raise ValueError(
+                f"The data has token ids from {low} to {high}, and the model's vocabulary 0 to "
+                f"{vocab - 1}: encode the data with the model's own tokenizer."
             )
 
 
