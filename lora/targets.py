@@ -8,6 +8,7 @@ An entry with one of the characters `*+?()|^$\\` is a regular expression for the
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping
 from typing import TypeVar
 
@@ -120,6 +121,12 @@ def _all_linear(tree: Tree) -> list[str]:
     """Every linear layer but the output head: the one called so, or tied to an embedding."""
     head = getattr(tree.root, "get_output_embeddings", lambda: None)()  # transformers' models
     embeddings = {id(m.weight) for m in tree.bases.values() if isinstance(m, nn.Embedding)}
+    linear = {path: m for path, m in tree.bases.items() if isinstance(m, nn.Linear)}
+    reasons = {path: reason for path, m in linear.items() if (reason := why_not_adaptable(m))}
+    if reasons:
+        (path, reason), n = next(iter(reasons.items())), len(reasons) - 1
+        more = f" (and {n} more)" if n else ""
+        warnings.warn(f"{ALL_LINEAR} leaves out {path}{more}: {reason}.", stacklevel=2)
     return [
         path
         for path, module in tree.bases.items()

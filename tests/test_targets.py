@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 
 import peft
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import gpt2
 import lora
@@ -433,3 +435,13 @@ def test_a_rank_that_the_tensors_contradict_is_refused(tmp_path):
     lora.save(injected(), tmp_path)
     edit_config(tmp_path, r=3)
     refuses(tiny_gpt2(), tmp_path, r"lora_A is \(2, 16\), this layer takes \(3, 16\)")
+
+
+def test_all_linear_says_what_it_leaves_out():
+    model = nn.Sequential(nn.Linear(4, 4), weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
+    with pytest.warns(UserWarning, match="all-linear leaves out 1: its weight is no 2-D floating"):
+        lora.inject(model, r=2, targets="all-linear")
+    assert set(lora.adapters(model)["default"]) == {"0", "2"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lora.inject(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), r=2, targets="all-linear")
