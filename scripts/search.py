@@ -59,7 +59,7 @@ def parse(argv: guard.Arguments) -> Namespace:
     recipe.add_options(parser, str(DATA))
     starting.add_options(parser, "search")
     validation.add_options(parser)
-    options = opts.with_config(parser, argv, lambda given: starting.options_file(given, DEMO))
+    options = opts.with_config(parser, argv, starting.options_file("search", DEMO))
     recipe.check(options, {"slots": 1, "finalists": 1, "seeds": 2})
     return options
 

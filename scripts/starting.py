@@ -134,9 +134,25 @@ def _check_same(options: Namespace, place: Path) -> None:
         )
 
 
-def options_file(given: Namespace, default: Path) -> Path:
-    """Where options come from that no flag gives: of a run that is gone on with, its own."""
-    resumed = given.get("resume")
-    place = resumed if isinstance(resumed, str) else given.get("res_path") if resumed else None
-    file = Path(place or "", folder.OPTIONS)
-    return file if place and file.is_file() else default
+def options_file(script: str, default: Path) -> Callable[[Namespace], Path]:
+    """Where options come from that no flag gives: of a run that is gone on with, its own.
+
+    Args:
+        script: that asks; the run of another raises a ValueError.
+        default: the file of a run that begins.
+    """
+
+    def found(given: Namespace) -> Path:
+        resumed = given.get("resume")
+        place = resumed if isinstance(resumed, str) else given.get("res_path") if resumed else None
+        file = Path(place or "", folder.OPTIONS)
+        if not (place and file.is_file()):
+            return default
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        own = "search" if any(line.startswith("space:") for line in lines) else "train_qa"
+        if own != script:
+            name = cli.program(own)
+            raise ValueError(f"{place} holds a run of {name}: go on with {name} --resume {place}.")
+        return file
+
+    return found

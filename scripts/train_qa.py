@@ -42,7 +42,7 @@ def parse(argv: guard.Arguments) -> Namespace:
     validation.add_options(parser)
     parser.add_class_arguments(gpt2.RunConfig, skip={"folder"}, as_group=False)
     parser.add_class_arguments(gpt2.GenerateConfig, "generate", skip={"seed"}, as_group=False)
-    options = opts.with_config(parser, argv, lambda given: starting.options_file(given, DEMO))
+    options = opts.with_config(parser, argv, starting.options_file("train_qa", DEMO))
     recipe.check(options, {"logging_steps": 1})
     return options
 

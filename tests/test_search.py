@@ -388,6 +388,19 @@ def test_a_search_without_a_folder_gets_a_numbered_one_of_its_own(script, tmp_pa
     assert [str(place) for place in places] == ["runs/search-1", "runs/qa-1"]
 
 
+@pytest.mark.parametrize(
+    ("script_name", "other", "text"),
+    [("train_qa", "search", "space:\n  r: [1, 2]\n"), ("search", "train_qa", "steps: 3\n")],
+)
+def test_a_run_of_the_other_script_is_named(script_name, other, text, script, tmp_path, capsys):
+    (tmp_path / "options.yaml").write_text(text)
+    for named in (["--resume", str(tmp_path)], ["--resume", "--res_path", str(tmp_path)]):
+        assert script(script_name).main(named) == 2
+        said = f"{tmp_path} holds a run of {other}.py: go on with {other}.py --resume {tmp_path}.\n"
+        assert capsys.readouterr().err == said
+    assert [file.name for file in tmp_path.iterdir()] == ["options.yaml"]
+
+
 def test_all_faults_of_a_space_are_told_at_once(script):
     given = {
         "lr": {"low": 2, "high": 1}, "width": 3, "dropout": [1.0], "r": [], "steps": 3,
