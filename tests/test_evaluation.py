@@ -76,10 +76,10 @@ def test_logits_are_held_for_a_few_positions_at_a_time(adapter, monkeypatch):
     """Also where the head is trained, since no gradient is asked for."""
     monkeypatch.setattr(gpt2.fast.devices, "positions_at_a_time", lambda device: 8)
     seen: list[int] = []
-    real = gpt2.fast.head._chunk
+    real = gpt2.fast.head._in_slices
     monkeypatch.setattr(
         gpt2.fast.head,
-        "_chunk",
+        "_in_slices",
         lambda hidden, *rest: (seen.append(len(hidden)), real(hidden, *rest))[1],
     )
     want = evaluate(model_of(adapter=adapter), DATA, batch_size=1)

@@ -17,6 +17,7 @@ import gpt2.fast.devices
 import gpt2.fast.head
 import lora
 from gpt2 import IGNORE, next_token_loss, summed_loss
+from gpt2.training.loss import summed
 from tests import reference
 from tests.toys import TINY, randomize, tiny_gpt2
 
@@ -120,14 +121,24 @@ def test_shapes_that_differ_are_refused():
 # summed_loss: four ways through the head, one result
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 4096])
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("chunk", "cached"),
+    [(1, 2**20), (3, 99), (4096, 2**20), (4096, 700), (1, None), (3, None), (4096, None)],
+)
 @pytest.mark.parametrize("build", [frozen_head, tiny_gpt2], ids=["frozen head", "trained head"])
-def test_summed_loss_and_gradients_are_those_of_all_logits(build, chunk, monkeypatch):
+def test_summed_loss_and_gradients_are_those_of_all_logits(
+    build, chunk, cached, smoothing, monkeypatch
+):
     monkeypatch.setattr(gpt2.fast.devices, "positions_at_a_time", lambda _: chunk)
+    if cached:
+        monkeypatch.setattr(gpt2.fast.head, "CACHED", cached)  # 61 tokens in 1 to 11 slices
+    else:
+        monkeypatch.setattr(gpt2.fast.devices, "slices_products", lambda _: False)
     model = build()
     idx, labels = some(3, 8)
-    count = (labels[:, 1:] != IGNORE).sum()
-    want = next_token_loss(model(idx), labels) * count
+    want = summed(model(idx), labels, smoothing)
+    model.transformer.smoothing = smoothing
     got = summed_loss(model, idx, labels)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
     wanted = gradients(model, want)
@@ -227,15 +238,19 @@ def test_without_gradients_the_loss_is_the_same():
     assert torch.equal(got, want.detach())
 
 
-def test_logits_far_from_zero_lose_nothing():
+@pytest.mark.parametrize("form", ["_chunk", "_in_slices"])
+def test_logits_far_from_zero_lose_nothing(form, monkeypatch):
     """Up there float32 is too coarse to hold the logsumexp itself."""
     generator = torch.Generator().manual_seed(0)
-    weight, hidden = (torch.randn(n, 8, generator=generator) for n in (5000, 64))
+    weight, hidden = (  # eighths, whose products and sums float32 holds, in whatever order
+        torch.randint(-16, 16, (n, 8), generator=generator) / 8 for n in (5000, 64)
+    )
     weight[:, 0], hidden[:, 0] = 1, -1000
     targets = torch.randint(0, 5000, (64, 1), generator=generator)
+    monkeypatch.setattr(gpt2.fast.head, "CACHED", 5000)
     for row, target in zip(hidden[:, None], targets, strict=True):
         want = nn.functional.cross_entropy((row @ weight.t()).double(), target)
-        got, _ = gpt2.fast.head._chunk(row, weight, target, 5000, True)
+        got, _ = getattr(gpt2.fast.head, form)(row, weight, target, 5000, True)
         assert got.item() == pytest.approx(want.item(), rel=0, abs=1e-5)
 
 

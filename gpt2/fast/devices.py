@@ -62,8 +62,8 @@ def fuses_loss(device: torch.device) -> bool:
 
 
 def positions_at_a_time(device: torch.device) -> int:
-    """Of how many positions logits are held: on a CPU, as many as its last cache holds."""
-    return 128 if device.type == "cpu" else 2048
+    """Of how many positions a loss is made at once: with more no product would be faster."""
+    return 512 if device.type == "cpu" else 2048
 
 
 def attends_apart(device: torch.device, dtype: torch.dtype) -> bool:
