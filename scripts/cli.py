@@ -18,9 +18,14 @@ from command import SCRIPTS
 Config = TypeVar("Config")
 
 
+class _Parser(ArgumentParser):
+    def format_help(self) -> str:  # with Python's None as the command line has it
+        return re.sub(r"\bNone\b", "null", super().format_help())
+
+
 def parser(script: str, description: str | None) -> ArgumentParser:
     """A script's parser, in which no option may be abbreviated."""
-    return ArgumentParser(
+    return _Parser(
         prog=program(script), description=description, exit_on_error=False, allow_abbrev=False
     )
 
