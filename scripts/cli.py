@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from argparse import HelpFormatter
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,8 +20,8 @@ Config = TypeVar("Config")
 
 
 class _Parser(ArgumentParser):
-    def format_help(self) -> str:  # with Python's None as the command line has it
-        return re.sub(r"\bNone\b", "null", super().format_help())
+    def format_help(self, formatter: HelpFormatter | None = None) -> str:
+        return re.sub(r"\bNone\b", "null", super().format_help(formatter))  # as flags have it
 
 
 def parser(script: str, description: str | None) -> ArgumentParser:

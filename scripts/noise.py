@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 
 # Student's t, 97.5 %, for 1, 2, … degrees of freedom.
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-TEST = "They are told apart by Student's paired t-test over the seeds (two-sided, 95 %)."
+TEST = "Configurations are told apart by Student's paired t-test over the seeds (two-sided, 95 %)."
 WORDS = {  # of the winner, by what the last data says of it
     "better": "On the test data it is better than the default configuration.",
     "worse": "On the test data it is WORSE than the default configuration.",

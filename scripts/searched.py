@@ -35,7 +35,8 @@ def sections_of(record: Record) -> Iterator[Section]:
 def verdict(record: Record) -> str:
     """What may be said of the winner, and what may not."""
     run = record.run
-    winner, alike, n = run["winner"], run["not_told_apart"], len(run["finalists"])
+    winner, alike = run["winner"], run["not_told_apart"]
+    n = sum("seeds" in row for row in record.board)
     seeds, on_test = len(winner["selection"]["seeds"]), run["winner_on_test"]
     return noise.said(winner["trial"], alike, n, seeds, on_test, run["told_apart_by"])
 
