@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Protocol
@@ -17,10 +17,13 @@ Advance = Callable[[int, float | None], None]
 
 
 class Searched(Protocol):
-    """What a search tells of itself: trials alive, the lowest loss, adapter-steps of all, rungs."""
+    """What a search tells of itself: trials alive, rungs, finalists' runs, best loss, all steps."""
 
     alive: int
     rungs: list[list[int]]
+
+    @property
+    def again(self) -> Mapping[int | str, object]: ...
 
     @property
     def best(self) -> float: ...
@@ -101,17 +104,20 @@ def searching(console: Console) -> Iterator[Callable[[Searched, int], None]]:
     with Progress(
         *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
     ) as shown:
-        task, began, taken = shown.add_task("adapter-steps"), perf_counter(), [0, -1]
+        task, began = shown.add_task("adapter-steps"), perf_counter()
+        taken, stage = 0, ""
 
         def advance(course: Searched, steps: int) -> None:
-            taken[0] += steps
-            speed = f"{taken[0] / max(perf_counter() - began, 1e-9):,.0f} adapter-steps/s"
+            nonlocal taken, stage
+            taken += steps
+            speed = f"{taken / max(perf_counter() - began, 1e-9):,.0f} adapter-steps/s"
             best = f" · best {course.best:.4f}" if math.isfinite(course.best) else ""  # none yet
-            said = f"{course.alive} alive{best} · {speed}"
+            said = f"{course.alive} trials{best} · {speed}"
             shown.update(task, total=course.total, description=said)
             shown.advance(task, steps)
-            if len(course.rungs) != taken[1]:
-                taken[1] = len(course.rungs)
-                console.print(f"rung {taken[1]} · {said}")
+            begun = "finals" if course.again else f"rung {len(course.rungs)}"
+            if begun != stage:
+                stage = begun
+                console.print(f"{stage} · {said}")
 
         yield advance

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from argparse import HelpFormatter
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,9 +19,14 @@ from command import SCRIPTS
 Config = TypeVar("Config")
 
 
+class _Parser(ArgumentParser):
+    def format_help(self, formatter: HelpFormatter | None = None) -> str:
+        return re.sub(r"\bNone\b", "null", super().format_help(formatter))  # as flags have it
+
+
 def parser(script: str, description: str | None) -> ArgumentParser:
     """A script's parser, in which no option may be abbreviated."""
-    return ArgumentParser(
+    return _Parser(
         prog=program(script), description=description, exit_on_error=False, allow_abbrev=False
     )
 

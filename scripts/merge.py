@@ -44,4 +44,4 @@ def main(argv: guard.Arguments = None) -> None:
     lora.eject(model, merge=True)
     model.save_pretrained(str(out))
     gpt2.Tokenizer().save_pretrained(out)
-    print(f"{options.adapter} is folded into {len(paths)} layers of {base}: see {out}")
+    print(f"{options.adapter} is merged into {len(paths)} layers of {base}: see {out}")

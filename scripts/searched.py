@@ -25,8 +25,8 @@ def sections_of(record: Record) -> Iterator[Section]:
     """All of them."""
     if not record.board or not record.run:  # the record comes last, and says what came out
         return
-    yield "What came out", verdict(record), [finalists(record)]
-    yield "The halving", halving_note(record), [search_charts.tree(record)]
+    yield "Result", verdict(record), [finalists(record)]
+    yield "Successive halving", halving_note(record), [search_charts.tree(record)]
     yield "Each hyper-parameter", HYPER, [list(search_charts.over_each(record))]
     yield "Training", CURVES, [search_charts.training(record)]
     yield "Leaderboard", "", [leaderboard(record)]
@@ -35,10 +35,10 @@ def sections_of(record: Record) -> Iterator[Section]:
 def verdict(record: Record) -> str:
     """What may be said of the winner, and what may not."""
     run = record.run
-    alike = ", ".join(map(str, run["not_told_apart"]))
-    told = f"Of the finalists trial {run['winner']['trial']} has the lowest mean loss. "
-    told += f"It cannot be told apart from {alike}. " if alike else ""
-    return f"{told}{noise.WORDS[run['winner_on_test']]} {run['told_apart_by']}"
+    winner, alike = run["winner"], run["not_told_apart"]
+    n = sum("seeds" in row for row in record.board)
+    seeds, on_test = len(winner["selection"]["seeds"]), run["winner_on_test"]
+    return noise.said(winner["trial"], alike, n, seeds, on_test, run["told_apart_by"])
 
 
 def finalists(record: Record) -> Markup:
@@ -76,9 +76,10 @@ def told(params: Row) -> str:
 def halving_note(record: Record) -> str:
     """How many were trained how far."""
     rungs = record.run.get("rungs", [])
-    parts = [f"{r['alive']:,} to {100 * r['share']:.3g} % of their schedule" for r in rungs]
+    parts = [f"{r['alive']:,} to {100 * r['share']:.3g} %" for r in rungs]
     steps = record.run.get("adapter_steps")
-    return f"{', then '.join(parts)}; {steps:,} steps in all." if parts and steps else ""
+    told = f"Trials and how far they train, as a share of their schedules: {', then '.join(parts)}"
+    return f"{told}; {steps:,} steps in all." if parts and steps else ""
 
 
 def leaderboard(record: Record) -> Markup:

@@ -95,7 +95,7 @@ def planned(options: Namespace, space: Space, apart: Apart) -> Plan:
         halving = replace(halving, cooldown=0)
     least = min(_totals(space, usual, apart.learnt))
     if faults := halving.faults(least, options.finalists):
-        raise ValueError(f"The rungs cannot be: {'; '.join(faults)}.")
+        raise ValueError(f"The rungs do not fit: {'; '.join(faults)}.")
     return Plan(
         space=space,
         usual=usual,
@@ -164,13 +164,14 @@ def resumable(place: Path) -> Iterator[None]:
 
 def told(plan: Plan, apart: Apart) -> str:
     """What the search is going to do."""
-    halving, usual = plan.halving, plan.usual
-    total = gpt2.total_steps(apart.learnt, usual.training)
-    alive = "/".join(map(str, halving.alive))
-    steps = "/".join(f"{halving.step(rung, total):,}" for rung in range(halving.rungs))
+    halving = plan.halving
+    alive, whole = "/".join(map(str, halving.alive)), halving.keep ** (halving.rungs - 1)
+    shares = "/".join(
+        f"{100 * halving.step(rung, whole) / whole:.3g}" for rung in range(halving.rungs)
+    )
     return (
         f"{len(apart.learnt):,} examples, {apart.learnt.n_tokens:,} tokens.{apart.told} "
-        f"{alive} trials to step {steps} of their own, {plan.slots} at a time; then "
+        f"{alive} trials train to {shares} % of their schedules, {plan.slots} at a time; then "
         f"{plan.finalists} finalists and the default configuration over {plan.seeds} seeds."
     )
 

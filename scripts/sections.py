@@ -93,7 +93,7 @@ def of(record: Record) -> Iterator[Section]:
             yield f"What {whose} changed", note, [shown]
         if found := run.run.get("updates"):
             yield f"Where the update of {whose} is", SIZES, [changes.heat(found)]
-    yield "What was asked, and of what machine", "", list(asked(record))
+    yield "Options, data and machine", "", list(asked(record))
     if commands := record.run.get("commands"):
         yield (
             "Commands",
@@ -164,7 +164,8 @@ def told(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):
-        return ", ".join(map(told, value)) or "–"
+        inner = (f"[{told(v)}]" if isinstance(v, list) else told(v) for v in value)
+        return ", ".join(inner) or "–"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 

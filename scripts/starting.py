@@ -82,7 +82,15 @@ def check_folder(
         named = options.resume if isinstance(options.resume, str) else options.res_path
         if named is None:
             raise ValueError(f"Name the folder of the {what} that is to go on: --resume FOLDER.")
-        may_go_on(Path(named))
+        try:
+            may_go_on(Path(named))
+        except FileNotFoundError:
+            if (Path(named) / folder.RUN).is_file():
+                raise FileNotFoundError(
+                    f"The {what} in {named} came to its end: there is nothing left to do. Begin "
+                    "another in a folder of its own."
+                ) from None
+            raise
         options.res_path = named
     else:
         folder.check(options.res_path, overwrite=options.overwrite, adapters=adapters)

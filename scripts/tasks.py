@@ -109,8 +109,8 @@ def train(
     """Train one adapter, as if it were alone, or go on with it; its folder holds all of it."""
     model, options = reader.model, reader.options
     lora.activate(model, name)
-    told = f"{name}: {shown.examples_line(apart.learnt)} {lora.count_parameters(model)}"
-    reader.console.print(f"{told}{apart.told}", soft_wrap=True)
+    told = f"{name}: {shown.examples_line(apart.learnt)}{apart.told}"
+    reader.console.print(f"{told} {lora.count_parameters(model)}", soft_wrap=True)
     if not processes.rank():
         place.mkdir(exist_ok=True)
     resume = bool(options.resume) and any((place / file).is_file() for file in snapshots.NAMES)

@@ -41,16 +41,8 @@ def finalist_table(course: Course, ordered: Sequence[int]) -> Table:
 
 def said(course: Course) -> str:
     """What may be said of the winner, and what may not."""
-    n, seeds = course.winner, course.plan.seeds
-    others = ", ".join(map(str, course.alike))
-    if others:
-        told = f"Of the finalists trial {n} has the lowest mean; it cannot be told apart, over "
-        told += f"{seeds} seeds, from {others}."
-    elif len(course.finalists) > 1:
-        told = f"Trial {n} is the best of the finalists, over {seeds} seeds."
-    else:
-        told = f"Trial {n} is the only finalist."
-    return f"{told} {noise.WORDS[against_default(course)]} {noise.TEST}"
+    n, on_test = len(course.finalists), against_default(course)
+    return noise.said(course.winner, course.alike, n, course.plan.seeds, on_test, noise.TEST)
 
 
 def _short(value: Any) -> str:

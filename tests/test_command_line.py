@@ -440,7 +440,7 @@ def test_the_installed_command_trains_generates_and_merges_anywhere(installed, h
     assert [answer["prompt"] for answer in record["answers"]] == ["Q: Why?\nA:"]
     generate, merge = re.findall(r"lora-gpt2 (?:generate|merge) (?s:.+?)demo.*", out)
     assert ran(generate).startswith("Q: Why?\nA:")
-    assert "is folded into 8 layers" in ran(merge)
+    assert "is merged into 8 layers" in ran(merge)
     assert Path("runs", "qa-1", "merged", "model.safetensors").is_file()
     assert ran(["lora-gpt2", "--version"]) == f"{lora.__version__}\n"
     assert "train,generate,predict,merge" in ran(["lora-gpt2", "--help"])
@@ -481,6 +481,8 @@ def test_help_shows_the_defaults_of_the_config(capsys):
     said = shown()
     assert "peak learning rate. (type: float, default: 0.003)" in said
     assert "(type: int | null, default: 40)" in said
+    assert "null for once an epoch" in said  # what a command line takes for Python's None
+    assert "None" not in said
     dropout = said.rpartition("--lora.dropout DROPOUT ")[2][:250]
     assert "(type: float, default: 0.1)" in dropout
     said = shown("--config", str(SCRIPTS / "configs" / "article.yaml"), "--seed", "7")

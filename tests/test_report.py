@@ -181,6 +181,12 @@ def test_no_spike_is_lost(script):
     assert any(y != y for _, y in kept)
 
 
+def test_choices_of_several_targets_stay_apart(script):
+    told = script("sections").told
+    assert told([["c_attn"], ["c_attn", "c_fc"]]) == "[c_attn], [c_attn, c_fc]"
+    assert told(["c_attn", "c_fc"]) == "c_attn, c_fc"
+
+
 def test_the_limit_is_that_of_the_known_device(run, script, tmp_path):
     place = tmp_path / "fast"
     shutil.copytree(run[0], place)
@@ -343,7 +349,7 @@ def test_a_search_of_512_trials(found, script, tmp_path):
     assert {min(curve), max(curve)} <= set(drawn["y"]) <= set(curve)
     shown = Page(page).text
     assert "ended: </script><b>NaN" in shown
-    assert "It cannot be told apart from 2." in shown
+    assert "it cannot be told apart from 2 over 2 seeds." in shown
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")

@@ -129,7 +129,7 @@ def test_a_run_that_is_stopped_and_gone_on_with_is_as_one_that_never_stopped(
     assert one["validation"] == other["validation"]
     assert one["answers"] == other["answers"]
     assert train(["--resume", str(cut)]) == 2
-    assert "holds no snapshot" in capsys.readouterr().err
+    assert f"The run in {cut} came to its end" in capsys.readouterr().err
 
 
 def test_what_cannot_be_gone_on_with_is_one_line(script, tmp_path, capsys, many, monkeypatch):

@@ -335,6 +335,15 @@ def assert_trained(adapter: Path) -> None:
 QUICK = ("--steps", "3", "--generate.max_new_tokens", "2", "--device", "cpu")
 
 
+def test_a_step_that_was_not_applied_is_no_step_of_the_adapter(script, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert script("train_qa").main([*QUICK, "--lr", "1e20", "--res_path", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("Step 2: the loss is nan")
+    assert f"The adapter as it was after step 1 is saved in {out / 'adapter'}." in error
+    assert_trained(out / "adapter")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
 def test_a_full_disk_in_training_leaves_a_saved_adapter(script, tmp_path, monkeypatch, capsys):
     folder, out = script("folder"), tmp_path / "run"

@@ -248,7 +248,7 @@ def found(tiny, tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("found") / "run"
     ended = subprocess.run(started(tiny, place), capture_output=True, text=True, env=env())
     assert ended.returncode == 0, ended.stderr
-    assert "Student's t" in ended.stdout
+    assert "told apart by Student's paired t-test" in " ".join(ended.stdout.split())
     return place
 
 
@@ -349,7 +349,7 @@ def test_a_search_that_is_killed_goes_on_to_the_same_bytes(found, tiny, tmp_path
         else:
             assert file.read_bytes() == again.read_bytes(), file
     assert search(["--resume", str(place)]) == 2
-    assert "came to its end" in capsys.readouterr().err
+    assert f"The search in {place} came to its end" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -537,7 +537,8 @@ def test_what_a_search_prints_is_of_use(tiny, tmp_path, script, capsys):
     place = tmp_path / "run"
     assert script("search").main([*tiny, "--res_path", str(place)]) == 0
     out = capsys.readouterr().out
-    assert "rung 1 · " in out
+    assert "rung 1 · 4 trials · " in out
+    assert "\nfinals · 2 trials · best " in out  # the longest part, of which nothing was said
     assert "nan" not in out
     use = json.loads((place / "run.json").read_text())["commands"]["use"]
     assert out.endswith(f"To use it:\n{use}\n")
@@ -548,4 +549,25 @@ def test_the_lowest_mean_is_said_of_finalists_and_not_of_the_default(made, scrip
     course.search(data(4))
     monkeypatch.setattr(type(course), "alike", [7])
     told = script("verdict").said(course)
-    assert told.startswith(f"Of the finalists trial {course.winner} has the lowest mean;")
+    assert told.startswith(f"Of the finalists trial {course.winner} has the lowest mean loss; it ")
+
+
+def test_the_report_says_of_the_winner_what_the_console_says(found, script):
+    """Also of one that is the best, or the only finalist."""
+    run = json.loads((found / "run.json").read_text())
+    record = script("record").read(found)
+    for alike, finalists, said in (
+        ([7], 2, "it cannot be told apart from 7 over 2 seeds."),
+        ([], 2, "is the best of the finalists over 2 seeds."),
+        ([], 1, "is the only finalist."),
+    ):
+        told = replace(record, run=run | {"not_told_apart": alike}, board=record.board[:finalists])
+        assert said in script("searched").verdict(told)
+
+
+def test_what_a_search_is_going_to_do(made, script):
+    """Shares and no steps, since a trial's schedule may be longer than another's."""
+    course = made()
+    apart = script("validation").Apart(data(7), data(5), None, "")
+    told = script("searching").told(course.plan, apart)
+    assert "8/4/2 trials train to 25/50/100 % of their schedules, 3 at a time;" in told

@@ -116,7 +116,7 @@ def test_a_run_of_several_goes_on_where_it_was_stopped(
     assert (cut / "answers.md").read_bytes() == (whole / "answers.md").read_bytes()
     assert not list(cut.rglob("*snapshot*"))
     assert train(["--resume", str(cut)]) == 2
-    assert "the run came to its end" in capsys.readouterr().err
+    assert f"The run in {cut} came to its end" in capsys.readouterr().err
 
 
 def stopped(recorded, names):

@@ -186,6 +186,8 @@ class Run:
         for (step, tokens, _), loss, norm in zip(untold, rows[::2], rows[1::2], strict=True):
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 said = f"Step {step}: the loss is {loss} and the gradient's norm {norm}"
+                stepper.taken = step - 1  # this step and those after it were not applied
+                self._untold.clear()
                 raise RuntimeError(_blame(said, not_finite(stepper)))
             record = StepRecord(
                 step=step,
