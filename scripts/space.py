@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -21,6 +22,7 @@ BOUNDS = {  # the least value, and whether it is one
     "epochs": (1, True),
 }
 NAMES = (*BOUNDS, "targets")
+LARGEST = sys.float_info.max  # an integer may be above it, and no float is made of that
 Value = float | int | str
 Values = Mapping[str, Value]
 """What a trial has of the space by name; several targets stand in one text, as JSON."""
@@ -148,7 +150,7 @@ def _faults(name: str, value: object) -> list[str]:
         said += " and below 1"
     right = type(value) is int or (type(value) is float and name not in INTEGERS)
     if right:
-        right = math.isfinite(value) and (value > low or (included and value == low))  # pyright: ignore
+        right = low <= value <= LARGEST and (included or value > low)  # pyright: ignore
         right = right and not (name == "dropout" and value >= 1)  # pyright: ignore
     return [] if right else [f"{said}, got {value!r:.80}"]
 

@@ -403,6 +403,13 @@ def test_all_faults_of_a_space_are_told_at_once(script):
         assert said in str(error.value)
 
 
+def test_a_number_that_no_float_holds_is_told(script):
+    huge = 10**400
+    given = {"lr": [1, huge], "r": {"low": 1, "high": huge}}
+    with pytest.raises(ValueError, match=r"lr must be .* got 1000.*; r must be an integer"):
+        script("space").read(given, 2)
+
+
 def test_optuna_missing_names_the_extra(tiny, script, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     assert script("search").main(tiny) == 2
