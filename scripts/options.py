@@ -19,7 +19,9 @@ INSTEAD = (
     ("tokens_per_batch", "train_batch_size"),
     ("warmup_ratio", "warmup_steps"),
 )
-PLACES = ("adapter", "base", "cache", "output", "resume")  # '' must be neither here nor a default
+PLACES = (  # '' must be neither here nor a default
+    "adapter base cache data model_name output resume test validation"
+).split()
 
 
 def add_lora(to: ArgumentParser) -> None:

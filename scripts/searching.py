@@ -156,7 +156,7 @@ def resumable(place: Path) -> Iterator[None]:
     """What is stopped within says how to go on."""
     try:
         yield
-    except KeyboardInterrupt as stop:
+    except (KeyboardInterrupt, OSError) as stop:  # such as a full disk
         stopping.leaving()
         stop.add_note(f"Go on with --resume {place}.")
         raise

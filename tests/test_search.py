@@ -352,6 +352,34 @@ def test_a_search_that_is_killed_goes_on_to_the_same_bytes(found, tiny, tmp_path
     assert "came to its end" in capsys.readouterr().err
 
 
+def test_a_damaged_file_is_one_line_that_says_what_to_do(script, made, tmp_path):
+    made(tmp_path).search(None)
+    files = script("wave_files").WaveFiles(tmp_path)
+    wave = tmp_path / "waves" / "rung-1-wave-1.safetensors"
+    os.truncate(wave, 300)
+    with pytest.raises(ValueError, match=r"rung-1-wave-1.safetensors is damaged.*remove it"):
+        files.values("rung-1-wave-1")
+    wave.unlink()
+    made(tmp_path).search(None)
+    assert wave.is_file()
+    for text in ("", "[]", "null", '{"of": '):
+        (tmp_path / "waves" / "made_of.json").write_text(text)
+        with pytest.raises(ValueError, match=r"made_of.json is damaged.*begin anew"):
+            files.begin({"of": "a test"})
+
+
+def test_a_full_disk_says_where_and_how_to_go_on(tiny, tmp_path, script, capsys, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(script("wave_files").streaming, "write", full)
+    place = tmp_path / "run"
+    assert script("search").main([*tiny, "--res_path", str(place)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"{place / 'waves' / 'rung-1-wave-1.safetensors'} cannot be written: ")
+    assert said.endswith(f"No space left on device. Go on with --resume {place}.\n")
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -366,6 +394,8 @@ def test_a_search_that_is_killed_goes_on_to_the_same_bytes(found, tiny, tmp_path
         (["--validation", "null"], "A search chooses by validation data"),
         (["--validation", "0.9", "--test", "0.2"], "leave none to learn"),
         (["--seeds", "1"], "seeds must be at least 2"),
+        (["--b_ratio", "0"], "b_ratio must be above 0, got 0.0"),
+        (["--test", ""], "test is empty: leave it out"),
         (["--lora.targets", "nothing"], "No module matches target 'nothing'"),
         (["--packing", "true", "--tokens_per_batch", "64", "--train_batch_size", "1"], "packing"),
         (["--resume", "nowhere"], "nowhere holds no search"),
