@@ -94,8 +94,7 @@ def search(
     """Search, and leave behind what was found."""
     options, console = reader.options, reader.console
     team = Team(rank=processes.rank(), size=processes.size(), gather=processes.gathered)
-    with processes.agreed():
-        files = searching.files(place, options, plan, waves.model, apart)
+    files = searching.files(place, options, plan, waves.model, apart)
     with bars.searching(console) as progress, searching.resumable(place):
         course = Course(plan=plan, waves=waves, files=files, progress=progress, team=team)
         course.search(apart.tested)

@@ -130,9 +130,7 @@ def files(place: Path, options: Namespace, plan: Plan, model: gpt2.GPT2, apart: 
     Raises:
         ValueError: they are of another.
     """
-    found = WaveFiles(place)
-    if not (options.resume or processes.rank()):
-        found.remove()  # of a search that is replaced
+    found, is_first = WaveFiles(place), not processes.rank()
     training, halving = plan.usual.training, plan.halving
     made_of = fingerprints.of_run(model, apart.learnt, training, apart.held_out)
     for name in ("modules", "trained parameters"):
@@ -147,7 +145,13 @@ def files(place: Path, options: Namespace, plan: Plan, model: gpt2.GPT2, apart: 
     numbers = {"trials": halving.trials, "rungs": halving.rungs, "keep": halving.keep}
     numbers |= {name: getattr(plan, name) for name in ("slots", "finalists", "seeds")}
     numbers |= {"sampler": plan.sampler, "b_ratio": plan.usual.b_ratio}
-    found.begin({**made_of, **{name: repr(value) for name, value in numbers.items()}})
+    made_of |= {name: repr(value) for name, value in numbers.items()}
+    for firsts in (True, False):  # those of other hosts must not meet the search that is replaced
+        with processes.agreed():
+            if firsts and is_first and not options.resume:
+                found.remove()
+            if firsts == is_first:
+                found.begin(made_of)
     return found
 
 

@@ -10,12 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from jsonargparse import Namespace
 from safetensors.torch import load_file
 
 import gpt2
@@ -528,6 +530,31 @@ def test_two_processes_find_what_one_finds(found, tiny, tmp_path):
     for name in ("winner", "default"):
         tested = other[name]["test"]["seeds"]
         assert one[name]["test"]["seeds"] == pytest.approx(tested, rel=1e-3)
+
+
+def test_other_hosts_look_once_the_first_process_has_begun(made, script, tmp_path, monkeypatch):
+    """Else they might find the search that is being replaced."""
+    course, searching = made(), script("searching")
+    (tmp_path / "waves").mkdir()
+    (tmp_path / "waves" / "made_of.json").write_text('{"of": "another search"}')
+    options = Namespace(resume=False, space=SPACE, base_dropout=None)
+    apart = script("validation").Apart(data(7), data(5), None, "")
+    meetings = [0]
+
+    def by_process(rank: int):
+        monkeypatch.setattr(script("processes"), "rank", lambda: rank)
+        return searching.files(tmp_path, options, course.plan, course.waves.model, apart)
+
+    @contextmanager
+    def agreed():
+        yield
+        meetings[0] += 1
+        if meetings[0] == 1:  # the first process has come here too
+            by_process(0)
+
+    monkeypatch.setattr(script("processes"), "agreed", agreed)
+    by_process(1)
+    assert "another search" not in (tmp_path / "waves" / "made_of.json").read_text()
 
 
 def test_a_search_that_is_interrupted_says_how_to_go_on(
