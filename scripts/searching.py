@@ -94,7 +94,12 @@ def planned(options: Namespace, space: Space, apart: Apart) -> Plan:
     if usual.training.schedule == "constant":  # no rate will fall
         halving = replace(halving, cooldown=0)
     least = min(_totals(space, usual, apart.learnt))
-    if faults := halving.faults(least, options.finalists):
+    faults = halving.faults(least, options.finalists)
+    if not faults and halving.cooldown_steps(0, least):
+        first, warmup = halving.step(0, least), usual.training.warmup_steps or 0
+        if warmup >= first:  # no copy's rate would fall
+            faults = [f"the first ends after {first:,} steps and the warm-up takes {warmup:,}"]
+    if faults:
         raise ValueError(f"The rungs cannot be: {'; '.join(faults)}.")
     return Plan(
         space=space,

@@ -296,6 +296,14 @@ def test_what_a_search_leaves_behind(found, script):
     assert study.best_value == min(row["losses"]["2"] for row in board[:2])
 
 
+def test_what_the_default_has_not_is_not_drawn(found, script):
+    """As epochs, where the usual configuration counts steps."""
+    record = script("record").read(found)
+    record.run["default"]["params"]["r"] = None
+    charts = [chart for chart in script("search_charts").over_each(record) if chart.title == "r"]
+    assert [series.color for series in charts[0].series].count("2") == 0
+
+
 def test_train_qa_alone_gives_the_winner_again(found, tmp_path, script):
     config = str(found / "best" / "train.yaml")
     alone = ["--config", config, "--device", "cpu", "--res_path", str(tmp_path / "r")]
@@ -390,6 +398,7 @@ def test_a_full_disk_says_where_and_how_to_go_on(tiny, tmp_path, script, capsys,
         (["--space", '{"r": [2, 3]}'], "it has 2 different trials, and 4 are asked for"),
         (["--trials", "99999999999"], "trials must be at most 1,000,000, got 99,999,999,999"),
         (["--rungs", "5"], "5 rungs, each 2 times as long"),
+        (["--warmup_steps", "4"], "the first ends after 4 steps and the warm-up takes 4"),
         (["--finalists", "3"], "there are 3 finalists, and 2 in the last rung"),
         (["--sampler", "grid"], "sampler must be one of random, tpe"),
         (["--sampler", "tpe", "--slots", "4"], "tpe learns from wave to wave"),
