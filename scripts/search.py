@@ -101,8 +101,9 @@ def search(
     if processes.rank():
         return  # the first goes on alone
     clock.lap("search")
-    about = searching.about(reader, apart, clock, place)
-    leaderboard.write(course, options, place, about, inside.looked(apart, reader.tokenizer))
+    with searching.resumable(place):
+        about = searching.about(reader, apart, clock, place)
+        leaderboard.write(course, options, place, about, inside.looked(apart, reader.tokenizer))
     files.remove()  # the search is over
     ranked = leaderboard.ranked(course)
     console.print(verdict.finalist_table(course, ranked), verdict.said(course), sep="\n")

@@ -566,13 +566,17 @@ def test_other_hosts_look_once_the_first_process_has_begun(made, script, tmp_pat
     assert "another search" not in (tmp_path / "waves" / "made_of.json").read_text()
 
 
+@pytest.mark.parametrize("where", ["in training", "while it writes"])
 def test_a_search_that_is_interrupted_says_how_to_go_on(
-    tiny, tmp_path, script, capsys, monkeypatch
+    tiny, tmp_path, script, capsys, monkeypatch, where
 ):
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(script("waves").Waves, "train", stopped)
+    if where == "in training":
+        monkeypatch.setattr(script("waves").Waves, "train", stopped)
+    else:
+        monkeypatch.setattr(script("leaderboard"), "plot", stopped)
     place = tmp_path / "run"
     assert script("search").main([*tiny, "--res_path", str(place)]) == 130
     assert capsys.readouterr().err == f"Interrupted. Go on with --resume {place}.\n"
