@@ -123,9 +123,14 @@ def _axis(name: str, given: object) -> Range | tuple[Value, ...] | list[str]:
         faults = faults if None in choices else []
     else:
         faults = [fault for choice in choices for fault in _faults(name, choice)]
-    if not faults and len({*choices}) < len(choices):
+    if not faults and len({_same(name, choice) for choice in choices}) < len(choices):
         faults.append(f"{name} has a choice twice: {given!r:.80}")
     return faults or tuple(choices)
+
+
+def _same(name: str, choice: Any) -> Any:
+    """What is equal for choices that make the same trial."""
+    return frozenset(names_of(choice)) if name == "targets" else choice
 
 
 def _range(name: str, given: Mapping[Any, Any]) -> Range | list[str]:

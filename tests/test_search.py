@@ -444,6 +444,13 @@ def test_all_faults_of_a_space_are_told_at_once(script):
         assert said in str(error.value)
 
 
+@pytest.mark.parametrize("again", [["c_fc", "c_attn"], ["c_attn", "c_fc", "c_attn"]])
+def test_the_same_targets_in_another_order_are_no_other_choice(script, again):
+    given = {"targets": [["c_attn", "c_fc"], again]}
+    with pytest.raises(ValueError, match="targets has a choice twice"):
+        script("space").read(given, 2)
+
+
 def test_a_number_that_no_float_holds_is_told(script):
     huge = 10**400
     given = {"lr": [1, huge], "r": {"low": 1, "high": huge}}
