@@ -58,8 +58,7 @@ class Population:
     Raises:
         ValueError: what has no room: an embedding, slices, biases, copies of modules; and as
             `lora.inject`.
-        RuntimeError: the model carries adapters.
-        The model is as it was after any error.
+        RuntimeError: the model carries adapters. It is as it was after any error.
     """
 
     def __init__(
@@ -193,16 +192,14 @@ class Population:
 
     def eject(self) -> None:
         """Take the population off: the model is, object for object, the one it was; once only."""
-        if not {*self.model.modules()} & {*self.layers.values()}:
-            raise RuntimeError("The population is not on the model: it was taken off before.")
-        self._tree.replace({layer.base: layer.base for layer in self.layers.values()})
+        self._take_off()
         for parameter in self._thawed:
             parameter.requires_grad_(True)
 
     @contextmanager
     def _lifted(self) -> Generator[None]:
         """The model without the population within, whatever is injected taken off after."""
-        self._tree.replace({layer.base: layer.base for layer in self.layers.values()})
+        self._take_off()
         try:
             yield
         finally:
@@ -210,13 +207,17 @@ class Population:
                 eject(self.model)
             self._install()
 
+    def _take_off(self) -> None:
+        if not {*self.model.modules()} & {*self.layers.values()}:
+            raise RuntimeError("The population is not on the model: it was taken off before.")
+        self._tree.replace({layer.base: layer.base for layer in self.layers.values()})
+
     def _install(self) -> None:
         for parameter in self._tree.root.parameters():
             parameter.requires_grad_(False)
         self._tree.replace({layer.base: layer for layer in self.layers.values()})
-        for layer in self.layers.values():
-            layer.A.requires_grad_(True)
-            layer.B.requires_grad_(True)
+        for factor in self.parameters:
+            factor.requires_grad_(True)
 
     def _check_slot(self, slot: int) -> None:
         if type(slot) is not int or not 0 <= slot < len(self):

@@ -42,7 +42,12 @@ def said(
 
 
 def spread(losses: Sequence[float]) -> dict[str, float]:
-    """Mean, lowest, highest, and standard deviation of a configuration's losses over seeds."""
+    """Mean, lowest, highest, and standard deviation of a configuration's losses over seeds.
+
+    All are NaN where a seed's training came to an end of its own.
+    """
+    if not all(map(math.isfinite, losses)):
+        return dict.fromkeys(("mean", "min", "max", "sd"), math.nan)
     return {
         "mean": fmean(losses),
         "min": min(losses),

@@ -19,7 +19,7 @@ INSTEAD = (
     ("tokens_per_batch", "train_batch_size"),
     ("warmup_ratio", "warmup_steps"),
 )
-PLACES = ("adapter", "base", "cache", "output", "resume")  # '' must be neither here nor a default
+PLACES = "adapter base cache output resume test validation".split()  # '' must be none of these
 
 
 def add_lora(to: ArgumentParser) -> None:

@@ -119,10 +119,12 @@ def add_options(to: ArgumentParser, data: str) -> None:
 
 
 def check(options: Namespace, least: dict[str, int]) -> None:
-    """Raise a ValueError where a count is too small."""
+    """Raise a ValueError where a count, or the ratio, is too small."""
     for name, low in ({"max_token_length": 2} | least).items():
         if options[name] < low:
             raise ValueError(f"{name} must be at least {low}, got {options[name]}.")
+    if options.b_ratio <= 0:
+        raise ValueError(f"b_ratio must be above 0, got {options.b_ratio}.")
 
 
 def training(options: Namespace) -> gpt2.TrainConfig:

@@ -94,16 +94,16 @@ def search(
     """Search, and leave behind what was found."""
     options, console = reader.options, reader.console
     team = Team(rank=processes.rank(), size=processes.size(), gather=processes.gathered)
-    with processes.agreed():
-        files = searching.files(place, options, plan, waves.model, apart)
+    files = searching.files(place, options, plan, waves.model, apart)
     with bars.searching(console) as progress, searching.resumable(place):
         course = Course(plan=plan, waves=waves, files=files, progress=progress, team=team)
         course.search(apart.tested)
     if processes.rank():
         return  # the first goes on alone
     clock.lap("search")
-    about = searching.about(reader, apart, clock, place)
-    leaderboard.write(course, options, place, about, inside.looked(apart, reader.tokenizer))
+    with searching.resumable(place):
+        about = searching.about(reader, apart, clock, place)
+        leaderboard.write(course, options, place, about, inside.looked(apart, reader.tokenizer))
     files.remove()  # the search is over
     ranked = leaderboard.ranked(course)
     console.print(verdict.finalist_table(course, ranked), verdict.said(course), sep="\n")

@@ -58,7 +58,7 @@ def over_each(record: Record) -> Iterator[Chart]:
             if row.get("seeds"):
                 shown.append(bar(at(row), row["seeds"], "accent"))
         usual = record.run.get("default")
-        if usual and name in usual["params"]:
+        if usual and usual["params"].get(name) is not None:  # of steps and epochs it has one
             shown.append(bar(at({**usual, "trial": 0}), usual["selection"]["seeds"], "2"))
         yield Chart(name=f"over {name}", title=name, series=shown, x_label="", near=True,
                     x_ticks=ticks, log_x=log)  # fmt: skip

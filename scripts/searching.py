@@ -94,7 +94,12 @@ def planned(options: Namespace, space: Space, apart: Apart) -> Plan:
     if usual.training.schedule == "constant":  # no rate will fall
         halving = replace(halving, cooldown=0)
     least = min(_totals(space, usual, apart.learnt))
-    if faults := halving.faults(least, options.finalists):
+    faults = halving.faults(least, options.finalists)
+    if not faults and halving.cooldown_steps(0, least):
+        first, warmup = halving.step(0, least), usual.training.warmup_steps or 0
+        if warmup >= first:  # no copy's rate would fall
+            faults = [f"the first ends after {first:,} steps and the warm-up takes {warmup:,}"]
+    if faults:
         raise ValueError(f"The rungs do not fit: {'; '.join(faults)}.")
     return Plan(
         space=space,
@@ -130,9 +135,7 @@ def files(place: Path, options: Namespace, plan: Plan, model: gpt2.GPT2, apart: 
     Raises:
         ValueError: they are of another.
     """
-    found = WaveFiles(place)
-    if not (options.resume or processes.rank()):
-        found.remove()  # of a search that is replaced
+    found, is_first = WaveFiles(place), not processes.rank()
     training, halving = plan.usual.training, plan.halving
     made_of = fingerprints.of_run(model, apart.learnt, training, apart.held_out)
     for name in ("modules", "trained parameters"):
@@ -147,7 +150,13 @@ def files(place: Path, options: Namespace, plan: Plan, model: gpt2.GPT2, apart: 
     numbers = {"trials": halving.trials, "rungs": halving.rungs, "keep": halving.keep}
     numbers |= {name: getattr(plan, name) for name in ("slots", "finalists", "seeds")}
     numbers |= {"sampler": plan.sampler, "b_ratio": plan.usual.b_ratio}
-    found.begin({**made_of, **{name: repr(value) for name, value in numbers.items()}})
+    made_of |= {name: repr(value) for name, value in numbers.items()}
+    for firsts in (True, False):  # those of other hosts must not meet the search that is replaced
+        with processes.agreed():
+            if firsts and is_first and not options.resume:
+                found.remove()
+            if firsts == is_first:
+                found.begin(made_of)
     return found
 
 
@@ -156,7 +165,7 @@ def resumable(place: Path) -> Iterator[None]:
     """What is stopped within says how to go on."""
     try:
         yield
-    except KeyboardInterrupt as stop:
+    except (KeyboardInterrupt, OSError) as stop:  # such as a full disk
         stopping.leaving()
         stop.add_note(f"Go on with --resume {place}.")
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -21,6 +22,7 @@ BOUNDS = {  # the least value, and whether it is one
     "epochs": (1, True),
 }
 NAMES = (*BOUNDS, "targets")
+LARGEST = sys.float_info.max  # an integer may be above it, and no float is made of that
 Value = float | int | str
 Values = Mapping[str, Value]
 """What a trial has of the space by name; several targets stand in one text, as JSON."""
@@ -121,9 +123,14 @@ def _axis(name: str, given: object) -> Range | tuple[Value, ...] | list[str]:
         faults = faults if None in choices else []
     else:
         faults = [fault for choice in choices for fault in _faults(name, choice)]
-    if not faults and len({*choices}) < len(choices):
+    if not faults and len({_same(name, choice) for choice in choices}) < len(choices):
         faults.append(f"{name} has a choice twice: {given!r:.80}")
     return faults or tuple(choices)
+
+
+def _same(name: str, choice: Any) -> Any:
+    """What is equal for choices that make the same trial."""
+    return frozenset(names_of(choice)) if name == "targets" else choice
 
 
 def _range(name: str, given: Mapping[Any, Any]) -> Range | list[str]:
@@ -148,7 +155,7 @@ def _faults(name: str, value: object) -> list[str]:
         said += " and below 1"
     right = type(value) is int or (type(value) is float and name not in INTEGERS)
     if right:
-        right = math.isfinite(value) and (value > low or (included and value == low))  # pyright: ignore
+        right = low <= value <= LARGEST and (included or value > low)  # pyright: ignore
         right = right and not (name == "dropout" and value >= 1)  # pyright: ignore
     return [] if right else [f"{said}, got {value!r:.80}"]
 

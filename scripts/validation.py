@@ -63,7 +63,7 @@ def apart(given: Source, reader: Reader) -> Apart:
             file = reader.encode(source(options[name], options))
             found = file
             for seen in own.values():
-                found = without_overlap(found, seen)
+                found = without_overlap(found, seen, name)
             own[name], left_out = found, left_out + len(file) - len(found)
         by = ", by their prompts" if name in both else ""
         told += f" {name.capitalize()}: {len(own[name]):,} examples{by}."

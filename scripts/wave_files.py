@@ -9,12 +9,13 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from gpt2 import streaming
 from gpt2.training import fingerprints
@@ -48,7 +49,8 @@ class WaveFiles:
             part.write_text(json.dumps(dict(made_of), indent=1), encoding="utf-8")
             os.replace(part, file)
             return
-        then = json.loads(file.read_text(encoding="utf-8"))
+        with _damage_told(file, "begin anew with --overwrite true"):
+            then = {**json.loads(file.read_text(encoding="utf-8"))}
         if odd := fingerprints.differences(then, made_of):
             raise ValueError(
                 f"The search in {self.folder.parent} cannot be gone on with: {odd}. Give what it "
@@ -72,8 +74,11 @@ class WaveFiles:
         }
         file = self.folder / f"{name}.safetensors"
         part = file.with_suffix(".part")
-        streaming.write(part, tensors, {"wave": json.dumps(about)})
-        os.replace(part, file)
+        try:
+            streaming.write(part, tensors, {"wave": json.dumps(about)})
+            os.replace(part, file)
+        except OSError as error:
+            raise OSError(f"{file} cannot be written: {error}.") from None
         if not name.endswith(SO_FAR):
             (self.folder / f"{name}{SO_FAR}.safetensors").unlink(missing_ok=True)
 
@@ -105,9 +110,9 @@ class WaveFiles:
             nonlocal saved
             if time.monotonic() - saved < SAVE_EVERY:
                 return
-            if so_far := waves.so_far(runs):
+            if so_far := waves.so_far(runs):  # else at the next call
                 self.write(name + SO_FAR, so_far)
-            saved = time.monotonic()
+                saved = time.monotonic()
 
         return look
 
@@ -116,8 +121,18 @@ class WaveFiles:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _read(self, file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        with cast(Any, safe_open(file, "pt")) as opened:
+        told = _damage_told(file, "remove it, and it is trained anew")
+        with told, cast(Any, safe_open(file, "pt")) as opened:
             return json.loads(opened.metadata()["wave"]), {
                 name: opened.get_tensor(name)
                 for name in opened.keys()  # noqa: SIM118
             }
+
+
+@contextmanager
+def _damage_told(file: Path, instead: str) -> Iterator[None]:
+    """What is wrong with a file of ours is one error, which says what to do."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, SafetensorError) as error:
+        raise ValueError(f"{file} is damaged: {error}. So {instead}.") from None

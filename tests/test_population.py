@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from dataclasses import replace
 
@@ -335,6 +336,8 @@ def test_configs_that_differ_in_what_all_share_are_refused():
         training.start(0, CONFIGS[0], ratios={"C": 2.0})
     with pytest.raises(ValueError, match="checkpointing is for one training alone"):
         PopulationTraining(base(), slots, data(), replace(CONFIGS[0], checkpointing=True))
+    with pytest.raises(ValueError, match="cuda_graph=True needs a CUDA device"):
+        PopulationTraining(training.model, slots, data(), replace(CONFIGS[0], cuda_graph=True))
     dropping = nn.Sequential(nn.Embedding(61, 8), nn.Dropout(0.1), nn.Linear(8, 61))
     own = lora.Population(dropping, 2, r=2, targets="2")
     with pytest.raises(ValueError, match="1 cannot drop for each slot apart"):
@@ -420,3 +423,71 @@ def test_where_no_slot_may_drop_nothing_is_drawn(monkeypatch):
         training.start(0, CONFIGS[0])
         training.advance(1)
         assert len(drawn) == often
+
+
+def test_a_model_that_does_not_run_under_the_slots_is_not_judged_in_their_place():
+    """Taken off, lent out, or another model: the base's own loss is no slot's."""
+    training, slots = population(base())
+    with pytest.raises(RuntimeError, match="does not run under these slots"):
+        PopulationTraining(base(), slots, data(), CONFIGS[0])
+    with slots.adapter(0), pytest.raises(RuntimeError, match="or lend the model out"):
+        training.evaluate(data(5))
+    slots.eject()
+    for call in (lambda: training.evaluate(data(5)), lambda: training.advance(1)):
+        with pytest.raises(RuntimeError, match="were taken off"):
+            call()
+    with pytest.raises(RuntimeError, match="taken off before"), slots.adapter(0):
+        pass
+    lora.inject(training.model, targets="c_attn")  # it is a plain model still
+
+
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
+    """Of another batch size its rows would stand in a neighbour's block."""
+    training, slots = population(base())
+    training.advance(3)
+    wanted = slots.flat.clone(), [copy.copy(own) for own in training.trainings]
+    state = training.state(0)
+    larger = replace(state.config, batch_size=4)
+    for fault, go_on in {
+        "batch_size is 4 here and 2 in all": lambda: training.go_on(
+            1, replace(state, config=larger)
+        ),
+        "of slots of 7 parameters": lambda: training.go_on(
+            1, replace(state, first=torch.zeros(7), second=torch.zeros(7))
+        ),
+        "until must be an integer of at least 1, got 0": lambda: training.go_on(1, state, until=0),
+        "state must be what state": lambda: training.go_on(1, None),
+        "slot must be in 0..3, got 'a'": lambda: training.retire("a"),
+        "slot must be in 0..3, got 1.0": lambda: training.state(1.0),
+    }.items():
+        with pytest.raises(ValueError, match=fault):
+            go_on()
+    assert torch.equal(slots.flat, wanted[0])
+    assert training.trainings == wanted[1]
+
+
+def test_a_slot_is_refilled_after_an_interrupt(monkeypatch):
+    training, slots = population(base())
+    real, calls = training._tick, [0]
+
+    def tick() -> None:
+        calls[0] += 1
+        if calls[0] == 5:
+            raise KeyboardInterrupt
+        real()
+
+    monkeypatch.setattr(training, "_tick", tick)
+    with pytest.raises(KeyboardInterrupt):
+        training.advance(9)
+    slots.draw(0, ADAPTERS[0])
+    training.start(0, CONFIGS[0])
+    to_the_end(training)
+    same(outcome(training, slots, 0), outcome(*only(base()), 0))
+
+
+def test_a_ratio_above_what_the_type_holds_ends_its_own_slot_alone():
+    training, _ = population(base(torch.float32), (0, 1))
+    training.start(0, CONFIGS[0], ratios={"B": 1e308})
+    to_the_end(training)
+    assert "nan" in str(training.trainings[0].ended)
+    assert training.trainings[1].ended is None

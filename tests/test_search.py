@@ -10,12 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from jsonargparse import Namespace
 from safetensors.torch import load_file
 
 import gpt2
@@ -294,6 +296,14 @@ def test_what_a_search_leaves_behind(found, script):
     assert study.best_value == min(row["losses"]["2"] for row in board[:2])
 
 
+def test_what_the_default_has_not_is_not_drawn(found, script):
+    """As epochs, where the usual configuration counts steps."""
+    record = script("record").read(found)
+    record.run["default"]["params"]["r"] = None
+    charts = [chart for chart in script("search_charts").over_each(record) if chart.title == "r"]
+    assert [series.color for series in charts[0].series].count("2") == 0
+
+
 def test_train_qa_alone_gives_the_winner_again(found, tmp_path, script):
     config = str(found / "best" / "train.yaml")
     alone = ["--config", config, "--device", "cpu", "--res_path", str(tmp_path / "r")]
@@ -352,6 +362,34 @@ def test_a_search_that_is_killed_goes_on_to_the_same_bytes(found, tiny, tmp_path
     assert f"The search in {place} came to its end" in capsys.readouterr().err
 
 
+def test_a_damaged_file_is_one_line_that_says_what_to_do(script, made, tmp_path):
+    made(tmp_path).search(None)
+    files = script("wave_files").WaveFiles(tmp_path)
+    wave = tmp_path / "waves" / "rung-1-wave-1.safetensors"
+    os.truncate(wave, 300)
+    with pytest.raises(ValueError, match=r"rung-1-wave-1.safetensors is damaged.*remove it"):
+        files.values("rung-1-wave-1")
+    wave.unlink()
+    made(tmp_path).search(None)
+    assert wave.is_file()
+    for text in ("", "[]", "null", '{"of": '):
+        (tmp_path / "waves" / "made_of.json").write_text(text)
+        with pytest.raises(ValueError, match=r"made_of.json is damaged.*begin anew"):
+            files.begin({"of": "a test"})
+
+
+def test_a_full_disk_says_where_and_how_to_go_on(tiny, tmp_path, script, capsys, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(script("wave_files").streaming, "write", full)
+    place = tmp_path / "run"
+    assert script("search").main([*tiny, "--res_path", str(place)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"{place / 'waves' / 'rung-1-wave-1.safetensors'} cannot be written: ")
+    assert said.endswith(f"No space left on device. Go on with --resume {place}.\n")
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -360,12 +398,15 @@ def test_a_search_that_is_killed_goes_on_to_the_same_bytes(found, tiny, tmp_path
         (["--space", '{"r": [2, 3]}'], "it has 2 different trials, and 4 are asked for"),
         (["--trials", "99999999999"], "trials must be at most 1,000,000, got 99,999,999,999"),
         (["--rungs", "5"], "5 rungs, each 2 times as long"),
+        (["--warmup_steps", "4"], "the first ends after 4 steps and the warm-up takes 4"),
         (["--finalists", "3"], "there are 3 finalists, and 2 in the last rung"),
         (["--sampler", "grid"], "sampler must be one of random, tpe"),
         (["--sampler", "tpe", "--slots", "4"], "tpe learns from wave to wave"),
         (["--validation", "null"], "A search chooses by validation data"),
         (["--validation", "0.9", "--test", "0.2"], "leave none to learn"),
         (["--seeds", "1"], "seeds must be at least 2"),
+        (["--b_ratio", "0"], "b_ratio must be above 0, got 0.0"),
+        (["--test", ""], "test is empty: leave it out"),
         (["--lora.targets", "nothing"], "No module matches target 'nothing'"),
         (["--packing", "true", "--tokens_per_batch", "64", "--train_batch_size", "1"], "packing"),
         (["--resume", "nowhere"], "nowhere holds no search"),
@@ -414,6 +455,20 @@ def test_all_faults_of_a_space_are_told_at_once(script):
         "b_ratio has a choice twice",
     ):  # fmt: skip
         assert said in str(error.value)
+
+
+@pytest.mark.parametrize("again", [["c_fc", "c_attn"], ["c_attn", "c_fc", "c_attn"]])
+def test_the_same_targets_in_another_order_are_no_other_choice(script, again):
+    given = {"targets": [["c_attn", "c_fc"], again]}
+    with pytest.raises(ValueError, match="targets has a choice twice"):
+        script("space").read(given, 2)
+
+
+def test_a_number_that_no_float_holds_is_told(script):
+    huge = 10**400
+    given = {"lr": [1, huge], "r": {"low": 1, "high": huge}}
+    with pytest.raises(ValueError, match=r"lr must be .* got 1000.*; r must be an integer"):
+        script("space").read(given, 2)
 
 
 def test_optuna_missing_names_the_extra(tiny, script, capsys, monkeypatch):
@@ -506,13 +561,42 @@ def test_two_processes_find_what_one_finds(found, tiny, tmp_path):
         assert one[name]["test"]["seeds"] == pytest.approx(tested, rel=1e-3)
 
 
+def test_other_hosts_look_once_the_first_process_has_begun(made, script, tmp_path, monkeypatch):
+    """Else they might find the search that is being replaced."""
+    course, searching = made(), script("searching")
+    (tmp_path / "waves").mkdir()
+    (tmp_path / "waves" / "made_of.json").write_text('{"of": "another search"}')
+    options = Namespace(resume=False, space=SPACE, base_dropout=None)
+    apart = script("validation").Apart(data(7), data(5), None, "")
+    meetings = [0]
+
+    def by_process(rank: int):
+        monkeypatch.setattr(script("processes"), "rank", lambda: rank)
+        return searching.files(tmp_path, options, course.plan, course.waves.model, apart)
+
+    @contextmanager
+    def agreed():
+        yield
+        meetings[0] += 1
+        if meetings[0] == 1:  # the first process has come here too
+            by_process(0)
+
+    monkeypatch.setattr(script("processes"), "agreed", agreed)
+    by_process(1)
+    assert "another search" not in (tmp_path / "waves" / "made_of.json").read_text()
+
+
+@pytest.mark.parametrize("where", ["in training", "while it writes"])
 def test_a_search_that_is_interrupted_says_how_to_go_on(
-    tiny, tmp_path, script, capsys, monkeypatch
+    tiny, tmp_path, script, capsys, monkeypatch, where
 ):
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(script("waves").Waves, "train", stopped)
+    if where == "in training":
+        monkeypatch.setattr(script("waves").Waves, "train", stopped)
+    else:
+        monkeypatch.setattr(script("leaderboard"), "plot", stopped)
     place = tmp_path / "run"
     assert script("search").main([*tiny, "--res_path", str(place)]) == 130
     assert capsys.readouterr().err == f"Interrupted. Go on with --resume {place}.\n"

@@ -71,8 +71,8 @@ def check_side(seen: int, kept: int, side: Range) -> None:
         )
 
 
-def without_overlap(held_out: Dataset, learnt: Dataset) -> Dataset:
-    """Those examples whose prompt no learnt example has.
+def without_overlap(held_out: Dataset, learnt: Dataset, name: str = "validation") -> Dataset:
+    """Those examples, which are called by this name, whose prompt no learnt example has.
 
     Raises:
         ValueError: there are none.
@@ -82,5 +82,5 @@ def without_overlap(held_out: Dataset, learnt: Dataset) -> Dataset:
     for some in learnt.prompt_keys():
         learnt_too |= np.isin(keys, some)
     if learnt_too.all():
-        raise ValueError("Every validation example has a prompt that is learnt too.")
+        raise ValueError(f"Every {name} example has a prompt that is learnt too.")
     return held_out.only(np.flatnonzero(~learnt_too)) if learnt_too.any() else held_out

@@ -9,30 +9,37 @@ Shapes: k slots · P parameters of a slot · b rows of a slot · T time.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gpt2.config import is_number
 from gpt2.data.batches import collate
 from gpt2.data.order import Integers
 from gpt2.data.tokens import Dataset
 from gpt2.fast.compiling import bucket
 from gpt2.fast.untyped import floats, from_numpy, table
 from gpt2.model import GPT2
-from gpt2.training.checks import check_readable, require_config, require_count
+from gpt2.training.checks import check_readable, require_count
 from gpt2.training.config import TrainConfig
 from gpt2.training.modes import in_mode
 from gpt2.training.randomness import RandomState, seed_of
 from gpt2.training.run import StepRecord
 from gpt2.training.slot_adamw import IDLE, Rates
-from gpt2.training.slots import OWN, Slot, SlotState, learnt_at, most_learnt, opened, rows_of
-from gpt2.training.stack_step import Slots, StackStep, check
+from gpt2.training.slots import (
+    Slot,
+    SlotState,
+    check_state,
+    learnt_at,
+    most_learnt,
+    opened,
+    rows_of,
+)
+from gpt2.training.stack_step import Slots, StackStep, check, check_own, check_under
+
+Taken = tuple[int, Slot, StepRecord]  # a step in this slot, of which the figures are not known yet
 
 
 class PopulationTraining:
@@ -50,13 +57,14 @@ class PopulationTraining:
     Raises:
         ValueError: no slots; the model cannot be called on the data, or drops where no slot can
             have a mask of its own; packing, token budgets, checkpointing: a population has none.
+        RuntimeError: the model does not run under the slots.
     """
 
     def __init__(self, model: nn.Module, slots: Slots, data: Dataset, config: TrainConfig) -> None:
         check_readable(model, data)
         if not hasattr(slots, "flat"):
             raise ValueError(f"slots must be a lora.Population, got {type(slots).__name__}.")
-        check(model, config)
+        check(model, slots, config)
         self.model, self.slots, self.data, self.config = model, slots, data, config
         self.trainings: list[Slot | None] = [None] * len(slots.flat)
         self.step = StackStep(model, slots, config)
@@ -64,7 +72,7 @@ class PopulationTraining:
         self.width = bucket(data.longest, limit) if self.step.graphs else data.longest
         self._most = most_learnt(data, config.batch_size)
         self._randomness = RandomState(config.seed, slots.flat.device)
-        self._untold: list[tuple[list[tuple[Slot, StepRecord]], Tensor]] = []
+        self._untold: list[tuple[list[Taken], Tensor]] = []
 
     def start(
         self,
@@ -87,26 +95,9 @@ class PopulationTraining:
             ValueError: a config that differs in more; a part or a slot that there is not, or that
                 is empty; a ratio or a step out of range.
         """
-        require_config(config)
-        if until is not None:
-            require_count("until", until)
+        own = self._opened(slot, config, ratios or {}, until)
         self.slots.take(slot)  # raises of a slot that is empty, in which nothing would be trained
-        common = asdict(self.config)
-        faults = [
-            f"{name} is {value!r} here and {common[name]!r} in all"
-            for name, value in asdict(config).items()
-            if name not in OWN and value != common[name]
-        ]
-        parts = self.slots.parts
-        faults += [f"there is no part {name!r}" for name in ratios or {} if name not in parts]
-        faults += [
-            f"the ratio of {name} must be finite and above 0, got {ratio!r}"
-            for name, ratio in (ratios or {}).items()
-            if not (is_number(ratio) and 0 < ratio < math.inf)
-        ]
-        if faults:
-            raise ValueError(f"Slot {slot} cannot be trained so: {'; '.join(faults)}.")
-        self._begin(slot, opened(self.data, config, ratios or {}, until))
+        self._begin(slot, own)
 
     def advance(self, ticks: int) -> int:
         """Take at most so many micro-batches of each slot under way; then look at the device.
@@ -116,8 +107,10 @@ class PopulationTraining:
 
         Raises:
             ValueError: no such number of ticks.
+            RuntimeError: the model does not run under the slots any more.
         """
         require_count("ticks", ticks)
+        check_under(self.model, self.slots)
         began, done = time.perf_counter(), 0
         with in_mode(self.model, training=True), self._randomness, self.step.in_force():
             while done < ticks and any(own and own.is_under_way for own in self.trainings):
@@ -153,9 +146,13 @@ class PopulationTraining:
             slot: its number.
             state: of the training.
             until: as for `start`.
+
+        Raises:
+            ValueError: as `start`; the state is none, or of slots of another size.
         """
+        check_state(state, self.slots.flat.shape[1])
+        own = self._opened(slot, state.config, state.ratios, until)
         self.slots.put(slot, state.occupant)
-        own = opened(self.data, state.config, state.ratios, until)
         own.taken, own.records, own.ended = state.taken, list(state.records), state.ended
         self._begin(slot, own)
         self.step.first[slot] = state.first.to(self.step.device)
@@ -176,8 +173,10 @@ class PopulationTraining:
 
         Raises:
             ValueError: as `gpt2.evaluate`.
+            RuntimeError: the model does not run under the slots any more.
         """
         check_readable(self.model, data)
+        check_under(self.model, self.slots)
         require_count("batch_size", batch_size)
         k, order = len(self.trainings), data.by_length[::-1]
         total, tokens = torch.zeros(k, dtype=torch.float64), 0
@@ -194,17 +193,24 @@ class PopulationTraining:
                 tokens += batch.n_tokens
         return floats(total / tokens)
 
+    def _opened(
+        self, slot: int, config: TrainConfig, ratios: Mapping[str, float], until: int | None
+    ) -> Slot:
+        self._require_slot(slot)
+        check_own(slot, config, self.config, ratios, self.slots.parts)
+        return opened(self.data, config, ratios, until)
+
     def _begin(self, slot: int, own: Slot) -> None:
+        self.trainings[slot] = own
+        self.step.begin(slot, own.ratios)
+
+    def _require_slot(self, slot: int) -> None:
         if type(slot) is not int or not 0 <= slot < len(self.trainings):
             raise ValueError(f"slot must be in 0..{len(self.trainings) - 1}, got {slot!r}.")
-        self.trainings[slot] = own
-        self.step.forget(slot)
-        for name, factors in self.step.ratios.items():
-            factors[slot] = own.ratios.get(name, 1.0)
 
     def _training(self, slot: int) -> Slot:
-        own = self.trainings[slot] if 0 <= slot < len(self.trainings) else None
-        if own is None:
+        self._require_slot(slot)
+        if (own := self.trainings[slot]) is None:
             raise ValueError(f"No training was started in slot {slot}.")
         return own
 
@@ -213,7 +219,7 @@ class PopulationTraining:
         k = len(self.trainings)
         chosen: list[Integers] = [np.empty(0, np.int64)] * k
         seeds: list[int | None] = [None] * k
-        numbers, over = [[*IDLE, 0.0, 0.0] for _ in range(k)], list[tuple[Slot, StepRecord]]()
+        numbers, over = [[*IDLE, 0.0, 0.0] for _ in range(k)], list[Taken]()
         for i, own in enumerate(self.trainings):
             if own is None or not own.is_under_way:
                 continue
@@ -223,7 +229,7 @@ class PopulationTraining:
             share = float(np.float32(1 / tokens))  # as one training alone rounds it
             numbers[i] = [*rates, share, float(is_last)]
             if is_last:
-                over.append((own, own.record(tokens)))
+                over.append((i, own, own.record(tokens)))
             own.go_on(is_last=is_last)
         idx, labels, sizes = rows_of(self.data, chosen, self.config.batch_size, self.width)
         rates = torch.tensor(numbers, dtype=self.slots.flat.dtype, device="cpu").t().contiguous()
@@ -238,8 +244,6 @@ class PopulationTraining:
         rows = table(torch.stack([figures.flatten() for _, figures in self._untold]))
         seconds, k = time.perf_counter() - began, len(self.trainings)
         untold, self._untold = self._untold, []
-        slot_of = {id(own): i for i, own in enumerate(self.trainings)}
         for (over, _), row in zip(untold, rows, strict=True):
-            for own, record in over:
-                i = slot_of[id(own)]
+            for i, own, record in over:
                 own.tell(record, row[i], row[k + i], seconds)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gpt2.data.order import Integers, Order
 from gpt2.data.tokens import Dataset, places
+from gpt2.training.checks import require_count
 from gpt2.training.config import TrainConfig
 from gpt2.training.loss import IGNORE
 from gpt2.training.run import StepRecord
@@ -139,10 +140,29 @@ class Slot:
         return self.order.at(span, seed=config.seed, epoch=self.epoch)[0]
 
 
+def check_state(state: SlotState, size: int) -> None:
+    """Whether this is a training out of a slot of so many parameters.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(state, SlotState):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"state must be what state() gave, got {type(state).__name__}.")
+    if {*state.first.shape, *state.second.shape} != {size}:
+        there = f"{state.first.numel():,} parameters, and these have {size:,}"
+        raise ValueError(f"The state is of slots of {there}.")
+
+
 def opened(
     data: Dataset, config: TrainConfig, ratios: Mapping[str, float], until: int | None
 ) -> Slot:
-    """A training at its beginning, that rests after step `until`, at the latest at its end."""
+    """A training at its beginning, that rests after step `until`, at the latest at its end.
+
+    Raises:
+        ValueError: `until` is no number of steps.
+    """
+    if until is not None:
+        require_count("until", until)
     total = total_steps(data, config)
     until = total if until is None else min(until, total)
     return Slot(

@@ -5,22 +5,27 @@ Shapes: k slots · P parameters of a slot · b rows of a slot · T time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from gpt2.config import is_number
 from gpt2.fast import devices, head
 from gpt2.fast.compiling import compiled
 from gpt2.fast.graphs import GraphedCalls
 from gpt2.fast.slot_dropout import Hashes, Streams, places
 from gpt2.fast.untyped import gradients, named_modules, row_norms
 from gpt2.model import GPT2
+from gpt2.training.checks import require_config
 from gpt2.training.config import TrainConfig
 from gpt2.training.loss import cross_entropies, shifted
 from gpt2.training.slot_adamw import update
+from gpt2.training.slots import OWN
 from gpt2.training.wrapped import logits_of
 
 
@@ -76,10 +81,14 @@ class StackStep:
         self._streams = Streams(k) if devices.draws_one_by_one(self.device) else None
         self._update = compiled(update) if config.compile else update
 
-    def forget(self, slot: int) -> None:
-        """A new training begins in a slot."""
+    def begin(self, slot: int, ratios: Mapping[str, float]) -> None:
+        """A new training begins in a slot, with factors of the learning rate by part."""
         for tensor in (self.first, self.second, self.slots.grad, self._loss, self.failed):
             tensor[slot] = 0
+        for name, factors in self.ratios.items():  # one above the type's largest is infinite
+            factors[slot] = torch.tensor(ratios.get(name, 1.0), dtype=torch.float64).to(
+                factors.dtype
+            )
 
     def __call__(
         self,
@@ -169,11 +178,12 @@ class StackStep:
         return [*stacks, self._loss, self.failed, self._seeds]
 
 
-def check(model: nn.Module, config: TrainConfig) -> None:
+def check(model: nn.Module, slots: Slots, config: TrainConfig) -> None:
     """Whether the slots of this model can be trained so.
 
     Raises:
         ValueError: naming all that a population has not.
+        RuntimeError: it does not run under them.
     """
     faults = [
         f"{name} is for one training alone"
@@ -189,5 +199,51 @@ def check(model: nn.Module, config: TrainConfig) -> None:
         faults.append(f"{dropping[0]} cannot drop for each slot apart: set its p to 0")
     if config.compile and not isinstance(model, GPT2):
         faults.append("compile=True needs a GPT2")
+    if config.cuda_graph and not devices.can_capture(device := slots.flat.device):
+        faults.append(f"cuda_graph=True needs a CUDA device, and the slots are on {device}")
     if faults:
         raise ValueError(f"The population cannot be trained so: {'; '.join(faults)}.")
+    check_under(model, slots)
+
+
+def check_own(
+    slot: int,
+    config: TrainConfig,
+    common: TrainConfig,
+    ratios: Mapping[str, float],
+    parts: Mapping[str, slice],
+) -> None:
+    """Whether a slot can be trained so beside the others, who have this in common.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    require_config(config)
+    all_have = asdict(common)
+    faults = [
+        f"{name} is {value!r} here and {all_have[name]!r} in all"
+        for name, value in asdict(config).items()
+        if name not in OWN and value != all_have[name]
+    ]
+    faults += [f"there is no part {name!r}" for name in ratios if name not in parts]
+    faults += [
+        f"the ratio of {name} must be finite and above 0, got {ratio!r}"
+        for name, ratio in ratios.items()
+        if not (is_number(ratio) and 0 < ratio < math.inf)
+    ]
+    if faults:
+        raise ValueError(f"Slot {slot} cannot be trained so: {'; '.join(faults)}.")
+
+
+def check_under(model: nn.Module, slots: Slots) -> None:
+    """Whether the model runs under these slots: else nothing would be trained, and the base judged.
+
+    Raises:
+        RuntimeError: it does not.
+    """
+    there = {id(parameter) for parameter in model.parameters()}
+    if not all(id(parameter) in there for parameter in slots.parameters):
+        raise RuntimeError(
+            "The model does not run under these slots: they are another model's, were taken off, "
+            "or lend the model out at the moment."
+        )
