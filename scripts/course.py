@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any
 
 import gpt2
 import noise
@@ -159,19 +158,16 @@ class Course:
         """Add so many trials: those of a wave that was trained before, or new ones."""
         plan = self.plan
         values = self.files.values(self.team.own(name)) if self.files else None
-        if values is None and plan.sampler == "random":  # whatever the slots: all at once
-            everything = self._proposed(plan.halving.trials, 0, [])
-            values = everything[len(self.values) : len(self.values) + n]
+        if values is None and plan.sampler == "random":  # whatever the slots
+            values = plan.at_random[len(self.values) : len(self.values) + n]
         elif values is None:
-            values = self._proposed(n, wave, [self._known(i, 1) for i in range(len(self.runs))])
+            known = [self._known(i, 1) for i in range(len(self.runs))]
+            how = {"sampler": plan.sampler, "seed": plan.seed, "wave": wave}
+            values = proposals.propose(plan.space, n, known, **how)
         for own in values:
             recipe = plan.usual.varied(own).seeded(plan.seed)
             self.runs.append(Run(trial=len(self.runs), recipe=recipe, total=self._total(recipe)))
             self.values.append(own)
-
-    def _proposed(self, n: int, wave: int, known: list[proposals.Known]) -> list[Any]:
-        plan, sampler = self.plan, self.plan.sampler
-        return proposals.propose(plan.space, n, known, sampler=sampler, seed=plan.seed, wave=wave)
 
     def known(self) -> list[proposals.Known]:
         """All trials as Optuna's study has them."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+import proposals
 from halving import Halving
 from recipe import Recipe
-from space import Space
+from space import Space, Values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,3 +43,9 @@ class Plan:
     def all_seeds(self) -> list[int]:
         """Of the finalists and of the usual configuration."""
         return [self.seed + i for i in range(self.seeds)]
+
+    @cached_property
+    def at_random(self) -> Sequence[Values]:
+        """Of all trials at once, where none depends on another."""
+        how = {"sampler": "random", "seed": self.seed, "wave": 0}
+        return proposals.propose(self.space, self.halving.trials, [], **how)

@@ -23,6 +23,7 @@ BOUNDS = {  # the least value, and whether it is one
 }
 NAMES = (*BOUNDS, "targets")
 LARGEST = sys.float_info.max  # an integer may be above it, and no float is made of that
+NEAREST = 1e-6  # share by which the bounds of reals differ at least
 Value = float | int | str
 Values = Mapping[str, Value]
 """What a trial has of the space by name; several targets stand in one text, as JSON."""
@@ -143,6 +144,8 @@ def _range(name: str, given: Mapping[Any, Any]) -> Range | list[str]:
         return faults
     if not 0 < low < high:
         return [f"{name} needs 0 < low < high, got {low} and {high}"]
+    if name not in INTEGERS and high < low * (1 + NEAREST):
+        return [f"{name} has {low} and {high} for bounds, which are as good as one: give a number"]
     return Range(low, high)
 
 

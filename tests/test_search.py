@@ -446,13 +446,14 @@ def test_all_faults_of_a_space_are_told_at_once(script):
     given = {
         "lr": {"low": 2, "high": 1}, "width": 3, "dropout": [1.0], "r": [], "steps": 3,
         "epochs": 2, "targets": [3], "weight_decay": {"low": 1}, "b_ratio": [1, 1],
+        "alpha_over_r": {"low": 1.0, "high": 1.0000000000000002},
     }  # fmt: skip
     with pytest.raises(ValueError, match="The space is contradictory") as error:
         script("space").read(given, 3)
     for said in (
         "width is none of lr", "lr needs 0 < low < high", "below 1, got 1.0", "r has no choice",
         "steps and epochs exclude", "targets must be names", "weight_decay must have low and high",
-        "b_ratio has a choice twice",
+        "b_ratio has a choice twice", "alpha_over_r has 1.0 and 1.0000000000000002 for bounds",
     ):  # fmt: skip
         assert said in str(error.value)
 
