@@ -124,7 +124,7 @@ def test_shapes_that_differ_are_refused():
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
 @pytest.mark.parametrize(
     ("chunk", "cached"),
-    [(1, 2**20), (3, 99), (4096, 2**20), (4096, 700), (1, None), (3, None), (4096, None)],
+    [(1, 2**21), (3, 99), (4096, 2**21), (4096, 700), (1, None), (3, None), (4096, None)],
 )
 @pytest.mark.parametrize("build", [frozen_head, tiny_gpt2], ids=["frozen head", "trained head"])
 def test_summed_loss_and_gradients_are_those_of_all_logits(

@@ -22,7 +22,7 @@ from gpt2.training.loss import IGNORE, cross_entropies, shifted, summed, wide_en
 
 # Rows between which a GPU makes logits three times as fast as (V, rows), since V is odd.
 FEW_ROWS = range(3, 65)
-CACHED = 2**20  # elements of a slice of the head's weight and of its logits, in a CPU's cache
+CACHED = 2**21  # elements of a slice of the head's weight and of its logits, in a CPU's cache
 
 
 def logits(x: Tensor, weight: Tensor) -> Tensor:
