@@ -106,7 +106,7 @@ def waves_by(a: Any, processes: int) -> dict[str, Any]:
             time.sleep(0.02)
     if run.returncode:
         raise SystemExit(run.returncode)
-    first = [end for name, end in ends.items() if "-wave-1" in name]
+    first = [end for name, end in ends.items() if name.split("-of-")[0] == "rung-1-wave-1"]
     later = trials - slots * processes
     seconds = max(ends.values()) - max(first)
     return {"trials": trials, "slots": slots, "trials_per_s": round(later / seconds, 2)}

@@ -66,8 +66,9 @@ class LoRAConfig:
         dropout: probability in [0, 1) on the input of the updates in training (embeddings, whose
             input is a token id, have none).
         targets: dotted suffixes of module paths, matched on whole segments; `"c_attn[q,v]"` for
-            slices of an output; `"all-linear"` for every linear layer but the output head; a
-            regular expression, told by one of `*+?()|^$\\`, for the whole path.
+            slices of an output; `"all-linear"` for every linear layer but the output head, with a
+            warning for those that cannot be adapted; a regular expression, told by one of
+            `*+?()|^$\\`, for the whole path.
         exclude: suffixes or regular expressions of target layers to leave out.
         layers: numbers of the blocks to adapt, the first number in a path; None for all.
         rank_pattern: other ranks for targets, by suffix or regular expression.

@@ -95,13 +95,13 @@ def search(
     options, console = reader.options, reader.console
     team = Team(rank=processes.rank(), size=processes.size(), gather=processes.gathered)
     files = searching.files(place, options, plan, waves.model, apart)
-    with bars.searching(console) as progress, searching.resumable(place):
-        course = Course(plan=plan, waves=waves, files=files, progress=progress, team=team)
-        course.search(apart.tested)
-    if processes.rank():
-        return  # the first goes on alone
-    clock.lap("search")
     with searching.resumable(place):
+        with bars.searching(console) as progress:
+            course = Course(plan=plan, waves=waves, files=files, progress=progress, team=team)
+            course.search(apart.tested)
+        if processes.rank():
+            return  # the first goes on alone
+        clock.lap("search")
         about = searching.about(reader, apart, clock, place)
         leaderboard.write(course, options, place, about, inside.looked(apart, reader.tokenizer))
     files.remove()  # the search is over

@@ -362,6 +362,7 @@ def test_a_store_knows_prompts_and_what_stands_there_twice(file, tokenizer):
     assert stored.prompts.tolist() == held.prompts.tolist()
     assert all(0 < asked < length for asked, length in zip(held.prompts, held.lengths, strict=True))
     assert stored.repeated == held.repeated == 2
+    assert vars(stored)["extremes"] == held.extremes  # without a look at the ids
     kept = without_overlap(stored, encode(read_examples(file)[9:200], tokenizer))
     assert [len(kept), kept.repeated] == [302 - 191, 2]
     assert same(kept, encode([*read_examples(file)[:9], *read_examples(file)[200:]], tokenizer))

@@ -110,6 +110,8 @@ def open_store(place: str | Path) -> Dataset:
     }
     unlearnt = ignored(arrays["prompts"], bool(header.get("answer_only")))
     known = {name: header[name] for name in ("truncated", "fingerprint", "repeated")}
+    if "extremes" in header:  # else they are looked for when they are asked for
+        known["extremes"] = tuple(header["extremes"])
     known["histogram"] = np.array(header["histogram"], np.int64)
     return Dataset(ignored=unlearnt, **arrays, **known)
 

@@ -107,12 +107,15 @@ class _Writer:
         }
         self.dtypes = {"ids": "<u2", HASHES: "<u8", **DTYPES}
         self.tokens = self.truncated = 0
+        self.extremes: list[int] = []
         self.histogram = np.zeros(1, np.int64)
 
     def write(self, block: Block) -> None:
         """Add a block's examples."""
         ends = self.tokens + np.cumsum(block.lengths)
-        if block.ids.max() >= 2**16 and self.dtypes["ids"] == "<u2":
+        known = [*self.extremes, int(block.ids.min()), int(block.ids.max())]
+        self.extremes = [min(known), max(known)]
+        if self.extremes[1] >= 2**16 and self.dtypes["ids"] == "<u2":
             self._widen()
         self.digest.add(block.ids, ends, ignored(block.prompts, self.answer_only))
         arrays = {"ids": block.ids, "ends": ends, "prompts": block.prompts, HASHES: block.hashes}
@@ -179,6 +182,7 @@ class _Writer:
             **about,
             "truncated": self.truncated,
             "fingerprint": self.digest.hexdigest(),
+            "extremes": self.extremes,
             "arrays": {
                 name: [dtype, (self.folder / name).stat().st_size]
                 for name, dtype in self.dtypes.items()

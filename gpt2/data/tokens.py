@@ -31,8 +31,8 @@ class Dataset(Sequence[tuple[Tensor, Tensor]]):
         ignored: how many of each example's first tokens are not learnt.
         truncated: how many examples were cut to the longest length.
         known: `prompts`, how many of each example's first tokens are its prompt, if that is not
-            `ignored`; and what a store has counted: `histogram`, `by_length`, `fingerprint`,
-            `repeated`.
+            `ignored`; and what a store has counted: `histogram`, `extremes`, `by_length`,
+            `fingerprint`, `repeated`.
 
     Raises:
         ValueError: arrays that are not integers in a row, or do not end together.

@@ -74,9 +74,9 @@ def train(
             each group's `lr`.
 
     Raises:
-        ValueError: nothing requires grad; the data is no `Dataset`, empty or too long for the
-            model; the config no `TrainConfig`; groups that do not hold each trained parameter once;
-            options that the model cannot follow.
+        ValueError: nothing requires grad; the data is no `Dataset`, empty, too long for the model
+            or of another vocabulary; the config no `TrainConfig`; groups that do not hold each
+            trained parameter once; options that the model cannot follow.
         RuntimeError: what requires grad has no part in the loss; the model was changed between two
             steps; a loss, a gradient or a trained weight is not finite.
     """
