@@ -27,12 +27,10 @@ Merging, exactly:
     unmerge               the very bytes of the base again
     merged                merged within a context
     is_merged             whether it is
-    MergeReport           what merging cost in precision
 
 Files:
     save                  a folder in PEFT's format
     load                  an adapter from such a folder, or from the Hub
-    load_loralib          an adapter from loralib's published files
     base_state_dict       the state dict of the base, as if it had never been injected
 
 One layer, where reading starts (`lora.layer`):
@@ -54,10 +52,10 @@ from lora.config import LoRAConfig as LoRAConfig
 from lora.config import UpdateConfig as UpdateConfig
 from lora.disk.checkpoint import load as load
 from lora.disk.checkpoint import save as save
-from lora.disk.loralib import load_loralib as load_loralib
 from lora.injection import eject as eject
 from lora.injection import inject as inject
 from lora.layer import LoRALinear as LoRALinear
+from lora.layer import LowRankUpdate as LowRankUpdate
 from lora.merging import is_merged as is_merged
 from lora.merging import merge as merge
 from lora.merging import merged as merged
@@ -68,9 +66,7 @@ from lora.parameters import count_parameters as count_parameters
 from lora.parameters import parameter_groups as parameter_groups
 from lora.parameters import trainable_parameters as trainable_parameters
 from lora.population import Population as Population
-from lora.rounding import MergeReport as MergeReport
 from lora.routing import routed as routed
-from lora.updates import LowRankUpdate as LowRankUpdate
 
 if typing.TYPE_CHECKING:
     __version__: str

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+import math
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from typing import cast
 
-import torch
 from torch import nn
 
-from lora.config import UpdateConfig, is_finite
+from lora.config import UpdateConfig, as_number
 from lora.injection import detach
 from lora.merging import refold
-from lora.tree import Tree, survey, survey_adapted
-from lora.undo import all_or_nothing
-from lora.updates import LowRankUpdate
+from lora.tree import Tree, listed, survey, survey_adapted
 
 Mixture = str | Mapping[str, float]
 """An adapter's name, or names with the weights of their updates in the sum."""
@@ -51,22 +48,22 @@ def activate(model: nn.Module, mixture: Mixture) -> None:
 
     Raises:
         ValueError: a name that the model does not carry, or a weight that is not finite.
-        RuntimeError: no adapter here, or the model is merged or routed.
-        The model is as it was after any error, Ctrl-C included.
+        RuntimeError: no adapter here, or the model is merged, routed or wrapped in DDP.
     """
     tree = survey_adapted(model)
     tree.require_settled()
+    tree.refuse_ddp()
     weights = as_mixture(mixture, tree)
-    with all_or_nothing(_parts(tree)):
-        for module in tree.adapted.values():
-            module.activate(weights)
+    for module in tree.adapted.values():
+        module.activate(weights)
+        module.train_only(weights)
 
 
 @contextmanager
 def activated(model: nn.Module, mixture: Mixture) -> Generator[None]:
     """Within the context the mixture is in force; after it, what was before.
 
-    A loss made within must have its backward pass within; later it is an error.
+    What is trained stays as it is: for that, see `activate`.
 
     Raises:
         ValueError, RuntimeError: as `activate`.
@@ -74,23 +71,16 @@ def activated(model: nn.Module, mixture: Mixture) -> Generator[None]:
     tree = survey_adapted(model)
     tree.require_settled()
     weights, before = as_mixture(mixture, tree), active_in(tree)
-
-    def restore() -> None:
+    for module in tree.adapted.values():
+        module.activate(weights)
+    try:
+        yield
+    finally:
         tree = survey(model)  # the body may have injected, or ejected all
         for module in tree.adapted.values():
             module.activate(before)
         if tree.is_merged:
             refold(tree)  # what is restored must be folded in its place
-
-    try:
-        try:
-            for module in tree.adapted.values():
-                module.activate(weights)
-            yield
-        finally:
-            restore()
-    finally:
-        restore()  # once more: Ctrl-C may have cut it short
 
 
 def remove(model: nn.Module, adapter: str) -> list[str]:
@@ -106,15 +96,13 @@ def remove(model: nn.Module, adapter: str) -> list[str]:
     Raises:
         ValueError: the model carries no such adapter.
         RuntimeError: no adapter here, or the model is merged or routed.
-        The model is as it was after any error, Ctrl-C included.
     """
     tree = survey_adapted(model)
     tree.require_settled()
     carrying = tree.carrying(adapter)
-    with all_or_nothing(tree.root.modules()):
-        for module in carrying.values():
-            module.drop(adapter)
-        detach(tree, {p: module for p, module in carrying.items() if not len(module.updates)})
+    for module in carrying.values():
+        module.drop(adapter)
+    detach(tree, {p: module for p, module in carrying.items() if not len(module.updates)})
     return list(carrying)
 
 
@@ -128,21 +116,13 @@ def disabled(model: nn.Module) -> Generator[None]:
         RuntimeError: no adapter here.
     """
     modules = list(survey_adapted(model).adapted.values())
-    context = object()
-
-    def restore() -> None:
-        for module in modules:
-            module.pause(context, begins=False)
-
+    for module in modules:
+        module.pause(1)
     try:
-        try:
-            for module in modules:
-                module.pause(context, begins=True)
-            yield
-        finally:
-            restore()
+        yield
     finally:
-        restore()  # once more: Ctrl-C may have cut it short
+        for module in modules:
+            module.pause(-1)
 
 
 def active_in(tree: Tree) -> dict[str, float]:
@@ -155,49 +135,26 @@ def as_mixture(mixture: Mixture, tree: Tree) -> dict[str, float]:
 
     Raises:
         ValueError: listing each name that the model does not carry, and each weight that is not a
-            finite number, or with which an update's scaling would be none.
+            finite number.
     """
-    if not isinstance(cast(object, mixture), str | Mapping):
-        shown = repr(mixture)[:80]
-        raise ValueError(f"Give an adapter's name, or names with weights, not {shown}.")
-    weights = {mixture: 1.0} if isinstance(mixture, str) else dict(mixture)
-    names = tree.adapters
+    if not isinstance(mixture, str | Mapping):
+        raise ValueError(f"Give an adapter's name, or names with weights, not {mixture!r:.80}.")
+    given = {mixture: 1.0} if isinstance(mixture, str) else mixture
+    weights = {name: as_number(weight) for name, weight in given.items()}
     faults = [
-        f"no adapter {str(name)[:80]!r} here (there are: {', '.join(names)})"
+        f"no adapter {name!r} here ({tree.named()})"
         for name in weights
-        if name not in names
+        if name not in tree.adapters
     ]
     faults += [
-        f"the weight of {str(name)[:80]!r} must be a finite number, got {repr(weight)[:80]}"
+        f"the weight of {name!r} must be a finite number, got {weight}"
         for name, weight in weights.items()
-        if not is_finite(weight)
-    ]
-    faults += [
-        f"the weight of {name!r:.80}, {weights[name]:.3g}, is more than its updates hold"
-        for name in weights
-        if not faults and abs(weights[name]) > 1 and _overflows(tree, name, weights[name])
+        if not math.isfinite(weight)
     ]
     for path, module in tree.copies.items():
-        having = [name for name in weights if name in module.updates]
-        if len(having) > 1 or any(weights[name] != 1 for name in having):
-            faults.append(f"{' and '.join(having)} train copies of {path}, which have no mixture")
+        mixed = [name for name in weights if name in module.updates]
+        if len(mixed) > 1 or any(weights[name] != 1 for name in mixed):
+            faults.append(f"{' and '.join(mixed)} train copies of {path}, which have no mixture")
     if faults:
-        raise ValueError("; ".join(faults[:5]) + ".")
+        raise ValueError(f"{listed(faults)}.")
     return {name: float(weight) for name, weight in weights.items()}
-
-
-def _overflows(tree: Tree, name: str, weight: float) -> bool:
-    """Whether a weight takes the scaling of an update out of the range of its factors."""
-    updates = (layer.updates[name] for layer in tree.layers.values() if name in layer.updates)
-    return any(
-        abs(weight) * update.config.scaling > torch.finfo(update.A.dtype).max
-        for update in updates
-        if isinstance(update, LowRankUpdate)
-    )
-
-
-def _parts(tree: Tree) -> Iterator[nn.Module]:
-    """All that switching changes."""
-    for module in tree.adapted.values():
-        yield module
-        yield from module.updates.modules()

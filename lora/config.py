@@ -3,21 +3,60 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeGuard, cast
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
-
-from lora.foreign import answering
-from lora.messages import brief
 
 Names = str | Sequence[str]
 Slices = Sequence[str] | Mapping[str, int]
 """Names of the equal parts of a layer's output, or its parts' sizes by name."""
+T = TypeVar("T")
 
-BIASES = ("none", "lora_only", "all")
+# What PEFT's LoraConfig calls the fields, and what they are here.
+PEFT_NAMES = {
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "targets",
+    "exclude_modules": "exclude",
+    "layers_to_transform": "layers",
+    "use_rslora": "rslora",
+    "rank": "r",
+}
+_ADVICE = {
+    "fan_in_fan_out": "not needed: the layer's class tells the layout",
+    "task_type": "not needed: the model is called as it is",
+    "use_dora": "not supported: there is no DoRA",
+    "init_lora_weights": "not supported: an adapter is drawn as PEFT does with True",
+    "trainable_token_indices": "not supported: target the embedding, or name it in modules_to_save",
+    "bias": "not supported: name the modules whose biases should train in modules_to_save",
+}
+
+
+def explained(cls: type[T]) -> type[T]:
+    """A dataclass whose TypeError for an unknown argument says what to write instead."""
+    create: Any = cls.__init__
+    known = [f.name for f in fields(cls)]  # pyright: ignore[reportArgumentType]
+
+    @wraps(create)
+    def checked(self: T, **arguments: Any) -> None:
+        for name in arguments:
+            if name in PEFT_NAMES:
+                raise TypeError(f"{name!r} is PEFT's name: here it is {PEFT_NAMES[name]}.")
+            if name in _ADVICE:
+                raise TypeError(f"{name!r} is {_ADVICE[name]}.")
+            if name not in known:
+                near = get_close_matches(name, known, 1)
+                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}."
+                raise TypeError(f"There is no argument {name!r}; {hint}")
+        create(self, **arguments)
+
+    cls.__init__ = checked
+    return cls
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +80,7 @@ class UpdateConfig:
     rslora: bool = False
 
     def __post_init__(self) -> None:
-        if faults := update_faults(self):
-            raise ValueError("; ".join(faults) + ".")
+        _check_sizes(self)
 
     @property
     def scaling(self) -> float:
@@ -55,7 +93,7 @@ class UpdateConfig:
         return replace(self, r=self.r * k, alpha=grown)
 
 
-@answering
+@explained
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
     """What an adapter is made of: the sizes of its updates, and the layers that get one.
@@ -73,14 +111,12 @@ class LoRAConfig:
         layers: numbers of the blocks to adapt, the first number in a path; None for all.
         rank_pattern: other ranks for targets, by suffix or regular expression.
         alpha_pattern: other alphas for targets, likewise.
-        slices: names of the equal parts of a fused projection, or a mapping from each part's name
-            to its outputs, for layers that do not name theirs.
-        rslora: scale by `alpha / √r`.
-        modules_to_save: suffixes of modules, such as a classifier head, of which the adapter trains
-            and saves a whole copy.
-        bias: which biases the adapter trains copies of: "none", "lora_only" (those of the adapted
-            layers) or "all".
-        seed: fixes the adapter, in whatever order layers are found; None draws one from torch's
+        slices: names of the equal parts of the targets' outputs, in order, or a mapping with each
+            part's size; by default the layer's own attribute `slices`.
+        rslora: scale by `alpha / √r` instead of `alpha / r`.
+        modules_to_save: suffixes of modules, such as a classifier's head, of which the adapter
+            trains a copy as a whole.
+        seed: makes the adapter the same in each run; None draws one from torch's
             global generator.
         dtype: of A and B; by default the base layer's, but float32 beside a 16-bit base.
 
@@ -94,104 +130,75 @@ class LoRAConfig:
     dropout: float = 0.0
     targets: Names = ("c_attn",)
     exclude: Names = ()
-    layers: Iterable[int] | None = None
-    rank_pattern: Mapping[str, int] | None = None
-    alpha_pattern: Mapping[str, float] | None = None
-    slices: Slices | None = None
+    layers: int | Iterable[int] | None = None
+    rank_pattern: Mapping[str, int] | None = field(default=None, hash=False)
+    alpha_pattern: Mapping[str, float] | None = field(default=None, hash=False)
+    slices: Slices | None = field(default=None, hash=False)
     rslora: bool = False
     modules_to_save: Names = ()
-    bias: str = "none"
     seed: int | None = None
     dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        for name in ("targets", "exclude", "modules_to_save", "layers"):
-            object.__setattr__(self, name, _settled(getattr(self, name)))
-        faults = update_faults(self)
-        for name in ("targets", "exclude", "modules_to_save"):
-            if not _are_names(getattr(self, name)):
-                faults.append(f"{name} must be a name or several, got {brief(getattr(self, name))}")
-        if not _names_something(self.targets) and not _names_something(self.modules_to_save):
-            faults.append(f"targets must name at least one layer, got {brief(self.targets)}")
-        if self.layers is not None and not _are_numbers(self.layers):
-            faults.append(f"layers must be several block numbers, got {brief(self.layers)}")
-        for name in ("rank_pattern", "alpha_pattern"):
-            if not _is_pattern(getattr(self, name)):
-                value = brief(getattr(self, name))
-                faults.append(f"{name} must map suffixes to numbers above 0, got {value}")
-        if self.bias not in BIASES:
-            faults.append(f"bias must be one of {', '.join(BIASES)}, got {brief(self.bias)}")
-        if self.seed is not None and (type(self.seed) is not int or abs(self.seed) >= 2**63):
-            faults.append(f"seed must be a 64-bit integer or None, got {brief(self.seed)}")
-        if not is_float(self.dtype):
-            faults.append(f"dtype must be a floating-point torch.dtype, got {brief(self.dtype)}")
-        if faults:
-            raise ValueError("; ".join(faults) + ".")
-
-
-def update_faults(config: UpdateConfig | LoRAConfig) -> list[str]:
-    """What is out of range of the fields that both configs have."""
-    faults: list[str] = []
-    if type(config.r) is not int or config.r < 1:
-        faults.append(f"r must be an integer of at least 1, got {brief(config.r)}")
-    if not is_finite(config.alpha) or config.alpha <= 0:
-        faults.append(f"alpha must be a finite number above 0, got {brief(config.alpha)}")
-    if not is_finite(config.dropout) or not 0 <= config.dropout < 1:
-        faults.append(f"dropout must be in [0, 1), got {brief(config.dropout)}")
-    if type(config.rslora) is not bool:
-        faults.append(f"rslora must be True or False, got {brief(config.rslora)}")
-    return faults
-
-
-def is_finite(value: object) -> TypeGuard[float]:
-    """Whether this is a number that a float can hold: no bool, NaN, infinity or huge integer."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return abs(value) <= sys.float_info.max
-
-
-def is_float(dtype: object) -> bool:
-    """Whether this is None or a dtype in which factors can be computed with."""
-    if dtype is None:
-        return True
-    return isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize >= 2
+        _check_sizes(self)
+        _convert(self, "a name or several", as_names, "targets", "exclude", "modules_to_save")
+        _convert(self, "block numbers", as_numbers, "layers")
+        _convert(self, "ranks by suffix", _mapped(operator.index), "rank_pattern")
+        _convert(self, "numbers by suffix", _mapped(as_number), "alpha_pattern")
+        _convert(self, "names, or sizes by name", _as_slices, "slices")
+        _convert(self, "an integer", operator.index, "seed")
+        if not self.targets and not self.modules_to_save:
+            raise ValueError("targets must name at least one layer.")
 
 
 def as_names(names: Names) -> tuple[str, ...]:
     """One name or several as a tuple."""
-    return (names,) if isinstance(names, str) else tuple(names)
+    several = (names,) if isinstance(names, str) else tuple(names)
+    if not all(isinstance(name, str) and name for name in several):
+        raise TypeError("a name must be text")
+    return several
 
 
-def _settled(value: Any) -> Any:
-    """Several values as a tuple, since an iterator is empty after its first use."""
-    if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
-        return cast(Any, value)
-    try:
-        return tuple(cast(Iterable[Any], value))
-    except TypeError:  # a tensor without axes says that it is iterable
-        return cast(Any, value)
+def as_number(value: Any) -> float:
+    """A number of Python or NumPy as Python's; an integer stays one."""
+    return operator.index(value) if hasattr(value, "__index__") else float(value)
 
 
-def _are_names(value: object) -> bool:
-    if isinstance(value, str):
-        return True
-    names = cast(tuple[object, ...], value) if isinstance(value, tuple) else (None,)
-    return all(isinstance(name, str) and name for name in names)
+def as_numbers(numbers: int | Iterable[int]) -> tuple[int, ...]:
+    """One number or several as a tuple."""
+    return tuple(map(operator.index, numbers if isinstance(numbers, Iterable) else (numbers,)))
 
 
-def _names_something(value: object) -> bool:
-    return bool(value) and value != ("",)
+def _as_slices(slices: Slices) -> Slices:
+    return dict(slices) if isinstance(slices, Mapping) else as_names(slices)
 
 
-def _are_numbers(value: object) -> bool:
-    numbers = cast(tuple[object, ...], value) if isinstance(value, tuple) else (None,)
-    return all(type(number) is int for number in numbers)
+def _mapped(convert: Callable[[Any], Any]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    return lambda pattern: {key: convert(value) for key, value in pattern.items()}
 
 
-def _is_pattern(value: object) -> bool:
-    if value is None:
-        return True
-    if not isinstance(value, Mapping):
-        return False
-    pairs = cast(Mapping[object, object], value).items()
-    return all(isinstance(k, str) and k and is_finite(v) and v > 0 for k, v in pairs)
+def _convert(config: Any, wanted: str, convert: Callable[[Any], Any], *names: str) -> None:
+    """Convert fields to the type that they mean; None stays None where it is the default."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None or getattr(type(config), name, 0) is not None:
+            try:
+                object.__setattr__(config, name, convert(value))
+            except (TypeError, ValueError, AttributeError):
+                raise ValueError(f"{name} must be {wanted}, got {value!r:.120}.") from None
+
+
+def _check_sizes(config: UpdateConfig | LoRAConfig) -> None:
+    """Convert and check the fields that both configs have."""
+    _convert(config, "an integer", operator.index, "r")
+    _convert(config, "a number", as_number, "alpha", "dropout")
+    _convert(config, "true or false", bool, "rslora")
+    faults: list[str] = []
+    if config.r < 1:
+        faults.append(f"r must be at least 1, got {config.r}")
+    if not 0 < config.alpha < math.inf:
+        faults.append(f"alpha must be finite and above 0, got {config.alpha}")
+    if not 0 <= config.dropout < 1:
+        faults.append(f"dropout must be in [0, 1), got {config.dropout}")
+    if faults:
+        raise ValueError("; ".join(faults) + ".")

@@ -1,22 +1,29 @@
-"""Adapters onto a model and off it: inject and eject; attach and detach, on which others stand."""
+"""Adapters onto a model and off it: inject and eject; draw, build, attach and detach below them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Unpack, cast
+import hashlib
+import sys
+import warnings
+from collections.abc import Collection, Mapping
+from functools import partial
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from lora.adapted import Adapted, Origin
-from lora.building import draw
-from lora.config import LoRAConfig
-from lora.copies import ModuleCopy
-from lora.layer import LoRALinear
+from lora.config import LoRAConfig, UpdateConfig
+from lora.copies import ModuleCopy, whole_copy
+from lora.layer import Adapted, EmbeddingUpdate, LoRALinear, LowRankUpdate
+from lora.layout import is_hooked, out_in_view
 from lora.merging import fold, keep_folded
-from lora.settings import LoRASettings, config_of
-from lora.tree import Owner, Tree, survey, survey_adapted
-from lora.undo import all_or_nothing
-from lora.updates import LowRankUpdate
+from lora.slices import SlicedUpdate, spans_of
+from lora.targets import by_pattern, find_targets, fits
+from lora.tree import Tree, listed, survey, survey_adapted
+
+Spans = Mapping[str, tuple[int, int]]
+HEADS = ("classifier", "score", "qa_outputs")
+"""What transformers calls heads that a task draws anew, and PEFT saves because of `task_type`."""
 
 
 def inject(
@@ -24,22 +31,20 @@ def inject(
     config: LoRAConfig | None = None,
     *,
     adapter: str = "default",
-    untie: bool = False,
-    **settings: Unpack[LoRASettings],
+    **settings: Any,
 ) -> list[str]:
     """Freeze the model and put a new, trainable low-rank update beside each target layer.
 
     The new adapter becomes the active one. It leaves the base's outputs as they are until it is
-    trained, since it starts at zero.
+    trained, since it starts at zero. The first one freezes the model's parameters.
 
     Args:
         model: any module that holds `nn.Linear`, Conv1D or `nn.Embedding` layers below it.
         config: what the adapter is made of; or its fields as keywords, as in
             `inject(model, r=8, alpha=16)`. See `lora.LoRAConfig` for them and their defaults.
         adapter: the new adapter's name; a model can carry several.
-        untie: give a target whose weight is shared, such as a tied head, a weight of its own.
         settings: r, alpha, dropout, targets, exclude, layers, rank_pattern, alpha_pattern, slices,
-            rslora, modules_to_save, bias, seed, dtype; see `lora.LoRAConfig`.
+            rslora, modules_to_save, seed, dtype; see `lora.LoRAConfig`.
 
     Returns:
         The dotted paths of the adapted layers. A module that stands under several paths is
@@ -49,13 +54,16 @@ def inject(
         TypeError: a keyword that is no field of `lora.LoRAConfig`.
         ValueError: an argument out of range, a target that matches no layer, a rank too large, a
             name that is taken, a shared weight.
-        RuntimeError: the model is merged or routed.
-        The model is as it was after any error, Ctrl-C included.
+        RuntimeError: the model is merged, routed, sharded, or wrapped in DDP.
+        The model is as it was after any error.
     """
+    if str(settings.get("task_type")).endswith(("_CLS", "QUESTION_ANS")):
+        heads = [name for name in HEADS if hasattr(model, name)] or ["the head's name"]
+        raise TypeError(f"Instead of 'task_type' pass modules_to_save={tuple(heads)}.")
     config = config_of(config, settings)
     tree = survey(model)
     tree.require_whole()
-    return attach(tree, adapter, draw(tree, config), untie=untie)
+    return attach(tree, adapter, draw(tree, config))
 
 
 def eject(model: nn.Module, *, merge: bool = False) -> list[str]:
@@ -72,90 +80,224 @@ def eject(model: nn.Module, *, merge: bool = False) -> list[str]:
     Raises:
         RuntimeError: no adapter here, or the model is merged (unmerge it, or pass `merge=True`).
         ValueError: with `merge=True`, as `lora.merge`.
-        The model is as it was after any error, Ctrl-C included.
+        The model is as it was after any error.
     """
-    if type(merge) is not bool:
-        raise ValueError(f"merge must be True or False, got {merge!r:.80}.")
     tree = survey_adapted(model)
     if not tree.is_merged:
         tree.require_settled()
+        if merge:
+            fold(tree)
     elif not merge:
         raise RuntimeError("The model is merged. Unmerge it first, or keep it with merge=True.")
-    with all_or_nothing(tree.root.modules()):
-        if merge:
-            if not tree.is_merged:
-                fold(tree)
-            keep_folded(tree)
-        detach(tree, tree.adapted, retie=not merge)
+    if merge:
+        keep_folded(tree)
+    detach(tree, tree.adapted)
     return tree.paths(tree.adapted.values())
 
 
-def attach(
-    tree: Tree, adapter: str, updates: Mapping[str, nn.Module], *, untie: bool = False
-) -> list[str]:
-    """Freeze the model, commit the updates to the layers at their paths, and activate them.
-
-    What is no `LowRankUpdate` is a copy of the module at its path.
-
-    Returns:
-        Every path of the layers.
+def config_of(
+    config: LoRAConfig | None, settings: Mapping[str, Any], default: LoRAConfig | None = None
+) -> LoRAConfig:
+    """The config given as one, or as keywords that replace fields of a default.
 
     Raises:
-        ValueError: a name that is taken or cannot be one, or listing each layer whose weight is
-            shared.
-        RuntimeError: the model is merged, routed or disabled.
+        TypeError: both are given, or a keyword that `LoRAConfig` does not have.
+        ValueError: as `LoRAConfig`.
+    """
+    if config is None:
+        defaults = {} if default is None else {**vars(default), "seed": None}
+        return LoRAConfig(**{**defaults, **settings})
+    if not isinstance(config, LoRAConfig):
+        raise TypeError(
+            f"config must be a lora.LoRAConfig, got {type(config).__name__}. Of another library's "
+            "config pass the values: lora.inject(model, r=…, alpha=…, targets=…)."
+        )
+    if settings:
+        raise TypeError(
+            f"Give a config or {', '.join(settings)}, not both; see dataclasses.replace."
+        )
+    return config
+
+
+def draw(tree: Tree, config: LoRAConfig) -> dict[str, nn.Module]:
+    """All that a config asks for, by path: new updates, and copies of modules.
+
+    Raises:
+        ValueError: listing what does not fit the model.
+    """
+    layers = find_targets(tree, config) if config.targets else {}
+    if config.slices is not None and not any(layers.values()):
+        raise ValueError("slices are given, but no target names any, such as 'c_attn[q,v]'.")
+    ranks = by_pattern(config.rank_pattern, layers, config.r, "rank_pattern")
+    alphas = by_pattern(config.alpha_pattern, layers, config.alpha, "alpha_pattern")
+    seed = int(torch.randint(2**63 - 1, (), device="cpu")) if config.seed is None else config.seed
+    updates: dict[str, nn.Module] = {}
+    faults: list[str] = []
+    for path, names in layers.items():
+        base = tree.bases[path]
+        try:
+            one = UpdateConfig(
+                r=ranks[path], alpha=alphas[path], dropout=config.dropout, rslora=config.rslora
+            )
+            spans = spans_of(base, names, config.slices)
+            require_rank(base, one.r, spans)
+            update = _empty(base, one.stacked(max(1, len(spans))), spans, config.dtype)
+        except ValueError as error:
+            faults.append(f"{path}: {str(error).removesuffix('.')}")
+        else:
+            update.reset(generator(seed, path))
+            updates[path] = update
+    if faults:
+        raise ValueError(f"{listed(faults)}.")
+    return updates | _copies(tree, config, updates)
+
+
+def build(
+    base: nn.Module,
+    config: UpdateConfig,
+    a: Tensor,
+    b: Tensor,
+    *,
+    spans: Spans | None = None,
+    dtype: torch.dtype | None = None,
+) -> LowRankUpdate:
+    """An update of `base` with these factors.
+
+    Args:
+        base: the layer that it is for.
+        config: what describes the factors.
+        a, b: `(r, in)` and `(out, r)`.
+        spans: `(start, stop)` of each slice of the output that it adapts, by name; None for all.
+        dtype: of A and B; by default as `lora.inject` chooses it.
+
+    Raises:
+        ValueError: listing what does not fit.
+    """
+    update = _empty(base, config, spans, dtype)
+    update.set_factors(a, b)
+    return update
+
+
+def require_rank(base: nn.Module, r: int, spans: Spans | None = None) -> None:
+    """Raise a ValueError where a rank is above the smaller side of what it adapts."""
+    sides = [stop - start for start, stop in (spans or {}).values()]
+    smaller = min(*base.get_parameter("weight").shape, *sides)
+    if r > smaller:
+        raise ValueError(
+            f"r {r} is above {smaller}, its smaller side; choose less, or leave it out (exclude=)"
+        )
+
+
+def attach(tree: Tree, adapter: str, updates: Mapping[str, nn.Module]) -> list[str]:
+    """Freeze the model, commit the updates to the modules at their paths, and activate them.
+
+    Anything but a `LowRankUpdate` is a copy of the module at its path.
+
+    Returns:
+        Every path of the modules.
+
+    Raises:
+        ValueError: a name that is taken or cannot be one, a layer that cannot carry its update, or
+            a weight that is shared.
+        RuntimeError: the model is merged, routed, disabled or wrapped in DDP.
         Nothing is changed then.
     """
-    _check_name(adapter, tree)
+    if adapter in tree.adapters:
+        raise ValueError(
+            f"The model carries an adapter {adapter!r} already; {tree.named()}. "
+            "Choose another name, or remove or eject it first."
+        )
+    if not adapter or "." in adapter or hasattr(nn.ModuleDict(), adapter):
+        raise ValueError(f"{adapter!r} cannot name an adapter, as it cannot name a module.")
     tree.require_settled()
+    tree.refuse_ddp()
     if not all(module.enabled for module in tree.adapted.values()):
         raise RuntimeError("The model is disabled. Leave the lora.disabled context first.")
-    if type(untie) is not bool:
-        raise ValueError(f"untie must be True or False, got {untie!r:.80}.")
     wrapped = {path: _wrapped(tree, path, update) for path, update in updates.items()}
     new = [path for path in updates if path not in tree.adapted]
-    tied = tree.shared_weights(p for p in new if isinstance(wrapped[p], LoRALinear))
-    if tied and not untie:
-        raise ValueError(f"{_shared(tied)}. Pass untie=True to give the target its own.")
-    own = {path: tree.bases[path].get_parameter("weight").detach().clone() for path in tied}
-    with all_or_nothing(tree.root.modules()):
-        origin = _freeze(tree, tied)
-        for path, weight in own.items():
-            tree.bases[path].weight = nn.Parameter(weight, requires_grad=False)
-        tree.replace({tree.bases[path]: wrapped[path] for path in new})
-        for path, update in updates.items():
-            wrapped[path].updates[adapter] = update
-        for module in {**tree.adapted, **wrapped}.values():
-            module.origin = origin
-            module.activate({adapter: 1.0})
+    layers = [path for path in new if isinstance(wrapped[path], LoRALinear)]
+    if shared := tree.shared_weights(layers):
+        raise ValueError(
+            f"{listed(shared)} are one tensor. Leave the layer out (exclude=), or give it one of "
+            "its own: layer.weight = torch.nn.Parameter(layer.weight.detach().clone())."
+        )
+    if shared := tree.shared_weights(path for path in new if path not in layers):
+        warnings.warn(f"{listed(shared)} are one tensor, of which a copy is trained.", stacklevel=3)
+    _freeze(tree)
+    if _warn_of_the_base_alone not in tree.root._state_dict_hooks.values():
+        tree.root.register_state_dict_post_hook(_warn_of_the_base_alone)
+    tree.replace({tree.bases[path]: wrapped[path] for path in new})
+    for path, update in updates.items():
+        wrapped[path].updates[adapter] = update
+    for module in {**tree.adapted, **wrapped}.values():
+        module.activate({adapter: 1.0})
+        module.train_only([adapter])
     return tree.paths([wrapped[p] if p in tree.adapted else tree.bases[p] for p in updates])
 
 
-def detach(tree: Tree, which: Mapping[str, Adapted], *, retie: bool = True) -> None:
-    """Put the bases of these modules back in their places; after the last one, thaw the base."""
-    modules = list(which.values())
-    bases = {id(module.base) for module in modules}
-    origin = modules[0].origin if modules else Origin()
-    if retie:
-        for base, owner, name in origin.tied:
-            if id(base) in bases:
-                base.weight = owner.get_parameter(name)
+def detach(tree: Tree, which: Mapping[str, Adapted]) -> None:
+    """Put the bases of these modules back in their places; after the last one, thaw the model."""
     if "" in which:
         raise RuntimeError("The model is itself an adapted layer: its base is model.base.")
-    tree.replace({module: module.base for module in modules})
-    if len(modules) == len(tree.adapted):
-        for module, name in origin.thawed:
-            parameter = dict(module.named_parameters(recurse=False)).get(name)
-            if parameter is not None:
-                parameter.requires_grad_(True)
+    tree.replace({module: module.base for module in which.values()})
+    if len(which) == len(tree.adapted):
+        for module in tree.root.modules():
+            hooks = module._state_dict_hooks
+            for key in [key for key, hook in hooks.items() if hook is _warn_of_the_base_alone]:
+                del hooks[key]
+            if frozen := vars(module).pop("frozen_by_lora", ()):
+                parameters = dict(module.named_parameters(remove_duplicate=False))
+                for name in parameters.keys() & {*frozen}:
+                    parameters[name].requires_grad_(True)
 
 
-def _shared(owners: Mapping[str, list[Owner]]) -> str:
-    """What a message says of layers whose weight others have too."""
-    return "; ".join(
-        f"{path}.weight is shared: {' and '.join(o.path for o in having)} are one tensor"
-        for path, having in owners.items()
-    )
+def generator(seed: int, path: str) -> torch.Generator:
+    """A generator of the layer's own, so that the order of layers does not matter."""
+    digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+
+
+def _empty(
+    base: nn.Module, config: UpdateConfig, spans: Spans | None, dtype: torch.dtype | None
+) -> LowRankUpdate:
+    """An update that fits `base`, or the given slices of its output; its A is not drawn yet."""
+    weight = out_in_view(base, base.get_parameter("weight"))
+    device = weight.device
+    if is_hooked(base):
+        if spans:
+            raise ValueError("its weight is moved by a hook, and its slices cannot be adapted")
+        if weight.is_meta:  # until the hook loads it
+            device = getattr(getattr(base, "_hf_hook", None), "execution_device", None) or "cpu"
+    if dtype is None:
+        dtype = weight.dtype if weight.dtype.itemsize > 2 else torch.float32
+    if not config.scaling <= torch.finfo(dtype).max:
+        raise ValueError(f"its scaling {config.scaling:.3g} is more than {dtype} holds")
+    kind: Any = LowRankUpdate
+    if isinstance(base, nn.Embedding):
+        kind = partial(EmbeddingUpdate, padding_idx=base.padding_idx)
+    elif spans:
+        kind = partial(SlicedUpdate, slices=spans)
+    out_features, in_features = weight.shape
+    return kind(in_features, out_features, config, dtype=dtype, device=device).train(base.training)
+
+
+def _copies(tree: Tree, config: LoRAConfig, adapted: Collection[str]) -> dict[str, nn.Module]:
+    """Copies of the modules to save."""
+    whole: list[str] = []
+    for name in config.modules_to_save:
+        paths = [path for path in tree.bases if path and fits(path, name)]
+        if not paths:
+            raise ValueError(f"No module matches modules_to_save {name!r}.")
+        for path in paths:
+            if type(tree.bases[path]).forward is nn.Module.forward:
+                raise ValueError(f"{path} in modules_to_save has no forward: name what it holds.")
+        whole += paths
+    inside = tuple(f"{path}." for path in (*whole, *tree.copies))
+    if clash := [p for p in adapted if p in whole or p.startswith(inside)]:
+        raise ValueError(
+            f"{clash[0]} is a target and in modules_to_save. Leave it out of one (exclude=)."
+        )
+    return {path: whole_copy(tree.bases[path]) for path in whole if not path.startswith(inside)}
 
 
 def _wrapped(tree: Tree, path: str, update: nn.Module) -> Adapted:
@@ -164,39 +306,30 @@ def _wrapped(tree: Tree, path: str, update: nn.Module) -> Adapted:
     present = tree.adapted.get(path)
     if present is not None and not isinstance(present, kind):
         raise ValueError(f"{path} carries another kind of update: low-rank, or a whole copy.")
-    return present or kind(tree.bases[path])
+    try:
+        return present or kind(tree.bases[path])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error.__cause__
 
 
-def _check_name(adapter: str, tree: Tree) -> None:
-    is_text = isinstance(cast(object, adapter), str)
-    if not is_text or not adapter or "." in adapter or hasattr(nn.ModuleDict(), adapter):
-        raise ValueError(
-            f"{str(adapter)[:80]!r} cannot name an adapter: it is no text, empty, has a dot, or is "
-            "taken by torch.nn.ModuleDict. Choose another."
-        )
-    if adapter in tree.adapters:
-        raise ValueError(
-            f"The model carries an adapter {adapter!r} already; {tree.named()}. "
-            "Choose another name, or remove or eject it first."
+def _warn_of_the_base_alone(*_: object) -> None:
+    """After `state_dict` of the model: where transformers asks for it, to write it."""
+    if sys._getframe(2).f_code.co_name == "save_pretrained":
+        warnings.warn(
+            "save_pretrained writes the base. Write the adapter with lora.save.", stacklevel=4
         )
 
 
-def _freeze(tree: Tree, tied: Mapping[str, list[Owner]]) -> Origin:
-    """Freeze the base, and say what `eject` is to put back."""
-    before = next((module.origin for module in tree.adapted.values()), Origin())
-    ours = {m for adapted in tree.adapted.values() for m in adapted.updates.modules()}
-    trainable = [
-        (module, name, parameter)
-        for module in tree.root.modules()
-        if module not in ours
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.requires_grad and not parameter.is_inference()  # that can never train
-    ]
-    for _, _, parameter in trainable:
+def _freeze(tree: Tree) -> None:
+    """Freeze the model at its first adapter, and note on its root what `eject` is to thaw."""
+    if "frozen_by_lora" in vars(tree.root):
+        return
+    updates = {p for a in tree.adapted.values() for p in a.updates.parameters()}
+    trainable = {
+        name: parameter
+        for name, parameter in tree.root.named_parameters(remove_duplicate=False)
+        if parameter.requires_grad and parameter not in updates
+    }
+    vars(tree.root)["frozen_by_lora"] = tuple(trainable)
+    for parameter in trainable.values():
         parameter.requires_grad_(False)
-    thawed = before.thawed + tuple((module, name) for module, name, _ in trainable)
-    others = tuple(
-        (tree.bases[path], *next(o[1:] for o in owners if o.module is not tree.bases[path]))
-        for path, owners in tied.items()
-    )
-    return Origin(thawed, before.tied + others)

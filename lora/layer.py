@@ -1,30 +1,228 @@
 """One adapted layer: `y = x W + b + s · drop(x) Aᵀ Bᵀ`, with `s = alpha / r`. Read this first.
 
-`LoRALinear` is the frozen base layer `x W + b` with its updates beside it; an update, one adapter's
-`s · drop(x) Aᵀ Bᵀ`, is in `lora.updates`. Everything else in this package is bookkeeping around
-these two.
+`LoRALinear` is the frozen base layer `x W + b` with the updates of any number of adapters beside
+it; `LowRankUpdate` is one adapter's `s · drop(x) Aᵀ Bᵀ`. Everything else in this package is
+bookkeeping around these two.
+
+The formula is computed in seven forms, which tests hold equal:
+
+    LowRankUpdate.forward        as written above: for embeddings, autocast, torch.func
+    LoRALinear.weight            `W + s·B A` in the base's dtype, for whoever reads the weight
+    LoRALinear.ideal             the same in the widest float, for merging
+    fast.forms.add_update        one differentiable function that keeps little: most calls
+    fast.forms.wide_linear       base and update in one product: large steps on a GPU
+    routing.BankRouting          each row of a batch under adapters of its choice
+    population.StackedLinear     each block of rows under one of k adapters
 
 Shapes: in, out features of the base layer · r rank · … any leading axes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+import math
+import zlib
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from lora.adapted import Adapted
+from lora.config import UpdateConfig
 from lora.fast import forms
-from lora.layout import call_with, is_plain, out_in_view, why_not_adaptable, widest_float
-from lora.untyped import after_load
-from lora.updates import LowRankUpdate
-from lora.vigil import Vigil
+from lora.fast.dropout import drop
+from lora.layout import gain_of, is_hooked, out_in_view, why_not_adaptable, widest_float
+
+
+class LowRankUpdate(nn.Module):
+    """`s · drop(x) Aᵀ Bᵀ`: A is `(r, in)`, B is `(out, r)`, whatever the base layer's layout.
+
+    A and B are used in the dtype of `x`, so float32 factors beside a 16-bit base cost no 32-bit
+    copy of the activations.
+
+    Args:
+        in_features, out_features: of the base layer.
+        config: rank, alpha and dropout.
+        dtype, device: of A and B.
+
+    Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        config: UpdateConfig,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.A = nn.Parameter(torch.empty(config.r, in_features, dtype=dtype, device=device))
+        self.B = nn.Parameter(torch.zeros(out_features, config.r, dtype=dtype, device=device))
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        """Draw A from U(±1/√in), that is Kaiming-uniform with a = √5, and set B to zero.
+
+        A is drawn in float32 on the CPU, so that a seed gives the same adapter on every device.
+        """
+        a = torch.empty(self.A.shape, dtype=torch.float32, device="cpu")
+        self.A.copy_(nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator))
+        self.B.zero_()
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A `(r, in)` and B `(out, r)` as they stand in the formula."""
+        return self.A, self.B
+
+    @torch.no_grad()
+    def set_factors(self, a: Tensor, b: Tensor) -> None:
+        """Take over values of the shapes of `factors()`.
+
+        Raises:
+            ValueError: listing what does not fit: a shape, values that are not finite floats.
+        """
+        faults: list[str] = []
+        for name, given, mine in zip("AB", (a, b), self.factors(), strict=True):
+            if given.shape != mine.shape:
+                shapes = tuple(given.shape), tuple(mine.shape)
+                faults.append("lora_{} is {}, this layer takes {}".format(name, *shapes))
+            elif reason := why_not_usable(given, mine.dtype):
+                faults.append(f"lora_{name} {reason}")
+        if faults:
+            raise ValueError(", ".join(faults))
+        self._set(a, b)
+
+    def _set(self, a: Tensor, b: Tensor) -> None:
+        self.A.copy_(a)
+        self.B.copy_(b)
+
+    @property
+    def drop_rate(self) -> float:
+        """The probability of dropout in the mode that the update is in."""
+        return self.config.dropout if self.training else 0.0
+
+    def forward(self, x: Tensor, weight: float = 1.0) -> Tensor:
+        """Map `(…, in)` to `(…, out)`, in the dtype of `x`: `weight` times the update."""
+        a, b = self.factors()
+        h = self.down(x, a)  # (…, r)
+        return F.linear(h, (b * (weight * self.config.scaling)).to(h))
+
+    def down(self, x: Tensor, a: Tensor) -> Tensor:
+        """`drop(x) Aᵀ`, `(…, r)`."""
+        if self.drop_rate:
+            x, _ = drop(x, self.drop_rate)
+        return F.linear(x, a.to(x))
+
+    def delta(self) -> Tensor:
+        """What the update adds to the weight: `s · B A`, `(out, in)`, in the widest float."""
+        a, b = (factor.to(widest_float(factor.device)) for factor in self.factors())
+        return b @ a * self.config.scaling
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        c = self.config
+        return f"in={self.A.shape[1]}, out={self.B.shape[0]}, r={c.r}, alpha={c.alpha:g}"
+
+
+class EmbeddingUpdate(LowRankUpdate):
+    """The update of an `nn.Embedding`: its input is a token id, so `x Aᵀ` is a row of Aᵀ.
+
+    Here A starts at zero and B is drawn, since a looked-up row of a small A would learn slowly.
+
+    Args:
+        in_features, out_features, config, dtype, device: as for `LowRankUpdate`.
+        padding_idx: the id whose row the base never trains; the update does not either.
+
+    Source: loralib's `Embedding`, which PEFT follows too.
+    """
+
+    def __init__(self, *sizes: Any, padding_idx: int | None = None, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        self.padding_idx = padding_idx
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        """Set A to zero and draw B from a standard normal."""
+        self.A.zero_()
+        b = torch.randn(self.B.shape, generator=generator, dtype=torch.float32, device="cpu")
+        self.B.copy_(b)
+
+    def down(self, x: Tensor, a: Tensor) -> Tensor:
+        """The rows of Aᵀ that the token ids `x` `(…)` select, `(…, r)`."""
+        return F.embedding(x, a.t().to(x.device), self.padding_idx)
+
+
+class Adapted(nn.Module):
+    """A frozen base module, and beside it what any number of adapters add.
+
+    The base is the very module that stood here. It is no child: its parameters and buffers are
+    registered here in the same dictionaries, so that they keep their names, and whoever replaces
+    one (`functional_call`, `fully_shard`, accelerate) replaces the base's.
+
+    Args:
+        base: the module.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        shared = ("_parameters", "_buffers", "_non_persistent_buffers_set")
+        vars(self).update({name: vars(base)[name] for name in shared}, base=base)
+        self.base: nn.Module
+        for name, child in base.named_children():
+            self.register_module(name, child)
+        self.updates = nn.ModuleDict()  # by the adapter's name
+        self.active: Mapping[str, float] = {}  # by name: the weight in the sum. `activate` writes
+        self.resting: dict[str, list[str]] = {}  # what trains again. `train_only` writes
+        self.pauses = 0  # open contexts of `lora.disabled`. `pause` writes
+        self.enabled = True  # whether there is none
+        self.train(base.training)
+
+    def activate(self, weights: Mapping[str, float]) -> None:
+        """Put those of the named adapters that this module has in force."""
+        # In the order of names: the sum is then the same bits however the mixture was written.
+        self.active = {name: weights[name] for name in sorted(weights) if name in self.updates}
+
+    def train_only(self, names: Collection[str]) -> None:
+        """Freeze all other adapters; one that was frozen so trains again what it trained before.
+
+        What a user froze in an adapter stays frozen.
+        """
+        for name, update in self.updates.items():
+            if name in names:
+                for key in self.resting.pop(name, ()):
+                    update.get_parameter(key).requires_grad_(True)
+            elif name not in self.resting:
+                self.resting[name] = [k for k, p in update.named_parameters() if p.requires_grad]
+                update.requires_grad_(False)
+
+    def pause(self, step: int) -> None:
+        """Begin (1) or end (-1) a context of `lora.disabled`; they may overlap in any order."""
+        self.pauses += step
+        self.enabled = not self.pauses
+
+    def drop(self, name: str) -> None:
+        """Forget an adapter."""
+        self.activate({n: w for n, w in self.active.items() if n != name})
+        self.resting.pop(name, None)
+        del self.updates[name]
+
+    def train(self, mode: bool = True) -> Adapted:
+        """As of any module; the base, which is no child, goes along."""
+        self.base.training = mode
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies are outside of the contexts that this module is in."""
+        return {**vars(self), "pauses": 0, "enabled": True}
 
 
 class Routing(Protocol):
     """What the updates of each row's own adapters add; see `lora.routing`."""
+
+    rows: object  # what each row is under
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map `(B, …, in)` to `(B, …, out)`."""
@@ -34,14 +232,14 @@ class Routing(Protocol):
 class LoRALinear(Adapted):
     """A frozen linear layer with the updates of any number of adapters beside it.
 
-    The base is the very module it replaces, and its weight is never written: a merged weight lives
-    beside it and takes its place in the forward pass, so unmerging is forgetting.
+    The base's weight is never written: merging puts a double of the base beside it that has another
+    weight and takes its place in the forward pass, so unmerging is forgetting.
 
     Args:
         base: an `nn.Linear`, an `nn.Embedding`, or a Conv1D that stores its weight `(in, out)`.
 
     Raises:
-        ValueError: `base` is none of them.
+        ValueError: `base` is none of them, or computes something else than their formula.
     """
 
     fused = True
@@ -51,101 +249,82 @@ class LoRALinear(Adapted):
         if reason := why_not_adaptable(base):
             raise ValueError(f"{type(base).__name__} cannot carry an update: {reason}.")
         super().__init__(base)
+        self.gain = gain_of(base)  # base(x) is so many times its class's formula
         self.routing: Routing | None = None  # `lora.routed` writes
-        self.vigil = Vigil()  # sees to it that backward runs under what forward ran under
-        self.merged_weight: Tensor | None  # in the base's layout. `lora.merging` writes, as this:
-        self.merged_bias: Tensor | None  # None where adapters train no bias
-        self.register_buffer("merged_weight", None, persistent=False)
-        self.register_buffer("merged_bias", None, persistent=False)
-        after_load(self, _fold_again)
+        self.merged: nn.Module | None = None  # the base's double with a folded weight
+        self.register_load_state_dict_pre_hook(_refuse_merged)
+        for name in ("in_features", "out_features", "num_embeddings", "embedding_dim", "slices"):
+            if hasattr(base, name):
+                setattr(self, name, getattr(base, name))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(…, in)` to `(…, out)`."""
-        self.vigil.begin(self.enabled, self.merged_weight is None, self.active, self.routing)
         if not self.enabled:
             return self.base(x)
-        if self.merged_weight is not None:
-            return self._base_with(x, self.merged_weight, self.merged_bias)
+        if self.merged is not None:
+            return self.merged(x)
         if self.routing is not None:
-            y = plus(self.base(x), self.routing(x))
-        elif not is_plain(self.base):
-            y = self._own_forward(x)
-        elif (fast := self._fast_forward(x)) is not None:
-            y = fast
+            y = self.base(x)
+            y = y + self.routing(x).to(y)
+        elif self.fused and forms.applies(self, x):
+            y = forms.linear(self.base, x, self.weight_out_in, self.terms())
         else:
-            y = self._base_with(x, None, self.trained_bias())
+            y = self.base(x)
             for update, weight in self.active_updates():
-                y = plus(y, update(x, weight))
-        return self.vigil.over(y, self.updates)
+                y = y + update(x, self.gain * weight).to(y)
+        return _watched(y, self)
 
-    def _fast_forward(self, x: Tensor) -> Tensor | None:
-        """The same by the wing, or None where that has no form for it."""
-        if not self.fused or not forms.applies(x) or self.trained_bias() is not None:
-            return None
-        terms = [
-            forms.Term(*update.factors(), weight * update.config.scaling, update.drop_rate)
-            for update, weight in self.active_updates()
-        ]
-        return forms.linear(self.base, x, self.weight_out_in, terms)
-
-    def _own_forward(self, x: Tensor) -> Tensor:
-        """Where the base computes more than its class's formula: that, on the weight in force."""
-        if any(update.drop_rate for update, _ in self.active_updates()) and x.is_floating_point():
-            raise RuntimeError(
-                f"{type(self.base).__name__} has a forward of its own, in which the input of an "
-                "update cannot be dropped. Inject it with dropout=0, or exclude it."
-            )
-        return self._base_with(x, self.weight, self.trained_bias())
-
-    def _base_with(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """The base, with these in the place of its own where they are given."""
-        given = {"weight": weight, "bias": bias}
-        tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
-        return call_with(self.base, tensors, x) if tensors else self.base(x)
+    def merge(self, weight: Tensor | None) -> None:
+        """Compute with this weight, in the base's layout, and no update; or with none again."""
+        double = None
+        if weight is not None:
+            double, merged = copy.copy(self.base), nn.Parameter(weight, requires_grad=False)
+            vars(double)["_parameters"] = {**self._parameters, "weight": merged}
+        vars(self)["merged"] = double  # no child, as the base is none
 
     def update(self, adapter: str) -> LowRankUpdate:
         """The adapter's update of this layer."""
         return cast(LowRankUpdate, self.updates[adapter])
 
-    def active_updates(self) -> Iterable[tuple[LowRankUpdate, float]]:
+    def active_updates(self) -> list[tuple[LowRankUpdate, float]]:
         """The updates in force, each with its weight in the sum."""
         return [(self.update(name), weight) for name, weight in self.active.items()]
+
+    def terms(self) -> list[forms.Term]:
+        """The updates in force as the fast forms take them."""
+        return [
+            forms.Term(*u.factors(), self.gain * weight * u.config.scaling, u.drop_rate)
+            for u, weight in self.active_updates()
+        ]
 
     @property
     def weight(self) -> Tensor:
         """The weight in force, in the base's layout: whoever reads it computes the adapted layer.
 
+        It is computed anew at each reading, in the base's dtype.
+
         Raises:
             RuntimeError: the model is routed, so that each row has a weight of its own.
         """
-        if self.routing is not None and self.enabled:
+        base = cast(Tensor, self._parameters["weight"])
+        if not self.enabled or base.is_meta or is_hooked(self):
+            return base
+        if self.routing is not None:
             raise RuntimeError("A routed layer has no one weight. Leave the lora.routed context.")
-        if not self.enabled or (self.merged_weight is None and not self.active):
-            return self.base.get_parameter("weight")
-        return self.fold() if self.merged_weight is None else self.merged_weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The bias in force: the base's, or what the active adapters trained in its place."""
-        trained = self.trained_bias() if self.enabled else None
-        return cast(Tensor | None, getattr(self.base, "bias", None)) if trained is None else trained
-
-    def trained_bias(self) -> Tensor | None:
-        """`b + Σ w·(bᵢ - b)` of the active adapters that train a bias; None where none does."""
-        trained = [(u.bias, w) for u, w in self.active_updates() if u.bias is not None]
-        if len(trained) == 1 and trained[0][1] == 1:
-            return trained[0][0]
-        if not trained:
-            return None
-        bias = base = self.base.get_parameter("bias")
-        for own, weight in trained:
-            bias = bias + weight * (own - base)
-        return bias
+        if self.merged is not None:
+            return self.merged.get_parameter("weight")
+        if not self.active:
+            return base
+        weight = self.weight_out_in
+        for update, share in self.active_updates():
+            a, b = (factor.to(weight) for factor in update.factors())
+            weight = torch.addmm(weight, b, a, alpha=share * update.config.scaling)
+        return out_in_view(self.base, weight)
 
     @property
     def weight_out_in(self) -> Tensor:
         """The base's own weight seen as `(out, in)`, whatever its layout."""
-        return out_in_view(self.base, self.base.get_parameter("weight"))
+        return out_in_view(self.base, cast(Tensor, self._parameters["weight"]))
 
     def ideal(self) -> Tensor:
         """`W + Σ w·s·B A` of the active updates, `(out, in)`, in the widest float, unrounded."""
@@ -154,24 +333,64 @@ class LoRALinear(Adapted):
             ideal = ideal + weight * update.delta()
         return ideal
 
-    def fold(self) -> Tensor:
-        """The ideal weight, rounded once to the base's dtype, in the base's layout."""
-        dtype = self.base.get_parameter("weight").dtype
-        return out_in_view(self.base, self.ideal()).to(dtype).contiguous()
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        return f"base={self.base!r}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "routing": None, "vigil": Vigil()}
+        return {**super().__getstate__(), "routing": None}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALinear:
+        super()._apply(fn, recurse)
+        if self.merged is not None:
+            self.merged._apply(fn)
+        return self
 
 
-def plus(y: Tensor, u: Tensor) -> Tensor:
-    """`y + u` in the dtype of `y`, but where u is zero y to the bit: -0.0 + 0.0 would be 0.0."""
-    u = u.to(y.dtype)
-    unchanged = y - (u.detach() - u)  # y - 0.0, through which u still learns
-    return torch.where(u.detach() == 0, unchanged, y + u)
+def _refuse_merged(layer: LoRALinear, *_: object) -> None:
+    """Before `load_state_dict`, which would leave the merged weight stale."""
+    if layer.merged is not None:
+        raise RuntimeError("The model is merged. Call lora.unmerge before load_state_dict.")
 
 
-def _fold_again(layer: nn.Module, _: object) -> None:
-    """After `load_state_dict` into a merged layer: fold what was loaded."""
-    if isinstance(layer, LoRALinear) and layer.merged_weight is not None:
-        layer.merged_weight, bias = layer.fold().detach(), layer.trained_bias()
-        layer.merged_bias = None if bias is None else bias.detach()
+def _watched(y: Tensor, layer: LoRALinear) -> Tensor:
+    """`y`, whose backward pass raises where the adapters of its forward pass are gone."""
+    if not y.requires_grad or torch.compiler.is_compiling() or forms.in_transform():
+        return y
+    state = layer.active if layer.routing is None else layer.routing.rows
+    trained = [p for p in layer.updates.parameters() if p.requires_grad]
+    return _Watch.apply(y, zlib.crc32(repr(state).encode()), trained) if trained else y
+
+
+class _Watch(torch.autograd.Function):
+    """The identity; in its backward pass an error where a factor that trained does no more.
+
+    When a checkpointed layer runs again, torch compares the shapes of what is saved: that of an
+    empty tensor says which adapters were in force.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, state: int, trained: list[nn.Parameter]) -> Tensor:
+        ctx.save_for_backward(y.new_empty(state, 0))
+        ctx.trained = trained
+        return torch.ops.aten._unsafe_view(
+            y, y.shape
+        )  # no view, so that it may be changed in place
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        if not all(p.requires_grad for p in ctx.trained):
+            raise RuntimeError(
+                "A gradient comes to an adapter that was switched off after the loss was made. "
+                "Call backward before lora.activate."
+            )
+        return grad_outputs[0], None, None
+
+
+def why_not_usable(tensor: Tensor, dtype: torch.dtype | None = None) -> str | None:
+    """What keeps these from being values of a factor of this dtype, or None."""
+    if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+        return f"is {tensor.dtype}, and only floats of 16 bits and more are read and written"
+    if not torch.isfinite(tensor.to(dtype)).all():
+        return f"has NaN or infinite values in {dtype or tensor.dtype}"
+    return None

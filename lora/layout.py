@@ -6,12 +6,9 @@ map of one-hot rows) store `(in, out)`.
 
 from __future__ import annotations
 
-from types import MethodType
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call  # pyright: ignore[reportUnknownVariableType]
+from torch.nn import functional as F
 
 
 def out_in_view(base: nn.Module, weight: Tensor) -> Tensor:
@@ -30,19 +27,9 @@ def is_conv1d(module: nn.Module) -> bool:
     return named_so and not isinstance(module, nn.Linear | nn.Embedding)
 
 
-def is_plain(base: nn.Module) -> bool:
-    """Whether the layer computes its class's formula, and not one of its own, such as a scaled one.
-
-    Beside any other forward no update can be added: only the layer's own forward on the weight in
-    force is right there. A subclass of `nn.Linear` whose forward computes the same in another way
-    says so by `computes_linear = True`.
-    """
-    kind = type(base)
-    if "forward" in vars(base):
-        return False
-    if vars(kind).get("computes_linear"):
-        return True
-    return kind.__name__ == "Conv1D" or kind.forward in (nn.Linear.forward, nn.Embedding.forward)
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a forward was set on the instance, as accelerate and diffusers move weights."""
+    return "forward" in vars(module)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -51,34 +38,46 @@ def has_hooks(module: nn.Module) -> bool:
     return any(vars(module)[name] for name in hooks)
 
 
-def call_with(base: nn.Module, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
-    """The layer's own forward on `x`, with these tensors in the place of its parameters.
+def is_plain(base: nn.Module) -> bool:
+    """Whether the class computes the formula of `nn.Linear`, Conv1D or `nn.Embedding`.
 
-    The layer is never written, so that any number of threads may share it.
+    A subclass of `nn.Linear` whose forward computes the same in another way says so by
+    `computes_linear = True`.
+    """
+    kind = type(base)
+    formulas = (nn.Linear.forward, nn.Embedding.forward)
+    return bool(
+        vars(kind).get("computes_linear") or kind.__name__ == "Conv1D" or kind.forward in formulas
+    )
+
+
+@torch.no_grad()
+def gain_of(base: nn.Module) -> float:
+    """By how much a forward of the class's own scales the formula: 1, or an `embed_scale`.
 
     Raises:
-        RuntimeError: a forward was set on this very layer, which may hold on to its own weight.
+        ValueError: the forward computes something else, so that nothing can be added to it.
     """
-    if torch.compiler.is_compiling():  # which traces the replacement instead of making it
-        return functional_call(base, tensors, (x,))
-    double = type(base).__new__(type(base))
-    others = {n: p for n, p in vars(base)["_parameters"].items() if n not in tensors}
-    # What Module.compile has made is bound to the base's own weight.
-    state: dict[str, Any] = {
-        **vars(base),
-        "_parameters": others,
-        "_compiled_call_impl": None,
-        **tensors,
-    }
-    if "forward" in state:
-        if getattr(state["forward"], "__self__", None) is not base:
-            raise RuntimeError(
-                f"The forward of one {type(base).__name__} was replaced by a function that may use "
-                "the weight without the update. Define it in a subclass, or exclude the layer."
-            )
-        state["forward"] = MethodType(state["forward"].__func__, double)
-    vars(double).update(state)
-    return double(x)
+    if is_plain(base) or is_hooked(base):
+        return 1.0
+    weight, bias = base.get_parameter("weight"), getattr(base, "bias", None)
+    if isinstance(base, nn.Embedding):
+        x = torch.arange(min(len(weight), 64), device=weight.device)
+        formula = F.embedding(x, weight)
+    else:
+        n_in = out_in_view(base, weight).shape[1]
+        x = torch.linspace(-1, 1, 3 * n_in, device=weight.device).to(weight.dtype).view(3, n_in)
+        formula = F.linear(x, out_in_view(base, weight), bias)
+    try:
+        y = base(x)
+        gain = float((y.double() * formula.double()).sum() / formula.double().square().sum())
+        torch.testing.assert_close(y, (gain * formula).to(y.dtype), rtol=0.02, atol=0.02)
+    except Exception as error:
+        raise ValueError(
+            f"the forward of {type(base).__name__} is not a multiple of its class's formula, so no "
+            "update can be added; leave it out (exclude=)"
+        ) from error
+    return gain
 
 
 def why_not_adaptable(module: nn.Module) -> str | None:

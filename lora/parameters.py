@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from lora.adapted import Adapted
-from lora.config import is_finite
-from lora.messages import brief, html_table
+from lora.layer import Adapted, EmbeddingUpdate
 from lora.tree import survey_adapted, unwrap
-from lora.untyped import named_modules
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -21,6 +19,8 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def parameter_groups(model: nn.Module, lr: float, *, b_ratio: float = 16.0) -> list[dict[str, Any]]:
     """Optimiser groups in which B learns `b_ratio` times as fast as the rest (LoRA+).
+
+    Of an embedding's update it is A that does, since there A is the factor that starts at zero.
 
     Args:
         model: a model with adapters.
@@ -35,11 +35,10 @@ def parameter_groups(model: nn.Module, lr: float, *, b_ratio: float = 16.0) -> l
 
     Source: Hayou et al. 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models".
     """
-    if not (is_finite(lr) and is_finite(b_ratio) and lr > 0 and b_ratio > 0):
-        shown = f"{brief(lr)} and {brief(b_ratio)}"
-        raise ValueError(f"lr and b_ratio must be finite and above 0, got {shown}.")
-    layers = survey_adapted(model).layers.values()
-    late = {id(layer.update(name).B) for layer in layers for name in layer.updates}
+    if not (0 < lr < math.inf and 0 < b_ratio < math.inf):
+        raise ValueError(f"lr and b_ratio must be finite and above 0, got {lr} and {b_ratio}.")
+    updates = [u for layer in survey_adapted(model).layers.values() for u in layer.updates.values()]
+    late = {id(u.A if isinstance(u, EmbeddingUpdate) else u.B) for u in updates}
     trainable = trainable_parameters(model)
     return [
         {"params": [p for p in trainable if id(p) not in late], "lr": lr},
@@ -55,18 +54,11 @@ class ParameterCount:
     total: int
 
     def __str__(self) -> str:
+        percent = 100 * self.trainable / max(self.total, 1)
         return (
             f"trainable params: {self.trainable:,} || all params: {self.total:,} || "
-            f"trainable%: {self._percent}"
+            f"trainable%: {percent:.4f}"
         )
-
-    def _repr_html_(self) -> str:
-        whole = {"all": f"{self.total:,}", "trainable": f"{self.trainable:,}"}
-        return html_table({**whole, "trainable %": self._percent})
-
-    @property
-    def _percent(self) -> str:
-        return f"{100 * self.trainable / max(self.total, 1):.4f}"
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
@@ -81,6 +73,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict that the model would have had it never been injected, merged or not."""
     root = unwrap(model)
-    adapted = [path for path, module in named_modules(root) if isinstance(module, Adapted)]
+    modules = root.named_modules(remove_duplicate=False)
+    adapted = [path for path, module in modules if isinstance(module, Adapted)]
     own = tuple(f"{path}.updates." if path else "updates." for path in adapted)
     return {key: t for key, t in root.state_dict().items() if not key.startswith(own)}

@@ -1,37 +1,91 @@
 """Many adapters of one model that run in one batch: each in a slot, all in one stacked tensor.
 
 A slot's parameters are one row of `flat`, in the same layout for all: the A's of every layer, then
-the B's. A layer sees its own columns of it as `(k, r, in)` and `(k, out, r)`, so nothing is stacked
-or gathered in a step, and the number of kernels does not depend on k. Ranks are padded to the
+the B's. A layer sees its columns of it as `(k, r, in)` and `(k, out, r)`, so nothing is stacked or
+gathered in a step, and the number of kernels does not depend on k. Ranks are padded to the
 largest; padding, and a layer that a slot leaves out, is zero, has a zero gradient and stays zero.
 
-Shapes: k slots · P parameters of a slot · r, in, out of a layer.
+Shapes: k slots · b rows of a slot · r rank, padded · in, out of a layer · P parameters of a slot ·
+… any axes between.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Unpack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora.building import build, draw
 from lora.config import LoRAConfig, UpdateConfig
-from lora.injection import attach, eject
-from lora.layout import is_plain
-from lora.messages import listed
-from lora.settings import LoRASettings, config_of
-from lora.slices import SlicedUpdate
-from lora.stacked import Stack, StackedLinear
-from lora.tree import survey, survey_adapted
-from lora.undo import all_or_nothing
-from lora.updates import LowRankUpdate
+from lora.injection import attach, build, config_of, detach, draw
+from lora.layer import LowRankUpdate
+from lora.layout import is_hooked, is_plain
+from lora.tree import listed, survey, survey_adapted
 
 Updates = Mapping[str, LowRankUpdate]
 """An adapter off the model: its updates by the path of their layer."""
+
+
+class StackedLinear(nn.Module):
+    """`y = x W + b + s_i · drop(x) A_iᵀ B_iᵀ` for the rows of each slot i, by batched products.
+
+    Args:
+        base: the frozen layer, which computes `x W + b`.
+        a: `(k, r, in)`; where a slot's rank is smaller, the rest is zero and stays so.
+        b: `(k, out, r)`, likewise.
+        dropping: whether any slot may have dropout.
+
+    Attributes:
+        scales: `(k,)`, each slot's factor, zero at first.
+        rates: `(k,)`, each slot's probability of dropping an input feature in training.
+
+    `drops` drops a slot's input: from the tensor and the rates to the tensor. Who trains sets it;
+    without it nothing is dropped.
+    """
+
+    is_stacked = True
+    drops: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def __init__(self, base: nn.Module, a: Tensor, b: Tensor, *, dropping: bool) -> None:
+        super().__init__()
+        self.base = base
+        self.A, self.B = nn.Parameter(a), nn.Parameter(b)
+        self.scales, self.rates = a.new_zeros(2, len(a)).unbind()
+        self.dropping, self.training = dropping, base.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(k·b, …, in)` to `(k·b, …, out)`.
+
+        Raises:
+            ValueError: the rows are not k equal blocks.
+        """
+        y, k = self.base(x), len(self.A)
+        if x.shape[0] % k:
+            raise ValueError(f"The batch has {x.shape[0]} rows, which are not {k} equal blocks.")
+        drops = self.drops if self.training and self.dropping else None
+        rows = x if drops is None else drops(x, self.rates)
+        rows = rows.reshape(k, -1, x.shape[-1])
+        h = rows @ self.A.to(x.dtype).mT  # (k, b·…, r)
+        h = (h * self.scales[:, None, None].to(h.dtype)).to(y.dtype)
+        stacked = y.reshape(k, -1, y.shape[-1])
+        return torch.baddbmm(stacked, h, self.B.to(y.dtype).mT).view(y.shape)
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        k, r, features = self.A.shape
+        return f"slots={k}, r={r}, in={features}, out={self.B.shape[1]}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StackedLinear:
+        moved = fn(self.scales)
+        if (moved.dtype, moved.device) != (self.scales.dtype, self.scales.device):
+            raise RuntimeError(
+                "A model under a population cannot be moved. Call its eject() first."
+            )
+        super()._apply(fn, recurse)
+        return self
 
 
 class Population:
@@ -41,7 +95,7 @@ class Population:
     batch's first axis, under slot i. A slot begins empty, as the base.
 
     Args:
-        model: a model without adapters.
+        model: a model without adapters, on its device and in its dtype.
         slots: k, how many adapters there is room for.
         config: the largest adapter that there is room for; or its fields as keywords. Its targets
             are the layers that any may adapt, its r the largest rank, its dropout above zero if
@@ -56,64 +110,64 @@ class Population:
         layers: the stacked layers by their path.
 
     Raises:
-        ValueError: what has no room: an embedding, slices, biases, copies of modules; and as
-            `lora.inject`.
+        ValueError: what has no room: an embedding, slices, copies of modules; and as `lora.inject`.
         RuntimeError: the model carries adapters. It is as it was after any error.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        slots: int,
-        config: LoRAConfig | None = None,
-        **settings: Unpack[LoRASettings],
+        self, model: nn.Module, slots: int, config: LoRAConfig | None = None, **settings: Any
     ) -> None:
-        if type(slots) is not int or slots < 1:
-            raise ValueError(f"slots must be an integer of at least 1, got {slots!r}.")
-        self.room = config_of(config, settings)
-        self._tree = survey(model)
+        if slots < 1:
+            raise ValueError(f"slots must be at least 1, got {slots}.")
+        self.room, self.model, self._tree = config_of(config, settings), model, survey(model)
         if self._tree.adapted:
             raise RuntimeError(
                 "The model carries adapters. Take them off with lora.eject, and put them into "
                 "slots with population.adopting."
             )
-        self.model = model
         drawn = _low_rank(draw(self._tree, replace(self.room, seed=0)))
         if shared := self._tree.shared_weights(drawn):
-            raise ValueError(f"{next(iter(shared))}.weight is shared: leave it out of the targets.")
-        if own := [path for path in drawn if not is_plain(self._tree.bases[path])]:
-            raise ValueError(f"{own[0]} has a forward of its own: leave it out of the targets.")
-        some, drops, bases = next(iter(drawn.values())).A, self.room.dropout > 0, self._tree.bases
-        shapes = {path: update.factors() for path, update in drawn.items()}
-        self._stack = Stack(slots, shapes, some.dtype, some.device)
-        self._configs: list[dict[str, UpdateConfig]] = [{} for _ in range(slots)]
-        self.flat, self.grad, self.parts = self._stack.flat, self._stack.grad, self._stack.parts
+            raise ValueError(f"{listed(shared)} are one tensor: leave them out of the targets.")
+        bases = {path: self._tree.bases[path] for path in drawn}
+        if other := [p for p, base in bases.items() if is_hooked(base) or not is_plain(base)]:
+            raise ValueError(f"{other[0]} has a forward of its own: leave it out of the targets.")
+        self._shapes = {path: (u.A.shape, u.B.shape) for path, u in drawn.items()}
+        sizes = [sum(pair[which].numel() for pair in self._shapes.values()) for which in (0, 1)]
+        self.parts: Mapping[str, slice] = {
+            "A": slice(0, sizes[0]),
+            "B": slice(sizes[0], sum(sizes)),
+        }
+        like = next(iter(drawn.values())).A
+        self.flat = like.new_zeros(slots, sum(sizes)).detach()
+        self.grad = torch.zeros_like(self.flat)
+        views, gradients = self._views(self.flat), self._views(self.grad)
         self.layers = {
-            path: StackedLinear(bases[path], *self._stack.of(self.flat, path), dropping=drops)
-            for path in drawn
+            path: StackedLinear(base, *views[path], dropping=self.room.dropout > 0)
+            for path, base in bases.items()
         }
         self.parameters: Sequence[Tensor] = [
             factor for layer in self.layers.values() for factor in (layer.A, layer.B)
         ]
-        self.gradients: Sequence[Tensor] = [
-            part for path in drawn for part in self._stack.of(self.grad, path)
-        ]
+        self.gradients: Sequence[Tensor] = [part for path in bases for part in gradients[path]]
+        self._configs: list[dict[str, UpdateConfig]] = [{} for _ in range(slots)]
         self._thawed = [p for p in model.parameters() if p.requires_grad]
-        with all_or_nothing(self._tree.root.modules()):
-            self._install()
+        self._install()
 
     def __len__(self) -> int:
         return len(self.flat)
 
-    def draw(
-        self, slot: int, config: LoRAConfig | None = None, **settings: Unpack[LoRASettings]
-    ) -> None:
+    def draw(self, slot: int, config: LoRAConfig | None = None, **settings: Any) -> None:
         """Begin a new adapter in a slot, the one that `lora.inject` would draw.
+
+        Args:
+            slot: its number.
+            config: what the adapter is made of, taken whole; or, as keywords, fields that differ
+                from those that the population was made with. A seed is not taken from there.
 
         Raises:
             ValueError: as `lora.inject`; there is no such slot; no room for the adapter.
         """
-        self.put(slot, _low_rank(draw(self._tree, config_of(config, settings))))
+        self.put(slot, _low_rank(draw(self._tree, config_of(config, settings, self.room))))
 
     @torch.no_grad()
     def put(self, slot: int, updates: Updates) -> None:
@@ -126,9 +180,10 @@ class Population:
         if faults := [f for path, update in updates.items() for f in self._misfits(path, update)]:
             raise ValueError(f"There is no room in the population: {listed(faults)}.")
         row = torch.zeros(self.flat.shape[1], dtype=self.flat.dtype)
+        views = self._views(row)
         for path, update in updates.items():
-            for room, factor in zip(self._stack.of(row, path), update.factors(), strict=True):
-                room[: factor.shape[0], : factor.shape[1]] = factor
+            for view, factor in zip(views[path], update.factors(), strict=True):
+                view[: factor.shape[0], : factor.shape[1]] = factor
         self.flat[slot] = row.to(self.flat.device)
         self.grad[slot] = 0
         self._configs[slot] = {path: update.config for path, update in updates.items()}
@@ -146,12 +201,13 @@ class Population:
         self._check_slot(slot)
         if not self._configs[slot]:
             raise ValueError(f"Slot {slot} is empty.")
-        row, found = self.flat[slot].detach(), dict[str, LowRankUpdate]()
+        row = self.flat[slot].detach()
+        views, updates = self._views(row), dict[str, LowRankUpdate]()
         for path, config in self._configs[slot].items():
-            a, b = self._stack.of(row, path)
-            own = a[: config.r], b[:, : config.r]
-            found[path] = build(self._tree.bases[path], config, *own, dtype=row.dtype)
-        return found
+            a, b = views[path]
+            factors = a[: config.r], b[:, : config.r]
+            updates[path] = build(self._tree.bases[path], config, *factors, dtype=row.dtype)
+        return updates
 
     def clear(self, slot: int) -> None:
         """Empty a slot: its rows run under the base."""
@@ -187,14 +243,26 @@ class Population:
             tree = survey_adapted(self.model)
             if len(tree.adapters) > 1:
                 raise ValueError(f"A slot takes one adapter, and {tree.named()}.")
-            found = {p: m.updates[tree.adapters[0]] for p, m in tree.adapted.items()}
-        self.put(slot, _low_rank(found))
+            updates = {p: m.updates[tree.adapters[0]] for p, m in tree.adapted.items()}
+        self.put(slot, _low_rank(updates))
 
     def eject(self) -> None:
         """Take the population off: the model is, object for object, the one it was; once only."""
         self._take_off()
         for parameter in self._thawed:
             parameter.requires_grad_(True)
+
+    def _views(self, rows: Tensor) -> dict[str, list[Tensor]]:
+        """Each layer's A and B, `(…, r, in)` and `(…, out, r)`, as views of rows `(…, P)`."""
+        views: dict[str, list[Tensor]] = {path: [] for path in self._shapes}
+        start = 0
+        for which in (0, 1):
+            for path, pair in self._shapes.items():
+                shape = pair[which]
+                columns = rows[..., start : start + shape.numel()]
+                views[path].append(columns.unflatten(-1, shape))
+                start += shape.numel()
+        return views
 
     @contextmanager
     def _lifted(self) -> Generator[None]:
@@ -203,8 +271,8 @@ class Population:
         try:
             yield
         finally:
-            if survey(self.model).adapted:
-                eject(self.model)
+            tree = survey(self.model)
+            detach(tree, tree.adapted)
             self._install()
 
     def _take_off(self) -> None:
@@ -220,7 +288,7 @@ class Population:
             factor.requires_grad_(True)
 
     def _check_slot(self, slot: int) -> None:
-        if type(slot) is not int or not 0 <= slot < len(self):
+        if not 0 <= slot < len(self):
             raise ValueError(f"slot must be in 0..{len(self) - 1}, got {slot!r}.")
 
     def _misfits(self, path: str, update: LowRankUpdate) -> list[str]:
@@ -236,15 +304,11 @@ class Population:
 
 
 def _low_rank(modules: Mapping[str, nn.Module]) -> dict[str, LowRankUpdate]:
-    """The modules, if all are plain low-rank updates.
-
-    Raises:
-        ValueError: naming the first that is none.
-    """
-    found: dict[str, LowRankUpdate] = {}
+    """The modules, if all are plain low-rank updates, else a ValueError."""
+    updates: dict[str, LowRankUpdate] = {}
     for path, module in modules.items():
-        if type(module) is not LowRankUpdate or module.bias is not None:
-            kind = "slices" if isinstance(module, SlicedUpdate) else "embeddings, biases or copies"
-            raise ValueError(f"{path}: a population takes no {kind}, only whole linear layers.")
-        found[path] = module
-    return found
+        if type(module) is not LowRankUpdate:
+            kind = type(module).__name__
+            raise ValueError(f"{path}: a population takes whole linear layers only, not {kind}.")
+        updates[path] = module
+    return updates

@@ -10,7 +10,7 @@ largest · … any axes between the rows and the features.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import cast
 
@@ -20,21 +20,20 @@ from torch.nn import functional as F
 
 from lora.bank import Mixture, as_mixture
 from lora.fast.dropout import drop
-from lora.layer import LoRALinear
-from lora.layout import is_plain, widest_float
-from lora.tree import Tree, survey_adapted
-from lora.updates import EmbeddingUpdate, LowRankUpdate
+from lora.layer import EmbeddingUpdate, LoRALinear, LowRankUpdate
+from lora.layout import widest_float
+from lora.tree import listed, survey_adapted
 
 
 @contextmanager
 def routed(model: nn.Module, rows: Sequence[Mixture | None]) -> Generator[None]:
     """Within the context row b of every batch is under the adapter(s) `rows[b]`, and no other.
 
-    Works in inference and in training, where the adapters named require grad; each row gets what
-    it would get alone (in float32 and wider; in 16 bits, to rounding). Rows are the first axis of
-    every adapted layer's input. Entered with gradients off (`torch.no_grad()`), it uses the factors
-    of that moment, until a forward pass runs with gradients; entered with them on, those of each
-    forward pass. A loss made within must have its backward pass within; later it is an error.
+    Works in inference and in training; each row gets what it would get alone (in float32 and
+    wider; in 16 bits, to rounding). To train several adapters in one batch, `lora.activate` them
+    all before. Rows are the first axis of every adapted layer's input. Entered with gradients off
+    (`torch.no_grad()`), it uses the factors of that moment, until a forward pass runs with
+    gradients; entered with them on, those of each forward pass.
 
     Args:
         model: a model with adapters.
@@ -43,62 +42,64 @@ def routed(model: nn.Module, rows: Sequence[Mixture | None]) -> Generator[None]:
 
     Raises:
         ValueError: no rows, a name that the model does not carry, a weight that is not finite.
-        RuntimeError: no adapter here, the model is merged, the adapters named differ in dropout
-            in training mode, or a layer has a forward of its own.
+        RuntimeError: no adapter here, the model is merged, or in training mode the adapters named
+            differ in dropout, or some of them train and others do not.
     """
     tree = survey_adapted(model)
     tree.refuse_merged()
-    if not isinstance(cast(object, rows), Sequence) or isinstance(rows, str) or not rows:
+    if isinstance(rows, str | Mapping) or not rows:
         raise ValueError("rows must give an adapter (or None) for each row of the batch.")
-    if own := [path for path, layer in tree.layers.items() if not is_plain(layer.base)]:
-        raise RuntimeError(f"{own[0]} has a forward of its own, so its rows cannot be routed.")
-    if whole := [*tree.copies, *_with_biases(tree)]:
-        raise RuntimeError(f"Adapters train a copy of {whole[0]}, so rows cannot be routed.")
-    names = tree.adapters
+    names = list(dict.fromkeys(name for row in rows for name in _names(row)))
+    if missing := [name for name in names if name not in tree.adapters]:
+        raise ValueError(f"There is no adapter {listed(missing)} here ({tree.named()}).")
     mixtures = [{} if row is None else as_mixture(row, tree) for row in rows]
-    routings = [_routing(layer, names, mixtures) for layer in tree.layers.values()]
-    used = {name: True for mixture in mixtures for name in mixture}
+    if tree.copies:
+        raise RuntimeError(
+            f"Adapters train a copy of {next(iter(tree.copies))}, so rows cannot be routed."
+        )
     layers = list(tree.layers.values())
-    before = [(layer, layer.routing) for layer in layers]
-    trained = [{n for n in layer.updates if n not in layer.resting} for layer in layers]
-
-    def restore() -> None:
-        for (layer, routing), names in zip(before, trained, strict=True):
-            layer.routing = routing
-            layer.train_only(dict.fromkeys(names))
-
+    updates = [layer.update(name) for layer in layers for name in names if name in layer.updates]
+    if model.training and torch.is_grad_enabled():
+        trained = [any(p.requires_grad for p in update.parameters()) for update in updates]
+        if any(trained) and not all(trained):
+            raise RuntimeError(f"To train {', '.join(names)} together, lora.activate them all.")
+    if len({update.drop_rate for update in updates}) > 1:
+        raise RuntimeError("Adapters that are trained in one batch must have the same dropout.")
+    routings = [_routing(layer, tree.adapters, mixtures) for layer in layers]
+    before = [layer.routing for layer in layers]
+    for layer, routing in zip(layers, routings, strict=True):
+        layer.routing = routing
     try:
-        try:
-            for layer, routing in zip(layers, routings, strict=True):
-                layer.routing = routing
-                layer.train_only(used)
-            yield
-        finally:
-            restore()
+        yield
     finally:
-        restore()  # once more: Ctrl-C may have cut it short
+        for layer, routing in zip(layers, before, strict=True):
+            layer.routing = routing
 
 
 class BankRouting:
     """The updates that each row of a batch gets in one layer.
 
     Args:
-        bank: the layer's updates by the bank's numbering; None where it has none. After the last
-            stands one that adds nothing, number n, for rows and places in mixtures left empty.
-        index: `(B, k)` numbers of each row's adapters.
+        bank: the layer's updates by the bank's numbering; None where it has none.
+        named: the numbers of those that a row is under.
+        index: `(B, k)` numbers of each row's adapters. Number n, after the last, is a zero update,
+            to which empty entries point.
         scales: `(B, k)` the factor of each, its scaling included.
-        dropout: probability of dropping an input feature in training.
+        dropout: probability of dropping an input feature.
+        rows: what each row is under.
     """
 
     def __init__(
         self,
         bank: Sequence[LowRankUpdate | None],
+        named: Collection[int],
         index: Tensor,
         scales: Tensor,
         dropout: float,
+        rows: object,
     ) -> None:
-        self.bank, self.dropout = bank, dropout
-        self.some = next(update for update in bank if update is not None)
+        self.bank, self.named, self.dropout, self.rows = bank, named, dropout, rows
+        self.like = next(update for update in bank if update is not None)
         self.index, self.scales = index, scales
         self.rank = max(u.config.r for u in bank if u is not None)
         self.kept = None if torch.is_grad_enabled() else self._picked()
@@ -111,10 +112,10 @@ class BankRouting:
         if torch.is_grad_enabled():
             self.kept = None  # who trains may have changed the factors by the next pass
         a, b = self.kept or self._picked()
-        if isinstance(self.some, EmbeddingUpdate):
+        if isinstance(self.like, EmbeddingUpdate):
             leading, h = x.shape, self._looked_up(x.reshape(B, -1), a)
         else:
-            if self.dropout and self.some.training:
+            if self.dropout and self.like.training:
                 x, _ = drop(x, self.dropout)
             leading = x.shape[:-1]
             h = x.reshape(B, -1, x.shape[-1]) @ a.to(x.dtype).mT  # (B, -1, k·r)
@@ -122,7 +123,7 @@ class BankRouting:
 
     def _looked_up(self, ids: Tensor, bank: Tensor) -> Tensor:
         """What `(B, T)` ids select of each row's own Aᵀ, `(B, T, k·r)`, out of all Aᵀ's."""
-        padding_idx = cast(EmbeddingUpdate, self.some).padding_idx
+        padding_idx = cast(EmbeddingUpdate, self.like).padding_idx
         h = F.embedding(ids, bank.flatten(0, 1).t(), padding_idx)  # (B, T, n·r)
         h = h.reshape(*ids.shape, len(bank), self.rank)
         index = self.index[:, None, :, None].expand(-1, h.shape[1], -1, self.rank)
@@ -130,11 +131,14 @@ class BankRouting:
 
     def _picked(self) -> tuple[Tensor, Tensor]:
         """Each row's A's `(B, k·r, in)` (an embedding's all) and scaled B's `(B, out, k·r)`."""
-        pairs = [None if update is None else update.factors() for update in self.bank]
-        blank = tuple(torch.zeros_like(f) for f in self.some.factors())
-        whole = [self._padded(*(pair or blank)) for pair in [*pairs, None]]
+        blank = tuple(torch.zeros_like(f) for f in self.like.factors())
+        pairs = [blank if update is None else update.factors() for update in self.bank]
+        for number, (a, b) in enumerate(pairs):
+            if number not in self.named:  # no gradient, not even one of zeros
+                pairs[number] = a.detach(), b.detach()
+        whole = [self._padded(*pair) for pair in [*pairs, blank]]
         a, b = (torch.stack([pair[i] for pair in whole]) for i in (0, 1))  # (n+1, r, in)(…, out, r)
-        if not isinstance(self.some, EmbeddingUpdate):
+        if not isinstance(self.like, EmbeddingUpdate):
             a = a[self.index].flatten(1, 2)  # (B, k·r, in)
         b = b[self.index] * self.scales[:, :, None, None].to(b.dtype)  # (B, k, out, r)
         return a, b.transpose(1, 2).flatten(2)  # (B, out, k·r)
@@ -144,12 +148,8 @@ class BankRouting:
         return F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))
 
 
-def _with_biases(tree: Tree) -> list[str]:
-    return [
-        f"{path}.bias"
-        for path, layer in tree.layers.items()
-        if any(layer.update(name).bias is not None for name in layer.updates)
-    ]
+def _names(row: Mixture | None) -> Sequence[str]:
+    return (row,) if isinstance(row, str) else tuple(row or ())
 
 
 def _routing(
@@ -157,24 +157,23 @@ def _routing(
 ) -> BankRouting:
     """The routing of one layer; an adapter that it lacks adds nothing here."""
     bank = [layer.update(name) if name in layer.updates else None for name in names]
-    here = {n: update for n, update in zip(names, bank, strict=True) if update is not None}
-    used = {name for mixture in mixtures for name in mixture}
-    dropouts = {update.config.dropout for name, update in here.items() if name in used}
-    some = next(iter(here.values()))
-    if some.training and len(dropouts) > 1:
-        raise RuntimeError("Adapters that are trained in one batch must have the same dropout.")
-    k, blank = max(1, *map(len, mixtures)), len(names)
-    picks = [[(names.index(n), w * here[n].config.scaling) for n, w in m.items() if n in here]
-             for m in mixtures]  # fmt: skip
-    filled = [pick + [(blank, 0.0)] * (k - len(pick)) for pick in picks]
-    device = some.A.device
+    numbers = {name: number for number, name in enumerate(names)}
+    named = {numbers[name] for mixture in mixtures for name in mixture}
+    k = max(1, *map(len, mixtures))
+    index: list[list[int]] = []
+    scales: list[list[float]] = []
+    for mixture in mixtures:
+        used = {n: w * layer.gain for n, w in mixture.items() if n in layer.updates}
+        index.append([*(numbers[n] for n in used), *[len(bank)] * (k - len(used))])
+        factors = (w * layer.update(n).config.scaling for n, w in used.items())
+        scales.append([*factors, *[0.0] * (k - len(used))])
+    dropouts = [u.config.dropout for i, u in enumerate(bank) if u is not None and i in named]
+    device = next(layer.updates.parameters()).device
     return BankRouting(
         bank,
-        torch.tensor([[number for number, _ in pick] for pick in filled], device=device),
-        torch.tensor(
-            [[scale for _, scale in pick] for pick in filled],
-            device=device,
-            dtype=widest_float(device),
-        ),
+        named,
+        torch.tensor(index, device=device),
+        torch.tensor(scales, device=device, dtype=widest_float(device)),
         max(dropouts, default=0.0),
+        mixtures,
     )

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora.config import Slices, UpdateConfig
+from lora.layer import LowRankUpdate
 from lora.layout import out_in_view
-from lora.messages import brief
-from lora.updates import LowRankUpdate
 
 
 class SlicedUpdate(LowRankUpdate):
@@ -61,13 +59,9 @@ class SlicedUpdate(LowRankUpdate):
         b = self.B.new_zeros(self.out_features, columns)
         return self.A, b.index_copy(0, self.rows, torch.cat(blocks))
 
-    @torch.no_grad()
-    def set_factors(self, a: Tensor, b: Tensor) -> None:
-        """As for a plain update; B must be zero outside its blocks, else ValueError."""
-        if faults := self.misfits(a, b):
-            raise ValueError(", ".join(faults))
+    def _set(self, a: Tensor, b: Tensor) -> None:
         r = self.B.shape[1]
-        spans = list(self.slices.values())
+        spans = self.slices.values()
         blocks = [b[start:stop, i * r : (i + 1) * r] for i, (start, stop) in enumerate(spans)]
         if sum(int(block.count_nonzero()) for block in blocks) != int(b.count_nonzero()):
             raise ValueError(f"B has values outside the slices {', '.join(self.slices)}")
@@ -86,7 +80,7 @@ def split_target(target: str) -> tuple[str, tuple[str, ...]]:
         return target, ()
     names = tuple(part.strip() for part in inside.removesuffix("]").split(","))
     if not inside.endswith("]") or not all(names) or len(set(names)) < len(names) or "]" in name:
-        raise ValueError(f"Target {brief(target)} is not of the form 'c_attn[q,v]'.")
+        raise ValueError(f"Target {target!r} is not of the form 'c_attn[q,v]'.")
     return name, names
 
 
@@ -104,36 +98,16 @@ def spans_of(
     if not names:
         return {}
     out_features = out_in_view(base, base.get_parameter("weight")).shape[0]
-    if given is not None and not _different_names(given):
-        raise ValueError(f"slices must be different names, got {brief(given)}")
-    known: Slices = given or cast(Any, getattr(base, "slices", ()))
+    known: Slices = given or getattr(base, "slices", ())
     if not known:
         raise ValueError("it names no slices; pass slices=('q', 'k', 'v') or such")
-    sizes = _sizes(known, out_features)
-    if strange := [name for name in names if name not in known]:
-        raise ValueError(f"it has slices {', '.join(known)}, but no {', '.join(strange)}")
+    if missing := [name for name in names if name not in known]:
+        raise ValueError(f"it has slices {', '.join(known)}, but no {', '.join(missing)}")
+    if isinstance(known, Mapping):
+        sizes = dict(known)
+    else:
+        sizes = dict.fromkeys(known, out_features // len(known))
+    if sum(sizes.values()) != out_features:
+        raise ValueError(f"its {out_features} outputs are not divided by slices {known}")
     ends = dict(zip(sizes, accumulate(sizes.values()), strict=True))
     return {name: (ends[name] - sizes[name], ends[name]) for name in names}
-
-
-def _sizes(slices: Slices, out_features: int) -> dict[str, int]:
-    """Outputs of each slice."""
-    if not isinstance(slices, Mapping):
-        if out_features % len(slices):
-            raise ValueError(f"its {out_features} outputs are not {len(slices)} equal slices")
-        return dict.fromkeys(slices, out_features // len(slices))
-    sound = all(type(size) is int and size > 0 for size in slices.values())
-    if not sound or sum(slices.values()) != out_features:
-        raise ValueError(
-            f"slices {brief(dict(slices))} do not add up to its {out_features} outputs"
-        )
-    return dict(slices)
-
-
-def _different_names(given: object) -> bool:
-    if isinstance(given, Mapping):
-        given = list(cast(Mapping[object, object], given))
-    if not isinstance(given, Sequence):
-        return False
-    names = cast(Sequence[object], given)
-    return all(isinstance(name, str) for name in names) and len(set(names)) == len(names)

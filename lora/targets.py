@@ -8,22 +8,20 @@ An entry with one of the characters `*+?()|^$\\` is a regular expression for the
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Collection, Mapping
 from typing import TypeVar
 
 from torch import nn
 
-from lora.config import LoRAConfig, as_names
+from lora.config import LoRAConfig, as_names, as_numbers
 from lora.layout import why_not_adaptable
-from lora.messages import brief
-from lora.patterns import compile_safely
 from lora.slices import split_target
-from lora.tree import Tree
+from lora.tree import Tree, listed
 
 T = TypeVar("T")
 ALL_LINEAR = "all-linear"
-SHOWN = 12  # names that a hint lists
 
 
 def find_targets(tree: Tree, config: LoRAConfig) -> dict[str, tuple[str, ...]]:
@@ -35,35 +33,38 @@ def find_targets(tree: Tree, config: LoRAConfig) -> dict[str, tuple[str, ...]]:
         ValueError: listing each target that matches nothing, or something that cannot be adapted,
             and each exclusion and layer number that matches no target.
     """
-    found, faults = _matches(tree, as_names(config.targets))
+    layers, faults = _matches(tree, as_names(config.targets))
     for name in as_names(config.exclude):
-        excluded = [path for path in found if fits(path, name)]
+        excluded = [path for path in layers if fits(path, name)]
         if not excluded:
-            faults.append(f"exclude={brief(name)} matches no target.")
-        found = {path: slices for path, slices in found.items() if path not in excluded}
+            faults.append(f"exclude={name!r} matches no target.")
+        layers = {path: slices for path, slices in layers.items() if path not in excluded}
     if config.layers is not None:
-        wanted, present = set(config.layers), {_block(path) for path in found}
+        wanted, present = {*as_numbers(config.layers)}, {_block(path) for path in layers}
         if missing := sorted(wanted - present):
-            there = sorted(number for number in present if number is not None)
-            blocks = f"{there[0]} to {there[-1]}" if there else "not numbered"
-            faults.append(f"layers={brief(missing)} match no target; blocks here are {blocks}.")
-        found = {path: slices for path, slices in found.items() if _block(path) in wanted}
-    if not found and not faults and config.targets:
+            numbers = sorted(number for number in present if number is not None)
+            blocks = f"{numbers[0]} to {numbers[-1]}" if numbers else "not numbered"
+            faults.append(f"layers={missing} match no target; blocks here are {blocks}.")
+        layers = {path: slices for path, slices in layers.items() if _block(path) in wanted}
+    if not layers and not faults and config.targets:
         faults.append("Nothing is left of the targets.")
     if faults:
-        raise ValueError(" ".join([*faults[:SHOWN], _hint(tree)]))
-    return {path: found[path] for path in tree.bases if path in found}
+        raise ValueError(f"{listed(faults)} {_hint(tree)}")
+    return {path: layers[path] for path in tree.bases if path in layers}
 
 
 def fits(path: str, entry: str) -> bool:
     """Whether a dotted suffix fits the path on whole segments, or a regular expression all of it.
 
     Raises:
-        ValueError: a regular expression that is none, or that could take very long.
+        ValueError: a regular expression that is none.
     """
-    if is_regex(entry):
-        return compile_safely(entry)(path)
-    return f".{path}".endswith(f".{entry}")
+    if not is_regex(entry):
+        return f".{path}".endswith(f".{entry}")
+    try:
+        return re.fullmatch(entry, path) is not None
+    except re.error as error:
+        raise ValueError(f"{entry!r} is no regular expression: {error}.") from None
 
 
 def is_regex(entry: str) -> bool:
@@ -81,8 +82,7 @@ def by_pattern(
     """
     pattern = pattern or {}
     if idle := [entry for entry in pattern if not any(fits(path, entry) for path in paths)]:
-        shown = ", ".join(map(brief, idle[:SHOWN]))
-        raise ValueError(f"{name} names {shown}, which match no target.")
+        raise ValueError(f"{name} names {', '.join(idle)}, which match no target.")
     return {
         path: next((value for entry, value in pattern.items() if fits(path, entry)), default)
         for path in paths
@@ -91,42 +91,40 @@ def by_pattern(
 
 def _matches(tree: Tree, targets: tuple[str, ...]) -> tuple[dict[str, tuple[str, ...]], list[str]]:
     """What the targets match, and what is wrong with them."""
-    found: dict[str, tuple[str, ...]] = {}
+    layers: dict[str, tuple[str, ...]] = {}
     faults: list[str] = []
     for target in targets:
-        name, slices = (target, ()) if is_regex(target) else split_target(target)
         if target == ALL_LINEAR:
-            found |= dict.fromkeys(_all_linear(tree), slices)
+            layers |= dict.fromkeys(_all_linear(tree), ())
             continue
+        name, slices = (target, ()) if is_regex(target) else split_target(target)
         matches = [path for path in tree.bases if path and fits(path, name)]
         unfit = [path for path in matches if why_not_adaptable(tree.bases[path])]
         if is_regex(target):  # one that reaches blocks and layers alike means the layers
             matches = [path for path in matches if path not in unfit] or matches
             unfit = [path for path in unfit if path in matches]
         if not matches:
-            faults.append(f"No module matches target {brief(target)}.")
+            faults.append(f"No module matches target {target!r}.")
         elif unfit:
             more = f" (and {len(unfit) - 1} more)" if len(unfit) > 1 else ""
             reason = why_not_adaptable(tree.bases[unfit[0]])
-            faults.append(f"Target {brief(target)} matches {unfit[0]}{more}, but {reason}.")
-        if twice := [path for path in matches if found.get(path, slices) != slices]:
-            faults.append(
-                f"Target {brief(target)} matches {twice[0]}, of which other slices are named."
-            )
-        found |= dict.fromkeys(matches, slices)
-    return found, faults
+            faults.append(f"Target {target!r} matches {unfit[0]}{more}, but {reason}.")
+        if twice := [path for path in matches if layers.get(path, slices) != slices]:
+            faults.append(f"Target {target!r} matches {twice[0]}, of which other slices are named.")
+        layers |= dict.fromkeys(matches, slices)
+    return layers, faults
 
 
 def _all_linear(tree: Tree) -> list[str]:
     """Every linear layer but the output head: the one called so, or tied to an embedding."""
     head = getattr(tree.root, "get_output_embeddings", lambda: None)()  # transformers' models
     embeddings = {id(m.weight) for m in tree.bases.values() if isinstance(m, nn.Embedding)}
-    linear = {path: m for path, m in tree.bases.items() if isinstance(m, nn.Linear)}
-    reasons = {path: reason for path, m in linear.items() if (reason := why_not_adaptable(m))}
+    reasons = {path: reason for path, m in tree.bases.items() if (reason := _why_left_out(m))}
     if reasons:
         (path, reason), n = next(iter(reasons.items())), len(reasons) - 1
         more = f" (and {n} more)" if n else ""
-        warnings.warn(f"{ALL_LINEAR} leaves out {path}{more}: {reason}.", stacklevel=2)
+        # The caller of lora.inject or Population: the verb, draw and find_targets lie between.
+        warnings.warn(f"{ALL_LINEAR} leaves out {path}{more}: {reason}.", stacklevel=6)
     return [
         path
         for path, module in tree.bases.items()
@@ -137,6 +135,15 @@ def _all_linear(tree: Tree) -> list[str]:
         and not fits(path, "lm_head")
         and id(module.weight) not in embeddings
     ]
+
+
+def _why_left_out(module: nn.Module) -> str | None:
+    """Why "all-linear" cannot adapt a module that computes linear maps."""
+    if isinstance(module, nn.Linear):
+        return why_not_adaptable(module)
+    convolutional = isinstance(module, nn.modules.conv._ConvNd)
+    experts = [n for n, p in module.named_parameters(recurse=False) if p.dim() == 3]
+    return f"its {' and '.join(experts)} are 3-D" if experts and not convolutional else None
 
 
 def _block(path: str) -> int | None:
@@ -152,11 +159,9 @@ def _hint(tree: Tree) -> str:
         if path and not why_not_adaptable(module) and not isinstance(module, nn.Embedding)
     ]
     # Names without block numbers; of a plain nn.Sequential the numbers are all that there is.
-    suffixes = sorted({_last_words(path) for path in linear})
-    if suffixes:
-        more = f" and {len(suffixes) - SHOWN} more" if len(suffixes) > SHOWN else ""
+    if suffixes := sorted({_last_words(path) for path in linear}):
         return (
-            f"Linear modules here end in: {', '.join(suffixes[:SHOWN])}{more}. "
+            f"Linear modules here end in: {listed(suffixes).replace(';', ',')}. "
             "Pass targets=(...) using these."
         )
     if why_not_adaptable(tree.root) is None:

@@ -1,4 +1,4 @@
-"""One survey of a model: what it is made of, which layers are adapted, what shares memory.
+"""One survey of a model: what it is made of, which layers are adapted, what shares a weight.
 
 A verb surveys the model once and hands the `Tree` on; nothing asks the model again.
 """
@@ -6,18 +6,15 @@ A verb surveys the model once and hands the `Tree` on; nothing asks the model ag
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
-from lora.adapted import Adapted
 from lora.copies import ModuleCopy
-from lora.layer import LoRALinear
-from lora.stacked import StackedLinear
-from lora.untyped import is_sharded
+from lora.layer import Adapted, LoRALinear
 
 
 class Place(NamedTuple):
@@ -28,31 +25,23 @@ class Place(NamedTuple):
     name: str
 
 
-class Owner(NamedTuple):
-    """Who has a tensor: `module`, as `name`; `path` is the tensor's own."""
-
-    path: str
-    module: nn.Module
-    name: str
-
-
 @dataclass(frozen=True)
 class Tree:
-    """A model as one walk found it.
+    """A model as one walk sees it.
 
     Args:
-        root: the model, without the wrappers around it.
+        model: what was surveyed.
+        root: the model without the wrappers around it.
         bases: every module as if the model had never been injected, by its first path.
         adapted: the adapted modules by their first path.
         places: every place of each module, by the module's id.
-        order: every path, in the order of the walk.
     """
 
+    model: nn.Module
     root: nn.Module
     bases: dict[str, nn.Module]
     adapted: dict[str, Adapted]
     places: dict[int, list[Place]]
-    order: list[str]
 
     @cached_property
     def layers(self) -> dict[str, LoRALinear]:
@@ -76,17 +65,19 @@ class Tree:
             ValueError: there is none.
         """
         if adapter not in self.adapters:
-            raise ValueError(f"There is no adapter {str(adapter)[:80]!r} here ({self.named()}).")
+            raise ValueError(f"There is no adapter {adapter!r} here ({self.named()}).")
         return {path: a for path, a in self.adapted.items() if adapter in a.updates}
 
     def named(self) -> str:
-        """What a message says of the adapters that are there."""
+        """The adapters that are there, for a message."""
         return f"there are: {', '.join(self.adapters)}" if self.adapters else "there is none"
 
     def paths(self, modules: Iterable[nn.Module]) -> list[str]:
-        """Every path of these modules, in the order of the walk."""
-        wanted = {place.path for module in modules for place in self.places[id(module)]}
-        return [path for path in self.order if path in wanted]
+        """Every path of these modules, in the order of the model."""
+        wanted = {id(module) for module in modules}
+        return [
+            place.path for key, places in self.places.items() if key in wanted for place in places
+        ]
 
     def replace(self, new: Mapping[nn.Module, nn.Module]) -> None:
         """Put each value of `new` wherever its key stands."""
@@ -103,7 +94,7 @@ class Tree:
 
     def require_whole(self) -> None:
         """Raise where several processes hold a part of the model each."""
-        if any(map(is_sharded, self.root.parameters())):
+        if any(hasattr(parameter, "full_tensor") for parameter in self.root.parameters()):
             raise RuntimeError(
                 "The model is sharded, and can only be run, trained and saved: inject, load, merge "
                 "and eject before fully_shard."
@@ -114,67 +105,68 @@ class Tree:
         if self.is_merged:
             raise RuntimeError("The model is merged. Call lora.unmerge first.")
 
+    def refuse_ddp(self) -> None:
+        """Raise where DDP, which has looked up what is trained, would leave processes apart."""
+        if isinstance(self.model, nn.parallel.DistributedDataParallel):
+            raise RuntimeError("The model is wrapped in DDP. Inject and activate before wrapping.")
+
     @property
     def is_merged(self) -> bool:
         """Whether a weight is folded."""
-        return any(layer.merged_weight is not None for layer in self.layers.values())
+        return any(layer.merged is not None for layer in self.layers.values())
 
-    def shared_weights(self, paths: Iterable[str]) -> dict[str, list[Owner]]:
-        """For each module at `paths` whose weights share memory with another's: who has them.
-
-        A module that shares with none is left out.
-        """
-        found: dict[str, list[Owner]] = {}
+    def shared_weights(self, paths: Iterable[str]) -> list[str]:
+        """Of each module at `paths` that shares a weight with another, the tensor's names."""
+        names: dict[int, list[str]] = defaultdict(list)
+        for path, module in self.bases.items():
+            for name, parameter in module.named_parameters(recurse=False):
+                names[_address(parameter)].append(f"{path}.{name}".removeprefix("."))
+        shared: list[str] = []
         for path in paths:
-            base = self.bases[path]
-            inside = set(base.modules())
-            spans = [_span(parameter) for parameter in base.parameters() if parameter.dim() > 1]
-            sharing = [
-                owner
-                for (start, stop), owner in self._owners
-                if any(start < b and a < stop for a, b in spans)
-            ]
-            if any(owner.module not in inside for owner in sharing):
-                found[path] = sharing
-        return found
-
-    @cached_property
-    def _owners(self) -> list[tuple[tuple[int, int], Owner]]:
-        return [
-            (_span(tensor), Owner(f"{prefix}.{name}" if prefix else name, module, name))
-            for prefix, module in self.bases.items()
-            for name, tensor in _own_tensors(module)
-        ]
+            for parameter in self.bases[path].parameters():
+                alike = names[_address(parameter)]
+                if not all(f"{name}.".startswith(f"{path}.") for name in alike):
+                    shared.append(" and ".join(alike))
+        return list(dict.fromkeys(shared))
 
 
 def survey(model: nn.Module) -> Tree:
     """Walk a model once; the walk stops at an adapted module, whatever hangs below it.
 
     Raises:
-        ValueError: it is no module, or a module contains itself.
-        RuntimeError: the model runs under a population.
+        ValueError: it is no module.
+        RuntimeError: the model runs under a population, or FSDP1 has flattened its weights.
     """
     root = unwrap(model)
+    modules = dict(root.named_modules(remove_duplicate=False))
     bases: dict[str, nn.Module] = {}
     adapted: dict[str, Adapted] = {}
     places: dict[int, list[Place]] = defaultdict(list[Place])
-    order: list[str] = []
-    for module, place, first in _walk(root):
-        if place is not None:
-            places[id(module)].append(place)
-        path = "" if place is None else place.path
-        order.append(path)
-        if not first:
+    below: set[str] = set()
+    for full, module in modules.items():
+        above, _, name = full.rpartition(".")
+        if full and (above in below or isinstance(modules[above], Adapted)):
+            below.add(full)
             continue
-        if isinstance(module, StackedLinear):
+        if getattr(type(module), "is_stacked", False):
             raise RuntimeError(
                 "The model runs under a population. Call its eject(), or work within its adapter()."
             )
-        if isinstance(module, Adapted):
-            adapted[path] = module
-            module = module.base
-        bases[path] = module  # what a compiled wrapper holds stands under the wrapper's path
-    return Tree(root, bases, adapted, places, order)
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise RuntimeError(
+                "FSDP1 flattens weights. Use torch's fully_shard, after lora.inject."
+            )
+        # A module that is compiled in its place keeps its path: keys are those of the plain model.
+        path = full.replace("_orig_mod.", "").removesuffix("._orig_mod")
+        first = id(module) not in places and module is not root
+        if full:
+            places[id(module)].append(Place(path, modules[above], name))
+        if first or not full:
+            if isinstance(module, Adapted):
+                adapted[path] = module
+                module = module.base
+            bases[path] = module
+    return Tree(model, root, bases, adapted, places)
 
 
 def survey_adapted(model: nn.Module) -> Tree:
@@ -186,61 +178,32 @@ def survey_adapted(model: nn.Module) -> Tree:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside torch.compile's, DataParallel's or DistributedDataParallel's wrapper."""
-    if not isinstance(cast(object, model), nn.Module):
+    """The module inside the wrapper of torch.compile, DDP, AveragedModel or Lightning."""
+    if not isinstance(model, nn.Module):
         raise ValueError(f"The model must be a torch.nn.Module, got {type(model).__name__}.")
-    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:
-        if isinstance(model, parallel):
-            model = cast(nn.Module, model.module)
-        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
-            model = compiled
-        else:
+        kinds = {cls.__name__ for cls in type(model).__mro__}
+        inner: Sequence[Any] = ()
+        if kinds & {"DataParallel", "DistributedDataParallel", "AveragedModel"}:
+            inner = (model.module,)
+        elif "OptimizedModule" in kinds:
+            inner = (model._orig_mod,)
+        elif "LightningModule" in kinds:
+            inner = [child for child in model.children() if any(True for _ in child.parameters())]
+        if len(inner) != 1:
             return model
+        model = cast(nn.Module, inner[0])
 
 
-def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters(recurse=False)
-    yield from module.named_buffers(recurse=False)
+def listed(faults: Sequence[str], most: int = 12) -> str:
+    """The first faults, and how many more there are."""
+    more = [f"and {len(faults) - most} more"] if len(faults) > most else []
+    return "; ".join([*faults[:most], *more])
 
 
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """The addresses that a tensor takes; one on the meta device has none but its own identity."""
-    start = tensor.data_ptr()
-    if not start or not tensor.numel():
-        return -id(tensor), -id(tensor) + 1
-    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return start, start + (last + 1) * tensor.element_size()
-
-
-def _walk(root: nn.Module) -> Iterator[tuple[nn.Module, Place | None, bool]]:
-    """Every place of every module, parents first, and whether it is the module's first.
-
-    A stack of its own: a model may be deeper than Python's.
-    """
-    seen: set[int] = set()
-    stack: list[tuple[nn.Module, Place | None, tuple[int, ...]]] = [(root, None, ())]
-    while stack:
-        module, place, above = stack.pop()
-        first = id(module) not in seen
-        seen.add(id(module))
-        yield module, place, first
-        if isinstance(module, Adapted):
-            continue
-        path, above = "" if place is None else place.path, (*above, id(module))
-        for name, child in reversed(_children(module)):
-            if id(child) in above:
-                raise ValueError(f"{path or 'The model'} contains itself as {name!r}.")
-            stack.append((child, Place(_joined(path, name), module, name), above))
-
-
-def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    children = module._modules  # pyright: ignore[reportPrivateUsage]  # with duplicates
-    return [(name, child) for name, child in children.items() if child is not None]
-
-
-def _joined(path: str, name: str) -> str:
-    """A module that is compiled in its place keeps its path: keys are those of the plain model."""
-    if name == "_orig_mod":
-        return path
-    return f"{path}.{name}" if path else name
+def _address(tensor: Tensor) -> int:
+    """What two parameters over the same memory have in common."""
+    try:
+        return tensor.data_ptr() or id(tensor)
+    except RuntimeError:  # of a tensor subclass without memory of its own, such as a quantised one
+        return id(tensor)

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from lora.foreign import MISSING, PEFT_NAMES
+from lora.config import PEFT_NAMES
 
 OTHER_NAMES = {  # of the article and of PEFT's and transformers' scripts
     "strategy": "logging_steps",
@@ -84,8 +84,6 @@ def unknown_option(name: str, known: Iterable[str], dashes: str) -> str:
     last = name.rpartition(".")[2]
     if last in OTHER_NAMES and last in meant:
         return f"There is no option {dashes}{name}: {dashes}{meant[last]} takes its place."
-    if last in MISSING and "lora.r" in meant.values():
-        return f"There is no option {dashes}{name}: {MISSING[last]}."
     near = [n for n in meant if n == last] or [n for n in meant if n.startswith(name)]
     near = near or difflib.get_close_matches(name, meant, 1, 0.5)
     near = near or difflib.get_close_matches(last, meant, 1, 0)

@@ -25,8 +25,6 @@ PLACES = "adapter base cache output resume test validation".split()  # '' must b
 def add_lora(to: ArgumentParser) -> None:
     """The options of an adapter, under `lora.`."""
     to.add_class_arguments(lora.LoRAConfig, "lora", skip={"seed", "dtype"}, as_group=False)
-    shared = "give a target whose weight is shared, such as a tied head, a weight of its own"
-    to.add_argument("--lora.untie", type=bool, default=False, help=shared)
 
 
 def inject(model: nn.Module, options: Namespace, adapter: str = "default") -> None:

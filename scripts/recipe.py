@@ -134,9 +134,8 @@ def training(options: Namespace) -> gpt2.TrainConfig:
 
 def of(options: Namespace) -> Recipe:
     """What the options say."""
-    adapter = {name: value for name, value in options.lora.items() if name != "untie"}
     return Recipe(
-        adapter=lora.LoRAConfig(seed=options.seed, **adapter),
+        adapter=lora.LoRAConfig(seed=options.seed, **options.lora),
         training=training(options),
         b_ratio=options.b_ratio,
     )

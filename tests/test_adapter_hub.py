@@ -9,6 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
 import lora
 from lora.disk import checkpoint
@@ -23,9 +28,8 @@ ROOT = Path(__file__).parent.parent
 def refuses(name, error, words) -> None:
     model = tiny_gpt2()
     before = snapshot(model)
-    with pytest.raises(error, match=words) as caught:
+    with pytest.raises(error, match=words):
         lora.load(model, name)
-    assert caught.value.__suppress_context__ or caught.value.__cause__
     assert snapshot(model) == before
 
 
@@ -55,15 +59,15 @@ def test_a_folder_here_comes_first_and_a_path_never_means_the_hub(
     model = tiny_gpt2()
     lora.load(model, "org/adapter")
     assert torch.equal(model(IDX), want)
-    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json is missing"):
+    with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors is missing"):
         lora.load(tiny_gpt2(), Path("org/none"))
-    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json is missing"):
+    with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors is missing"):
         lora.load(tiny_gpt2(), "./org/none")
     assert not hub.requests
 
 
-def test_an_unknown_repository(hub):
-    refuses("org/none", FileNotFoundError, r"no folder 'org/none' here, and no repository.*127\.0")
+def test_an_unknown_repository_is_said_as_the_hub_says_it(hub):
+    refuses("org/none", RepositoryNotFoundError, r"Repository Not Found for url: .*org/none")
 
 
 @pytest.mark.parametrize("missing", [checkpoint.CONFIG, checkpoint.WEIGHTS])
@@ -71,11 +75,8 @@ def test_a_repository_without_an_adapter(hub, saved, missing):
     folder, _ = saved
     kept = {name: data for name, data in contents(folder).items() if name != missing}
     hub.repos["org/old"] = kept | {"adapter_model.bin": b"pickle"}
-    words = rf"org/old on .* has no {missing}.*adapter_model\.bin: .*save_pretrained"
-    refuses("org/old", FileNotFoundError, words)
+    refuses("org/old", EntryNotFoundError, rf"Entry Not Found for url: .*org/old.*{missing}")
     assert not any(file.endswith(".bin") for _, file in hub.requests)
-    hub.stop()  # the cache remembers which files there are, and which not
-    refuses("org/old", FileNotFoundError, words)
 
 
 @pytest.mark.parametrize("how", ["stopped", "offline"])
@@ -85,15 +86,7 @@ def test_out_of_reach(hub, saved, monkeypatch, how):
         hub.stop()
     else:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    words = r"org/adapter: the Hub is out of reach and adapter_config\.json is not in the cache at"
-    refuses("org/adapter", ConnectionError, words)
-
-
-def test_a_download_that_breaks_off(hub, saved, monkeypatch):
-    hub.repos["org/adapter"] = contents(saved[0])
-    hub.cut_after = 10
-    monkeypatch.setattr("time.sleep", lambda _: None)
-    refuses("org/adapter", ConnectionError, r"download of adapter_config\.json broke off")
+    refuses("org/adapter", LocalEntryNotFoundError, r"cannot find the .* in the (local|disk) cache")
 
 
 def test_the_hub_is_imported_only_when_it_is_needed(saved):

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import lora
-from lora import merging
-from tests.toys import TINY, randomize, raw, snapshot, tiny_gpt2
+from tests.toys import TINY, deltas, randomize, raw, snapshot, tiny_gpt2
 
 IDX = torch.randint(0, TINY.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
 
@@ -65,7 +64,7 @@ def test_only_active_adapters_require_grad():
 @pytest.mark.parametrize("mixture", [{"legal": 0.7, "poet": 0.3}, {"legal": -2}, {"poet": 0.0}, {}])
 def test_a_mixture_is_the_weighted_sum_merged_or_not(mixture):
     model = bank()
-    parts = [(w, lora.algebra.deltas(lora.algebra.factors(model, n))) for n, w in mixture.items()]
+    parts = [(w, deltas(lora.algebra.factors(model, n))) for n, w in mixture.items()]
     lora.activate(model, mixture)
     want = dense(parts)
     torch.testing.assert_close(model(IDX), want, rtol=1e-11, atol=1e-11)
@@ -178,9 +177,8 @@ def test_contexts_survive_a_body_that_adds_or_takes_away():
 
 @pytest.mark.parametrize(
     "mixture",
-    ["nobody", "", 5, None, ["legal"], b"legal", {"legal": "x"}, {"legal": float("nan")},
-     {"legal": None}, {"legal": True}, {"legal": 10**400}, {5: 1.0}],
-)  # fmt: skip
+    ["nobody", "", ["legal"], {"legal": float("nan")}, {"legal": float("inf")}],
+)
 def test_mixtures_that_are_refused(mixture):
     model = bank()
     before = snapshot(model)
@@ -214,7 +212,7 @@ def test_odd_names_work(name, tmp_path):
         torch.testing.assert_close(model(IDX)[0], want[0])
 
 
-@pytest.mark.parametrize("name", ["", "a.b", "train", "keys", "forward", 5, None, b"x", ("a",)])
+@pytest.mark.parametrize("name", ["", "a.b", "train", "keys", "forward"])
 def test_names_that_are_refused(name):
     model = tiny_gpt2()
     before = snapshot(model)
@@ -230,65 +228,21 @@ def test_names_that_are_refused(name):
 def test_the_report_is_the_rounding_error_of_each_layer(dtype):
     model = bank(dtype)
     lora.activate(model, {"legal": 0.5, "poet": 2.0})
-    values = {n: lora.algebra.deltas(lora.algebra.factors(model, n)) for n in ("legal", "poet")}
-    report = lora.merge(model)
-    assert report.agreement is None
-    assert set(report.layers) == set(values["poet"])
-    for path, cost in report.layers.items():
+    values = {
+        name: {p: pair.delta() for p, pair in lora.algebra.factors(model, name).items()}
+        for name in ("legal", "poet")
+    }
+    errors = lora.merge(model)
+    assert set(errors) == set(values["poet"])
+    for path, cost in errors.items():
         layer = model.get_submodule(path)
         ideal = layer.base.weight.detach().double().t() + 2 * values["poet"][path]
         if path in values["legal"]:
             ideal = ideal + 0.5 * values["legal"][path]
-        error = (layer.merged_weight.double().t() - ideal).abs()
-        assert cost.max_error == pytest.approx(error.max().item(), rel=1e-6, abs=1e-15)
-        assert cost.rms_error == pytest.approx(
-            error.square().mean().sqrt().item(), rel=1e-6, abs=1e-15
-        )
-        assert cost.rms_error <= cost.max_error <= cost.bound
+        error = (layer.weight.double().t() - ideal).abs()
+        assert cost == pytest.approx(error.max().item(), rel=1e-6, abs=1e-15)
         eps = torch.finfo(dtype).eps
-        assert cost.bound <= 0.51 * eps * ideal.abs().max()  # no room for a second rounding
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_verify_compares_the_logits(dtype):
-    model = bank(dtype)
-    with torch.no_grad():
-        plain = model(IDX).float()
-        report = lora.merge(model, verify=IDX).agreement
-        folded = model(IDX).float()
-    p, q = plain.log_softmax(-1), folded.log_softmax(-1)
-    assert report.max_difference == pytest.approx((folded - plain).abs().max().item())
-    assert report.kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), abs=1e-7)
-    assert report.flips == (p.argmax(-1) != q.argmax(-1)).sum().item()
-    assert report.positions == IDX.numel()
-    assert lora.is_merged(model)
-
-
-def test_a_merged_weight_out_of_bound_is_an_error_and_changes_nothing(monkeypatch):
-    model = bank(torch.float32)
-    before = snapshot(model)
-    right = merging._rounded
-    monkeypatch.setattr(merging, "_rounded", lambda *of: right(*of) * (1 + 1e-6))
-    with pytest.raises(
-        RuntimeError, match=r"out of their rounding bound: transformer.h.0.attn.c_attn,"
-    ):
-        lora.merge(model)
-    assert snapshot(model) == before
-
-
-@pytest.mark.parametrize("value", [1e-2, float("nan")])
-def test_logits_out_of_bound_are_an_error_and_change_nothing(monkeypatch, value):
-    model = bank(torch.float32)
-    before = snapshot(model)
-    right = merging.logits
-
-    def wrong(m, ids):
-        return right(m, ids) + (value if lora.is_merged(m) else 0)
-
-    monkeypatch.setattr(merging, "logits", wrong)
-    with pytest.raises(RuntimeError, match="Merged and unmerged logits differ"):
-        lora.merge(model, verify=IDX)
-    assert snapshot(model) == before
+        assert cost <= 0.51 * eps * ideal.abs().max()  # no room for a second rounding
 
 
 def test_a_copy_has_a_bank_of_its_own():

@@ -15,7 +15,7 @@ import lora
 from lora import algebra
 from lora.algebra import Factors
 from tests.test_peft import peft_model, theirs_of
-from tests.toys import MLP, TINY, randomize, raw, snapshot, tiny_gpt2
+from tests.toys import MLP, TINY, deltas, randomize, raw, snapshot, tiny_gpt2
 
 IDX = torch.randint(0, TINY.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -37,10 +37,10 @@ def values(draw) -> dict[str, Factors]:
 
 
 def same(got: dict[str, Factors], want: dict[str, torch.Tensor], **tolerance) -> None:
-    deltas = algebra.deltas(got)
-    assert deltas.keys() == want.keys()
+    dense = deltas(got)
+    assert dense.keys() == want.keys()
     for path, delta in want.items():
-        torch.testing.assert_close(deltas[path], delta, **(tolerance or EXACT))
+        torch.testing.assert_close(dense[path], delta, **(tolerance or EXACT))
 
 
 def summed(*weighted: tuple[dict[str, Factors], float]) -> dict[str, torch.Tensor]:
@@ -58,18 +58,19 @@ weights = st.floats(-3, 3)
 @given(values(), values(), values(), weights)
 def test_the_identities(a, b, c, w):
     same(algebra.add(a, b), summed((a, 1), (b, 1)))
-    same(algebra.add(b, a), algebra.deltas(algebra.add(a, b)))
-    same(algebra.add(algebra.add(a, b), c), algebra.deltas(algebra.add(a, algebra.add(b, c))))
+    same(algebra.add(b, a), deltas(algebra.add(a, b)))
+    same(algebra.add(algebra.add(a, b), c), deltas(algebra.add(a, algebra.add(b, c))))
     same(
         algebra.scale(algebra.add(a, b), w),
-        algebra.deltas(algebra.add(algebra.scale(a, w), algebra.scale(b, w))),
+        deltas(algebra.add(algebra.scale(a, w), algebra.scale(b, w))),
     )
     same(algebra.scale(algebra.scale(a, w), 0.5), summed((a, w / 2)))
     same(algebra.subtract(a, b), summed((a, 1), (b, -1)))
     same(algebra.subtract(a, a), summed((a, 0)))
     same(algebra.subtract(algebra.add(a, b), b), summed((a, 1), (b, 0)))
-    same(algebra.combine([(a, w), (b, 0.3), (c, -1)]), summed((a, w), (b, 0.3), (c, -1)))
-    same(algebra.scale(a, 1), algebra.deltas(a))
+    mixture = algebra.add(algebra.scale(a, w), algebra.scale(b, 0.3), algebra.scale(c, -1))
+    same(mixture, summed((a, w), (b, 0.3), (c, -1)))
+    same(algebra.scale(a, 1), deltas(a))
 
 
 @given(values(), values())
@@ -114,9 +115,9 @@ def test_the_error_of_nothing_is_nothing():
     assert not algebra.compress(zero, 1).adapter["up"].delta().any()
 
 
-@pytest.mark.parametrize("r", [0, -1, 2.0, True, None, "2"])
+@pytest.mark.parametrize("r", [0, -1])
 def test_ranks_that_are_refused(r):
-    with pytest.raises(ValueError, match="r must be an integer of at least 1"):
+    with pytest.raises(ValueError, match="r must be at least 1"):
         algebra.compress({"up": Factors(torch.ones(1, 4), torch.ones(5, 1))}, r)
 
 
@@ -149,25 +150,25 @@ def bank(dtype: torch.dtype = torch.float64) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", ["a", "b"])
-@pytest.mark.parametrize("uniform", [False, True])
-def test_saved_and_live_adapters_have_one_value(tmp_path, name, uniform):
+def test_saved_and_live_adapters_have_one_value(tmp_path, name):
     model = bank()
     live = algebra.factors(model, name)
-    lora.save(model, tmp_path, adapter=name, uniform=uniform)
-    same(algebra.read(tmp_path), algebra.deltas(live))
+    lora.save(model, tmp_path, adapter=name)
+    same(algebra.read(tmp_path), deltas(live))
 
 
 def test_implanting_a_combination_is_activating_the_mixture():
     model = bank()
-    value = algebra.combine(
-        [(algebra.factors(model, "a"), 0.7), (algebra.factors(model, "b"), -0.3)]
+    value = algebra.add(
+        algebra.scale(algebra.factors(model, "a"), 0.7),
+        algebra.scale(algebra.factors(model, "b"), -0.3),
     )
     lora.activate(model, {"a": 0.7, "b": -0.3})
     want = model(IDX)
     algebra.implant(model, value, "both")
     assert lora.active(model) == {"both": 1.0}
     torch.testing.assert_close(model(IDX), want, rtol=1e-10, atol=1e-10)
-    same(algebra.factors(model, "both"), algebra.deltas(value))
+    same(algebra.factors(model, "both"), deltas(value))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -204,7 +205,7 @@ ones = torch.ones
         ({A_PATH: Factors(ones(17, 16), ones(48, 17))}, "r 17 is above 16"),
         ({A_PATH: Factors(ones(1, 16) / 0, ones(48, 1))}, "lora_A has NaN or infinite"),
         ({"lm_head": Factors(ones(1, 16), ones(61, 1))}, "are one tensor"),
-        ({A_PATH: Factors(ones(0, 16), ones(48, 0))}, "r must be an integer of at least 1"),
+        ({A_PATH: Factors(ones(0, 16), ones(48, 0))}, "r must be at least 1"),
     ],
 )
 def test_values_that_cannot_be_implanted(value, words):
@@ -224,11 +225,11 @@ def test_extract_recovers_a_low_rank_fine_tune(kind):
     lora.inject(tuned, r=3, targets="all-linear")
     randomize(tuned)
     x = torch.randn(4, 6).double() if kind == "mlp" else IDX
-    want, deltas = tuned(x), algebra.deltas(algebra.factors(tuned))
+    want, changes = tuned(x), deltas(algebra.factors(tuned))
     lora.eject(tuned, merge=True)
     found = algebra.extract(base, tuned, 3)
     assert max(found.errors.values()) < 1e-12
-    same(found.adapter, deltas, rtol=1e-9, atol=1e-9)
+    same(found.adapter, changes, rtol=1e-9, atol=1e-9)
     algebra.implant(base, found.adapter)
     torch.testing.assert_close(base(x), want, rtol=1e-8, atol=1e-8)
     assert min(algebra.extract(lora_free(base), tuned, 2).errors.values()) > 1e-3
@@ -256,7 +257,7 @@ def test_half_a_pair_cannot_be_read(tmp_path):
     model = bank()
     lora.save(model, tmp_path, adapter="a")
     edit(tmp_path, lambda t: t.pop(f"base_model.model.{A_PATH}.lora_B.weight"))
-    with pytest.raises(ValueError, match=f"without a partner: {A_PATH}"):
+    with pytest.raises(ValueError, match=f"{A_PATH} has no lora_B"):
         algebra.read(tmp_path)
 
 
@@ -318,14 +319,12 @@ def test_dare_keeps_the_mean_and_follows_its_seed():
 @pytest.mark.parametrize("recipe", [algebra.ties, lambda *a: algebra.dare(*a, seed=0)])
 def test_recipes_refuse(recipe):
     value = column(1, 2)
-    for density in (0, -1, 1.01, float("nan"), "x", None, True):
+    for density in (0, -1, 1.01, float("nan")):
         with pytest.raises(ValueError, match="density must be"):
             recipe([value], density)
     for given_weights in ([], [1, 2]):
         with pytest.raises(ValueError, match="as many weights"):
             recipe([value], 0.5, given_weights)
-    with pytest.raises(ValueError, match="as many weights"):
-        recipe([], 0.5)
 
 
 def test_a_recipe_ends_as_an_adapter():
@@ -342,7 +341,7 @@ def test_a_recipe_ends_as_an_adapter():
 
 @settings(max_examples=5, deadline=None)
 @given(st.tuples(weights, weights), st.tuples(st.integers(1, 5), st.integers(1, 5)))
-def test_combine_is_pefts_cat_where_it_is_exact(tmp_path_factory, scale, ranks):
+def test_a_weighted_sum_is_pefts_cat_where_it_is_exact(tmp_path_factory, scale, ranks):
     """PEFT's "cat" takes the root of a negative weight's size; for all above 0 it is ours."""
     scale = tuple(abs(w) + 0.1 for w in scale)
     folder = tmp_path_factory.mktemp("cat")
@@ -355,9 +354,8 @@ def test_combine_is_pefts_cat_where_it_is_exact(tmp_path_factory, scale, ranks):
     theirs.load_adapter(folder / "b", "b")
     theirs.add_weighted_adapter(["a", "b"], list(scale), "both", combination_type="cat")
     theirs.set_adapter("both")
-    both = algebra.combine(
-        [(algebra.read(folder / n), w) for n, w in zip("ab", scale, strict=True)]
-    )
+    parts = [algebra.scale(algebra.read(folder / n), w) for n, w in zip("ab", scale, strict=True)]
+    both = algebra.add(*parts)
     plain = tiny_gpt2()
     algebra.implant(plain, both)
     torch.testing.assert_close(plain(IDX), theirs.eval()(IDX).logits, rtol=1e-4, atol=1e-4)

@@ -22,8 +22,8 @@ SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 # The core reads as if its wings were not there; these ask one, in one place each.
 SEAMS = {
     ("lora.layer", "lora.fast"),
-    ("lora.updates", "lora.fast"),
     ("lora.routing", "lora.fast"),
+    ("lora.algebra", "lora.disk"),
     ("gpt2.model", "gpt2.fast"),
     ("gpt2.layers", "gpt2.fast"),
     ("gpt2.generation", "gpt2.fast"),
@@ -32,7 +32,7 @@ SEAMS = {
     ("gpt2.sampling", "gpt2.fast"),
     ("gpt2.cache", "gpt2.fast"),
 }
-FACE = {"lora": 30, "gpt2": 32}
+FACE = {"lora": 28, "gpt2": 32}
 ids = {"ids": lambda file: str(file.relative_to(ROOT))}
 
 
@@ -111,7 +111,7 @@ def test_pydoc_of_a_face_is_a_page(package):
 
 
 def test_no_public_function_hides_a_module():
-    for package in (*PACKAGES, "lora.algebra"):
+    for package in PACKAGES:
         module = importlib.import_module(package)
         names = getattr(module, "__all__", None) or face(package)
         functions = {n for n in names if not is_module(getattr(module, n))}
@@ -137,7 +137,7 @@ def test_no_prints_seeds_environment_or_globals(file):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             assert called not in ("print", "torch.manual_seed", "os.getenv"), called
-            assert called != "torch.load" or file.name == "loralib.py"
+            assert called != "torch.load"
         assert not isinstance(node, ast.Global)
         if isinstance(node, ast.Attribute):
             assert ast.unparse(node) != "os.environ"
@@ -169,28 +169,44 @@ def test_importing_touches_no_random_state_and_little_else():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-def functions(file: Path) -> Iterator[tuple[str, int]]:
-    """Each function with its lines, its docstring left out."""
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            doc = ast.get_docstring(node, clean=False)
-            yield node.name, node.end_lineno - node.lineno + 1 - len((doc or "").splitlines())
+# Lines of Python as `wc -l` counts them: they only fall, but for what a new capability is given.
+BUDGET = {
+    "lora": 3_930,
+    "gpt2": 8_484,
+    "scripts": 6_040,
+    "tests": 20_265,
+    "benchmarks": 2_699,
+}
+MOST_LINES = {"lora": 400, "gpt2": 400, "scripts": 400, "tests": 700, "benchmarks": 400}
+# Characters a line, and the share of blank lines, when the budget began. Lines do not go by
+# becoming denser.
+DENSITY = {"lora": (40.53, 0.1876), "gpt2": (40.64, 0.1849), "scripts": (39.48, 0.1770)}
 
 
-@pytest.mark.parametrize("file", [*SOURCES, *SCRIPTS], **ids)
-def test_rooms_keep_to_their_size(file):
-    """250 lines a file, 110 a script, 40 a function: what outgrows its room is two rooms."""
-    limit = 110 if file in SCRIPTS and "if __name__" in file.read_text() else 250
-    assert len(file.read_text().splitlines()) <= limit
-    assert not [(name, size) for name, size in functions(file) if size > 40]
+@pytest.mark.parametrize("package", BUDGET)
+def test_the_house_keeps_its_budget(package):
+    texts = {file: file.read_text() for file in sorted((ROOT / package).rglob("*.py"))}
+    lines = {file: text.count("\n") for file, text in texts.items()}
+    total = sum(lines.values())
+    assert total <= BUDGET[package]
+    assert not {f.name: n for f, n in lines.items() if n > MOST_LINES[package]}
+    if package in DENSITY:
+        width, blank = DENSITY[package]
+        whole = "".join(texts.values())
+        assert len(whole) <= BUDGET[package] * width * 1.05
+        assert len(whole) / total == pytest.approx(width, rel=0.05)
+        assert sum(not line.strip() for line in whole.splitlines()) / total >= 0.95 * blank
+        assert package == "scripts" or "fmt: off" not in whole
+        assert package == "scripts" or "fmt: skip" not in whole
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 399
 
 
-def test_a_shared_room_past_a_scripts_size_has_its_reason():
-    """Each that is longer is named with a sentence, and none that is not."""
-    large = {f.name for f in SCRIPTS if len(f.read_text().splitlines()) > 110}
-    design = (ROOT / "docs" / "design.md").read_text()
-    told = re.findall(r"^- `(\w+\.py)`: .{20,}\.$", design.partition("past 110 lines")[2], re.M)
-    assert sorted(told) == sorted(large)
+CORE = ["layer", "config", "layout", "tree", "targets", "injection", "bank", "merging"]
+
+
+def test_the_core_of_lora_is_read_in_an_afternoon():
+    sizes = {name: (ROOT / "lora" / f"{name}.py").read_text().count("\n") for name in CORE}
+    assert sum(sizes.values()) <= 1_750
 
 
 @pytest.mark.parametrize("package", ["lora", "gpt2"])

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -15,11 +17,18 @@ from torch import nn
 
 import lora
 from lora.disk import checkpoint
-from lora.disk.folder import PAIR
 from tests.toys import MLP, TINY, randomize, raw, snapshot, tiny_gpt2
 
 IDX = torch.randint(0, TINY.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
 C_ATTN = "base_model.model.transformer.h.0.attn.c_attn"
+# What Unsloth writes as target_modules.
+UNSLOTH = (
+    r"(?:.*?(?:vision|image|visual|patch|language|text).*?"
+    r"(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?"
+    r"(?:k_proj|v_proj|q_proj|out_proj|fc1|fc2|o_proj|gate_proj|up_proj|down_proj).*?)"
+    r"|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)"
+    r"\.(?:(?:k_proj|v_proj|q_proj|out_proj|fc1|fc2|o_proj|gate_proj|up_proj|down_proj)))"
+)
 
 
 @pytest.fixture
@@ -46,7 +55,7 @@ def edit_config(folder, **fields) -> None:
     file = folder / checkpoint.CONFIG
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
     with safe_open(folder / checkpoint.WEIGHTS, "pt") as f:
-        metadata = {key: value for key, value in f.metadata().items() if key != PAIR}
+        metadata = {key: value for key, value in f.metadata().items() if key != checkpoint.DIGEST}
     edit(folder, lambda tensors: None, metadata)
 
 
@@ -109,6 +118,36 @@ def test_the_format_is_pefts(saved):
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 6, 0.25)
 
 
+OLD = Path(__file__).parent / "data" / "adapter_of_0_1"
+
+
+def test_a_folder_of_an_earlier_version_loads():
+    """It has slices, patterns, a module trained whole, and probes of base and factors."""
+    model, plain = tiny_gpt2(), tiny_gpt2()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        paths = lora.load(model, OLD)
+    assert paths == [
+        *(f"transformer.h.{i}.{name}" for i in (0, 1) for name in ("attn.c_attn", "mlp.c_fc")),
+        "transformer.ln_f",
+    ]
+    tensors = safetensors.torch.load_file(OLD / checkpoint.WEIGHTS)
+    scalings = {"h.0.attn.c_attn": 3, "h.0.mlp.c_fc": 2.5, "h.1.attn.c_attn": 3, "h.1.mlp.c_fc": 2}
+    with torch.no_grad():
+        for path, scaling in scalings.items():
+            a, b = (
+                tensors[f"base_model.model.transformer.{path}.lora_{f}.weight"].double()
+                for f in "AB"
+            )
+            plain.get_submodule(f"transformer.{path}").weight += (scaling * b @ a).t()
+        for name, p in plain.transformer.ln_f.named_parameters():
+            p.copy_(tensors[f"base_model.model.transformer.ln_f.{name}"])
+    torch.testing.assert_close(model(IDX), plain(IDX), rtol=1e-4, atol=1e-5)
+    c_attn = model.transformer.h[0].attn.c_attn.updates["default"]
+    assert c_attn.slices == {"q": [0, 16], "v": [32, 48]}
+    assert c_attn.config == lora.UpdateConfig(r=4, alpha=12, dropout=0.25)
+
+
 def test_the_config_names_the_base(tmp_path):
     model = tiny_gpt2()
     model.name_or_path = "gpt2"
@@ -139,7 +178,9 @@ def test_keys_saved_through_a_wrapper_are_unwrapped(saved, wrapper):
 
     edit(folder, wrap)
     model = tiny_gpt2()
-    lora.load(model, folder)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The layers are called module")
+        lora.load(model, folder)
     assert torch.equal(model(IDX), want)
 
 
@@ -151,6 +192,7 @@ def test_all_faults_are_listed_at_once(saved):
         tensors["base_model.model.transformer.h.1.mlp.c_fc.lora_A.weight"] = torch.ones(3, 16)
         tensors["base_model.model.transformer.h.7.attn.c_attn.lora_A.weight"] = torch.ones(4, 16)
         tensors["base_model.model.lm_head.weight"] = torch.ones(2)
+        tensors["base_model.model.lm_head.lora_magnitude_vector"] = torch.ones(2)
         tensors["base_model.model.transformer.h.1.attn.c_attn.lora_A.weight"][0, 0] = torch.nan
 
     edit(folder, spoil)
@@ -158,9 +200,10 @@ def test_all_faults_are_listed_at_once(saved):
         tiny_gpt2(),
         folder,
         r"(?s)(?=.*h.0.attn.c_attn: lora_B is missing)"
-        r"(?=.*h.1.mlp.c_fc: lora_A is \(3, 16\), this layer takes \(4, 16\))"
+        r"(?=.*h.1.mlp.c_fc: lora_B is \(64, 4\), this layer takes \(64, 3\))"
         r"(?=.*h.7.attn.c_attn: no such layer here)"
-        r"(?=.*lm_head.weight: left over)"
+        r"(?=.*lm_head.weight is \(2,\), this model's is \(61, 16\))"
+        r"(?=.*lm_head.lora_magnitude_vector: left over)"
         r"(?=.*h.1.attn.c_attn: lora_A has NaN)",
     )
 
@@ -175,7 +218,7 @@ def test_an_adapter_for_another_depth_width_or_base_is_refused(saved):
         return gpt2.GPT2(gpt2.GPT2Config(**settings | sizes)).eval()
 
     refuses(build(n_layer=1), folder, "h.1.attn.c_attn: no such layer here")
-    refuses(build(n_layer=3), folder, "h.2.attn.c_attn: no tensors in the file")
+    refuses(build(n_layer=3), folder, "made for another base")
     refuses(build(n_embd=32), folder, r"lora_A is \(4, 16\), this layer takes \(4, 32\)")
     refuses(tiny_gpt2(seed=5), folder, "made for another base.*h.0.attn.c_attn")
     model = tiny_gpt2(seed=5)
@@ -201,29 +244,11 @@ def test_a_slightly_tuned_base_is_another_base(saved):
 
 
 def test_a_base_of_another_size_is_refused(saved):
-    """Of the same direction in every weight, so that only its norm tells it from the other."""
     model = tiny_gpt2()
     with torch.no_grad():
         for p in model.parameters():
             p *= 1.01
     refuses(model, saved[0], "made for another base")
-
-
-def test_swapped_factors_of_a_square_layer_are_detected(tmp_path):
-    """With in = out, B transposed has A's shape: only the stored probe tells."""
-    torch.manual_seed(0)
-    model = MLP(6, 6)
-    lora.inject(model, r=6, targets="up")
-    randomize(model)
-    lora.save(model, tmp_path)
-
-    def swap(tensors):
-        a, b = (f"base_model.model.up.lora_{f}.weight" for f in "AB")
-        tensors[a], tensors[b] = tensors[b].t().contiguous(), tensors[a].t().contiguous()
-
-    edit(tmp_path, swap)
-    lora.eject(model)
-    refuses(model, tmp_path, r"up: A and B are not the ones that were saved \(transposed")
 
 
 def test_files_without_our_metadata_load(saved):
@@ -238,39 +263,46 @@ def test_files_without_our_metadata_load(saved):
 def test_broken_files(saved, tmp_path):
     folder, _ = saved
     refuses(tiny_gpt2(), tmp_path / "nowhere", "is missing", FileNotFoundError)
+    config = (folder / checkpoint.CONFIG).read_bytes()
+    for content in (b"\xff{", b"[]", b"", b"{"):
+        (folder / checkpoint.CONFIG).write_bytes(content)
+        refuses(tiny_gpt2(), folder, "adapter_config.json: it is not a JSON object")
+    (folder / checkpoint.CONFIG).write_bytes(config)
     file = folder / checkpoint.WEIGHTS
     whole = file.read_bytes()
     for content in (whole[: len(whole) // 2], whole[:4], b"", b"not a safetensors file" * 9):
         file.write_bytes(content)
-        refuses(tiny_gpt2(), folder, "no intact safetensors file")
+        refuses(tiny_gpt2(), folder, "is not an intact safetensors file")
     file.unlink()
     refuses(tiny_gpt2(), folder, f"{checkpoint.WEIGHTS} is missing", FileNotFoundError)
-    (folder / checkpoint.CONFIG).write_bytes(b"\xff{")
-    refuses(tiny_gpt2(), folder, "is not JSON")
-    (folder / checkpoint.CONFIG).write_text("[]")
-    refuses(tiny_gpt2(), folder, "holds a list")
 
 
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
-        ({"bias": "all"}, "bias is 'all'"),
+        ({"bias": "all"}, "bias is 'all': trained biases are not supported"),
+        ({"bias": "lora_only"}, "bias is 'lora_only'"),
         ({"use_dora": True}, "use_dora is True, which is not supported"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"init_lora_weights": "pissa_niter_4"}, "changed the base weights"),
         ({"init_lora_weights": "olora", "use_dora": True}, r"changed the base.*use_dora"),
         ({"some_future_field": 3}, "some_future_field is 3, which is not supported"),
-        ({"target_modules": []}, "target_modules is missing"),
-        ({"target_modules": "("}, "target_modules"),
-        ({"target_modules": 5}, "target_modules"),
-        ({"r": 0}, "r must be"),
-        ({"r": None}, "r must be"),
         ({"lora_alpha": -1}, "alpha must be"),
-        ({"rank_pattern": {"c_attn": -2}}, "r must be"),
-        ({"rank_pattern": {"(": 2}}, "rank_pattern"),
-        ({"rank_pattern": [1]}, "rank_pattern is"),
-        ({"layers_to_transform": "x"}, "layers_to_transform"),
+        ({"lora_alpha": "x"}, "alpha must be a number, got 'x'"),
+        ({"alpha_pattern": {"c_attn": "x"}}, "alpha must be a number, got 'x'"),
+        ({"alpha_pattern": {"(": 1}}, "adapter_config.json: missing \\)"),
+        ({"lora_dropout": 1}, r"dropout must be in \[0, 1\)"),
+        ({"init_lora_weights": "mica"}, "init_lora_weights 'mica' changed"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights 'loftq' changed"),
+        ({"ensure_weight_tying": True}, "ensure_weight_tying is True, which is not supported"),
+        ({"modules_to_save": ["ln_f"]}, "modules_to_save names ln_f, of which the file has no"),
+        ({"modules_to_save": "ln_f"}, "modules_to_save names ln_f, of which the file has no"),
+        ({"lora_bias": True}, "lora_bias is True, which is not supported"),
+        ({"target_parameters": ["w"]}, r"target_parameters is \['w'\], which is not supported"),
+        ({"trainable_token_indices": [3]}, r"trainable_token_indices is \[3\]"),
+        ({"alora_invocation_tokens": [3]}, r"alora_invocation_tokens is \[3\]"),
+        ({"layer_replication": [[0, 1]]}, r"layer_replication is \[\[0, 1\]\]"),
     ],
 )
 def test_configs_that_are_refused(saved, fields, words):
@@ -279,12 +311,20 @@ def test_configs_that_are_refused(saved, fields, words):
     refuses(tiny_gpt2(), folder, words)
 
 
-def test_what_the_config_says_and_the_file_lacks(saved):
-    folder, _ = saved
-    edit_config(folder, target_modules=["c_attn"])
-    refuses(tiny_gpt2(), folder, "h.0.mlp.c_fc: not a target of the config")
-    edit_config(folder, target_modules=["c_attn", "c_fc", "c_proj"])
-    refuses(tiny_gpt2(), folder, "h.0.attn.c_proj: no tensors in the file")
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": UNSLOTH},
+        {"target_modules": ["c_proj"], "rank_pattern": {"c_attn": 64}, "r": 1},
+        {"layers_pattern": "", "layers_to_transform": None, "exclude_modules": ""},
+    ],
+)
+def test_the_tensors_tell_the_layers_and_the_ranks(saved, fields):
+    folder, want = saved
+    edit_config(folder, **fields)
+    model = tiny_gpt2()
+    assert len(lora.load(model, folder)) == 4
+    assert torch.equal(model(IDX), want)
 
 
 def test_loading_onto_a_merged_model_or_a_taken_name_is_refused(saved):

@@ -1,4 +1,4 @@
-"""What adapters train whole: copies of modules, and biases."""
+"""What adapters train whole: copies of modules."""
 
 from __future__ import annotations
 
@@ -100,10 +100,9 @@ def test_each_adapter_has_its_own_copy_and_copies_have_no_mixture():
     assert raw(twin(X)) == alone["a"]
 
 
-@pytest.mark.parametrize("arguments", [{"modules_to_save": "score"}, {"bias": "all"}])
-def test_merging_for_good_keeps_the_copies(arguments):
+def test_merging_for_good_keeps_the_copies():
     model = classifier()
-    lora.inject(model, r=2, targets="up", seed=0, **arguments)
+    lora.inject(model, r=2, targets="up", seed=0, modules_to_save="score")
     randomize(model)
     shift(model, "default", 0.3)
     want = model(X)
@@ -115,61 +114,14 @@ def test_merging_for_good_keeps_the_copies(arguments):
     assert set(model.state_dict()) == set(classifier().state_dict())
 
 
-@pytest.mark.parametrize(
-    ("bias", "trained"),
-    [
-        ("none", set()),
-        ("lora_only", {"up"}),
-        ("all", {"up", "norm", "score.0"}),
-    ],
-)
-def test_biases_train_beside_the_updates(bias, trained):
-    model, base = classifier(), raw(classifier()(X))
-    lora.inject(model, r=2, targets="up", bias=bias, seed=0)
-    assert raw(model(X)) == base
-    names = {n for n, p in model.named_parameters() if p.requires_grad and n.endswith("bias")}
-    assert names == {f"{path}.updates.default.bias" for path in trained}
-    model(X).square().sum().backward()
-    assert not any(p.grad is not None for n, p in model.named_parameters() if ".base." in n)
-    shift(model, "default", 0.25)
-    if trained:
-        dense = classifier()
-        with torch.no_grad():
-            for path in trained:
-                dense.get_submodule(path).bias.add_(0.25)
-            a, b = model.up.updates["default"].factors()
-            dense.up.weight.add_(8.0 * b @ a)
-        torch.testing.assert_close(model(X), dense(X), rtol=1e-10, atol=1e-10)
-    with lora.disabled(model):
-        assert raw(model(X)) == base
-    lora.eject(model)
-    assert raw(model(X)) == base
-
-
-def test_a_mixture_moves_the_bias_by_its_weights():
-    model = classifier()
-    base = model.up.bias.detach().clone()
-    for name, by in (("a", 0.5), ("b", -2.0)):
-        lora.inject(model, r=1, targets="up", bias="lora_only", adapter=name, seed=0)
-        with torch.no_grad():
-            model.up.updates[name].bias.add_(by)
-    lora.activate(model, {"a": 0.4, "b": 0.1})
-    torch.testing.assert_close(model.up.bias, base + 0.4 * 0.5 + 0.1 * -2.0)
-    want = model(X)
-    with lora.merged(model):
-        torch.testing.assert_close(model(X), want, rtol=1e-12, atol=1e-12)
-    with lora.disabled(model):
-        assert model.up.bias is model.up.base.bias
-
-
 def test_the_state_dict_has_the_bases_own_keys_and_loads_back():
     model, plain = classifier(), classifier()
-    lora.inject(model, r=2, targets="up", modules_to_save="score", bias="all", seed=0)
+    lora.inject(model, r=2, targets="up", modules_to_save="score", seed=0)
     keys = list(model.state_dict())
     assert [key for key in keys if ".updates." not in key] == list(plain.state_dict())
     shift(model, "default", 1.0)
     twin = classifier()
-    lora.inject(twin, r=2, targets="up", modules_to_save="score", bias="all", seed=3)
+    lora.inject(twin, r=2, targets="up", modules_to_save="score", seed=3)
     twin.load_state_dict(model.state_dict())
     assert torch.equal(twin(X), model(X))
     missing, left_over = plain.load_state_dict(model.state_dict(), strict=False)
@@ -183,7 +135,6 @@ def test_the_state_dict_has_the_bases_own_keys_and_loads_back():
         ({"modules_to_save": "nothing"}, "No module matches modules_to_save 'nothing'"),
         ({"modules_to_save": "up"}, "up is a target and in modules_to_save"),
         ({"targets": ("up", "score.0"), "modules_to_save": "score"}, "score.0 is a target and in"),
-        ({"bias": "some"}, "bias must be one of none, lora_only, all"),
         ({"modules_to_save": 3}, "modules_to_save must be a name or several"),
     ],
 )
@@ -198,5 +149,5 @@ def test_what_cannot_be_copied_changes_nothing(arguments, words):
 def test_factors_alone_are_not_the_value_of_an_adapter_that_trains_more():
     model = classifier()
     lora.inject(model, r=1, targets="up", modules_to_save="score")
-    with pytest.raises(ValueError, match="trains more than factors: a copy or a bias of score"):
+    with pytest.raises(ValueError, match="trains more than factors: a copy of score"):
         lora.algebra.factors(model)

@@ -615,3 +615,10 @@ def test_a_separator_stands_between_prompt_and_completion_and_is_the_prompts(tok
 def test_a_separator_is_a_token_id(tokenizer, separator):
     with pytest.raises(ValueError, match=r"separator must be a token id, or None, got"):
         encode(["a b"], tokenizer, separator=separator)
+
+
+def test_a_dataset_says_its_size(tokenizer):
+    data = encode(["one two", "a rose is a rose"], tokenizer, max_length=4)
+    assert repr(data) == "<Dataset: 2 examples, 7 tokens, the longest 4; 1 cut>"
+    nothing = data.only(np.zeros(0, np.int64))
+    assert repr(nothing) == "<Dataset: no examples>"

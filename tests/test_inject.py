@@ -231,7 +231,7 @@ def test_a_compiled_or_parallel_wrapper_is_seen_through():
 
 
 REFUSED = [
-    ({"r": 0}, "r must be an integer"),
+    ({"r": 0}, "r must be at least 1"),
     ({"r": 17}, r"transformer.h.0.attn.c_attn.*: r 17 is above 16, its smaller side"),
     ({"alpha": -3}, "alpha must be"),
     ({"alpha": float("inf")}, "alpha must be"),
@@ -245,7 +245,7 @@ REFUSED = [
     ({"targets": ("x", "y")}, r"target 'x'.*target 'y'"),
     ({"targets": ("c_attn", "ln_1")}, "matches transformer.h.0.ln_1 .and 1 more., but it is no"),
     ({"targets": ()}, "targets must name"),
-    ({"targets": ("",)}, "targets must name"),
+    ({"targets": ("",)}, "targets must be a name"),
     ({"targets": "attn"}, "but it is no nn.Linear, Conv1D or"),
     ({"adapter": "a.b"}, "cannot name an adapter"),
     ({"adapter": ""}, "cannot name an adapter"),

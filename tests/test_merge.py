@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lora
-from tests.toys import TINY, dense, layer, randomize, raw, snapshot, tiny_gpt2
+from tests.toys import TINY, dense, layer, randomize, raw, snapshot, tiny_gpt2, untie
 
 IDX = torch.randint(0, TINY.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -40,7 +40,7 @@ def test_a_merged_weight_is_the_float64_ideal_rounded_once(shape, dtype):
     update = model[0].updates["default"]
     ideal = dense(model[0].base).double() + 5.0 * update.B.double() @ update.A.double()
     lora.merge(model)
-    merged = model[0].merged_weight if shape[0] == "linear" else model[0].merged_weight.t()
+    merged = model[0].weight if shape[0] == "linear" else model[0].weight.t()
     assert merged.dtype == dtype
     assert torch.equal(merged, ideal.detach().to(dtype))
 
@@ -110,12 +110,12 @@ def test_merging_again_after_a_change_is_computed_from_the_pristine_base():
     for seed in range(5):
         randomize(model, seed=seed)
         with lora.merged(model):
-            got = [m.merged_weight for m in model.modules() if isinstance(m, lora.LoRALinear)]
+            got = [m.weight for m in model.modules() if isinstance(m, lora.LoRALinear)]
     fresh = tiny_gpt2(dtype=torch.bfloat16)
     lora.inject(fresh, r=4, targets=ALL)
     randomize(fresh, seed=4)
     lora.merge(fresh)
-    want = [m.merged_weight for m in fresh.modules() if isinstance(m, lora.LoRALinear)]
+    want = [m.weight for m in fresh.modules() if isinstance(m, lora.LoRALinear)]
     assert [raw(g) for g in got] == [raw(w) for w in want]
 
 
@@ -172,7 +172,8 @@ def test_merging_in_training_mode_with_dropout_is_refused():
 
 def test_merging_a_shared_weight_is_refused_and_names_both():
     model = tiny_gpt2()
-    lora.inject(model, r=2, targets=("c_attn", "lm_head"), untie=True)
+    untie(model.lm_head)
+    lora.inject(model, r=2, targets=("c_attn", "lm_head"))
     lora.merge(model)
     lora.unmerge(model)
     layer = model.lm_head
@@ -209,12 +210,12 @@ def test_a_merged_weight_that_overflows_its_dtype_is_refused():
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
-def test_a_layer_without_an_active_update_merges_to_a_plain_tensor(kind):
-    """In float64 nothing is rounded, and yet the merged weight is not the base's parameter."""
+def test_a_layer_without_an_active_update_merges_to_a_weight_that_is_not_the_bases(kind):
+    """In float64 nothing is rounded, and yet the merged weight is not the base's memory."""
     model = one_layer(kind, 4, 4, 2, torch.float64)
     lora.activate(model, {})
     want = model(torch.eye(4, dtype=torch.float64))
     for _ in range(2):
         with lora.merged(model):
-            assert not isinstance(model[0].merged_weight, nn.Parameter)
+            assert model[0].weight.data_ptr() != model[0].base.weight.data_ptr()
             assert torch.equal(model(torch.eye(4, dtype=torch.float64)), want)

@@ -110,8 +110,8 @@ def test_the_whole_life_of_a_bank(build, tmp_path):
         lora.activate(model, name)
         alone[name] = logits(model)
         lora.save(model, tmp_path / name, adapter=name)
-        report = lora.merge(model, verify=IDX)
-        assert report.agreement.flips == 0
+        lora.merge(model)
+        assert torch.equal(logits(model).argmax(-1), alone[name].argmax(-1))
         torch.testing.assert_close(logits(model), alone[name], rtol=1e-4, atol=1e-4)
         lora.unmerge(model)
         assert torch.equal(logits(model), alone[name])
@@ -162,32 +162,26 @@ def test_transformers_generates_under_routing():
 # Other states
 
 
-def test_on_the_meta_device(tmp_path):
-    lora.save(bank(tiny_gpt2), tmp_path, adapter="a")
-    value = lora.algebra.factors(bank(tiny_gpt2), "a")
+def test_on_the_meta_device():
     with torch.device("meta"):
         model = gpt2.GPT2(TINY)
     real = tiny_gpt2()
     for m in (model, real):
         paths = lora.inject(m, r=2, targets=("c_attn[q,v]", "c_fc"), adapter="first")
-        lora.inject(m, r=4, targets="lm_head", untie=True)
+        lora.inject(m, r=4, targets="mlp.c_proj")
     assert lora.count_parameters(model) == lora.count_parameters(real)
     assert lora.adapters(model) == lora.adapters(real)
     assert model(IDX.to("meta")).shape == (3, 7, TINY.vocab_size)
-    assert paths == [p for p, m in model.named_modules() if isinstance(m, lora.LoRALinear)][:4]
+    assert paths == list(lora.adapters(model)["first"])
     lora.activate(model, "first")
     lora.eject(model)
     assert all(p.requires_grad for p in model.parameters())
-    for call in (lambda: lora.load(model, tmp_path), lambda: lora.algebra.implant(model, value)):
-        with pytest.raises(ValueError, match="on the meta device, which holds no values"):
-            call()  # values put there would be gone in silence
-    assert not any(isinstance(m, lora.LoRALinear) for m in model.modules())
 
 
 def test_a_deepcopy_shares_nothing_and_knows_what_was_trainable():
     model = tiny_gpt2()
     model.transformer.wpe.weight.requires_grad_(False)
-    lora.inject(model, r=2, targets=("c_attn", "lm_head"), untie=True)
+    lora.inject(model, r=2, targets=("c_attn", "mlp.c_proj"))
     randomize(model)
     want = raw(logits(model))
     twin = copy.deepcopy(model)
@@ -344,12 +338,8 @@ def tied_pair() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize(
-    "call", ["inject", "load", "implant", "merge", "verify", "eject", "routed"]
-)
+@pytest.mark.parametrize("call", ["inject", "load", "implant", "merge", "eject", "routed"])
 def test_a_fault_at_any_tensor_changes_nothing(call, tmp_path):
-    seen = torch.tensor([[1, 2], [3, 4]])
-
     def build() -> nn.Module:
         model = tied_pair()
         if call != "inject":
@@ -358,16 +348,15 @@ def test_a_fault_at_any_tensor_changes_nothing(call, tmp_path):
         return model
 
     donor = tied_pair()
-    lora.inject(donor, r=2, targets=("up", "down", "2"), untie=True, seed=0)
+    lora.inject(donor, r=2, targets=("up", "down"), seed=0)
     randomize(donor)
     lora.save(donor, tmp_path)
-    value = {p: f for p, f in lora.algebra.factors(donor).items() if p != "2"}
+    value = lora.algebra.factors(donor)
     calls = {
-        "inject": lambda m: lora.inject(m, r=1, targets=("up", "down", "2"), untie=True, seed=0),
-        "load": lambda m: lora.load(m, tmp_path, untie=True),
+        "inject": lambda m: lora.inject(m, r=1, targets=("up", "down"), seed=0),
+        "load": lambda m: lora.load(m, tmp_path),
         "implant": lambda m: lora.algebra.implant(m, value),
         "merge": lora.merge,
-        "verify": lambda m: lora.merge(m, verify=seen),
         "eject": lora.eject,
         "routed": lambda m: lora.routed(m, ["here", None]).__enter__(),
     }
@@ -411,7 +400,7 @@ def test_a_fault_at_any_layer_changes_nothing(method, n, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("wrapper", ["_orig_mod.module.", "module._orig_mod.", "module."])
-def test_keys_of_wrapped_models_are_unwrapped_but_none_is_taken_twice(wrapper, tmp_path):
+def test_keys_of_wrapped_models_are_unwrapped(wrapper, tmp_path):
     model = bank(tiny_gpt2)
     lora.save(model, tmp_path, adapter="a")
     lora.activate(model, "a")
@@ -425,14 +414,3 @@ def test_keys_of_wrapped_models_are_unwrapped_but_none_is_taken_twice(wrapper, t
     edit(tmp_path, wrap)
     lora.load(again, tmp_path)
     assert torch.equal(logits(again), logits(model))
-
-    def twice(tensors: dict[str, Tensor]) -> None:
-        key = sorted(tensors)[0]
-        tensors[key.replace(wrapper, "")] = torch.zeros_like(tensors[key])
-
-    edit(tmp_path, twice)
-    plain = tiny_gpt2()
-    before = snapshot(plain)
-    with pytest.raises(ValueError, match="left over"):
-        lora.load(plain, tmp_path)
-    assert snapshot(plain) == before

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora
-from lora.disk import checkpoint, peft_config, peft_writing
-from lora.disk.folder import from_tensors, open_folder, to_tensors
+from lora.disk import checkpoint
+from lora.disk import peft as lora_peft
+from tests.test_checkpoint import UNSLOTH
 from tests.toys import MLP, randomize, snapshot
 
 peft = pytest.importorskip("peft", reason="PEFT is the oracle here")
@@ -63,7 +64,17 @@ def test_adapted_embeddings_and_heads_load(tmp_path, tied, targets):
     keys = load_file(tmp_path / checkpoint.WEIGHTS).keys()
     assert any(key.endswith("base_layer.weight") for key in keys)
     model = llama(tied)
-    lora.load(model, tmp_path, untie=tied)
+    if tied:
+        before = snapshot(model)
+        words = r"lm_head\.weight are one tensor.* torch\.nn\.Parameter\(layer\.weight\.detach"
+        with pytest.raises(ValueError, match=words):
+            lora.load(model, tmp_path)
+        assert snapshot(model) == before
+        for layer in (model.model.embed_tokens, model.lm_head):
+            layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the base's weights beside the adapter are the model's
+        lora.load(model, tmp_path)
     torch.testing.assert_close(model(IDX).logits, want, rtol=1e-4, atol=1e-5)
 
 
@@ -77,51 +88,60 @@ def test_whole_embeddings_load_where_they_are_the_bases(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fields", "key", "words"),
-    [
-        ({"target_modules": ["lm_head"]}, "lm_head.base_layer.weight",
-         r"lm_head\.weight differs from the base's in 1 of 248 values: it was made for another"),
-        ({"target_modules": ["q_proj"]}, "lm_head.weight",
-         r"lm_head\.weight: left over \(differs from the base's in 1 of 248 values\)"),
-    ],
-)  # fmt: skip
-def test_other_weights_of_the_base_are_said(tmp_path, fields, key, words):
-    write(tmp_path, llama(), {"save_embedding_layers": True}, **fields)
+    ("targets", "key"),
+    [(["lm_head"], "lm_head.base_layer.weight"), (["q_proj"], "lm_head.weight")],
+)
+def test_other_weights_of_the_base_are_said(tmp_path, targets, key):
+    write(tmp_path, llama(), {"save_embedding_layers": True}, target_modules=targets)
     tensors = load_file(tmp_path / checkpoint.WEIGHTS)
     tensors[f"base_model.model.{key}"][3, 2] += 1
     save_file(tensors, tmp_path / checkpoint.WEIGHTS)
+    words = r"Not loaded: lm_head\.weight in the file, which differ from the model's"
+    with pytest.warns(UserWarning, match=words) as caught:
+        lora.load(llama(), tmp_path)
+    assert [w.filename for w in caught] == [__file__]
+
+
+def test_a_grown_vocabulary_loads_once_the_model_has_grown_too(tmp_path):
+    grown = llama()
+    grown.resize_token_embeddings(33)
+    want = write(tmp_path, grown, {"save_embedding_layers": True}, target_modules=["q_proj"])
     model = llama()
     before = snapshot(model)
+    words = (
+        r"lm_head\.weight is \(33, 8\), this model's is \(31, 8\): resize the model first \(resize_"
+    )
     with pytest.raises(ValueError, match=words):
         lora.load(model, tmp_path)
     assert snapshot(model) == before
-    if "base_layer" in key:
-        lora.load(model, tmp_path, allow_base_mismatch=True)
-    else:  # what was trained there would be lost
-        with pytest.raises(ValueError, match="left over"):
-            lora.load(model, tmp_path, allow_base_mismatch=True)
+    torch.manual_seed(5)
+    model.resize_token_embeddings(33)
+    with pytest.warns(UserWarning, match=r"Not loaded: .*embed_tokens.* copy them into the model"):
+        lora.load(model, tmp_path)
+    lora.eject(model)
+    tensors = load_file(tmp_path / checkpoint.WEIGHTS)
+    with torch.no_grad():
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            model.get_parameter(name).copy_(tensors[f"base_model.model.{name}"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lora.load(model, tmp_path)
+    torch.testing.assert_close(model(IDX).logits, want, rtol=1e-4, atol=1e-5)
 
 
-def test_a_resized_vocabulary_is_said(tmp_path):
-    grown = llama()
-    grown.resize_token_embeddings(33)
-    write(tmp_path, grown, {"save_embedding_layers": True}, target_modules=["q_proj"])
-    with pytest.raises(ValueError, match=r"lm_head.*is \(33, 8\), the base's is \(31, 8\)"):
-        lora.load(llama(), tmp_path, allow_base_mismatch=True)
-
-
-# Modules trained as a whole, and biases
+# Modules trained as a whole
 
 
 FOLDERS = {
     "head": {"kind": "LlamaForSequenceClassification", "task": "SEQ_CLS"},
     "norms": {"modules_to_save": ["norm", "lm_head"]},
     "embedding": {"modules_to_save": ["embed_tokens"]},
-    "block": {"modules_to_save": ["mlp"], "bias": "all"},
-    "own biases": {"bias": "lora_only"},
-    "all biases": {"bias": "all"},
-    "embedding's": {"bias": "lora_only", "target_modules": ["embed_tokens", "q_proj"]},
-    "biased copy": {"bias": "all", "modules_to_save": ["k_proj"]},
+    "embedding twice": {
+        "modules_to_save": ["embed_tokens"],
+        "saving": {"save_embedding_layers": True},
+    },
+    "block": {"modules_to_save": ["mlp"]},
+    "biased copy": {"modules_to_save": ["k_proj"]},
 }
 
 
@@ -138,32 +158,24 @@ def test_the_parts_of_each_folder(tmp_path):
         "head": {"score": ["weight"]},
         "norms": {key: ["weight"] for key in [*norms, "model.norm", "lm_head"]},
         "embedding": {"model.embed_tokens": ["weight"]},
+        "embedding twice": {"model.embed_tokens": ["weight"]},
         "block": {
             h.format(i, "mlp"): ["down_proj.weight", "gate_proj.weight", "up_proj.weight"]
             for i in (0, 1)
         },
         "biased copy": {h.format(i, "self_attn.k_proj"): ["bias", "weight"] for i in (0, 1)},
     }
-    own = [h.format(i, "self_attn.q_proj") for i in (0, 1)]
-    every = [h.format(i, f"self_attn.{n}_proj") for i in (0, 1) for n in "kqvo"]
-    biases = {
-        "own biases": own,
-        "all biases": every,
-        "block": every,
-        "embedding's": own,
-        "biased copy": [path for path in every if "k_proj" not in path],
-    }
     for name in FOLDERS:
         folder_of(tmp_path / name, name)
-        saved = open_folder(tmp_path / name / "theirs")
-        found = {path: sorted(module) for path, module in saved.copies.items()}
-        assert found == copies.get(name, {}), name
-        assert sorted(saved.biases) == sorted(biases.get(name, [])), name
-        assert not saved.left_over, name
+        tensors = checkpoint.read(tmp_path / name / "theirs").tensors
+        found = {path: sorted(module) for path, module in tensors.copies.items()}
+        assert found == copies[name], name
+        beside = {"model.embed_tokens.weight", "lm_head.weight"} if "twice" in name else set()
+        assert tensors.beside.keys() == beside, name
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_pefts_copies_and_biases_load_and_go_back(tmp_path, name):
+def test_pefts_copies_load_and_go_back(tmp_path, name):
     """PEFT's folder on our model, and what we save of it on PEFT's: the same logits."""
     want = folder_of(tmp_path, name)
     kind = FOLDERS[name].get("kind", "LlamaForCausalLM")
@@ -174,7 +186,10 @@ def test_pefts_copies_and_biases_load_and_go_back(tmp_path, name):
     with lora.disabled(model):
         assert torch.equal(model(IDX).logits, base)
     lora.save(model, tmp_path / "ours")
-    theirs = peft.PeftModel.from_pretrained(llama(kind=kind), tmp_path / "ours").eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PEFT only warns of what it lacks or does not know
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing|.*tied|.*unregister")
+        theirs = peft.PeftModel.from_pretrained(llama(kind=kind), tmp_path / "ours").eval()
     torch.testing.assert_close(theirs(IDX).logits, want, rtol=1e-4, atol=1e-5)
     again = llama(kind=kind)
     lora.load(again, tmp_path / "ours", trainable=False)
@@ -182,40 +197,25 @@ def test_pefts_copies_and_biases_load_and_go_back(tmp_path, name):
     assert not lora.trainable_parameters(again)
     lora.eject(model)
     assert torch.equal(model(IDX).logits, base)
-    with pytest.raises(ValueError, match="holds more than factors: a copy or a bias of"):
+    with pytest.raises(ValueError, match="holds more than factors: "):
         lora.algebra.read(tmp_path / "theirs")
 
 
-@pytest.mark.parametrize("name", FOLDERS)
-def test_what_is_written_is_what_peft_reads(tmp_path, name):
-    """Parsed from PEFT's folder, written by us, read by PEFT: the same logits."""
-    want = folder_of(tmp_path, name)
-    saved = open_folder(tmp_path / "theirs")
-    kind = FOLDERS[name].get("kind", "LlamaForCausalLM")
-    factors = {path: (pair["A"], pair["B"]) for path, pair in saved.factors.items()}
-    text = peft_writing.dumps(
-        {path: saved.config.update_config(path) for path in factors},
-        paths=[path for path, _ in llama(kind=kind).named_modules()],
-        copies=saved.copies,
-        biases=saved.biases,
-    )
-    tensors = to_tensors(factors, {"model.embed_tokens"}, saved.copies, saved.biases)
-    again = from_tensors(tensors, peft_config.parse(text), {})
-    assert (again.copies.keys(), again.biases.keys()) == (saved.copies.keys(), saved.biases.keys())
-    (tmp_path / "ours").mkdir()
-    (tmp_path / "ours" / checkpoint.CONFIG).write_text(text)
-    save_file(tensors, tmp_path / "ours" / checkpoint.WEIGHTS)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # PEFT only warns of what it lacks or does not know
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing|.*tied|.*unregister")
-        theirs = peft.PeftModel.from_pretrained(llama(kind=kind), tmp_path / "ours").eval()
-    torch.testing.assert_close(theirs(IDX).logits, want, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_trained_biases_are_refused_by_name(tmp_path, bias):
+    write(tmp_path, llama(), target_modules=["q_proj"], bias=bias)
+    model = llama()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=f"bias is '{bias}': trained biases are not supported"):
+        lora.load(model, tmp_path)
+    assert snapshot(model) == before
 
 
-def test_a_copy_whose_name_ends_anothers_cannot_be_written():
-    config = lora.UpdateConfig(r=1, alpha=1, dropout=0.0)
-    with pytest.raises(ValueError, match="modules_to_save would also take my_score"):
-        peft_writing.dumps({"a": config}, paths=["a", "score", "my_score"], copies=["score"])
+def test_a_copy_whose_name_ends_anothers_cannot_be_written(tmp_path):
+    model = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("a", "score", "my_score")})
+    lora.inject(model, r=1, targets="a", modules_to_save="score")
+    with pytest.raises(ValueError, match="PEFT would take my_score for a module in modules_to"):
+        lora.save(model, tmp_path)
 
 
 # Which layers a config names
@@ -283,36 +283,19 @@ PATHS = [
 ]  # fmt: skip
 
 
-def test_our_reading_of_a_config_is_pefts():
-    from peft.tuners.tuners_utils import check_target_module_exists
-
+def test_our_reading_of_alpha_patterns_is_pefts():
     draw = random.Random(0)
     names = ["c_attn", "attn.c_attn", "q", "up", "proj", "c_proj", "h.0.proj", "dense", *PATHS[5:9]]
     regexes = [r".*\.(q|up)$", r"transformer\.h\.[01]\..*", "c_attn", r"(?!a).*\d", r"^h.*|score"]
     seen = 0
     for _ in range(600):
-        fields: dict = {"r": 8, "target_modules": draw.sample(names, draw.randint(1, 4))}
-        if draw.random() < 0.2:
-            fields["target_modules"] = draw.choice(regexes)
-        elif draw.random() < 0.6:
-            fields["layers_to_transform"] = draw.choice([0, 1, [1, 2], [], [12], [0, 2]])
-            if draw.random() < 0.5:
-                fields["layers_pattern"] = draw.choice(["h", ["layers"], ["blocks", "layers"], []])
-        if draw.random() < 0.3:
-            fields["exclude_modules"] = draw.choice([["q", "h.0"], *regexes])
-        if draw.random() < 0.3:
-            fields["modules_to_save"] = draw.choice([["score"], ["attn"], ["h", "proj"]])
-        if draw.random() < 0.3:
-            fields["rank_pattern"] = {k: draw.randint(1, 9) for k in draw.sample(regexes, 2)}
-        theirs = peft.LoraConfig(**fields)
-        ours = peft_config.parse(json.dumps(fields | {"peft_type": "LORA"}))
-        for path in PATHS:
-            want = check_target_module_exists(theirs, path)
-            excluded = type(want).__name__ == "_ExcludedModule"
-            assert ours.matches(path) == (bool(want) and not excluded), (fields, path)
-            key = peft.utils.other.get_pattern_key(theirs.rank_pattern, path)
-            assert ours.update_config(path).r == theirs.rank_pattern.get(key, 8), (fields, path)
-            seen += ours.matches(path)
+        keys = draw.sample([*names, *regexes], draw.randint(0, 3))
+        pattern = {key: draw.randint(1, 7) for key in keys}
+        ours = lora_peft.parse(json.dumps({"peft_type": "LORA", "alpha_pattern": pattern}))
+        for path in PATHS[1:]:
+            key = peft.utils.other.get_pattern_key(pattern, path)
+            assert ours.update_config(path, 1).alpha == pattern.get(key, 8), (pattern, path)
+            seen += key in pattern
     assert seen > 1000
 
 
@@ -321,6 +304,9 @@ def test_our_reading_of_a_config_is_pefts():
     [
         {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]},
         {"target_modules": ["q_proj"], "layers_to_transform": []},
+        {"target_modules": ["q_proj"], "layers_pattern": ""},
+        {"target_modules": UNSLOTH},
+        {"target_modules": ["q_proj", "up_proj"], "rank_pattern": {"layers.0.mlp.up_proj": 5}},
         {"target_modules": ["q_proj", "model.layers.0.mlp.up_proj"], "layers_to_transform": 1},
         {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "layers"},
         {"target_modules": "all-linear"},

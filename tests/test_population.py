@@ -311,7 +311,7 @@ def test_what_has_no_room_is_refused_and_changes_nothing():
         "has rank 3, at most 2 fits": {"r": 3},
         "mlp.c_fc is no target of it": {"r": 1, "targets": "c_fc"},
         "has dropout, for which the population was not made": {"r": 1, "dropout": 0.1},
-        "takes no slices": {"r": 1, "targets": "c_attn[q,v]"},
+        "takes whole linear layers only": {"r": 1, "targets": "c_attn[q,v]"},
         "takes no embeddings, biases or copies": {"r": 1, "bias": "lora_only"},
         "No module matches target 'q_proj'": {"targets": "q_proj"},
     }.items():

@@ -69,7 +69,8 @@ def main() -> None:
         zip(code_cells(notebook), run(notebook)[0], strict=True), 1
     ):
         cell |= {"execution_count": number, "outputs": outputs}
-    NOTEBOOK.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True)
+    NOTEBOOK.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -42,6 +42,16 @@ def layer(kind: str, n_in: int, n_out: int, dtype: torch.dtype = torch.float32) 
     return base.to(dtype)
 
 
+def deltas(value: dict[str, lora.algebra.Factors]) -> dict[str, Tensor]:
+    """The dense weight changes of an adapter's value, `(out, in)` by path."""
+    return {path: pair.delta() for path, pair in value.items()}
+
+
+def untie(layer: nn.Module) -> None:
+    """Give a layer whose weight is shared, such as a tied head, one of its own."""
+    layer.weight = nn.Parameter(layer.weight.detach().clone())
+
+
 def dense(base: nn.Module) -> Tensor:
     """The weight as (out, in), told by the class here too, but written out anew."""
     return base.weight.detach().t() if isinstance(base, gpt2.Conv1D) else base.weight.detach()
@@ -68,7 +78,7 @@ def snapshot(model: nn.Module) -> dict[str, object]:
                 dict(module.resting),
                 module.enabled,
                 module.routing is None,
-                module.merged_weight is None,
+                module.merged is None,
             )
     for name, p in model.named_parameters(remove_duplicate=False):
         state[name] = (id(p), p.requires_grad, p.dtype, raw(p))

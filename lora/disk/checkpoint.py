@@ -1,37 +1,44 @@
 """Adapters on disk, in PEFT's format: a folder with a config and a safetensors file.
 
-The metadata of our own files adds a digest of the config, probes of the base and of the factors
-(see `lora.disk.probes`) and the names of slices; readers that know none see a plain PEFT adapter.
+The metadata of our own files adds a digest of the config, some entries of the base's weights
+(`lora.disk.fingerprint`) and the names of slices; other readers see a plain PEFT adapter.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora.copies import ModuleCopy, own_tensors
-from lora.disk import card as cards
-from lora.disk import files, fitting, peft_config, peft_writing, probes
-from lora.disk.fitting import SLICES
-from lora.disk.folder import CONFIG, PAIR, WEIGHTS, open_folder, to_tensors
-from lora.disk.hub import as_path
-from lora.disk.writing import replacing
-from lora.injection import attach
-from lora.layout import is_fan_in_fan_out
-from lora.messages import cut, listed
+from lora.copies import ModuleCopy, whole_copy
+from lora.disk import files, fingerprint, peft
+from lora.disk.files import CONFIG, SAVING, WEIGHTS
+from lora.injection import HEADS, attach, build
+from lora.layer import EmbeddingUpdate, LowRankUpdate, why_not_usable
+from lora.layout import is_fan_in_fan_out, why_not_adaptable
 from lora.slices import SlicedUpdate
-from lora.tree import Tree, survey, survey_adapted
-from lora.untyped import is_first, whole
-from lora.updates import EmbeddingUpdate, LowRankUpdate
-from lora.values import why_not_usable
+from lora.tree import Tree, listed, survey, survey_adapted
 
-__all__ = ["CONFIG", "SLICES", "WEIGHTS", "load", "open_folder", "save"]
+DIGEST = "lora_config_sha256"  # key in the metadata: of the config that was saved with it
+SLICES = "lora_slices"  # key in the metadata: which slices' blocks a plain B holds
+CARD = "README.md"
+_MARK = "<!-- Written by lora.save, which writes it anew. -->"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedAdapter:
+    """What an adapter's folder holds."""
+
+    config: peft.PeftConfig
+    tensors: peft.Tensors
+    metadata: Mapping[str, str]
 
 
 def save(
@@ -39,64 +46,75 @@ def save(
     folder: str | Path,
     *,
     adapter: str = "default",
-    uniform: bool = False,
-    card: bool = False,
+    notes: Mapping[str, object] | None = None,
 ) -> None:
     """Write an adapter as PEFT does; the same adapter gives the same bytes.
 
-    All files are written beside their places and then renamed, so that after a failure, such as a
-    full disk, the adapter that was there before still is; a reader at that moment, or after a kill
-    at that moment, never takes the new weights for the old config's.
+    After a failure, such as a full disk, the adapter that was in the folder before still is.
 
     Args:
         model: a model that carries the adapter, merged or not. Of a sharded one call this in each
             process: they put the adapter together, and the first writes.
         folder: created if missing.
         adapter: the adapter's name.
-        uniform: write one rank and one alpha for all layers (B scaled, both padded with zeros),
-            for readers that know no patterns.
-        card: write a README.md too, which says in plain words what the folder holds.
+        notes: what a model card should say, such as `{"data": "legal.jsonl", "loss": 2.31}`: with
+            them a README.md is written, unless there is one that `save` did not write.
 
     Raises:
         RuntimeError: the model carries no adapter.
-        ValueError: none of this name, factors that are not finite or no floats, or a README.md
-            that is not ours.
+        ValueError: none of this name, or factors that are no floats or not finite.
         OSError: the folder cannot be written.
 
     Warns:
-        UserWarning: other parameters of the model require grad, and are not saved.
+        UserWarning: other parameters of the model require grad, and are not saved; or a README.md
+            that `save` did not write is kept.
     """
-    tree, place = survey_adapted(model), as_path(folder)
-    updates = _updates(tree, adapter)
-    if card:
-        cards.require_free(place)
+    tree, folder = survey_adapted(model), Path(folder)
+    carrying = tree.carrying(adapter)
+    updates = {path: tree.layers[path].update(adapter) for path in carrying if path in tree.layers}
+    if not updates:
+        raise ValueError(f"{adapter!r} has no low-rank update, and PEFT's format needs one.")
+    factors = {path: _factors(update) for path, update in updates.items()}
+    if faults := [
+        f"{name} of {path} {reason}"
+        for path, pair in factors.items()
+        for name, factor in zip("AB", pair, strict=True)
+        if (reason := why_not_usable(factor))
+    ]:
+        raise ValueError(f"Not saved: {listed(faults)}.")
+    copies = {
+        path: {name: _on_cpu(t) for name, t in module.updates[adapter].state_dict().items()}
+        for path, module in carrying.items()
+        if isinstance(module, ModuleCopy)
+    }
     configs = {path: update.config for path, update in updates.items()}
-    factors = {path: _pair(u) for path, u in updates.items()}
-    copies, biases = _trained_beside(tree, adapter)
-    _require_usable(factors, "")
-    if uniform:
-        configs, factors = peft_writing.uniform(configs, factors)
-        _require_usable(factors, " once alpha / r is in B (save without uniform=True)")
-    bases = {path: tree.bases[path] for path in updates}
-    config = peft_writing.dumps(
+    base_name: str | None = getattr(tree.root, "name_or_path", None) or None
+    config = peft.to_config(
         configs,
-        paths=tree.bases.keys(),
-        fan_in_fan_out=any(map(is_fan_in_fan_out, bases.values())),
-        causal_lm=hasattr(tree.root, "lm_head"),
-        base_name=_base_name(tree),
-        copies=copies,
-        biases=biases,
+        tree.bases.keys(),
+        copies,
+        fan_in_fan_out=any(is_fan_in_fan_out(tree.bases[path]) for path in updates),
+        task_type="CAUSAL_LM" if hasattr(tree.root, "lm_head") else None,
+        base_model_name_or_path=base_name,
     )
-    metadata = {"format": "pt", PAIR: peft_config.parse(config).digest}
-    metadata |= probes.describe(bases, factors)
-    metadata |= {} if uniform else _slices(updates)
-    weights = files.to_bytes(to_tensors(factors, _embeddings(updates), copies, biases), metadata)
-    content = {WEIGHTS: weights, CONFIG: config.encode()}
-    if card:
-        size = sum(a.numel() + b.numel() for a, b in factors.values())
-        content[cards.CARD] = cards.write(_base_name(tree), configs, size).encode()
-    if is_first(tree.root.parameters()):
-        _write(place, content)
+    slices = {path: u.slices for path, u in updates.items() if isinstance(u, SlicedUpdate)}
+    metadata = {
+        "format": "pt",
+        DIGEST: peft.parse(config).digest,
+        **({SLICES: json.dumps(slices)} if slices else {}),
+        **fingerprint.describe({path: tree.bases[path] for path in updates}),
+    }
+    embeddings = {path for path, u in updates.items() if isinstance(u, EmbeddingUpdate)}
+    tensors = peft.to_tensors(factors, embeddings, copies)
+    content = {WEIGHTS: files.to_bytes(tensors, metadata), CONFIG: config.encode()}
+    if notes is not None and _is_free(folder / CARD):
+        targets, ranks = json.loads(config)["target_modules"], {c.r for c in configs.values()}
+        content[CARD] = _card(base_name, {"targets": targets, "r": sorted(ranks), **notes}).encode()
+    elif notes is not None:
+        warnings.warn(f"{CARD} was not written by lora.save, and is kept as it is.", stacklevel=2)
+    sharded = any(hasattr(parameter, "full_tensor") for parameter in tree.root.parameters())
+    if not sharded or torch.distributed.get_rank() == 0:
+        files.write(folder, content)
     _warn_of_others(tree)
 
 
@@ -106,7 +124,6 @@ def load(
     *,
     adapter: str = "default",
     allow_base_mismatch: bool = False,
-    untie: bool = False,
     dtype: torch.dtype | None = None,
     trainable: bool = True,
 ) -> list[str]:
@@ -121,7 +138,7 @@ def load(
             may be "org/repo" on the Hub.
         adapter: the name to give it.
         allow_base_mismatch: accept base weights other than those it was made for.
-        untie, dtype: as for `lora.inject`.
+        dtype: of A and B; by default as for `lora.inject`.
         trainable: whether the loaded factors require grad; False for inference.
 
     Returns:
@@ -129,101 +146,194 @@ def load(
 
     Raises:
         FileNotFoundError: a file or a repository is missing.
-        ConnectionError: the Hub is out of reach and its cache does not have the files.
         ValueError: listing all faults: tensors missing, left over, mis-shaped or not finite,
             another base, an unreadable file, features of PEFT that are not supported.
         RuntimeError: the model is merged or routed.
         The model is as it was after any error.
+
+    Warns:
+        UserWarning: the config was edited, the file's paths have another prefix than the model's,
+            or weights of the base in it differ.
     """
-    saved, tree = open_folder(folder), survey(model)
+    saved, tree = read(folder), survey(model)
     tree.require_whole()
-    modules = tree.bases
-    places = fitting.places(saved.factors, modules)
-    updates, faults = fitting.rebuild(saved, modules, places, dtype)
-    copies, unfit = fitting.restore(saved, modules, updates)
-    faults += [*unfit, *fitting.strangers(saved, modules, allow_base_mismatch)]
-    if not faults:
-        factors = {path: update.factors() for path, update in updates.items()}
-        bases = {path: modules[places[path]] for path in updates}
-        faults = probes.faults(saved.metadata, bases, factors, allow_base_mismatch)
+    factors, copies = saved.tensors.factors, saved.tensors.copies
+    drop, add = _prefixes([*factors, *copies], tree.bases)
+    slices = json.loads(saved.metadata.get(SLICES, "{}"))
+    updates: dict[str, nn.Module] = {}
+    faults = _lacking(saved, tree)
+    bases: dict[str, nn.Module] = {}  # by their paths in the file
+    for path, pair in factors.items():
+        place = add + path.removeprefix(drop)
+        try:
+            bases[path] = base = _base(tree, place, pair)
+            config = saved.config.update_config(path, len(pair["A"]))
+            spans = slices.get(path)
+            updates[place] = build(base, config, pair["A"], pair["B"], spans=spans, dtype=dtype)
+        except ValueError as error:
+            faults.append(f"{path}: {str(error).removesuffix('.')}")
+    for path, tensors in copies.items():
+        place = add + path.removeprefix(drop)
+        try:
+            updates[place] = whole_copy(tree.bases[place])
+            updates[place].load_state_dict(dict(tensors))
+        except (KeyError, RuntimeError) as error:
+            faults.append(f"{path}, trained whole: {' '.join(str(error).split())}")
+    beside = {add + name.removeprefix(drop): t for name, t in saved.tensors.beside.items()}
+    faults += _strangers(beside, tree)
+    other = [] if allow_base_mismatch else fingerprint.differing(saved.metadata, bases)
+    if other and not faults:
+        faults.append(
+            f"it was made for another base, whose weights differ in {', '.join(other[:3])} "
+            "(allow_base_mismatch=True loads it all the same)"
+        )
     if faults:
-        raise ValueError(f"{cut(folder)} does not fit this model: {listed(faults)}.")
-    placed = {**{places[path]: update for path, update in updates.items()}, **copies}
+        raise ValueError(f"{folder} does not fit this model: {listed(faults)}.")
     if not trainable:
-        for update in placed.values():
+        for update in updates.values():
             update.requires_grad_(False)
-    return attach(tree, adapter, placed, untie=untie)
+    return attach(tree, adapter, {p: updates[p] for p in tree.bases if p in updates})
 
 
-def _write(place: Path, content: Mapping[str, bytes]) -> None:
-    with replacing(place) as beside:
-        for name, found in content.items():
-            (beside / name).write_bytes(found)
+def read(folder: str | Path) -> SavedAdapter:
+    """Read an adapter's folder, or a repository on the Hub, without a model to put it on.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load`.
+    """
+    config_file, weights_file = files.locate(folder)
+    try:
+        config = peft.parse(config_file.read_bytes())
+    except (ValueError, TypeError, AttributeError, re.error) as error:
+        raise ValueError(f"{config_file}: {str(error).removesuffix('.')}.") from None
+    tensors, metadata = files.read(weights_file)
+    if metadata.get(DIGEST, config.digest) != config.digest:
+        if _is_torn(config_file.parent, metadata[DIGEST]):
+            raise ValueError(
+                f"{folder}: a save was interrupted between {WEIGHTS} and {CONFIG}. Save again."
+            )
+        warnings.warn(f"{config_file} was edited after {WEIGHTS} was saved.", stacklevel=3)
+    return SavedAdapter(
+        config=config, tensors=peft.sort_tensors(tensors, config), metadata=metadata
+    )
 
 
-def _updates(tree: Tree, adapter: str) -> dict[str, LowRankUpdate]:
-    """The adapter's low-rank updates, by the path of their layer."""
-    updates = {
-        path: tree.layers[path].update(adapter)
-        for path in tree.carrying(adapter)
-        if path in tree.layers
+def _is_torn(folder: Path, digest: str) -> bool:
+    """Whether a save was killed after the weights took their name: their config still waits."""
+    waiting = [f for f in folder.glob(f"{SAVING}*/{CONFIG}") if not (f.parent / WEIGHTS).exists()]
+    return any(peft.parse(file.read_bytes()).digest == digest for file in waiting)
+
+
+def _base(tree: Tree, path: str, pair: Mapping[str, Tensor]) -> nn.Module:
+    """The layer at a path, if it can take this pair of factors."""
+    if path not in tree.bases:
+        raise ValueError("no such layer here")
+    if missing := [f"lora_{name} is missing" for name in "AB" if name not in pair]:
+        raise ValueError(", ".join(missing))
+    if reason := why_not_adaptable(tree.bases[path]):
+        raise ValueError(reason)
+    return tree.bases[path]
+
+
+def _lacking(saved: SavedAdapter, tree: Tree) -> list[str]:
+    """What must be in the file and is not."""
+    faults = [] if saved.tensors.factors else [f"no LoRA tensors in {WEIGHTS}"]
+    for end in saved.config.copies:
+        # PEFT names every head that a task's models may have, and the model has one of them.
+        here = any(path.endswith(end) for path in tree.bases)
+        if here and not any(path.endswith(end) for path in saved.tensors.copies):
+            faults.append(f"modules_to_save names {end}, of which the file has no tensors")
+    return faults
+
+
+def _prefixes(paths: Sequence[str], modules: Collection[str]) -> tuple[str, str]:
+    """What to drop from the paths of a file and what to add, if one choice makes all fit."""
+    if not paths or all(path in modules for path in paths):
+        return "", ""
+    choices: dict[tuple[str, ...], tuple[str, str]] = {}
+    for dot in [0, *(match.end() for match in re.finditer(r"\.", paths[0]))]:
+        drop, end = paths[0][:dot], paths[0][dot:]
+        for module in modules:
+            add = module.removesuffix(end)
+            if f".{module}".endswith(f".{end}") and all(path.startswith(drop) for path in paths):
+                places = tuple(add + path.removeprefix(drop) for path in paths)
+                other_block = re.findall(r"\d+", drop) != re.findall(r"\d+", add)
+                if not other_block and all(place in modules for place in places):
+                    choices[places] = drop, add
+    if len(choices) != 1:
+        return "", ""
+    drop, add = next(iter(choices.values()))
+    warnings.warn(f"The layers are called {drop}… in the file and {add}… here.", stacklevel=3)
+    return drop, add
+
+
+def _strangers(beside: Mapping[str, Tensor], tree: Tree) -> list[str]:
+    """What is wrong with the tensors of a file that are neither factors nor copies.
+
+    PEFT writes embeddings of the base beside them; those are not loaded.
+    """
+    mine = {
+        f"{path}.{name}": tensor.detach()
+        for path, module in tree.bases.items()
+        for name, tensor in (
+            *module.named_parameters(recurse=False),
+            *module.named_buffers(recurse=False),
+        )
     }
-    if not updates:
-        raise ValueError(f"{adapter!r} has no low-rank update, and PEFT's format needs one.")
-    if meta := [path for path, update in updates.items() if update.A.is_meta]:
-        raise ValueError(f"Not saved: A of {meta[0]} is on the meta device, which holds no values.")
-    return updates
+    faults = [f"{name}: left over" for name in beside if name not in mine]
+    other: list[str] = []
+    for name, tensor in beside.items():
+        if name in mine and tensor.shape != mine[name].shape:
+            shapes = f"{tuple(tensor.shape)}, this model's is {tuple(mine[name].shape)}"
+            faults.append(f"{name} is {shapes}: resize the model first (resize_token_embeddings)")
+        elif name in mine:
+            coarser = min(tensor.dtype, mine[name].dtype, key=lambda dtype: dtype.itemsize)
+            if not torch.equal(tensor.to(coarser), mine[name].cpu().to(coarser)):
+                other.append(name)
+    if other and not faults:
+        warnings.warn(
+            f"Not loaded: {', '.join(other[:3])} in the file, which differ from the model's. If "
+            "they were trained, copy them into the model before.",
+            stacklevel=3,
+        )
+    return faults
 
 
-def _slices(updates: Mapping[str, LowRankUpdate]) -> dict[str, str]:
-    """What a file says of the slices whose blocks a plain B holds."""
-    slices = {p: u.slices for p, u in updates.items() if isinstance(u, SlicedUpdate)}
-    return {SLICES: json.dumps(slices)} if slices else {}
+def _factors(update: LowRankUpdate) -> tuple[Tensor, Tensor]:
+    a, b = update.factors()
+    return _on_cpu(a), _on_cpu(b)
 
 
-def _embeddings(updates: Mapping[str, LowRankUpdate]) -> set[str]:
-    return {path for path, update in updates.items() if isinstance(update, EmbeddingUpdate)}
+def _on_cpu(tensor: Any) -> Tensor:
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu().contiguous()
 
 
-def _trained_beside(
-    tree: Tree, adapter: str
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """What the adapter trains beside its updates: whole modules, and biases, by path."""
-    copies: dict[str, dict[str, Tensor]] = {}
-    biases: dict[str, Tensor] = {}
-    for path, module in tree.carrying(adapter).items():
-        update = module.updates[adapter]
-        if isinstance(module, ModuleCopy):
-            own = own_tensors(module.base, update)
-            if set(own) == {"bias"} and len(module.base.state_dict()) > 1:
-                biases[path] = _on_cpu(own["bias"])
-            else:
-                copies[path] = {name: _on_cpu(tensor) for name, tensor in own.items()}
-        elif (bias := cast(LowRankUpdate, update).bias) is not None:
-            biases[path] = _on_cpu(bias)
-    return copies, biases
+def _is_free(file: Path) -> bool:
+    return not file.exists() or _MARK in file.read_text(encoding="utf-8", errors="replace")
 
 
-def _base_name(tree: Tree) -> str | None:
-    """What transformers' models and GPT2 note of where their weights are from."""
-    name: object = getattr(tree.root, "name_or_path", None)
-    return name if isinstance(name, str) and name else None
-
-
-def _require_usable(factors: Mapping[str, tuple[Tensor, Tensor]], when: str) -> None:
-    """Raise where what would be written could not be read again."""
-    faults = [
-        f"{name} of {path} {reason}"
-        for path, pair in factors.items()
-        for name, factor in zip("AB", pair, strict=True)
-        if (reason := why_not_usable(factor))
-    ]
-    if faults:
-        raise ValueError(f"Not saved{when}: {listed(faults)}.")
+def _card(base: str | None, notes: Mapping[str, object]) -> str:
+    """A model card; the same adapter gives the same text."""
+    lines = ["---", "library_name: peft", "tags:", "- lora"]
+    if base and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", base):  # a name on the Hub
+        lines.insert(1, f"base_model: {base}")
+    lines += ["---", _MARK, "# A LoRA adapter", "", "| | |", "|---|---|"]
+    for name, value in {"base": base or "", **notes}.items():
+        text = ", ".join(map(str, value)) if isinstance(value, list) else value
+        lines.append(f"| {name} | {text} |")
+    lines += ["", "`lora.load(model, folder)` and `peft.PeftModel.from_pretrained(model, folder)`"]
+    return "\n".join(lines) + " put it on the base.\n"
 
 
 def _warn_of_others(tree: Tree) -> None:
-    """Say which trainable parameters no adapter has, and so no file."""
+    """Warn of what was trained, or should have been, and is in no adapter and so in no file."""
+    if heads := [name for name in HEADS if name in tree.bases and name not in tree.copies]:
+        warnings.warn(
+            f"Not saved: {heads[0]}, which a task's model draws at random. Train and save it by "
+            f"lora.inject(modules_to_save={heads[0]!r}).",
+            stacklevel=3,
+        )
     ours = {id(p) for module in tree.adapted.values() for p in module.updates.parameters()}
     others = [
         name
@@ -233,16 +343,7 @@ def _warn_of_others(tree: Tree) -> None:
     if others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         warnings.warn(
-            f"Not saved: {cut(', '.join(others[:3]))}{more} require grad, but are in no adapter. "
+            f"Not saved: {', '.join(others[:3])}{more} require grad, but are in no adapter. "
             "Name their modules in lora.inject(modules_to_save=...), or save them yourself.",
             stacklevel=3,
         )
-
-
-def _on_cpu(tensor: Tensor) -> Tensor:
-    return whole(tensor.detach()).cpu().contiguous()
-
-
-def _pair(update: LowRankUpdate) -> tuple[Tensor, Tensor]:
-    a, b = update.factors()
-    return _on_cpu(a), _on_cpu(b)

@@ -1,18 +1,52 @@
-"""Tensors as bytes: safetensors in and out, reproducible, and read as one version."""
+"""An adapter's two files: found in a folder or on the Hub, read as bytes, written together."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from lora.disk import strict_json
-from lora.messages import cut
+if sys.platform != "win32":
+    import fcntl
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+SAVING = ".saving-"  # how the folder begins in which files wait; a killed save leaves it behind
+_OTHER_FORMATS = {
+    "adapter_model.bin": "a pickle, which is not read: load it with PEFT and call save_pretrained",
+    "adapters.safetensors": "mlx-lm's format, which is not read",
+    "pytorch_lora_weights.safetensors": "diffusers' format, which is not read",
+}
+
+
+def locate(name: str | Path) -> tuple[Path, Path]:
+    """The config and the weights of a folder, or of "org/repo" on the Hub.
+
+    Raises:
+        FileNotFoundError: they are not there. Of the Hub: as huggingface_hub.
+    """
+    folder = Path(name)
+    if isinstance(name, str) and not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        from huggingface_hub import hf_hub_download  # not at the top: it takes longer than the rest
+
+        return Path(hf_hub_download(name, CONFIG)), Path(hf_hub_download(name, WEIGHTS))
+    if missing := [file for file in (CONFIG, WEIGHTS) if not (folder / file).is_file()]:
+        message = f"{folder / missing[-1]} is missing."
+        for file, reason in _OTHER_FORMATS.items():
+            if (folder / file).exists():
+                message = f"{message} There is {file}: {reason}."
+        if named := sorted(path.parent for path in folder.glob(f"*/{CONFIG}")):
+            message = f"{message} There are adapters in {', '.join(map(str, named))}: name one."
+        raise FileNotFoundError(message)
+    return folder / CONFIG, folder / WEIGHTS
 
 
 def to_bytes(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -28,18 +62,45 @@ def to_bytes(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> bytes:
 def read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file, copied, and its metadata.
 
-    The file is opened once and read whole: whoever replaces it meanwhile, header and tensors are
-    of one version, and nothing that is done to the file later changes a tensor.
-
     Raises:
-        FileNotFoundError: no such file. ValueError: it is damaged.
+        ValueError: the file is damaged.
     """
+    data = file.read_bytes()
     try:
-        data = file.read_bytes()
         tensors = load(data)
-        header = strict_json.parse(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file} is missing: {file.parent} is no adapter folder.") from None
-    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{file} is no intact safetensors file: {cut(error)}.") from None
-    return tensors, cast(dict[str, str], header.get("__metadata__") or {})
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not an intact safetensors file: {error}.") from None
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return tensors, header.get("__metadata__") or {}
+
+
+def write(folder: Path, content: Mapping[str, bytes]) -> None:
+    """Write files into a folder, created if missing.
+
+    All are complete on the disk before the first takes its name, so that an error, such as a full
+    disk, leaves the folder as it was. A kill between two names leaves a `.saving-` folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=SAVING) as beside:
+        for name, data in content.items():
+            with Path(beside, name).open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        with _locked(folder):  # of two writers one wins whole
+            for name in content:
+                os.replace(Path(beside, name), folder / name)
+
+
+@contextmanager
+def _locked(folder: Path) -> Generator[None]:
+    """Hold the folder's lock, which goes with the process; Windows has none of a folder."""
+    if sys.platform == "win32":
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

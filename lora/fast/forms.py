@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.fast.dropout import drop
-from lora.layout import has_hooks, is_conv1d
-from lora.untyped import apply, in_transform, unsafe_view
+from lora.layout import has_hooks, is_conv1d, is_hooked
 
 FEW = 64  # rows up to which compiled inference writes the products as sums
 WIDE = 2048  # rows from which widening the weight by B costs less than products of B's own
@@ -39,14 +38,21 @@ class Term(NamedTuple):
     p: float
 
 
-def applies(x: Tensor) -> bool:
-    """Whether the forms take this input: no ids, no autocast, no transform of torch.func."""
+def applies(layer: nn.Module, x: Tensor) -> bool:
+    """Whether the forms apply: no ids, no autocast, no transform of torch.func, no moved weight."""
     device = x.device.type
     return (
         x.is_floating_point()
+        and not is_hooked(layer)
+        and not is_hooked(vars(layer)["base"])
         and not (device != "meta" and torch.is_autocast_enabled(device))
         and not in_transform()
     )
+
+
+def in_transform() -> bool:
+    """Whether torch.func transforms what runs now."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def linear(base: nn.Module, x: Tensor, weight: Tensor, terms: Sequence[Term]) -> Tensor:
@@ -71,7 +77,7 @@ def add_update(y: Tensor, x: Tensor, term: Term) -> Tensor:
     inferring = term.p == 0 and not torch.is_grad_enabled()
     if torch.compiler.is_compiling() and inferring and len(_rows(x)) <= FEW:
         return _add_in_one_kernel(y, x, term)
-    return apply(_AddUpdate, y, x, *term)
+    return _AddUpdate.apply(y, x, *term)
 
 
 def _add_in_one_kernel(y: Tensor, x: Tensor, term: Term) -> Tensor:
@@ -93,10 +99,7 @@ class _AddUpdate(torch.autograd.Function):
         ctx.scaling, ctx.p = scaling, p
         # The product is scaled, not a factor of it: zeros stay zeros, whatever the scaling.
         out = torch.addmm(_rows(y), h, b.to(x.dtype).t(), alpha=scaling)
-        if y.device.type == "cpu" and not torch.compiler.is_compiling() and not out.all():
-            # y + 0.0, which makes a -0.0 of the base 0.0: at birth nothing may change, no sign.
-            out = torch.where((out == 0) & (_rows(y) == 0), _rows(y), out)
-        return unsafe_view(out, y.shape)  # a view could not be changed in place
+        return torch.ops.aten._unsafe_view(out, y.shape)  # a view could not be changed in place
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -137,7 +140,7 @@ def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None, term: Term) -> T
         weight, bias: `(out, in)`, of any strides, and `(out,)`, both frozen.
         term: what the update adds.
     """
-    return apply(_WideLinear, x, weight, bias, *term)
+    return _WideLinear.apply(x, weight, bias, *term)
 
 
 class _WideLinear(torch.autograd.Function):
@@ -157,7 +160,7 @@ class _WideLinear(torch.autograd.Function):
         y = wide @ widened if bias is None else torch.addmm(bias, wide, widened)
         ctx.save_for_backward(x, keep, h, weight, a, b)
         ctx.scaling, ctx.p = scaling, p
-        return unsafe_view(y, (*x.shape[:-1], len(b)))
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(b)))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,0 +1,336 @@
+"""Arithmetic on adapters as values: exact sums, and lower ranks with the error that they cost.
+
+An adapter here is a value: for each layer's path a pair of factors, in float64 and with the scaling
+folded into B, so that the layer's delta is `B A` and nothing else. Values come from `factors` (a
+model), `read` (a folder) or `extract` (a tuned model); `implant` puts one on a model.
+
+Shapes: A `(r, in)`, B `(out, r)`, delta `(out, in)`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lora.config import LoRAConfig, Names, UpdateConfig
+from lora.disk import checkpoint
+from lora.injection import attach, build, generator, require_rank
+from lora.layout import out_in_view, why_not_adaptable
+from lora.targets import find_targets
+from lora.tree import listed, survey, survey_adapted
+
+__all__ = [
+    "Approximation",
+    "Factors",
+    "add",
+    "approximate",
+    "compress",
+    "dare",
+    "extract",
+    "factors",
+    "implant",
+    "read",
+    "scale",
+    "subtract",
+    "ties",
+]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One layer's delta as `B A`."""
+
+    A: Tensor
+    B: Tensor
+
+    @property
+    def r(self) -> int:
+        """The number of columns of B; the delta's rank is at most this."""
+        return self.A.shape[0]
+
+    def delta(self) -> Tensor:
+        """`B A`, `(out, in)`."""
+        return self.B @ self.A
+
+
+Adapter = Mapping[str, Factors]
+"""Factors by the dotted path of their layer."""
+
+
+@dataclass(frozen=True)
+class Approximation:
+    """An adapter of a lower rank, and by path the error it made: ‖delta − kept‖ / ‖delta‖."""
+
+    adapter: dict[str, Factors]
+    errors: dict[str, float]
+
+
+def factors(model: nn.Module, adapter: str = "default") -> dict[str, Factors]:
+    """The value of an adapter that a model carries.
+
+    Raises:
+        RuntimeError: no adapter here. ValueError: none of this name, or one that trains a copy.
+    """
+    tree = survey_adapted(model)
+    carrying = tree.carrying(adapter)
+    if whole := [path for path in carrying if path not in tree.layers]:
+        raise ValueError(f"{adapter!r} trains more than factors: a copy of {whole[0]}.")
+    values: dict[str, Factors] = {}
+    for path in carrying:
+        update = tree.layers[path].update(adapter)
+        a, b = (factor.detach().cpu().double() for factor in update.factors())
+        values[path] = Factors(a, b * update.config.scaling)
+    return values
+
+
+def read(folder: str | Path) -> dict[str, Factors]:
+    """The value of a saved adapter, ours or PEFT's.
+
+    Raises:
+        FileNotFoundError, ValueError: as `lora.load`, as far as the folder alone can tell.
+    """
+    saved = checkpoint.read(folder)
+    if more := [*saved.tensors.copies, *saved.tensors.beside]:
+        raise ValueError(f"{folder} holds more than factors: {listed(more)}.")
+    values: dict[str, Factors] = {}
+    for path, pair in saved.tensors.factors.items():
+        if missing := {"A", "B"} - pair.keys():
+            raise ValueError(f"{folder}: {path} has no lora_{missing.pop()}.")
+        a, b = pair["A"].double(), pair["B"].double()
+        values[path] = Factors(a, b * saved.config.update_config(path, len(a)).scaling)
+    return values
+
+
+def implant(model: nn.Module, value: Adapter, adapter: str = "default") -> list[str]:
+    """Put an adapter's value on a model under a new name and make it the active one.
+
+    Args:
+        model: with layers at the value's paths.
+        value: its factors are rounded to the dtype that `lora.inject` would choose.
+        adapter: the name.
+
+    Returns:
+        The dotted paths of the adapted layers.
+
+    Raises:
+        ValueError: listing each path that is not there, whose shape differs, whose values are not
+            finite, or whose rank is above the layer's smaller side (`compress` loses nothing down
+            to that).
+        RuntimeError: the model is merged or routed.
+    """
+    tree = survey(model)
+    updates: dict[str, nn.Module] = {}
+    faults: list[str] = [] if value else ["the adapter is empty"]
+    for path, pair in value.items():
+        base = tree.bases.get(path)
+        try:
+            if reason := "no such layer here" if base is None else why_not_adaptable(base):
+                raise ValueError(reason)
+            require_rank(tree.bases[path], pair.r)
+            config = UpdateConfig(r=pair.r, alpha=pair.r, dropout=0.0)
+            updates[path] = build(tree.bases[path], config, pair.A, pair.B)
+        except ValueError as error:
+            faults.append(f"{path}: {error}")
+    if faults:
+        raise ValueError(f"The adapter does not fit this model: {listed(faults)}.")
+    return attach(tree, adapter, updates)
+
+
+def scale(value: Adapter, factor: float) -> dict[str, Factors]:
+    """`factor` times the adapter, exactly.
+
+    Raises:
+        ValueError: a factor that is not finite.
+    """
+    if not math.isfinite(factor):
+        raise ValueError(f"The factor must be finite, got {factor}.")
+    return {path: Factors(pair.A, pair.B * float(factor)) for path, pair in value.items()}
+
+
+def add(*values: Adapter) -> dict[str, Factors]:
+    """The exact sum of adapters of any ranks and scalings; the ranks add up.
+
+    Raises:
+        ValueError: listing each path where the layers differ in shape.
+    """
+    return {
+        path: Factors(torch.cat([q.A for q in pairs]), torch.cat([q.B for q in pairs], dim=1))
+        for path, pairs in _by_path(values).items()
+    }
+
+
+def subtract(value: Adapter, other: Adapter) -> dict[str, Factors]:
+    """The exact difference: forgetting what `other` taught."""
+    return add(value, scale(other, -1.0))
+
+
+def compress(value: Adapter, r: int) -> Approximation:
+    """The nearest adapter of rank `r` (in the Frobenius norm), with the error it made.
+
+    The SVD is that of an `r × r` core between two QR factors; no dense delta is formed.
+
+    Raises:
+        ValueError: `r` is below 1. torch.linalg.LinAlgError: values that are not finite.
+    """
+    pairs: dict[str, tuple[Factors, float]] = {}
+    for path, pair in value.items():
+        q_out, r_out = torch.linalg.qr(pair.B.double())  # (out, r)(r, r)
+        q_in, r_in = torch.linalg.qr(pair.A.double().T)  # (in, r)(r, r)
+        u, s, vt = torch.linalg.svd(r_out @ r_in.T, full_matrices=False)
+        pairs[path] = _truncate(q_out @ u, s, vt @ q_in.T, r)
+    return _approximation(pairs)
+
+
+def approximate(changes: Mapping[str, Tensor], r: int) -> Approximation:
+    """The nearest adapter of rank `r` to dense weight changes, with the error it made.
+
+    Args:
+        changes: `(out, in)` by the dotted path of their layer.
+        r: the rank.
+
+    Raises:
+        ValueError: `r` is below 1. torch.linalg.LinAlgError: values that are not finite.
+    """
+    pairs: dict[str, tuple[Factors, float]] = {}
+    for path, delta in changes.items():
+        u, s, vt = torch.linalg.svd(delta.cpu().double(), full_matrices=False)
+        pairs[path] = _truncate(u, s, vt, r)
+    return _approximation(pairs)
+
+
+def extract(
+    base: nn.Module, tuned: nn.Module, r: int, targets: Names = "all-linear"
+) -> Approximation:
+    """The adapter that turns `base` into a fully fine-tuned `tuned`, as well as rank `r` can.
+
+    Args:
+        base, tuned: models with the same module tree.
+        r: rank of every layer's update.
+        targets: the layers to take, as for `lora.inject`.
+
+    Raises:
+        ValueError: a target that matches nothing or names slices, or layers of other shapes.
+    """
+    tree, after = survey(base), survey(tuned).bases
+    paths = find_targets(tree, LoRAConfig(targets=targets))
+    if sliced := [path for path, slices in paths.items() if slices]:
+        raise ValueError(f"Slices cannot be extracted, only whole layers: {listed(sliced)}.")
+    if missing := [path for path in paths if path not in after]:
+        raise ValueError(f"The tuned model has no {listed(missing)}.")
+    weights = {path: (_weight(tree.bases[path]), _weight(after[path])) for path in paths}
+    _check_shapes({path: [tuple(w.shape) for w in pair] for path, pair in weights.items()})
+    return approximate({path: new - old for path, (old, new) in weights.items()}, r)
+
+
+def ties(
+    values: Sequence[Adapter], density: float, weights: Sequence[float] | None = None
+) -> dict[str, Tensor]:
+    """Merge deltas by TIES: trim the small entries, elect a sign, average those that agree.
+
+    Args:
+        values: the adapters.
+        density: share in (0, 1] of each delta's entries to keep, the largest.
+        weights: of the adapters; 1 each by default.
+
+    Returns:
+        Dense deltas by path, for `approximate`.
+
+    Raises:
+        ValueError: a density out of range, or unequally many values and weights.
+
+    Source: Yadav et al. 2023, "TIES-Merging: Resolving Interference When Merging Models".
+    """
+
+    def merge(_: str, changes: list[Tensor]) -> Tensor:
+        trimmed = torch.stack([_largest(change, density) for change in changes])
+        agreeing = trimmed * (trimmed.sign() == trimmed.sum(0).sign())
+        return agreeing.sum(0) / agreeing.count_nonzero(0).clamp(min=1)
+
+    return _merged(values, density, weights, merge)
+
+
+def dare(
+    values: Sequence[Adapter], density: float, weights: Sequence[float] | None = None, *, seed: int
+) -> dict[str, Tensor]:
+    """Sum deltas by DARE: keep each entry by chance and rescale, so that the mean stays.
+
+    Args:
+        values, density, weights: as for `ties`; `density` is here each entry's chance to be kept.
+        seed: of the draw.
+
+    Returns, Raises: as `ties`.
+
+    Source: Yu et al. 2024, "Language Models are Super Mario", section 3.
+    """
+
+    def merge(path: str, changes: list[Tensor]) -> Tensor:
+        draws = generator(seed, path)  # so that the order of layers does not matter
+        kept = [torch.rand(c.shape, generator=draws, device="cpu") < density for c in changes]
+        return torch.stack([c * k / density for c, k in zip(changes, kept, strict=True)]).sum(0)
+
+    return _merged(values, density, weights, merge)
+
+
+def _merged(
+    values: Sequence[Adapter],
+    density: float,
+    weights: Sequence[float] | None,
+    merge: Callable[[str, list[Tensor]], Tensor],
+) -> dict[str, Tensor]:
+    """Apply `merge` to the weighted deltas of each layer."""
+    if not 0 < density <= 1:
+        raise ValueError(f"density must be in (0, 1], got {density}.")
+    weights = [1.0] * len(values) if weights is None else weights
+    if len(weights) != len(values):
+        raise ValueError(f"Give as many weights as adapters: {len(weights)} for {len(values)}.")
+    scaled = [scale(value, weight) for value, weight in zip(values, weights, strict=True)]
+    return {
+        path: merge(path, [q.delta() for q in pairs]) for path, pairs in _by_path(scaled).items()
+    }
+
+
+def _by_path(values: Sequence[Adapter]) -> dict[str, list[Factors]]:
+    """The factors of each layer, from the adapters that have it."""
+    paths = dict.fromkeys(path for value in values for path in value)
+    pairs = {path: [value[path] for value in values if path in value] for path in paths}
+    _check_shapes({p: [(q.B.shape[0], q.A.shape[1]) for q in qs] for p, qs in pairs.items()})
+    return pairs
+
+
+def _check_shapes(shapes: Mapping[str, Sequence[tuple[int, ...]]]) -> None:
+    faults = [f"{p}: {' and '.join(map(str, s))}" for p, s in shapes.items() if len(set(s)) > 1]
+    if faults:
+        raise ValueError(f"Layers differ in shape (out, in): {listed(faults)}.")
+
+
+def _largest(change: Tensor, density: float) -> Tensor:
+    """The change with all but its largest entries set to zero."""
+    flat = change.flatten()
+    kept = flat.abs().topk(math.ceil(density * flat.numel())).indices
+    return torch.zeros_like(flat).index_copy(0, kept, flat[kept]).view_as(change)
+
+
+def _truncate(u: Tensor, s: Tensor, vt: Tensor, r: int) -> tuple[Factors, float]:
+    """The `r` largest singular triplets, shared evenly between A and B, and what is lost."""
+    if r < 1:
+        raise ValueError(f"r must be at least 1, got {r}.")
+    root = s[:r].sqrt()
+    total = float(s.square().sum())
+    error = math.sqrt(float(s[r:].square().sum()) / total) if total else 0.0
+    return Factors(root[:, None] * vt[:r], u[:, :r] * root), error
+
+
+def _approximation(pairs: Mapping[str, tuple[Factors, float]]) -> Approximation:
+    return Approximation(
+        {path: pair for path, (pair, _) in pairs.items()},
+        {path: error for path, (_, error) in pairs.items()},
+    )
+
+
+def _weight(base: nn.Module) -> Tensor:
+    return out_in_view(base, base.get_parameter("weight")).detach().cpu().double()

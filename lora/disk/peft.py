@@ -1,0 +1,249 @@
+"""PEFT's format both ways: `adapter_config.json`, and the keys of the tensors beside it.
+
+PEFT writes, each key behind `base_model.model.`:
+    PATH.lora_A.weight, PATH.lora_B.weight   an update; lora_embedding_A and _B of an nn.Embedding
+    PATH.base_layer.NAME                     a tensor of the base, beside an update
+    PATH.NAME                                a tensor of a module that was trained whole
+
+Which layers are adapted, and their ranks, is read from the tensors alone.
+
+Source: PEFT, `LoraConfig`, `save_and_load` and `tuners_utils`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from lora.config import UpdateConfig, as_names
+
+PREFIX = "base_model.model."
+_FACTOR = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
+_BASE = re.compile(r".+\.(?:base_layer|original_module)\..+")
+
+# Fields that say nothing about what the adapter computes, or what its tensors say too.
+_NOTES = frozenset(
+    "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode "
+    "fan_in_fan_out megatron_core qalora_group_size runtime_config loftq_config eva_config".split()
+)
+# Any other field that is set is refused, so that no feature is dropped in silence.
+_KNOWN = frozenset(
+    "r lora_alpha lora_dropout use_rslora target_modules exclude_modules layers_to_transform "
+    "layers_pattern rank_pattern alpha_pattern bias modules_to_save init_lora_weights".split()
+)
+# Ways of drawing A and B that leave the base and the formula as they are; others do not.
+_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
+
+T = TypeVar("T")
+ByPath = Mapping[str, Mapping[str, Tensor]]
+"""Tensors by the path of their module, then by their name in it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftConfig:
+    """The part of the file that is read.
+
+    Args:
+        alpha, dropout, rslora: of layers that no pattern names.
+        alpha_pattern: other alphas, by regular expressions for a whole path.
+        copies: ends of the paths of modules that were trained whole.
+        digest: of all fields that change what the adapter computes.
+    """
+
+    alpha: float
+    dropout: float
+    rslora: bool
+    alpha_pattern: Mapping[re.Pattern[str], float]
+    copies: tuple[str, ...]
+    digest: str
+
+    def update_config(self, path: str, r: int) -> UpdateConfig:
+        """The config of an update of this rank at this path."""
+        fitting = (a for key, a in self.alpha_pattern.items() if key.fullmatch(path))
+        alpha = next(fitting, self.alpha)
+        return UpdateConfig(r=r, alpha=alpha, dropout=self.dropout, rslora=self.rslora)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensors:
+    """The tensors of a file.
+
+    Args:
+        factors: by the path of their layer, `{"A": (r, in), "B": (out, r)}`.
+        copies: of modules that were trained whole.
+        beside: all other tensors by their names in the model: the base's own, or left over.
+    """
+
+    factors: ByPath
+    copies: ByPath
+    beside: Mapping[str, Tensor]
+
+
+def parse(text: bytes | str) -> PeftConfig:
+    """A config from its text.
+
+    Raises:
+        ValueError: listing all that is malformed, or that this library cannot do.
+    """
+    try:
+        fields: dict[str, Any] = json.loads(text)
+        kind = fields.get("peft_type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"it is not a JSON object: {error}") from None
+    faults: list[str] = []
+    if kind != "LORA":
+        faults.append(f"peft_type is {kind!r}, only LORA can be loaded")
+    if (bias := fields.get("bias") or "none") != "none":
+        faults.append(f"bias is {bias!r}: trained biases are not supported")
+    if (init := fields.get("init_lora_weights")) not in _INITS:
+        faults.append(
+            f"init_lora_weights {init!r} changed the base weights or the formula, so the adapter "
+            "fits no plain base"
+        )
+    for name in sorted(fields.keys() - _NOTES - _KNOWN):
+        if fields[name]:
+            faults.append(f"{name} is {fields[name]!r:.120}, which is not supported")
+    if faults:
+        raise ValueError("; ".join(faults))
+    alphas: dict[str, float] = fields.get("alpha_pattern") or {}
+    computing = {name: value for name, value in fields.items() if name not in _NOTES}
+    return PeftConfig(
+        alpha=fields.get("lora_alpha", 8),
+        dropout=fields.get("lora_dropout", 0.0),
+        rslora=bool(fields.get("use_rslora")),
+        alpha_pattern={  # PEFT's rule: a path or its end
+            re.compile(rf"(?:.*\.)?(?:{key})"): alpha for key, alpha in alphas.items()
+        },
+        copies=as_names(fields.get("modules_to_save") or ()),
+        digest=hashlib.sha256(json.dumps(computing, sort_keys=True).encode()).hexdigest(),
+    )
+
+
+def sort_tensors(tensors: Mapping[str, Tensor], config: PeftConfig) -> Tensors:
+    """Sort the tensors of a file by what they are."""
+    factors: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    copies: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    beside: dict[str, Tensor] = {}
+    for key, tensor in sorted(tensors.items()):
+        name = key.removeprefix(PREFIX).replace("_orig_mod.", "")  # torch.compile's
+        name = name.replace(".modules_to_save.", ".")  # so embeddings stand there once more
+        if factor := _FACTOR.fullmatch(name):
+            factors[factor[1]][factor[2]] = tensor
+        elif not _BASE.fullmatch(name) and (copied := _copied(name, config.copies)):
+            copies[copied[0]][copied[1]] = tensor
+        else:
+            beside[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = tensor
+    return Tensors(factors=factors, copies=copies, beside=beside)
+
+
+def to_tensors(
+    factors: Mapping[str, tuple[Tensor, Tensor]], embeddings: Collection[str], copies: ByPath
+) -> dict[str, Tensor]:
+    """The tensors of a file, by PEFT's keys.
+
+    Args:
+        factors: A `(r, in)` and B `(out, r)` by the path of their layer.
+        embeddings: those paths whose layer is an `nn.Embedding`.
+        copies: modules that were trained whole.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path, pair in factors.items():
+        for name, factor in zip("AB", pair, strict=True):
+            key = f"lora_embedding_{name}" if path in embeddings else f"lora_{name}.weight"
+            tensors[f"{PREFIX}{path}.{key}"] = factor
+    for path, module in copies.items():
+        tensors |= {f"{PREFIX}{path}.{name}": tensor for name, tensor in module.items()}
+    return tensors
+
+
+def to_config(
+    updates: Mapping[str, UpdateConfig],
+    paths: Collection[str],
+    copies: Collection[str] = (),
+    **notes: object,
+) -> str:
+    """The config of an adapter, which fits exactly its layers; the same adapter, the same text.
+
+    Args:
+        updates: the config of each update, by the path of its layer.
+        paths: of all modules of the base, whether they can be adapted or not.
+        copies: paths of modules that were trained whole.
+        notes: other fields, that change nothing of what the adapter computes.
+
+    Raises:
+        ValueError: PEFT would take another module for one that was trained whole.
+    """
+    first = next(iter(updates.values()))  # dropout and rsLoRA are one choice an adapter
+    r = _most_common(u.r for u in updates.values())
+    alpha = _most_common(u.alpha for u in updates.values())
+    if alike := [p for p in paths if p not in copies and any(p.endswith(c) for c in copies)]:
+        raise ValueError(
+            f"PEFT would take {', '.join(alike[:3])} for a module in modules_to_save, since its "
+            f"path ends like one of {', '.join(copies)}; rename one."
+        )
+    fields: dict[str, object] = {
+        "peft_type": "LORA",
+        "r": r,
+        "lora_alpha": alpha,
+        "lora_dropout": first.dropout,
+        "target_modules": _targets(set(updates), paths),
+        "rank_pattern": {_exact(p, updates): u.r for p, u in updates.items() if u.r != r},
+        "alpha_pattern": {
+            _exact(p, updates): u.alpha for p, u in updates.items() if u.alpha != alpha
+        },
+        "use_rslora": first.rslora,
+        "bias": "none",
+        "inference_mode": True,
+        "init_lora_weights": True,
+        **notes,
+    }
+    if copies:
+        fields["modules_to_save"] = sorted(copies)
+    return json.dumps(fields, indent=2, sort_keys=True) + "\n"
+
+
+def _copied(name: str, ends: Collection[str]) -> tuple[str, str] | None:
+    """The module trained whole in which a tensor is, and its name there.
+
+    PEFT compares the ends of paths, and not on whole segments.
+    """
+    parts = name.split(".")
+    paths = (".".join(parts[:i]) for i in range(1, len(parts)))
+    path = next((path for path in paths if path.endswith(tuple(ends))), None)
+    return None if path is None else (path, name.removeprefix(f"{path}."))
+
+
+def _most_common(values: Iterable[T]) -> T:
+    return Counter(values).most_common(1)[0][0]
+
+
+def _exact(path: str, paths: Collection[str]) -> str:
+    """A pattern that fits this path and none of the others."""
+    alone = not any(other.endswith(f".{path}") for other in paths)
+    return re.escape(path) if alone else f"^{re.escape(path)}"
+
+
+def _targets(adapted: set[str], paths: Collection[str]) -> list[str] | str:
+    """The last segments of the paths where they fit no other module, else the paths.
+
+    A path that ends another module's, as `up` ends `block.up`, takes a regular expression.
+    """
+    alike: dict[str, list[str]] = defaultdict(list)  # modules by the last segment of their path
+    for path in paths:
+        alike[_last(path)].append(path)
+    targets = {_last(path) if adapted.issuperset(alike[_last(path)]) else path for path in adapted}
+    for target in targets & adapted:
+        if any(p.endswith(f".{target}") for p in alike[_last(target)] if p not in adapted):
+            return "|".join(map(re.escape, sorted(adapted)))
+    return sorted(targets)
+
+
+def _last(path: str) -> str:
+    return path.rpartition(".")[2]
