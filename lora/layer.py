@@ -307,8 +307,8 @@ class LoRALinear(Adapted):
             RuntimeError: the model is routed, so that each row has a weight of its own.
         """
         base = cast(Tensor, self._parameters["weight"])
-        if not self.enabled or base.is_meta or is_hooked(self):
-            return base
+        if not self.enabled or base.is_meta or is_hooked(self) or hasattr(base, "full_tensor"):
+            return base  # also what accelerate and fully_shard have under this name
         if self.routing is not None:
             raise RuntimeError("A routed layer has no one weight. Leave the lora.routed context.")
         if self.merged is not None:

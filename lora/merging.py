@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lora.layer import LoRALinear
 from lora.layout import is_hooked, out_in_view
@@ -102,7 +103,7 @@ def fold(tree: Tree) -> dict[str, float]:
             )
         if is_hooked(layer.base):
             faults.append(f"{path}: a hook moves its weight, so that it cannot be merged")
-        elif not isinstance(layer.weight_out_in, Tensor) or _is_packed(layer.weight_out_in):
+        elif is_traceable_wrapper_subclass(layer.weight_out_in):
             faults.append(f"{path}: its weight is quantised, and cannot be merged")
     if faults:
         raise ValueError(f"{listed(faults)}.")
@@ -149,11 +150,6 @@ def _folded(layer: LoRALinear) -> tuple[Tensor, float]:
     rounded = ideal.to(layer.weight_out_in.dtype, copy=True)
     error = float((rounded.to(ideal.dtype) - ideal).abs().max())
     return out_in_view(layer.base, rounded).contiguous(), error
-
-
-def _is_packed(weight: Tensor) -> bool:
-    """Whether a quantiser's tensor computes as if it had another dtype than it stores."""
-    return type(weight) not in (Tensor, nn.Parameter)
 
 
 def _why_not_finite(path: str, layer: LoRALinear) -> str:

@@ -79,12 +79,12 @@ class StackedLinear(nn.Module):
         return f"slots={k}, r={r}, in={features}, out={self.B.shape[1]}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StackedLinear:
-        moved = fn(self.scales)
-        if (moved.dtype, moved.device) != (self.scales.dtype, self.scales.device):
+        # A and B are views of the population's `flat`, and are used in any dtype of the input.
+        if fn(self.scales).device != self.scales.device:
             raise RuntimeError(
                 "A model under a population cannot be moved. Call its eject() first."
             )
-        super()._apply(fn, recurse)
+        self.base._apply(fn)
         return self
 
 

@@ -171,7 +171,7 @@ def test_importing_touches_no_random_state_and_little_else():
 
 # Lines of Python as `wc -l` counts them: they only fall, but for what a new capability is given.
 BUDGET = {
-    "lora": 3_930,
+    "lora": 3946,
     "gpt2": 8_484,
     "scripts": 6_040,
     "tests": 20_265,

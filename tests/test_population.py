@@ -312,7 +312,7 @@ def test_what_has_no_room_is_refused_and_changes_nothing():
         "mlp.c_fc is no target of it": {"r": 1, "targets": "c_fc"},
         "has dropout, for which the population was not made": {"r": 1, "dropout": 0.1},
         "takes whole linear layers only": {"r": 1, "targets": "c_attn[q,v]"},
-        "takes no embeddings, biases or copies": {"r": 1, "bias": "lora_only"},
+        "takes whole linear layers only, not Embedding": {"r": 1, "modules_to_save": "wpe"},
         "No module matches target 'q_proj'": {"targets": "q_proj"},
     }.items():
         with pytest.raises(ValueError, match=fault):
@@ -491,3 +491,53 @@ def test_a_ratio_above_what_the_type_holds_ends_its_own_slot_alone():
     to_the_end(training)
     assert "nan" in str(training.trainings[0].ended)
     assert training.trainings[1].ended is None
+
+
+def test_a_slot_takes_its_defaults_from_the_population_but_no_seed():
+    model = base()
+    slots = lora.Population(model, 3, r=4, alpha=2, targets=("c_attn", "c_fc"), seed=5)
+    for i in range(3):
+        slots.draw(i)
+    assert not torch.equal(slots.flat[0], slots.flat[1])
+    slots.draw(0, seed=1)
+    slots.draw(1, alpha=8, seed=1)
+    first, second = slots.take(0), slots.take(1)
+    assert {u.config.r for u in first.values()} == {4}
+    assert {path.rpartition(".")[2] for path in first} == {"c_attn", "c_fc"}
+    assert {
+        (u.config.alpha, v.config.alpha)
+        for u, v in zip(first.values(), second.values(), strict=True)
+    } == {(2, 8)}
+    assert torch.equal(slots.flat[0], slots.flat[1])
+    slots.draw(2, lora.LoRAConfig(r=1))
+    assert {u.config.r for u in slots.take(2).values()} == {1}
+    assert {path.rpartition(".")[2] for path in slots.take(2)} == {"c_attn"}
+
+
+def test_a_body_that_merges_leaves_the_population_and_its_own_error():
+    model = base()
+    slots = lora.Population(model, 2, r=2)
+    slots.draw(0)
+    flat = slots.flat.clone()
+    with slots.adapter(0) as lifted:
+        lora.merge(lifted)
+    with pytest.raises(KeyError), slots.adapter(0) as lifted:
+        lora.merge(lifted)
+        raise KeyError
+    assert torch.equal(slots.flat, flat)
+    slots.draw(1)
+    slots.eject()
+    assert not any(isinstance(m, lora.LoRALinear) for m in model.modules())
+
+
+def test_a_model_that_is_cast_or_moved_leaves_no_layer_without_its_population():
+    model = base(dtype=torch.float32)
+    slots = lora.Population(model, 2, r=2)
+    slots.draw(0)
+    model.bfloat16()
+    assert model.transformer.h[0].attn.c_attn.base.weight.dtype == torch.bfloat16
+    assert all(p.dtype == torch.float32 for p in slots.parameters)
+    slots.flat.fill_(7)
+    assert all((p == 7).all() for p in slots.parameters)
+    with pytest.raises(RuntimeError, match=r"cannot be moved. Call its eject"):
+        model.to("meta")

@@ -34,6 +34,8 @@ def differing(metadata: Mapping[str, str], bases: Mapping[str, nn.Module]) -> li
 
 def _fingerprint(base: nn.Module) -> Fingerprint | None:
     weight: Any = base.get_parameter("weight").detach()
+    if weight.is_meta:
+        return None
     try:
         if hasattr(weight, "full_tensor"):  # each process has a part of it
             weight = weight.full_tensor()
@@ -41,7 +43,7 @@ def _fingerprint(base: nn.Module) -> Fingerprint | None:
         # Steps of large primes, so that the entries lie in no pattern.
         steps = torch.arange(1, ENTRIES + 1, device=view.device)
         entries = view[steps * 7919 % view.shape[0], steps * 104729 % view.shape[1]].tolist()
-    except RuntimeError:  # on the meta device, or packed by a quantiser
+    except (IndexError, NotImplementedError):  # packed by a quantiser
         return None
     finite = all(map(math.isfinite, entries))
     return [str(weight.dtype).removeprefix("torch."), *entries] if finite else None
