@@ -39,6 +39,8 @@ def main() -> int:
 
 def start(script: str, argv: Sequence[str]) -> int:
     """Import a script, which takes seconds, and call its `main`."""
+    # Read when torch is loaded: idle threads sleep, so that other work on the machine can run.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for number in stop_signals():
         signal.signal(number, _end)
     try:

@@ -1,12 +1,18 @@
-"""What all tests share: the demo base, the tokenizer, two threads, and no network."""
+"""What all tests share: the demo base, the tokenizer, threads, signals, and no network."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import os
+import signal
 import socket
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
+
+# Read when torch is loaded, here and in the processes that tests start: see scripts/command.py.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
@@ -49,6 +55,55 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(autouse=True)
 def _two_threads() -> None:
     torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _signals() -> Iterator[socket.socket]:
+    """SIGTERM ends the run as Ctrl-C does. The socket gives the number of each signal that came."""
+    reader, writer = socket.socketpair()
+    reader.setblocking(False)
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    yield reader
+    signal.signal(signal.SIGTERM, before)
+    signal.set_wakeup_fd(-1)
+
+
+@pytest.fixture(autouse=True)
+def _signals_end_the_run(_signals: socket.socket, monkeypatch: pytest.MonkeyPatch):
+    """A script under test ends at a signal, and pytest goes on: not if no test sent the signal."""
+    sent, kill = set[int](), os.kill
+
+    def noted(pid: int, number: int) -> None:
+        if pid == os.getpid():
+            sent.add(number)
+        kill(pid, number)
+
+    monkeypatch.setattr(os, "kill", noted)
+    yield
+    try:
+        came = set(_signals.recv(1000)) - sent
+    except BlockingIOError:
+        return
+    if came:
+        pytest.exit(f"stopped by {signal.Signals(min(came)).name}", 128 + min(came))
+
+
+@pytest.fixture
+def heeded() -> Iterator[None]:
+    """Ctrl-C and a closed terminal are heeded, by processes that are started here too.
+
+    Where `nohup` or the background of a shell started pytest they are ignored, which is inherited.
+    """
+    names = {"SIGINT", "SIGHUP"} & signal.Signals.__members__.keys()
+    stops = [signal.Signals[name] for name in names]
+    ignored = [number for number in stops if signal.getsignal(number) == signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.default_int_handler)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @pytest.fixture(autouse=True)
