@@ -232,7 +232,7 @@ def test_a_merged_model_answers_in_a_pipeline(run, script, tmp_path):
     assert answer["generated_text"].removeprefix(PHYSICS) in TRAINED[PHYSICS]
 
 
-def test_ctrl_c_leaves_a_saved_adapter_and_says_so(tmp_path):
+def test_ctrl_c_leaves_a_saved_adapter_and_says_so(heeded, tmp_path):
     started = subprocess.Popen(
         command("train_qa.py", "--config", DEMO, "--res_path", str(tmp_path / "cut")),
         stdout=subprocess.DEVNULL,
@@ -256,7 +256,7 @@ def test_ctrl_c_leaves_a_saved_adapter_and_says_so(tmp_path):
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_a_signal_saves_the_step_it_met_and_others_change_nothing(
-    name, code, script, tmp_path, monkeypatch, capsys
+    name, code, heeded, script, tmp_path, monkeypatch, capsys
 ):
     keeping, save = script("keeping"), lora.save
     recorded, kill = keeping.recorded, getattr(signal, name)
@@ -287,7 +287,9 @@ def test_a_signal_saves_the_step_it_met_and_others_change_nothing(
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
-def test_a_signal_where_python_ignores_errors_ends_the_script_too(name, code, script, capsys):
+def test_a_signal_where_python_ignores_errors_ends_the_script_too(
+    name, code, heeded, script, capsys
+):
     class Dying:
         def __del__(self) -> None:
             os.kill(os.getpid(), getattr(signal, name))
