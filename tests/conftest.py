@@ -7,6 +7,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -18,6 +20,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from gpt2.config import GPT2Config
 from gpt2.model import GPT2
 from gpt2.tokenizer import Tokenizer
 
@@ -25,6 +28,9 @@ from gpt2.tokenizer import Tokenizer
 settings.register_profile("timeless", deadline=None, derandomize=True)
 settings.load_profile("timeless")
 
+# The promises of bits and of rounding are kept by several threads too.
+TWO_THREADS = ["test_exactness", "test_layer", "test_merge", "test_packing", "test_population"]
+TWO_THREADS += ["test_routing", "test_state_machine", "test_train_parity"]
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -32,6 +38,34 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 def demo() -> GPT2:
     """The bundled base, float32, in eval mode; a test that changes it takes a deepcopy."""
     return GPT2.from_pretrained("demo")
+
+
+@pytest.fixture(scope="session")
+def small_base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a base that costs next to nothing, for what does not depend on the base."""
+    folder = tmp_path_factory.mktemp("base")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        GPT2(GPT2Config(n_layer=2, n_head=2, n_embd=32)).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The demo's run: its folder, and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    script = Path(__file__).parents[1] / "scripts" / "train_qa.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--device", "cpu", "--res_path", str(folder)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return folder, done.stdout
 
 
 @pytest.fixture(scope="session")
@@ -53,8 +87,10 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(autouse=True)
-def _two_threads() -> None:
-    torch.set_num_threads(2)
+def _threads(request: pytest.FixtureRequest) -> None:
+    """One, which is as fast for small models and leaves other work its processors."""
+    module = request.module.__name__.rpartition(".")[2]
+    torch.set_num_threads(2 if module in TWO_THREADS else 1)
 
 
 @pytest.fixture(scope="session", autouse=True)

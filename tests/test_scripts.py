@@ -41,21 +41,9 @@ def command(script: str, *arguments: str) -> list[str]:
     return [sys.executable, str(SCRIPTS / script), *arguments]
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """The demo's run: its folder, and what it printed."""
-    folder = tmp_path_factory.mktemp("runs") / "demo"
-    done = subprocess.run(
-        command("train_qa.py", "--device", "cpu", "--res_path", str(folder)),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        encoding="utf-8",
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    return folder, done.stdout
+@pytest.fixture
+def run(demo_run):
+    return demo_run
 
 
 @pytest.fixture
