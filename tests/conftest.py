@@ -30,7 +30,7 @@ settings.load_profile("timeless")
 
 # The promises of bits and of rounding are kept by several threads too.
 TWO_THREADS = ["test_exactness", "test_layer", "test_merge", "test_packing", "test_population"]
-TWO_THREADS += ["test_routing", "test_state_machine", "test_train_parity"]
+TWO_THREADS += ["test_routing", "test_state_machine"]
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
