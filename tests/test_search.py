@@ -246,11 +246,11 @@ def tiny(tmp_path_factory, small_base) -> list[str]:
 
 @pytest.fixture(scope="module")
 def found(tiny, tmp_path_factory) -> Path:
-    """The folder of a search that came to its end."""
+    """The folder of a search that came to its end; beside it lies what it printed."""
     place = tmp_path_factory.mktemp("found") / "run"
     ended = subprocess.run(started(tiny, place), capture_output=True, text=True, env=env())
     assert ended.returncode == 0, ended.stderr
-    assert "told apart by Student's paired t-test" in " ".join(ended.stdout.split())
+    (place.parent / "printed.txt").write_text(ended.stdout)
     return place
 
 
@@ -615,15 +615,14 @@ def test_what_varies_takes_the_place_of_the_usual_and_nothing_else_does(made):
     assert seeded.adapter.seed == seeded.training.seed == 9
 
 
-def test_what_a_search_prints_is_of_use(tiny, tmp_path, script, capsys):
+def test_what_a_search_prints_is_of_use(found):
     """No loss before there is one; who won among whom; the commands that use it."""
-    place = tmp_path / "run"
-    assert script("search").main([*tiny, "--res_path", str(place)]) == 0
-    out = capsys.readouterr().out
+    out = (found.parent / "printed.txt").read_text()
+    assert "told apart by Student's paired t-test" in " ".join(out.split())
     assert "rung 1 · 4 trials · " in out
     assert "\nfinals · 2 trials · best " in out  # the longest part, of which nothing was said
     assert "nan" not in out
-    use = json.loads((place / "run.json").read_text())["commands"]["use"]
+    use = json.loads((found / "run.json").read_text())["commands"]["use"]
     assert out.endswith(f"To use it:\n{use}\n")
 
 
