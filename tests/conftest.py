@@ -14,7 +14,8 @@ from importlib.resources import files
 from pathlib import Path
 
 # Read when torch is loaded, here and in the processes that tests start: see scripts/command.py.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
 
 import pytest
 import torch

@@ -363,9 +363,10 @@ def test_a_signal_during_imports_is_one_line(name, code, line, heeded, tmp_path)
 
 
 def importing(folder: Path, **env: str) -> subprocess.Popen[str]:
-    """A script that has begun to import torch, which prints a wait policy and takes a minute."""
-    torch = "import os, time\nprint(os.environ['OMP_WAIT_POLICY'], flush=True)\ntime.sleep(60)"
-    (folder / "torch.py").write_text(torch)
+    """A script that has begun to import torch, which prints how threads wait and takes a minute."""
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    shown = f"print(*map(os.environ.get, {names}), flush=True)"
+    (folder / "torch.py").write_text(f"import os, time\n{shown}\ntime.sleep(60)")
     started = subprocess.Popen(
         [sys.executable, str(SCRIPTS / "generate.py"), "Once"],
         stdout=subprocess.PIPE,
@@ -374,8 +375,10 @@ def importing(folder: Path, **env: str) -> subprocess.Popen[str]:
         env={**os.environ, **env, "PYTHONPATH": str(folder)},
     )
     assert started.stdout is not None
-    expected = (os.environ | env).get("OMP_WAIT_POLICY", "PASSIVE")
-    assert started.stdout.readline() == f"{expected}\n"
+    waiting = {**os.environ, **env}
+    if "OMP_WAIT_POLICY" not in waiting:
+        waiting = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
+    assert started.stdout.readline().split() == [str(waiting.get(name)) for name in names]
     return started
 
 
@@ -394,7 +397,8 @@ def test_a_script_that_nohup_started_goes_on_when_its_terminal_closes(tmp_path):
 
 def test_the_wait_policy_of_a_user_stays(tmp_path, monkeypatch):
     """A script sets it before torch reads it, and only where there is none."""
-    monkeypatch.delenv("OMP_WAIT_POLICY")
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
     for given in ({}, {"OMP_WAIT_POLICY": "ACTIVE"}):
         started = importing(tmp_path, **given)
         started.kill()
