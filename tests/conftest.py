@@ -1,17 +1,27 @@
-"""What all tests share: the demo base, the tokenizer, two threads, and no network."""
+"""What all tests share: the demo base, the tokenizer, threads, signals, and no network."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import os
+import signal
 import socket
+import subprocess
+import sys
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
+
+# Read when torch is loaded, here and in the processes that tests start: see scripts/command.py.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
 
 import pytest
 import torch
 from hypothesis import settings
 
+from gpt2.config import GPT2Config
 from gpt2.model import GPT2
 from gpt2.tokenizer import Tokenizer
 
@@ -19,6 +29,9 @@ from gpt2.tokenizer import Tokenizer
 settings.register_profile("timeless", deadline=None, derandomize=True)
 settings.load_profile("timeless")
 
+# The promises of bits and of rounding are kept by several threads too.
+TWO_THREADS = ["test_exactness", "test_layer", "test_merge", "test_packing", "test_population"]
+TWO_THREADS += ["test_routing", "test_state_machine"]
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -26,6 +39,34 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 def demo() -> GPT2:
     """The bundled base, float32, in eval mode; a test that changes it takes a deepcopy."""
     return GPT2.from_pretrained("demo")
+
+
+@pytest.fixture(scope="session")
+def small_base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a base that costs next to nothing, for what does not depend on the base."""
+    folder = tmp_path_factory.mktemp("base")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        GPT2(GPT2Config(n_layer=2, n_head=2, n_embd=32)).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The demo's run: its folder, and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    script = Path(__file__).parents[1] / "scripts" / "train_qa.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--device", "cpu", "--res_path", str(folder)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return folder, done.stdout
 
 
 @pytest.fixture(scope="session")
@@ -47,8 +88,59 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(autouse=True)
-def _two_threads() -> None:
-    torch.set_num_threads(2)
+def _threads(request: pytest.FixtureRequest) -> None:
+    """One, which is as fast for small models and leaves other work its processors."""
+    module = request.module.__name__.rpartition(".")[2]
+    torch.set_num_threads(2 if module in TWO_THREADS else 1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _signals() -> Iterator[socket.socket]:
+    """SIGTERM ends the run as Ctrl-C does. The socket gives the number of each signal that came."""
+    reader, writer = socket.socketpair()
+    reader.setblocking(False)
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    yield reader
+    signal.signal(signal.SIGTERM, before)
+    signal.set_wakeup_fd(-1)
+
+
+@pytest.fixture(autouse=True)
+def _signals_end_the_run(_signals: socket.socket, monkeypatch: pytest.MonkeyPatch):
+    """A script under test ends at a signal, and pytest goes on: not if no test sent the signal."""
+    sent, kill = set[int](), os.kill
+
+    def noted(pid: int, number: int) -> None:
+        if pid == os.getpid():
+            sent.add(number)
+        kill(pid, number)
+
+    monkeypatch.setattr(os, "kill", noted)
+    yield
+    try:
+        came = set(_signals.recv(1000)) - sent
+    except BlockingIOError:
+        return
+    if came:
+        pytest.exit(f"stopped by {signal.Signals(min(came)).name}", 128 + min(came))
+
+
+@pytest.fixture
+def heeded() -> Iterator[None]:
+    """Ctrl-C and a closed terminal are heeded, by processes that are started here too.
+
+    Where `nohup` or the background of a shell started pytest they are ignored, which is inherited.
+    """
+    names = {"SIGINT", "SIGHUP"} & signal.Signals.__members__.keys()
+    stops = [signal.Signals[name] for name in names]
+    ignored = [number for number in stops if signal.getsignal(number) == signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.default_int_handler)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @pytest.fixture(autouse=True)

@@ -178,7 +178,7 @@ def test_what_packing_gives_up_is_said_and_the_steps_are_those_that_are_made(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_stop_while_tokens_are_made_leaves_nothing(number, tmp_path):
+def test_a_stop_while_tokens_are_made_leaves_nothing(number, heeded, tmp_path):
     """Ctrl-C goes to all processes of the terminal; none is left, nor is a store half made."""
     file, cache = tmp_path / "data.jsonl", tmp_path / "cache"
     row = {"question": "What is it?", "answer": "It is what it is. " * 20}

@@ -19,9 +19,9 @@ PROMPTS = [[7, 8, 9, 10, 11], [3], [50, 4, 50, 4, 50, 4, 2, 1], [12, 13]]
 TEXTS = ("In the beginning", "Q: What does physics explain?\nA:", "The capital of France is", "He")
 
 
-def tiny() -> gpt2.GPT2:
+def tiny(n_layer: int = 2) -> gpt2.GPT2:
     torch.manual_seed(0)
-    sizes = gpt2.GPT2Config(n_layer=2, n_head=2, n_embd=32, block_size=48, vocab_size=60)
+    sizes = gpt2.GPT2Config(n_layer=n_layer, n_head=2, n_embd=32, block_size=48, vocab_size=60)
     model = gpt2.GPT2(sizes)
     for p in model.parameters():
         p.data.mul_(6)
@@ -283,7 +283,7 @@ class Fixed(Repeated):
 
 @pytest.mark.parametrize("how", ["fixed", "compiled"])
 def test_steps_of_one_shape_change_no_text(how, monkeypatch):
-    model, config = tiny(), search(eos=(5, 40), no_repeat_ngram=3, num_beams=3)
+    model, config = tiny(n_layer=1), search(eos=(5, 40), no_repeat_ngram=3, num_beams=3)
     expected = gpt2.generate(model, PROMPTS, config)
     if how == "compiled" and not (shutil.which("c++") or shutil.which("g++")):
         pytest.skip("torch.compile needs a C++ compiler here")

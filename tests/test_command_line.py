@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -354,20 +355,54 @@ def test_versions_are_those_of_the_distribution():
         ("SIGHUP", 129, "Stopped by SIGHUP."),
     ],
 )
-def test_a_signal_during_imports_is_one_line(name, code, line, tmp_path):
-    (tmp_path / "torch.py").write_text("import time\nprint('.', flush=True)\ntime.sleep(60)")
+def test_a_signal_during_imports_is_one_line(name, code, line, heeded, tmp_path):
+    started = importing(tmp_path)
+    started.send_signal(getattr(signal, name))
+    _, error = started.communicate(timeout=30)
+    assert (started.returncode, error) == (code, f"{line}\n")
+
+
+def importing(folder: Path, **env: str) -> subprocess.Popen[str]:
+    """A script that has begun to import torch, which prints how threads wait and takes a minute."""
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    shown = f"print(*map(os.environ.get, {names}), flush=True)"
+    (folder / "torch.py").write_text(f"import os, time\n{shown}\ntime.sleep(60)")
     started = subprocess.Popen(
         [sys.executable, str(SCRIPTS / "generate.py"), "Once"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         encoding="utf-8",
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        env={**os.environ, **env, "PYTHONPATH": str(folder)},
     )
     assert started.stdout is not None
-    assert started.stdout.readline() == ".\n"
-    started.send_signal(getattr(signal, name))
+    waiting = {**os.environ, **env}
+    if "OMP_WAIT_POLICY" not in waiting:
+        waiting = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
+    assert started.stdout.readline().split() == [str(waiting.get(name)) for name in names]
+    return started
+
+
+def test_a_script_that_nohup_started_goes_on_when_its_terminal_closes(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        started = importing(tmp_path)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    started.send_signal(signal.SIGHUP)
+    time.sleep(0.2)
+    started.send_signal(signal.SIGTERM)
     _, error = started.communicate(timeout=30)
-    assert (started.returncode, error) == (code, f"{line}\n")
+    assert (started.returncode, error) == (143, "Stopped by SIGTERM.\n")
+
+
+def test_the_wait_policy_of_a_user_stays(tmp_path, monkeypatch):
+    """A script sets it before torch reads it, and only where there is none."""
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for given in ({}, {"OMP_WAIT_POLICY": "ACTIVE"}):
+        started = importing(tmp_path, **given)
+        started.kill()
+        started.communicate()
 
 
 def test_a_missing_package_of_the_scripts_is_one_line(tmp_path):

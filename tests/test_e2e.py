@@ -21,8 +21,12 @@ FOODS, AREAS = ("Thai", "Greek", "French", "Indian", "Fast"), ("riverside", "cit
 
 
 @pytest.fixture
-def data(tmp_path):
-    """Twenty meaning representations, two descriptions each."""
+def data(small_base, tmp_path, monkeypatch):
+    """Twenty meaning representations, two descriptions each; the recipe's base is a small one."""
+    recipe = e2e.RECIPE.read_text().replace("r: 64, alpha: 64", "r: 8, alpha: 8")
+    recipe = recipe.replace("model_name: demo", f"model_name: {small_base}")
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    monkeypatch.setattr(e2e, "RECIPE", tmp_path / "recipe.yaml")
     rows = [
         {"prompt": f"name : {name} | food : {food} | area : {area} ||", "completion": said}
         for name in ("Alma", "Bo")
@@ -80,7 +84,7 @@ def test_choosing_sees_no_test_file(data, judged, monkeypatch):
     started(monkeypatch, data, "--quick", "--out", data / "out.jsonl", "--choose", *grid)
     lines = [json.loads(line) for line in (data / "out.jsonl").read_text().splitlines()]
     assert [line["benchmark"] for line in lines] == ["e2e_choose"] * 2
-    assert [line["trainable"] for line in lines] == [8 * 2 * (256 + 768), 8 * 2 * 2 * (256 + 256)]
+    assert [line["trainable"] for line in lines] == [2 * 2 * (32 + 96), 2 * 2 * 2 * (32 + 32)]
     with pytest.raises(SystemExit, match="recipe has no rank, only"):
         started(monkeypatch, data, "--quick", "--choose", "rank=2")
 

@@ -14,11 +14,6 @@ from gpt2.data.held_out import is_within, sides, split, within, without_overlap
 from tests.test_train import DATA, Letters, model_of, modes, weights
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_two_threads: None) -> None:
-    torch.set_num_threads(1)
-
-
 def by_hand(model: gpt2.GPT2) -> tuple[float, int]:
     """Each token's loss by itself, in float64."""
     model, total, tokens = model.double().eval(), 0.0, 0

@@ -27,11 +27,6 @@ HELD_OUT = encode(["abd", "hallo", "lowtank", "as"], Letters())
 CONFIG = TrainConfig(lr=1e-2, steps=12, batch_size=3)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_two_threads: None) -> None:
-    torch.set_num_threads(1)
-
-
 def fitted(model: nn.Module, config: TrainConfig = CONFIG, **options) -> gpt2.Fit:
     run = RunConfig(**{"eval_every": 2} | options)
     return fit(model, DATA, config, validation=HELD_OUT, run=run)

@@ -17,7 +17,11 @@ for package in ("jsonargparse", "docstring_parser", "yaml", "rich", "matplotlib"
 from tests.test_scripts import QUICK  # noqa: E402
 
 ROWS = [{"question": f"What is {i}?", "answer": f"It is {i % 7}."} for i in range(60)]
-SHORT = [*QUICK, "--answer_only", "true"]
+
+
+@pytest.fixture
+def short(small_base) -> list[str]:
+    return [*QUICK, "--answer_only", "true", "--model_name", small_base]
 
 
 @pytest.fixture
@@ -51,12 +55,14 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_run_on_a_store_is_the_run_in_memory(way, script, tmp_path, data, monkeypatch, capsys):
+def test_a_run_on_a_store_is_the_run_in_memory(
+    way, script, short, tmp_path, data, monkeypatch, capsys
+):
     valid = tmp_path / "valid.jsonl"
     valid.write_text("".join(json.dumps(r) + "\n" for r in [ROWS[3], {"text": "It is so."}]))
     options = [str(valid) if word == "VALID" else word for word in WAYS[way]]
     train = script("train_qa").main
-    arguments = [*SHORT, "--data", str(data), *options, "--res_path"]
+    arguments = [*short, "--data", str(data), *options, "--res_path"]
     assert train([*arguments, str(tmp_path / "memory")]) == 0
     told = capsys.readouterr().out
     assert [f.name for f in data.parent.iterdir()] == ["data.jsonl"]
@@ -78,9 +84,9 @@ def test_a_run_on_a_store_is_the_run_in_memory(way, script, tmp_path, data, monk
         assert " 1 of the data's 61 stand there more than once." in line
 
 
-def test_a_cache_is_named_made_anew_and_found(script, tmp_path, data, capsys):
+def test_a_cache_is_named_made_anew_and_found(script, short, tmp_path, data, capsys):
     train, cache = script("train_qa").main, tmp_path / "cache"
-    arguments = [*SHORT, "--data", str(data), "--cache", str(cache)]
+    arguments = [*short, "--data", str(data), "--cache", str(cache)]
 
     def said(*more: str) -> str:
         assert train([*arguments, *more, "--res_path", str(tmp_path / "run"), "--overwrite"]) == 0
@@ -96,7 +102,9 @@ def test_a_cache_is_named_made_anew_and_found(script, tmp_path, data, capsys):
     assert [f.name for f in cache.iterdir()] == [place.name]
 
 
-def test_a_folder_that_takes_no_tokens_is_one_line(script, tmp_path, data, monkeypatch, capsys):
+def test_a_folder_that_takes_no_tokens_is_one_line(
+    script, short, tmp_path, data, monkeypatch, capsys
+):
     monkeypatch.setattr("gpt2.data.store.SMALL", 10)
     real = os.mkdir
 
@@ -106,7 +114,7 @@ def test_a_folder_that_takes_no_tokens_is_one_line(script, tmp_path, data, monke
         real(path, *rest, **more)
 
     monkeypatch.setattr(os, "mkdir", refused)
-    arguments = [*SHORT, "--data", str(data), "--res_path", str(tmp_path / "never")]
+    arguments = [*short, "--data", str(data), "--res_path", str(tmp_path / "never")]
     assert script("train_qa").main(arguments) == 2
     error = capsys.readouterr().err
     assert error == (
@@ -118,7 +126,7 @@ def test_a_folder_that_takes_no_tokens_is_one_line(script, tmp_path, data, monke
 
 
 def test_a_full_disk_while_tokens_are_written_is_one_line(
-    script, tmp_path, data, monkeypatch, capsys
+    script, short, tmp_path, data, monkeypatch, capsys
 ):
     storing = importlib.import_module("gpt2.data.storing")
 
@@ -127,7 +135,7 @@ def test_a_full_disk_while_tokens_are_written_is_one_line(
 
     monkeypatch.setattr(storing, "_empty", full)
     cache = tmp_path / "cache"
-    arguments = [*SHORT, "--data", str(data), "--cache", str(cache)]
+    arguments = [*short, "--data", str(data), "--cache", str(cache)]
     assert script("train_qa").main([*arguments, "--res_path", str(tmp_path / "never")]) == 2
     said = f"The tokens cannot be written to {cache} (No space left on device): name another"
     assert capsys.readouterr().err.startswith(said)
@@ -135,11 +143,11 @@ def test_a_full_disk_while_tokens_are_written_is_one_line(
 
 
 def test_faults_of_a_large_file_are_those_of_a_small_one(
-    script, tmp_path, data, monkeypatch, capsys
+    script, short, tmp_path, data, monkeypatch, capsys
 ):
     with data.open("a") as file:
         file.write('{"question": 3, "answer": "x"}\nno JSON\n')
-    arguments = [*SHORT, "--data", str(data), "--res_path", str(tmp_path / "never")]
+    arguments = [*short, "--data", str(data), "--res_path", str(tmp_path / "never")]
     assert script("train_qa").main(arguments) == 2
     small = capsys.readouterr().err
     assert f"{data}:62: 'question' is 3, not a string; {data}:63: not JSON" in small
@@ -153,12 +161,12 @@ def test_faults_of_a_large_file_are_those_of_a_small_one(
 
 
 def test_prompts_of_a_large_file_are_taken_from_its_beginning(
-    script, tmp_path, data, monkeypatch, capsys
+    script, short, tmp_path, data, monkeypatch, capsys
 ):
     monkeypatch.setattr("gpt2.data.store.SMALL", 10)
     monkeypatch.setattr(script("inputs"), "FIRST", 3)
     assert (
-        script("train_qa").main([*SHORT, "--data", str(data), "--res_path", str(tmp_path / "r")])
+        script("train_qa").main([*short, "--data", str(data), "--res_path", str(tmp_path / "r")])
         == 0
     )
     answers = json.loads((tmp_path / "r" / "run.json").read_text())["answers"]
@@ -166,7 +174,7 @@ def test_prompts_of_a_large_file_are_taken_from_its_beginning(
     assert [a["trained"] for a in answers] == [[f" It is {i}."] for i in range(3)]
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in ROWS[2:4]) + '{"text": "Else"}')
-    arguments = [*SHORT, "--data", str(data), "--prompts", str(prompts)]
+    arguments = [*short, "--data", str(data), "--prompts", str(prompts)]
     assert script("train_qa").main([*arguments, "--res_path", str(tmp_path / "s")]) == 0
     answers = json.loads((tmp_path / "s" / "run.json").read_text())["answers"]
     assert [a["verdict"] for a in answers] == ["differs", "reference: differs", "not compared"]
@@ -176,7 +184,7 @@ def test_prompts_of_a_large_file_are_taken_from_its_beginning(
 
 
 def test_many_prompts_are_tried_in_chunks_and_shown_by_a_sample(
-    script, tmp_path, data, monkeypatch, capsys
+    script, short, tmp_path, data, monkeypatch, capsys
 ):
     asked: list[int] = []
     real = gpt2.generate
@@ -185,7 +193,7 @@ def test_many_prompts_are_tried_in_chunks_and_shown_by_a_sample(
         asked.append(len(ids))
         return real(model, ids, config)
 
-    arguments = [*SHORT, "--data", str(data), "--prompts", str(data), "--generate.temperature", "1"]
+    arguments = [*short, "--data", str(data), "--prompts", str(data), "--generate.temperature", "1"]
     train, continuing = script("train_qa").main, script("continuing")
     assert train([*arguments, "--res_path", str(tmp_path / "one")]) == 0
     monkeypatch.setattr(gpt2, "generate", counted)

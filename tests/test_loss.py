@@ -24,12 +24,6 @@ from tests.toys import TINY, randomize, tiny_gpt2, untie
 V = TINY.vocab_size
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_two_threads: None) -> None:
-    """On shapes this small, threads that wait for each other take longer than the work."""
-    torch.set_num_threads(1)
-
-
 def some(batch: int, time: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids, and labels of which about half are not learnt."""
     generator = torch.Generator().manual_seed(seed)

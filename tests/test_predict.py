@@ -29,10 +29,11 @@ NEW = 5
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
+def here(small_base, tmp_path, monkeypatch):
     """Twelve prompts of unequal lengths, the first of them twice; an adapter that changes all."""
     monkeypatch.syspath_prepend(SCRIPTS)
     monkeypatch.chdir(tmp_path)
+    Path("small").symlink_to(small_base)
     rows = [{"prompt": f"{i}. The {TOPICS[i % 5]} is", "completion": f" {i}"} for i in range(12)]
     rows.insert(3, {"prompt": rows[0]["prompt"], "completion": " another"})
     Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -40,13 +41,13 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def adapter(tmp_path_factory) -> Path:
+def adapter(small_base, tmp_path_factory) -> Path:
     """A run's folder with an adapter in it."""
-    model = gpt2.GPT2.from_pretrained("demo")
+    model = gpt2.GPT2.from_pretrained(small_base)
     lora.inject(model, r=2, seed=3)
     for module in model.modules():
         if isinstance(module, lora.LoRALinear):
-            module.updates["default"].B.data.normal_(std=0.02)
+            module.updates["default"].B.data.normal_(std=0.5)
     folder = tmp_path_factory.mktemp("run")
     lora.save(model, folder / "adapter")
     return folder
@@ -54,7 +55,7 @@ def adapter(tmp_path_factory) -> Path:
 
 def predict(*argv: object) -> int:
     script = importlib.import_module("predict")
-    words = ["prompts.jsonl", "--device", "cpu", "--max_new_tokens", NEW, *argv]
+    words = ["prompts.jsonl", "--device", "cpu", "--max_new_tokens", NEW, "--base", "small", *argv]
     return script.main([str(word) for word in words])
 
 
@@ -63,7 +64,7 @@ def lines(file: str | Path = "predictions.jsonl") -> list[dict]:
 
 
 def expected(adapter: Path | None = None, **options) -> list[str]:
-    model, tokenizer = gpt2.GPT2.from_pretrained("demo"), gpt2.Tokenizer()
+    model, tokenizer = gpt2.GPT2.from_pretrained("small"), gpt2.Tokenizer()
     if adapter is not None:
         lora.load(model, adapter / "adapter")
     prompts = dict.fromkeys(e.prompt for e in gpt2.read_prompts("prompts.jsonl"))
@@ -170,7 +171,7 @@ def test_a_killed_run_goes_on():
     rows = [{"text": f"{i}. The {TOPICS[i % 5]} is"} for i in range(150)]
     Path("many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [sys.executable, str(SCRIPTS / "predict.py"), "many.jsonl", "--max_new_tokens", "2"]
-    command += ["--device", "cpu", "--batch_size"]
+    command += ["--base", "small", "--device", "cpu", "--batch_size"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     process = subprocess.Popen([*command, "1"], env=environment, stdout=subprocess.DEVNULL)
     file = Path("predictions.jsonl")
@@ -213,14 +214,14 @@ def test_another_adapter_options_or_prompts_are_refused(adapter, capsys):
 
 
 def test_a_base_or_an_adapter_that_changed_under_its_name_is_refused(adapter, tmp_path, capsys):
-    model = gpt2.GPT2.from_pretrained("demo")
+    model = gpt2.GPT2.from_pretrained("small")
     model.save_pretrained("base")
     own = tmp_path / "own"
     shutil.copytree(adapter / "adapter", own)
     run = ["--base", "base", "--output", "said.jsonl"]
     assert predict(*run) == 0
     with torch.no_grad():
-        model.transformer.h[2].mlp.c_fc.weight[0, 0] += 1e-3
+        model.transformer.h[1].mlp.c_fc.weight[0, 0] += 1e-3
     model.save_pretrained("base")
     said = refused(capsys, *run)
     assert "said.jsonl was made with other options: base's weights '" in said

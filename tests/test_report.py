@@ -21,7 +21,7 @@ import lora
 for package in ("jsonargparse", "docstring_parser", "yaml", "rich", "matplotlib"):
     pytest.importorskip(package, reason="the scripts need the extra 'scripts'")
 
-from tests.test_scripts import QUICK, command  # noqa: E402
+from tests.test_scripts import QUICK  # noqa: E402
 
 
 class Page(HTMLParser):
@@ -42,14 +42,9 @@ class Page(HTMLParser):
             self.text += data
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> tuple[Path, str]:
-    """A run of the demo, shorter: its folder, and what it printed."""
-    folder = tmp_path_factory.mktemp("runs") / "demo"
-    started = command("train_qa.py", *QUICK, "--steps", "60", "--res_path", str(folder))
-    done = subprocess.run(started, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+@pytest.fixture
+def run(demo_run):
+    return demo_run
 
 
 def numbers(page: str) -> dict:

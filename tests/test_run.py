@@ -25,12 +25,6 @@ from tests.test_train import DATA, model_of, run, weights
 from tests.toys import TINY, randomize
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_two_threads: None) -> None:
-    """On shapes this small, threads that wait for each other take longer than the work."""
-    torch.set_num_threads(1)
-
-
 def micro_batches(config: TrainConfig) -> list[list[gpt2.Batch]]:
     """Those of each step of a run of one epoch or less."""
     epoch = batches(DATA, config.batch_size, seed=config.seed, epoch=0)

@@ -41,21 +41,9 @@ def command(script: str, *arguments: str) -> list[str]:
     return [sys.executable, str(SCRIPTS / script), *arguments]
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """The demo's run: its folder, and what it printed."""
-    folder = tmp_path_factory.mktemp("runs") / "demo"
-    done = subprocess.run(
-        command("train_qa.py", "--device", "cpu", "--res_path", str(folder)),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        encoding="utf-8",
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    return folder, done.stdout
+@pytest.fixture
+def run(demo_run):
+    return demo_run
 
 
 @pytest.fixture
@@ -232,7 +220,7 @@ def test_a_merged_model_answers_in_a_pipeline(run, script, tmp_path):
     assert answer["generated_text"].removeprefix(PHYSICS) in TRAINED[PHYSICS]
 
 
-def test_ctrl_c_leaves_a_saved_adapter_and_says_so(tmp_path):
+def test_ctrl_c_leaves_a_saved_adapter_and_says_so(heeded, tmp_path):
     started = subprocess.Popen(
         command("train_qa.py", "--config", DEMO, "--res_path", str(tmp_path / "cut")),
         stdout=subprocess.DEVNULL,
@@ -256,7 +244,7 @@ def test_ctrl_c_leaves_a_saved_adapter_and_says_so(tmp_path):
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_a_signal_saves_the_step_it_met_and_others_change_nothing(
-    name, code, script, tmp_path, monkeypatch, capsys
+    name, code, heeded, script, tmp_path, monkeypatch, capsys
 ):
     keeping, save = script("keeping"), lora.save
     recorded, kill = keeping.recorded, getattr(signal, name)
@@ -287,7 +275,9 @@ def test_a_signal_saves_the_step_it_met_and_others_change_nothing(
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
-def test_a_signal_where_python_ignores_errors_ends_the_script_too(name, code, script, capsys):
+def test_a_signal_where_python_ignores_errors_ends_the_script_too(
+    name, code, heeded, script, capsys
+):
     class Dying:
         def __del__(self) -> None:
             os.kill(os.getpid(), getattr(signal, name))

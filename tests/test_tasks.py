@@ -23,6 +23,11 @@ VALID = ["--validation", "0.4", "--eval_every", "2", "--train_batch_size", "2"]
 
 
 @pytest.fixture
+def quick(small_base) -> list[str]:
+    return [*QUICK, "--model_name", small_base]
+
+
+@pytest.fixture
 def files(tmp_path) -> list[str]:
     for name in NAMES:
         rows = [{"prompt": f"{name} {i}:", "completion": f" {i} {name}"} for i in range(12)]
@@ -41,9 +46,11 @@ def kept(folder: Path) -> dict[str, object]:
     }
 
 
-def test_each_has_validation_its_best_and_its_last(script, tmp_path, files, capsys):
+def test_each_has_validation_its_best_and_its_last(
+    script, small_base, quick, tmp_path, files, capsys
+):
     train, out = script("train_qa").main, tmp_path / "out"
-    arguments = [*QUICK, "--steps", "5", *VALID, "--lr", "0.03", "--save_every", "2"]
+    arguments = [*quick, "--steps", "5", *VALID, "--lr", "0.03", "--save_every", "2"]
     assert train([*arguments, "--tasks", *files, "--res_path", str(out)]) == 0
     said = capsys.readouterr().out
     assert said.count("examples, by their prompts.") == 3
@@ -60,7 +67,7 @@ def test_each_has_validation_its_best_and_its_last(script, tmp_path, files, caps
         held_out = importlib.import_module("gpt2.data.held_out").split(
             gpt2.read_examples(file), 0.4
         )[1]
-        model = gpt2.GPT2.from_pretrained("demo")
+        model = gpt2.GPT2.from_pretrained(small_base)
         lora.load(model, out / name)
         found = gpt2.evaluate(model, gpt2.encode(held_out, gpt2.Tokenizer()), batch_size=2)
         assert found.loss == pytest.approx(told["losses"][str(told["best_step"])], rel=1e-6)
@@ -70,13 +77,13 @@ def test_each_has_validation_its_best_and_its_last(script, tmp_path, files, caps
         assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
-def test_patience_ends_each_by_itself(script, tmp_path, files, capsys, monkeypatch):
+def test_patience_ends_each_by_itself(script, quick, tmp_path, files, capsys, monkeypatch):
     fitting = importlib.import_module("gpt2.training.fitting")
     losses = iter([1, 2, 3, 9, 8, 7, 9, 9, 5, 2, 3, 4])  # of sea, of land, of air
     fake = lambda *_, **__: gpt2.Evaluation(loss=float(next(losses)), tokens=1, examples=1)  # noqa: E731
     monkeypatch.setattr(fitting, "evaluate", fake)
     out = tmp_path / "out"
-    arguments = [*QUICK, "--steps", "8", *VALID, "--patience", "2", "--res_path", str(out)]
+    arguments = [*quick, "--steps", "8", *VALID, "--patience", "2", "--res_path", str(out)]
     assert script("train_qa").main([*arguments, "--tasks", *files]) == 0
     steps = [json.loads((out / n / "run.json").read_text())["steps"] for n in NAMES]
     best = [kept(out / n)["validation"]["best_step"] for n in NAMES]
@@ -85,12 +92,12 @@ def test_patience_ends_each_by_itself(script, tmp_path, files, capsys, monkeypat
 
 @pytest.mark.parametrize("stops", [(5, 8), (3, 12, 13)])
 def test_a_run_of_several_goes_on_where_it_was_stopped(
-    stops, script, tmp_path, files, capsys, monkeypatch
+    stops, script, quick, tmp_path, files, capsys, monkeypatch
 ):
     """A stop after so many steps of all; what is resumed is what was never stopped."""
     train, keeping = script("train_qa").main, script("keeping")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    arguments = [*QUICK, "--steps", "5", *VALID, "--tasks", *files, "--res_path"]
+    arguments = [*quick, "--steps", "5", *VALID, "--tasks", *files, "--res_path"]
     assert train([*arguments, str(whole)]) == 0
     recorded, taken = keeping.recorded, 0
     for i, stop in enumerate(stops):
@@ -131,9 +138,9 @@ def stopped(recorded, names):
     return until
 
 
-def test_another_file_or_option_is_refused(script, tmp_path, files, capsys, monkeypatch):
+def test_another_file_or_option_is_refused(script, quick, tmp_path, files, capsys, monkeypatch):
     train, keeping, out = script("train_qa").main, script("keeping"), tmp_path / "out"
-    arguments = [*QUICK, "--steps", "5", *VALID, "--tasks", *files, "--res_path", str(out)]
+    arguments = [*quick, "--steps", "5", *VALID, "--tasks", *files, "--res_path", str(out)]
     with monkeypatch.context() as patch:
         patch.setattr(keeping, "recorded", stopped(keeping.recorded, NAMES))
         assert train(arguments) == 143
@@ -159,10 +166,10 @@ def test_another_file_or_option_is_refused(script, tmp_path, files, capsys, monk
 
 
 def test_a_file_that_changed_after_its_adapter_was_trained_is_refused(
-    script, tmp_path, files, capsys, monkeypatch
+    script, quick, tmp_path, files, capsys, monkeypatch
 ):
     train, keeping, out = script("train_qa").main, script("keeping"), tmp_path / "out"
-    arguments = [*QUICK, "--steps", "2", *VALID, "--tasks", *files, "--res_path", str(out)]
+    arguments = [*quick, "--steps", "2", *VALID, "--tasks", *files, "--res_path", str(out)]
     with monkeypatch.context() as patch:
         patch.setattr(keeping, "recorded", stopped(keeping.recorded, ["air"]))
         assert train(arguments) == 143
@@ -182,7 +189,7 @@ def test_a_file_that_changed_after_its_adapter_was_trained_is_refused(
 
 
 def test_many_prompts_are_tried_in_chunks_and_shown_by_a_sample(
-    script, tmp_path, files, capsys, monkeypatch
+    script, quick, tmp_path, files, capsys, monkeypatch
 ):
     train, continuing, real = script("train_qa").main, script("continuing"), gpt2.generate
     asked: list[int] = []
@@ -193,7 +200,7 @@ def test_many_prompts_are_tried_in_chunks_and_shown_by_a_sample(
 
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"{name} {i}:\n" for i in range(10) for name in NAMES))
-    arguments = [*QUICK, "--tasks", *files, "--prompts", str(prompts)]
+    arguments = [*quick, "--tasks", *files, "--prompts", str(prompts)]
     arguments += ["--generate.temperature", "1", "--res_path"]
     assert train([*arguments, str(tmp_path / "one")]) == 0
     monkeypatch.setattr(gpt2, "generate", counted)

@@ -107,7 +107,9 @@ def test_a_killed_process_brings_a_restart_that_ends_as_if_nothing_had_been(
     ],
     ids=["SIGTERM", "Ctrl-C"],
 )
-def test_a_signal_ends_all_in_one_line_and_one_process_goes_on(to, number, said, alone, tmp_path):
+def test_a_signal_ends_all_in_one_line_and_one_process_goes_on(
+    to, number, said, heeded, alone, tmp_path
+):
     run = started(TRAIN, *OPTIONS, "--res_path", str(tmp_path))
     after(4, tmp_path, run)
     began = time.monotonic()

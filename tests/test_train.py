@@ -27,12 +27,6 @@ from tests.toys import TINY, raw, tiny_gpt2
 STILL = replace(TINY, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_two_threads: None) -> None:
-    """On shapes this small, threads that wait for each other take longer than the work."""
-    torch.set_num_threads(1)
-
-
 class Letters:
     """A tokenizer of one id a letter."""
 

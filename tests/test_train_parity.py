@@ -31,12 +31,6 @@ NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
 CONFIG = TrainConfig(lr=3e-3, steps=20, schedule="linear", clip=1.0)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_two_threads: None) -> None:
-    """On batches of one, threads that wait for each other take longer than the work."""
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def data(tokenizer) -> Dataset:
     return encode(TEXTS, tokenizer)

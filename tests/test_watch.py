@@ -15,12 +15,6 @@ from gpt2.training.watch import Watch
 from tests.test_train import DATA, model_of, weights
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_two_threads: None) -> None:
-    """On shapes this small, threads that wait for each other take longer than the work."""
-    torch.set_num_threads(1)
-
-
 class Part(nn.Module):
     """A layer with state of every kind."""
 

@@ -20,12 +20,6 @@ from gpt2.training.wrapped import inner
 from tests.test_train import DATA, STILL, Letters, model_of, weights
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_two_threads: None) -> None:
-    """On shapes this small, threads that wait for each other take longer than the work."""
-    torch.set_num_threads(1)
-
-
 @pytest.fixture
 def _one_process():
     """A group of one process, without a socket."""
