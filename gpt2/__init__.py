@@ -57,8 +57,10 @@ from gpt2.data.store import open_data as open_data
 from gpt2.data.tokens import Dataset as Dataset
 from gpt2.generation import generate as generate
 from gpt2.generation import stream as stream
-from gpt2.layers import Conv1D as Conv1D
+from gpt2.loss import IGNORE as IGNORE
+from gpt2.loss import next_token_loss as next_token_loss
 from gpt2.model import GPT2 as GPT2
+from gpt2.model import Conv1D as Conv1D
 from gpt2.sampling import GenerateConfig as GenerateConfig
 from gpt2.tokenizer import Tokenizer as Tokenizer
 from gpt2.training.config import TrainConfig as TrainConfig
@@ -69,8 +71,6 @@ from gpt2.training.fitting import fit as fit
 from gpt2.training.loop import StepRecord as StepRecord
 from gpt2.training.loop import Training as Training
 from gpt2.training.loop import train as train
-from gpt2.training.loss import IGNORE as IGNORE
-from gpt2.training.loss import next_token_loss as next_token_loss
 from gpt2.training.run_config import RunConfig as RunConfig
 from gpt2.training.schedule import learning_rate as learning_rate
 from gpt2.training.schedule import total_steps as total_steps

@@ -10,13 +10,11 @@ Shapes: B prompts · K beams · C candidates · N new tokens · P places before 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gpt2.decoder import prefill, step
-from gpt2.fast.compiling import compiled
 from gpt2.fast.decoding import Repeated
 from gpt2.model import GPT2
 from gpt2.sampling import GenerateConfig
@@ -58,12 +56,11 @@ class Beams:
         compile: bool = False,
     ) -> None:
         self.model, self.config = model, config
-        self._run = compiled(step) if compile else step
         device = next(model.parameters()).device
         B, K, N = len(rows), config.num_beams, config.max_new_tokens
-        self._repeated = Repeated(device, N, compile)
-        slots = self._repeated.slots(max(map(len, rows)) + N, model.config.block_size)
-        logits, self.cache = prefill(model, rows, slots)
+        self.repeated = Repeated(device, N, compile)
+        slots = self.repeated.slots(max(map(len, rows)) + N, model.config.block_size)
+        logits, self.cache = model.prefill(rows, slots)
         self.cache.repeat(K)
         self._shared = min(map(len, rows))  # slots that hold the same in all beams of a prompt
         before = torch.tensor(_before(rows, config), dtype=torch.long, device=device)  # (B, P)
@@ -98,7 +95,7 @@ class Beams:
         if not self._left:
             raise RuntimeError(f"All {self.text.shape[1]} new tokens that were asked for are made.")
         self._left -= 1
-        self._repeated(self._step, self._changed)
+        self.repeated(self._step, self._changed)
 
     def are_open(self) -> bool:
         """Whether a prompt is to be followed and none has failed; the host waits for the device."""
@@ -106,20 +103,16 @@ class Beams:
 
     def failures(self) -> dict[int, int]:
         """The prompts whose logits were not finite, and after how many new tokens."""
-        failed: list[int] = cast(Any, self.failed).tolist()
-        return {i: new for i, new in enumerate(failed) if new >= 0}
+        return {i: new for i, new in enumerate(self.failed.tolist()) if new >= 0}
 
     def best(self) -> list[list[int]]:
         """The best text of each prompt, without the token that ended it."""
-        rows: list[list[int]] = cast(Any, self.text).tolist()
-        lengths: list[int] = cast(Any, self.length).tolist()
-        texts = [row[:length] for row, length in zip(rows, lengths, strict=True)]
+        lengths = self.length.tolist()
+        texts = [row[:n] for row, n in zip(self.text.tolist(), lengths, strict=True)]
         return [row[:-1] if row and row[-1] in self.config.ends else row for row in texts]
 
     def _step(self) -> Tensor:
-        if self._repeated.fixed:
-            self.cache.widen()
-        return self._extend(self._run(self.model, self._tokens, self.cache))
+        return self._extend(self.repeated.logits(self.model, self._tokens, self.cache))
 
     def _extend(self, logits: Tensor) -> Tensor:
         """Take the beams one token further, given logits `(B·K, V)`."""
@@ -166,8 +159,8 @@ class Beams:
     def _changed(self) -> list[Tensor]:
         """The tensors that a step writes to."""
         own = [self.history, self.scores, self.ended, self.text, self.length, self.open]
-        caches = [layer.kv for layer in self.cache.layers]
-        return [*own, self.failed, self.n, self._tokens, self.cache.lengths, *caches]
+        cache = [self.cache.lengths, *self.cache.layers]
+        return [*own, self.failed, self.n, self._tokens, *cache]
 
 
 def continuations(log_probs: Tensor, scores: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from numbers import Real
 from pathlib import Path
 from types import MappingProxyType
@@ -12,8 +13,7 @@ from typing import Any, TypeGuard
 
 import torch
 
-from gpt2.faults import listed
-from gpt2.files import read_json
+from gpt2.files import listed, read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +71,19 @@ def is_number(value: object) -> TypeGuard[float]:
     return not isinstance(value, bool) and isinstance(value, Real)
 
 
+def wrong_counts(config: object, least: Mapping[str, int]) -> list[str]:
+    """What is wrong with these fields of a config, integers of at least so much.
+
+    A field whose default is None may be None.
+    """
+    return [
+        f"{name} must be an integer of at least {low}, got {value!r}"
+        for name, low in least.items()
+        if (value := getattr(config, name)) is not None or getattr(type(config), name) is not None
+        if type(value) is not int or value < low
+    ]
+
+
 SIZES = MappingProxyType(
     {
         "gpt2": GPT2Config(),
@@ -81,18 +94,6 @@ SIZES = MappingProxyType(
 )
 """The four published sizes by their names on the Hub."""
 
-# GPT2Config's fields by their names in config.json.
-_FIELDS = {
-    "n_layer": "n_layer",
-    "n_head": "n_head",
-    "n_embd": "n_embd",
-    "n_positions": "block_size",
-    "vocab_size": "vocab_size",
-    "layer_norm_epsilon": "layer_norm_epsilon",
-    "embd_pdrop": "embd_pdrop",
-    "attn_pdrop": "attn_pdrop",
-    "resid_pdrop": "resid_pdrop",
-}
 # What else config.json may ask for, with the values that this model answers to.
 _ACCEPTED: dict[str, tuple[Any, ...]] = {
     "model_type": ("gpt2",),
@@ -121,19 +122,18 @@ def read_config(file: Path) -> dict[str, Any]:
         if stated.get(key, values[0]) not in values
     ]:
         raise ValueError(f"{file} asks for what this GPT-2 does not do: {listed(faults)}.")
-    return {field: stated[key] for key, field in _FIELDS.items() if key in stated}
+    stated["block_size"] = stated.get("n_positions", GPT2Config.block_size)
+    return {field: stated[field] for field in asdict(GPT2Config()) if field in stated}
 
 
 def dump_config(config: GPT2Config, dtype: torch.dtype) -> str:
     """config.json, byte for byte the same for the same model."""
-    stated = {key: getattr(config, field) for key, field in _FIELDS.items()}
+    stated = asdict(config)
+    stated["n_positions"] = stated["n_ctx"] = stated.pop("block_size")
     stated |= {key: values[0] for key, values in _ACCEPTED.items()}
-    end = _END_OF_TEXT if config.vocab_size > _END_OF_TEXT else None
-    stated |= {
-        "architectures": ["GPT2LMHeadModel"],
-        "bos_token_id": end,
-        "dtype": str(dtype).removeprefix("torch."),
-        "eos_token_id": end,
-        "n_ctx": config.block_size,
-    }
+    stated["bos_token_id"] = stated["eos_token_id"] = (
+        _END_OF_TEXT if config.vocab_size > _END_OF_TEXT else None
+    )
+    stated["architectures"] = ["GPT2LMHeadModel"]
+    stated["dtype"] = str(dtype).removeprefix("torch.")
     return json.dumps(stated, indent=2, sort_keys=True) + "\n"

@@ -1,33 +1,40 @@
-"""Text from a GPT-2, whole or as it comes.
+"""Text from a GPT-2, whole or as it comes: read the prompts once, then feed each new token back.
 
-How each token is made is in `gpt2.decoder`, and how the best of several texts is found in
-`gpt2.beams`.
+Shapes: B rows (prompts) · V vocab.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+import operator
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from gpt2.beams import Beams
 from gpt2.config import GPT2Config
-from gpt2.decoder import GREEDY, Decoder
-from gpt2.fast.decoding import burst
-from gpt2.faults import listed
+from gpt2.fast.decoding import Repeated
+from gpt2.files import listed
 from gpt2.model import GPT2
-from gpt2.prompts import Prompts, check, token_rows
-from gpt2.sampling import GenerateConfig
+from gpt2.sampling import (
+    GenerateConfig,
+    apply_repetition_penalty,
+    greedy,
+    sample,
+    tokens_seen,
+    uniform_numbers,
+)
+
+GREEDY = GenerateConfig()
+"""The defaults: greedy, 40 tokens, until the end of the text."""
+Prompts = Tensor | Sequence[Sequence[int]] | Sequence[Tensor]
+"""A list of prompts, each of them integers; or a `(B, T)` tensor of prompts of one length."""
 
 
 def generate(
-    model: GPT2,
-    prompts: Prompts,
-    config: GenerateConfig = GREEDY,
-    *,
-    compile: bool = False,
+    model: GPT2, prompts: Prompts, config: GenerateConfig = GREEDY, *, compile: bool = False
 ) -> list[list[int]]:
     """Continue each prompt.
 
@@ -54,11 +61,10 @@ def generate(
             after which token. On a GPU it is noticed once a burst.
     """
     rows = _checked(model, prompts, config)
-    look = burst(next(model.parameters()).device)
     if config.num_beams > 1:
-        return _searched(model, rows, config, look, compile) if rows else []
+        return _searched(model, rows, config, compile) if rows else []
     texts: list[list[int]] = [[] for _ in rows]
-    for tokens in _stream(model, rows, config, look, compile) if rows else ():
+    for tokens in _stream(model, rows, config, compile) if rows else ():
         for text, token in zip(texts, tokens, strict=True):
             if token is not None:
                 text.append(token)
@@ -66,11 +72,7 @@ def generate(
 
 
 def stream(
-    model: GPT2,
-    prompts: Prompts,
-    config: GenerateConfig = GREEDY,
-    *,
-    compile: bool = False,
+    model: GPT2, prompts: Prompts, config: GenerateConfig = GREEDY, *, compile: bool = False
 ) -> Iterator[list[int | None]]:
     """As `generate`, token by token: each item holds one token a row, None for rows that stopped.
 
@@ -83,22 +85,106 @@ def stream(
     if config.num_beams > 1:
         raise ValueError(f"num_beams {config.num_beams} gives no tokens one by one: use generate.")
     rows = _checked(model, prompts, config)
-    return _stream(model, rows, config, 1, compile) if rows else iter(())
+    return _stream(model, rows, config, compile, look=1) if rows else iter(())
+
+
+class Decoder:
+    """Prompts that are being continued; born with the first new token of each.
+
+    `step` adds a token to each row, also to rows that have ended: when to stop is the caller's.
+    The tensors are on the model's device, and each step writes to them where they lie, so that it
+    can be replayed as a CUDA graph.
+
+    Args:
+        model: a GPT-2 in eval mode; it must stay as it is.
+        rows: the prompts' ids, as `generate` checks them.
+        config: how to choose tokens; no more than `max_new_tokens` fit.
+        compile: run the step through torch.compile.
+
+    Attributes:
+        text: `(max_new_tokens, B)` new tokens, of which the first `n` rows are made; -1 where the
+            logits were not finite.
+        n: `(1,)` how many new tokens a row there are.
+        tokens: `(B,)` the last of each row: what the next step reads.
+        cache: the keys and values that attention has seen.
+        seen: `(B, V)` booleans, true for the tokens that a row holds; None without a penalty.
+        uniform: `(max_new_tokens, B, 2)` random numbers, on the CPU if the device has no float64.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: GPT2,
+        rows: Sequence[Sequence[int]],
+        config: GenerateConfig = GREEDY,
+        *,
+        compile: bool = False,
+    ) -> None:
+        self.model, self.config = model, config
+        device, new = next(model.parameters()).device, config.max_new_tokens
+        self.repeated = Repeated(device, new, compile)
+        slots = self.repeated.slots(max(map(len, rows)) + new, model.config.block_size)
+        logits, self.cache = model.prefill(rows, slots)
+        self.seen = tokens_seen(rows, logits) if config.repetition_penalty != 1 else None
+        self.uniform = uniform_numbers(len(rows), config).to(self.repeated.draws_on)
+        self.text = torch.zeros(new, len(rows), dtype=torch.long, device=device)
+        self.n = torch.zeros(1, dtype=torch.long, device=device)
+        self.tokens = torch.zeros(len(rows), dtype=torch.long, device=device)
+        self._left = new - 1  # counted here too: asking the device for `n` would make it wait
+        self._append(logits)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Add a token to each row.
+
+        Raises:
+            RuntimeError: all `max_new_tokens` are made.
+        """
+        if not self._left:
+            raise RuntimeError(f"All {len(self.text)} new tokens that were asked for are made.")
+        self._left -= 1
+        self.repeated(self._step, self._changed)
+
+    def _step(self) -> Tensor:
+        return self._append(self.repeated.logits(self.model, self.tokens, self.cache))
+
+    def _append(self, logits: Tensor) -> Tensor:
+        """Choose a token a row from logits `(B, V)`, and write it down."""
+        if self.seen is not None:
+            penalty = self.config.repetition_penalty
+            logits = apply_repetition_penalty(logits.float(), self.seen, penalty)
+        if self.config.temperature:
+            uniform = self.uniform[self.n.to(self.uniform.device)][0]  # (B, 2)
+            chosen = sample(logits, self.config, uniform)
+        else:
+            chosen = greedy(logits)
+        self.text[self.n] = chosen
+        self.n += 1
+        torch.clamp(chosen, min=0, out=self.tokens)  # -1 is no id to feed back
+        if self.seen is not None:
+            self.seen.scatter_(1, self.tokens[:, None], True)
+        return self.tokens
+
+    def _changed(self) -> list[Tensor]:
+        """The tensors that a step writes to."""
+        seen = [] if self.seen is None else [self.seen]
+        return [self.text, self.n, self.tokens, self.cache.lengths, *self.cache.layers, *seen]
 
 
 def _stream(
-    model: GPT2, rows: list[list[int]], config: GenerateConfig, look: int, compile: bool
+    model: GPT2, rows: list[list[int]], config: GenerateConfig, compile: bool, look: int = 0
 ) -> Iterator[list[int | None]]:
-    """Tokens as they come, of which the host looks at `look` a time."""
+    """Tokens as they come, of which the host looks at `look` a time, or at a burst."""
     with _evaluating(model):
         decoder = Decoder(model, rows, config, compile=compile)
     running, ends = [True] * len(rows), set(config.ends)
+    look = look or decoder.repeated.burst
     for start in range(0, config.max_new_tokens, look):
         stop = min(start + look, config.max_new_tokens)
         with _evaluating(model):
             for _ in range(max(start, 1), stop):
                 decoder.step()
-        for new, ids in enumerate(decoder.fetched(start, stop), start):
+        for new, ids in enumerate(decoder.text[start:stop].tolist(), start):
             running = [runs and t not in ends for runs, t in zip(running, ids, strict=True)]
             if not any(running):
                 return
@@ -108,13 +194,13 @@ def _stream(
 
 
 def _searched(
-    model: GPT2, rows: list[list[int]], config: GenerateConfig, look: int, compile: bool
+    model: GPT2, rows: list[list[int]], config: GenerateConfig, compile: bool
 ) -> list[list[int]]:
-    """The best text of each row, by beam search; the host looks every `look` tokens."""
+    """The best text of each row, by beam search; the host looks once a burst."""
     with _evaluating(model):
         beams = Beams(model, rows, config, compile=compile)
         for new in range(1, config.max_new_tokens):
-            if new % look == 0 and not beams.are_open():
+            if new % beams.repeated.burst == 0 and not beams.are_open():
                 break
             beams.step()
     _refuse_not_finite(beams.failures(), rows)
@@ -136,16 +222,39 @@ def _refuse_not_finite(failed: Mapping[int, int], rows: list[list[int]]) -> None
 
 def _checked(model: GPT2, prompts: Prompts, config: GenerateConfig) -> list[list[int]]:
     """The prompts' ids, if this is a model that can continue them."""
-    found: Any = model  # a wrapper that hands on what it wraps, as torch.compile's does, is fine
-    if not isinstance(getattr(found, "config", None), GPT2Config):
+    # A wrapper that hands on what it wraps, as torch.compile's does, is fine.
+    if not isinstance(getattr(model, "config", None), GPT2Config):
         raise ValueError(
-            f"generate takes a gpt2.GPT2, got {type(found).__name__}. Is the model wrapped in "
+            f"generate takes a gpt2.GPT2, got {type(model).__name__}. Is the model wrapped in "
             "another, such as DataParallel? Pass the one inside."
         )
     if next(model.parameters()).is_meta:
         raise ValueError("The model is on the meta device, where it has no weights: load some.")
-    rows = token_rows(prompts)
-    check(rows, model.config, config.max_new_tokens)
+    limit, vocab, new = model.config.block_size, model.config.vocab_size, config.max_new_tokens
+    given: Any = prompts.tolist() if isinstance(prompts, Tensor) else prompts
+    rows: list[list[int]] = []
+    faults: list[str] = []
+    try:
+        for i, prompt in enumerate(given):
+            ids = prompt.tolist() if isinstance(prompt, Tensor) else prompt
+            row = [operator.index(token) for token in ids]
+            if not row:
+                faults.append(f"prompt {i} is empty (start with the end-of-text id instead)")
+            elif not 0 <= min(row) <= max(row) < vocab:
+                faults.append(f"prompt {i} holds ids outside 0..{vocab - 1}")
+            elif len(row) + new > limit:
+                faults.append(
+                    f"prompt {i} has {len(row)} tokens, and with {new} new ones passes the "
+                    f"context of {limit}"
+                )
+            rows.append(row)
+    except TypeError as error:
+        raise ValueError(
+            f"Prompts must be lists of token ids ({error}): pass [tokenizer.encode(text)], and "
+            "one prompt as [prompt]."
+        ) from None
+    if faults:
+        raise ValueError(f"Nothing was generated: {listed(faults)}.")
     return rows
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gpt2.config import is_number
-from gpt2.faults import listed
+from gpt2.config import is_number, wrong_counts
+from gpt2.files import listed
 
 COLDEST = 1e-20
 """The lowest temperature but 0: logits up to 10¹⁸ may be divided by it in float32."""
@@ -57,13 +57,7 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         least = {"max_new_tokens": 1, "top_k": 1, "seed": 0, "num_beams": 1, "no_repeat_ngram": 1}
-        optional = ("top_k", "no_repeat_ngram")
-        faults = [
-            f"{name} must be an integer of at least {low}, got {value!r}"
-            for name, low in least.items()
-            if (value := getattr(self, name)) is not None or name not in optional
-            if type(value) is not int or value < low
-        ]
+        faults = wrong_counts(self, least)
         temperature, top_p, penalty = self.temperature, self.top_p, self.repetition_penalty
         warm = is_number(temperature) and COLDEST <= temperature < math.inf
         if not warm and (temperature != 0 or isinstance(temperature, bool)):
@@ -76,7 +70,19 @@ class GenerateConfig:
             faults.append(f"repetition_penalty must be above 0, got {penalty!r}")
         if type(self.seed) is int and self.seed >= 2**62:
             faults.append(f"seed must be below 2**62, got {self.seed!r}")
-        faults += self._faulty_ends() + self._faulty_beams()
+        if not all(type(end) is int and end >= 0 for end in self.ends):
+            faults.append(f"eos must be ids of at least 0, or None, got {self.eos!r}")
+        if not (is_number(self.length_penalty) and math.isfinite(self.length_penalty)):
+            faults.append(f"length_penalty must be finite, got {self.length_penalty!r}")
+        if self.no_repeat_prompt and self.no_repeat_ngram is None:
+            faults.append("no_repeat_prompt takes a no_repeat_ngram")
+        beams = ("length_penalty", "no_repeat_ngram", "no_repeat_prompt")
+        draws = ("temperature", "top_k", "top_p", "repetition_penalty")
+        names = beams if self.num_beams == 1 else draws
+        other = [n for n in names if getattr(self, n) != getattr(GenerateConfig, n)]
+        if other:
+            count = "at least 2" if self.num_beams == 1 else "1"
+            faults.append(f"{', '.join(other)} takes num_beams of {count}, got {self.num_beams!r}")
         if faults:
             raise ValueError(f"GenerateConfig: {listed(faults)}.")
 
@@ -86,31 +92,6 @@ class GenerateConfig:
         if self.eos is None:
             return ()
         return self.eos if isinstance(self.eos, tuple) else (self.eos,)
-
-    def _faulty_ends(self) -> list[str]:
-        if all(type(end) is int and end >= 0 for end in self.ends):
-            return []
-        return [f"eos must be an integer of at least 0, a tuple of such, or None, got {self.eos!r}"]
-
-    def _faulty_beams(self) -> list[str]:
-        faults: list[str] = []
-        if not (is_number(self.length_penalty) and math.isfinite(self.length_penalty)):
-            faults.append(f"length_penalty must be finite, got {self.length_penalty!r}")
-        if type(self.no_repeat_prompt) is not bool:
-            faults.append(f"no_repeat_prompt must be True or False, got {self.no_repeat_prompt!r}")
-        if self.no_repeat_prompt and self.no_repeat_ngram is None:
-            faults.append("no_repeat_prompt takes a no_repeat_ngram")
-        beams = ("length_penalty", "no_repeat_ngram", "no_repeat_prompt")
-        draws = ("temperature", "top_k", "top_p", "repetition_penalty")
-        searches = self.num_beams != 1
-        if odd := [n for n in (draws if searches else beams) if getattr(self, n) != _default(n)]:
-            count = "1" if searches else "at least 2"
-            faults.append(f"{', '.join(odd)} takes num_beams of {count}, got {self.num_beams!r}")
-        return faults
-
-
-def _default(name: str) -> object:
-    return getattr(GenerateConfig, name)
 
 
 def uniform_numbers(rows: int, config: GenerateConfig) -> Tensor:

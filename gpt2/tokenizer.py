@@ -13,8 +13,7 @@ from typing import Any, SupportsIndex, cast
 import numpy as np
 import tiktoken
 
-from gpt2.faults import listed
-from gpt2.files import written
+from gpt2.files import listed, written
 
 _SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 # How GPT-2 cuts text before merging: contractions, words and numbers with the space before them,

@@ -195,7 +195,9 @@ def test_continuations_are_the_best_of_all_beams():
 def test_looking_seldom_changes_no_text(burst, monkeypatch):
     model, config = tiny(), search(eos=(5, 40, 17), length_penalty=0.8)
     expected = gpt2.generate(model, PROMPTS, config)
-    monkeypatch.setattr("gpt2.generation.burst", lambda device: burst)  # as a GPU looks
+    monkeypatch.setattr("gpt2.fast.decoding.BURST", burst)
+    monkeypatch.setattr("gpt2.fast.decoding.on_cuda", lambda device: True)  # as a GPU looks
+    monkeypatch.setattr("gpt2.fast.decoding.GRAPHED", 10**9)
     assert gpt2.generate(model, PROMPTS, config) == expected
 
 

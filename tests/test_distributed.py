@@ -16,8 +16,8 @@ import torch
 import gpt2
 import lora
 from gpt2.data.batches import collate
-from gpt2.fast.untyped import whole
 from gpt2.training import fitting, step
+from gpt2.training.distributed import whole
 from gpt2.training.sharding import shard
 from tests.processes import end, together
 from tests.test_train import DATA, Letters, model_of

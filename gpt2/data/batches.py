@@ -17,8 +17,7 @@ from torch.nn import functional as F
 from gpt2.data.plans import Buckets, Counted, Plan, Rows
 from gpt2.data.tokens import Array, Dataset, places
 from gpt2.fast.devices import copied
-from gpt2.fast.untyped import from_numpy
-from gpt2.training.loss import IGNORE
+from gpt2.loss import IGNORE
 
 
 @dataclass(frozen=True)
@@ -140,8 +139,8 @@ def _end_to_end(ids: Array, labels: Array, lengths: Array, plan: Rows) -> Batch:
     # What is left of the row is documents too, in which nothing is learnt.
     empty = np.arange(1, plan.slots + 1 - len(ends)) * plan.longest + len(ids)
     starts = np.concatenate([[0], ends, np.minimum(empty, plan.width)]).astype(np.int32)
-    idx, wanted = from_numpy(row)
-    return _batch(idx, wanted, from_numpy(starts))
+    idx, wanted = torch.from_numpy(row).unbind()
+    return _batch(idx, wanted, torch.from_numpy(starts))
 
 
 def _batch(idx: Tensor, labels: Tensor, documents: Tensor | None = None) -> Batch:

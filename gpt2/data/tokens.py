@@ -11,11 +11,11 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from gpt2.data.order import mixed
-from gpt2.fast.untyped import from_numpy
-from gpt2.training.loss import IGNORE
+from gpt2.loss import IGNORE
 
 Array = np.ndarray[Any, np.dtype[Any]]
 AT_A_TIME = 1 << 16  # examples that are looked at together
@@ -61,7 +61,7 @@ class Dataset(Sequence[tuple[Tensor, Tensor]]):
         if not -len(self) <= i < len(self):
             raise IndexError(f"example {i} of {len(self)}")
         ids, learnt, _ = self.take(np.array([i % len(self)]))
-        return from_numpy(ids), from_numpy(np.where(learnt, ids, IGNORE))
+        return torch.from_numpy(ids), torch.from_numpy(np.where(learnt, ids, IGNORE))
 
     def take(self, chosen: Array) -> tuple[Array, Array, Array]:
         """Several examples end to end.

@@ -8,12 +8,13 @@ at the tokens once a burst. Elsewhere a step is a call, and a burst is one token
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gpt2.fast.compiling import bucket
-from gpt2.fast.devices import can_capture
+from gpt2.fast.compiling import bucket, compiled
+from gpt2.fast.devices import has_float64, on_cuda
 from gpt2.fast.graphs import GraphedCalls
 
 BURST = 16
@@ -22,31 +23,36 @@ GRAPHED = 24
 """New tokens from which capturing a CUDA graph of the step costs less than it saves."""
 
 
-def burst(device: torch.device) -> int:
-    """Tokens a row to make between two looks of the host."""
-    return BURST if can_capture(device) else 1
-
-
 class Repeated:
     """A step that is made again and again, and does all its work on tensors that stay in place.
 
     Args:
         device: where those tensors are.
         times: how often the step will be made.
-        compile: the step is compiled.
+        compile: the model is called through torch.compile.
 
-    `fixed` says that every step must have the shapes of the first.
+    Attributes:
+        burst: tokens a row to make between two looks of the host.
+        draws_on: where random numbers are drawn: on the CPU if the device has no float64.
     """
 
     def __init__(self, device: torch.device, times: int, compile: bool) -> None:
-        graphed = can_capture(device) and times >= GRAPHED
+        graphed = on_cuda(device) and times >= GRAPHED
         self.graphs = GraphedCalls() if graphed else None
         self.compile = compile
-        self.fixed = compile or graphed
+        self.fixed = compile or graphed  # every step must have the shapes of the first
+        self.burst = BURST if on_cuda(device) else 1
+        self.draws_on = device if has_float64(device) else torch.device("cpu")
 
     def slots(self, longest: int, limit: int) -> int:
         """Cache slots for rows of up to `longest` tokens; few sizes occur if each is compiled."""
         return bucket(longest, limit) if self.compile else longest
+
+    def logits(self, model: Any, tokens: Tensor, cache: Any) -> Tensor:
+        """Append one token `(B,)` to each row of the cache: logits `(B, V)` of the next."""
+        if self.fixed:
+            cache.widen()
+        return (compiled(_next) if self.compile else _next)(model, tokens, cache)
 
     def __call__(self, step: Callable[[], Tensor], state: Callable[[], list[Tensor]]) -> None:
         """Make the step once.
@@ -59,3 +65,7 @@ class Repeated:
             step()
         else:
             self.graphs(step, state)
+
+
+def _next(model: Any, tokens: Tensor, cache: Any) -> Tensor:
+    return model(tokens[:, None], cache=cache)[:, -1]

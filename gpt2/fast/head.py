@@ -1,4 +1,4 @@
-"""The head's fast forms: few logits on a GPU, and a loss that never holds all logits.
+"""The loss from hidden states, in a form that never holds all logits.
 
 The loss is taken where the head computes `x Wᵀ` and nothing else; elsewhere the head is called.
 
@@ -8,7 +8,7 @@ Shapes: B batch · T time · C n_embd · V vocab · N positions, flattened.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +17,9 @@ from torch.nn import functional as F
 from gpt2.fast import devices
 from gpt2.fast.compiling import compiled
 from gpt2.fast.products import linear
-from gpt2.fast.untyped import apply, is_transforming
-from gpt2.training.loss import IGNORE, cross_entropies, shifted, summed, wide_enough
+from gpt2.loss import IGNORE, cross_entropies, shifted, summed, wide_enough
 
-# Rows between which a GPU makes logits three times as fast as (V, rows), since V is odd.
-FEW_ROWS = range(3, 65)
 CACHED = 2**21  # elements of a slice of the head's weight and of its logits, in a CPU's cache
-
-
-def logits(x: Tensor, weight: Tensor) -> Tensor:
-    """`x Wᵀ`, from `(…, C)` to `(…, V)`."""
-    if devices.wants_aligned(x.device) and x.numel() // x.shape[-1] in FEW_ROWS:
-        return (weight @ x.flatten(0, -2).t()).t().reshape(*x.shape[:-1], -1)
-    return linear(x, weight)
 
 
 def summed_loss(
@@ -46,10 +36,10 @@ def summed_loss(
         compiling: run a chunk through torch.compile, on a GPU.
         smoothing: as for `summed`.
     """
-    if is_transforming():  # torch.func sees the formula itself
+    if torch._C._are_functorch_transforms_active():  # torch.func sees the formula itself
         return summed(head(x), labels, smoothing)
     hidden, targets = x.flatten(0, 1), shifted(labels)  # (N, C) and (N,)
-    if devices.tells_counts(x.device) and not torch.compiler.is_compiling():
+    if devices.on_cpu(x.device) and not torch.compiler.is_compiling():
         supervised = targets != IGNORE
         hidden, targets = hidden[supervised], targets[supervised]
     return _losses(head, hidden, targets, compiling, smoothing).sum()
@@ -81,14 +71,15 @@ def _losses(
     head: nn.Module, hidden: Tensor, targets: Tensor, compiling: bool, smoothing: float
 ) -> Tensor:
     """The loss at each position, `(N,)`, zero where nothing is learnt."""
-    weight = cast(Tensor, head.weight) if _is_plain(head) else None
-    if weight is not None and not (weight.requires_grad and torch.is_grad_enabled()):
-        chunk_loss = _in_slices if devices.slices_products(hidden.device) else _chunk
-        if compiling and devices.fuses_loss(hidden.device):
-            chunk_loss = compiled(_chunk)
-        return apply(_FrozenHeadLoss, hidden, weight, targets, smoothing, chunk_loss)
-    found = head(hidden) if weight is None else linear(hidden, weight)
-    return cross_entropies(found, targets, smoothing)
+    if not _is_plain(head):
+        return cross_entropies(head(hidden), targets, smoothing)
+    weight: Any = head.weight
+    if weight.requires_grad and torch.is_grad_enabled():
+        return cross_entropies(linear(hidden, weight), targets, smoothing)
+    chunk_loss = _in_slices if devices.on_cpu(hidden.device) else _chunk
+    if compiling and devices.on_cuda(hidden.device):
+        chunk_loss = compiled(_chunk)
+    return _FrozenHeadLoss.apply(hidden, weight, targets, smoothing, chunk_loss)
 
 
 def _is_plain(head: nn.Module) -> bool:
@@ -120,7 +111,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
         chunk_loss: Callable[..., Any],
     ) -> Tensor:
         n, vocab = len(hidden), weight.shape[0]
-        if devices.wants_aligned(weight.device):
+        if devices.on_cuda(weight.device):
             weight = F.pad(weight, (0, 0, 0, -vocab % 64))
         else:
             hidden = F.pad(hidden, (0, 0, 0, -n % 8))
