@@ -47,14 +47,14 @@ from gpt2.config import SIZES as SIZES
 from gpt2.config import GPT2Config as GPT2Config
 from gpt2.data.batches import Batch as Batch
 from gpt2.data.batches import batches as batches
-from gpt2.data.encoding import encode as encode
+from gpt2.data.dataset import Dataset as Dataset
+from gpt2.data.dataset import encode as encode
 from gpt2.data.examples import Example as Example
 from gpt2.data.examples import from_texts as from_texts
 from gpt2.data.examples import read_examples as read_examples
 from gpt2.data.examples import read_prompts as read_prompts
 from gpt2.data.examples import stream_examples as stream_examples
 from gpt2.data.store import open_data as open_data
-from gpt2.data.tokens import Dataset as Dataset
 from gpt2.generation import generate as generate
 from gpt2.generation import stream as stream
 from gpt2.loss import IGNORE as IGNORE

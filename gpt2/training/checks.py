@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from gpt2.data.tokens import Dataset
+from gpt2.data.dataset import Dataset
 from gpt2.fast import devices
 from gpt2.model import GPT2
 from gpt2.training import distributed
@@ -32,6 +32,9 @@ def check_readable(model: nn.Module, data: Dataset) -> None:
         )
     if not len(data):
         raise ValueError("There is no example in the data.")
+    if idle := data.unlearnable:
+        few = ", ".join(str(i + 1) for i in idle[:10]) + "…" * (len(idle) > 10)
+        raise ValueError(f"{len(idle)} examples have no token to learn: {few}. Leave them out.")
     network = inner(model)
     if isinstance(network, GPT2):
         longest, limit = data.longest, network.config.block_size

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2.data.batches import Batch, collate
-from gpt2.data.tokens import Array, Dataset
+from gpt2.data.dataset import Array, Dataset
 from gpt2.fast.devices import positions_at_a_time
 from gpt2.files import is_sharded
 from gpt2.loss import IGNORE

@@ -9,7 +9,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor, nn
 
-from gpt2.data.tokens import Dataset
+from gpt2.data.dataset import Dataset
 from gpt2.files import listed
 from gpt2.model import GPT2
 from gpt2.training.config import TrainConfig

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from gpt2.data.tokens import Dataset
+from gpt2.data.dataset import Dataset
 from gpt2.files import is_sharded
 from gpt2.training import distributed, fingerprints, snapshots
 from gpt2.training.checks import check_readable

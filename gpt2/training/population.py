@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from gpt2.data.batches import collate
+from gpt2.data.dataset import Dataset
 from gpt2.data.order import Integers, seed_of
-from gpt2.data.tokens import Dataset
 from gpt2.fast.compiling import bucket
 from gpt2.model import GPT2
 from gpt2.training.checks import check_readable, require_count

@@ -11,9 +11,8 @@ from itertools import count, islice
 import torch
 from torch import Tensor, nn
 
-from gpt2.data.batches import Batch, batch
-from gpt2.data.plans import Plan
-from gpt2.data.tokens import Dataset
+from gpt2.data.batches import Batch, Plan, batch
+from gpt2.data.dataset import Dataset
 from gpt2.model import GPT2
 from gpt2.training import distributed, fingerprints
 from gpt2.training.config import TrainConfig

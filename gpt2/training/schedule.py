@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from typing import cast
 
-from gpt2.data.batches import plan
-from gpt2.data.plans import Plan
-from gpt2.data.tokens import Dataset
+from gpt2.data.batches import Plan, plan
+from gpt2.data.dataset import Dataset
 from gpt2.training.config import TrainConfig
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from gpt2.data.dataset import Dataset, places
 from gpt2.data.order import Integers, Order
-from gpt2.data.tokens import Dataset, places
 from gpt2.loss import IGNORE
 from gpt2.training.checks import require_count
 from gpt2.training.config import TrainConfig
