@@ -19,31 +19,15 @@ from gpt2.fast.decoding import Repeated
 from gpt2.model import GPT2
 from gpt2.sampling import GenerateConfig
 
-NOTHING = -1
-"""In a history, where there is no token."""
+NOTHING = -1  # in a history, where there is no token
 
 
 class Beams:
     """Prompts whose beams are being followed; born with the first new token of each beam.
 
     Each step writes to the tensors where they lie, so that it can be replayed as a CUDA graph, and
-    asks nothing of the device. What is done stays as it is, however many steps follow.
-
-    Args:
-        model: a GPT-2 in eval mode; it must stay as it is.
-        rows: the prompts' ids, as `generate` checks them.
-        config: how to search; no more than `max_new_tokens` fit.
-        compile: run the step through torch.compile.
-
-    Attributes:
-        history: `(B, K, P + N)` the running texts: prompts, right-aligned, where they count, and
-            new tokens, of which `n` are made.
-        scores: `(B, K)` their log-probabilities, best first; -inf where there is no such beam.
-        ended: `(B, K)` the scores of the best texts that have ended, best first.
-        text: `(B, N)` the best of them, and `length` `(B,)` its tokens.
-        open: `(B,)` whether a running text may still come to be among them.
-        failed: `(B,)` after how many new tokens the logits were not finite; -1 for never.
-        cache: the keys and values that attention has seen, K rows a prompt.
+    asks nothing of the device. What is done stays as it is, however many steps follow. Arguments
+    are those of `gpt2.generation.Decoder`.
     """
 
     @torch.no_grad()
@@ -68,11 +52,14 @@ class Beams:
         self.history = torch.full((B, K, self._before + N), NOTHING, device=device)
         self.history[..., : self._before] = before[:, None]
         kind: Any = {"dtype": torch.float32, "device": device}
+        # The running texts' log-probabilities, best first; -inf where there is no such beam.
         self.scores = torch.full((B, K), -torch.inf, **kind)
         self.scores[:, 0] = 0  # the beams are alike: only one may choose the first tokens
+        # Of those that have ended the best scores, and the best text with its length.
         self.ended = torch.full((B, K), -torch.inf, **kind)
         self.text = torch.zeros(B, N, dtype=torch.long, device=device)
         self.length = torch.zeros(B, dtype=torch.long, device=device)
+        # Whether a running text may still come to be among them; when logits were not finite.
         self.open = torch.ones(B, dtype=torch.bool, device=device)
         self.failed = torch.full((B,), -1, device=device)
         self.n = torch.zeros(1, dtype=torch.long, device=device)
@@ -87,11 +74,7 @@ class Beams:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Add a token to each running text.
-
-        Raises:
-            RuntimeError: all `max_new_tokens` are made.
-        """
+        """Add a token to each running text."""
         if not self._left:
             raise RuntimeError(f"All {self.text.shape[1]} new tokens that were asked for are made.")
         self._left -= 1
@@ -164,15 +147,9 @@ class Beams:
 
 
 def continuations(log_probs: Tensor, scores: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The likeliest texts of one token more.
+    """The likeliest texts of one token more: scores, beams and tokens, `(B, C)`, best first.
 
-    Args:
-        log_probs: `(B·K, V)` of each next token.
-        scores: `(B, K)` of the beams.
-        count: of candidates a prompt, C.
-
-    Returns:
-        Scores, beams and tokens, `(B, C)` each, best first.
+    Given the log-probabilities `(B·K, V)` of each next token, and the beams' scores `(B, K)`.
     """
     (B, K), V = scores.shape, log_probs.shape[-1]
     total = (log_probs.view(B, K, V) + scores[..., None]).flatten(1)  # (B, K·V)
@@ -181,13 +158,9 @@ def continuations(log_probs: Tensor, scores: Tensor, count: int) -> tuple[Tensor
 
 
 def forbid_repeats(log_probs: Tensor, history: Tensor, end: Tensor, size: int) -> None:
-    """Set to -inf what would make a run of `size` tokens that `history` holds already.
+    """Set to -inf what would make a run of `size` tokens that `history` `(R, L)` holds already.
 
-    Args:
-        log_probs: `(R, V)`, changed in place.
-        history: `(R, L)`, `NOTHING` where there is no token; there are at least size - 1 places.
-        end: `(1,)` where the next token goes.
-        size: tokens of a run, at least 1.
+    `log_probs` `(R, V)` is changed in place; `end` `(1,)` is where the next token goes.
     """
     runs = history.unfold(1, size, 1)  # (R, L - size + 1, size)
     places = torch.arange(1 - size, 0, device=end.device) + end

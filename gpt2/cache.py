@@ -18,12 +18,9 @@ from gpt2.config import GPT2Config
 
 
 class Documents(NamedTuple):
-    """The documents of one row: where each begins and the last ends, `(S + 1,)` int32.
+    """The documents of one row: where each begins and the last ends, `(S + 1,)` int32."""
 
-    A tensor, so that rows of other documents need nothing compiled or captured anew.
-    """
-
-    starts: Tensor
+    starts: Tensor  # so that rows of other documents need nothing compiled or captured anew
     T: int
     longest: int  # none has more tokens
 
@@ -65,18 +62,12 @@ scores, leaves over; or its own document."""
 
 @dataclass(frozen=True)
 class LayerCache:
-    """One layer's part of the cache, for the tokens of one call.
+    """One layer's part of the cache, for the tokens of one call."""
 
-    Args:
-        kv: `(B, S, 2, H, D)` buffer; a token's key and value lie together, as `c_attn` makes them.
-        rows, slots: `(B, 1)` and `(B, T)`, where each of the call's tokens goes.
-        filled: slots that hold a token of some row, this call's included.
-    """
-
-    kv: Tensor
-    rows: Tensor
-    slots: Tensor
-    filled: int
+    kv: Tensor  # (B, S, 2, H, D): a token's key and value lie together, as `c_attn` makes them
+    rows: Tensor  # (B, 1) and
+    slots: Tensor  # (B, T), where each of the call's tokens goes
+    filled: int  # slots that hold a token, this call's included
 
     def extend(self, kv: Tensor) -> tuple[Tensor, Tensor]:
         """Store `kv` `(B, T, 2, H, D)`; gives all keys and values, `(B, H, filled, D)` each."""
@@ -89,17 +80,7 @@ class LayerCache:
 class KVCache:
     """The keys and values that each layer has seen, and how many tokens each row holds.
 
-    Args:
-        config: the model's.
-        batch: number of rows, B.
-        slots: tokens that fit in a row, S; at most `config.block_size`.
-        dtype, device: the model's.
-
-    Attributes:
-        layers: a `(B, S, 2, H, D)` buffer for each layer.
-        lengths: `(B,)`, the filled slots of each row.
-        filled: no row holds more tokens: known on the host, so that attention reads the filled
-            part of the buffers only and asks the device nothing.
+    `batch` is the number of rows, and `slots` that of the tokens that fit in one.
     """
 
     def __init__(
@@ -108,17 +89,17 @@ class KVCache:
         if not 1 <= slots <= config.block_size:
             raise ValueError(f"slots must be in 1..{config.block_size} (block_size), got {slots}.")
         shape = (batch, slots, 2, config.n_head, config.n_embd // config.n_head)
-        self.slots, self.filled = slots, 0
+        self.slots = slots
+        # No row holds more tokens: known on the host, so that attention reads the filled part of
+        # the buffers only and asks the device nothing.
+        self.filled = 0
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
         self.layers = [
             torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)
         ]
 
     def widen(self) -> None:
-        """Let the next token attend over all slots; the mask hides those that are not filled.
-
-        Every step then has the same shapes, as compiled and captured ones must.
-        """
+        """Give the next step the shapes of every other: the mask hides the slots not filled."""
         self.filled = self.slots - 1
 
     def repeat(self, times: int) -> None:
@@ -132,15 +113,12 @@ class KVCache:
             kv[:, start : self.filled] = kv[rows, start : self.filled]
 
     def advance(self, positions: Tensor) -> tuple[Tensor | None, list[LayerCache]]:
-        """Make room for tokens at `positions` `(B, T)`: the mask, and where each layer puts them.
-
-        The mask is None where the call's tokens are all there is.
-        """
+        """Make room for tokens at `positions` `(B, T)`: the mask, and each layer's part."""
         T = positions.shape[1]
         self.filled += T
         self.lengths += T
         mask = None
-        if self.filled > T:
+        if self.filled > T:  # else the call's tokens are all there is
             slots = torch.arange(self.filled, device=positions.device)
             hidden = slots > positions[:, None, :, None]
             mask = torch.zeros_like(hidden, dtype=self.layers[0].dtype)

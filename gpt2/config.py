@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from numbers import Real
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, TypeGuard
 
 import torch
@@ -47,19 +45,9 @@ class GPT2Config:
     resid_pdrop: float = 0.1
 
     def __post_init__(self) -> None:
-        faults = [
-            f"{name} must be a positive integer of at most 2**24, got {value!r}"
-            for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
-            if type(value := getattr(self, name)) is not int or not 1 <= value <= 2**24
-        ]
-        faults += [
-            f"{name} must be in [0, 1), got {value!r}"
-            for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")
-            if not (is_number(value := getattr(self, name)) and 0 <= value < 1)
-        ]
-        epsilon = self.layer_norm_epsilon
-        if not (is_number(epsilon) and 0 < epsilon < math.inf):
-            faults.append(f"layer_norm_epsilon must be above 0 and finite, got {epsilon!r}")
+        counts = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+        dropouts = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), "[0, 1)")
+        faults = outside(self, dict.fromkeys(counts, 1), **dropouts, layer_norm_epsilon="(0, inf)")
         if not faults and self.n_embd % self.n_head:
             faults.append(f"n_head {self.n_head} must divide n_embd {self.n_embd}")
         if faults:
@@ -71,28 +59,34 @@ def is_number(value: object) -> TypeGuard[float]:
     return not isinstance(value, bool) and isinstance(value, Real)
 
 
-def wrong_counts(config: object, least: Mapping[str, int]) -> list[str]:
-    """What is wrong with these fields of a config, integers of at least so much.
+def outside(config: object, least: Mapping[str, int], **intervals: str) -> list[str]:
+    """What is wrong with a config: integers below their least, numbers outside "[0, 1)" or so.
 
     A field whose default is None may be None.
     """
-    return [
-        f"{name} must be an integer of at least {low}, got {value!r}"
-        for name, low in least.items()
-        if (value := getattr(config, name)) is not None or getattr(type(config), name) is not None
-        if type(value) is not int or value < low
-    ]
+    faults: list[str] = []
+    for name in (*least, *intervals):
+        value = getattr(config, name)
+        if value is None and getattr(type(config), name) is None:
+            continue
+        if name in least and (type(value) is not int or value < least[name]):
+            faults.append(f"{name} must be an integer of at least {least[name]}, got {value!r}")
+        elif interval := intervals.get(name):
+            low, high = map(float, interval[1:-1].split(","))
+            if not (is_number(value) and low <= value <= high) or (
+                (value == low and interval[0] == "(") or (value == high and interval[-1] == ")")
+            ):
+                faults.append(f"{name} must be in {interval}, got {value!r}")
+    return faults
 
 
-SIZES = MappingProxyType(
-    {
-        "gpt2": GPT2Config(),
-        "gpt2-medium": GPT2Config(n_layer=24, n_head=16, n_embd=1024),
-        "gpt2-large": GPT2Config(n_layer=36, n_head=20, n_embd=1280),
-        "gpt2-xl": GPT2Config(n_layer=48, n_head=25, n_embd=1600),
-    }
-)
-"""The four published sizes by their names on the Hub."""
+# The four published sizes by their names on the Hub.
+SIZES: Mapping[str, GPT2Config] = {
+    "gpt2": GPT2Config(),
+    "gpt2-medium": GPT2Config(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": GPT2Config(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": GPT2Config(n_layer=48, n_head=25, n_embd=1600),
+}
 
 # What else config.json may ask for, with the values that this model answers to.
 _ACCEPTED: dict[str, tuple[Any, ...]] = {
@@ -108,11 +102,7 @@ _END_OF_TEXT = 50256  # the id that begins and ends a text
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """GPT2Config's fields that config.json states.
-
-    Raises:
-        ValueError: listing what it asks for that this model does not do.
-    """
+    """GPT2Config's fields that config.json states, or all that it asks for and is not done here."""
     stated = read_json(file)
     width = stated.get("n_embd")
     accepted = {**_ACCEPTED, "n_inner": (None, 4 * width if type(width) is int else None)}

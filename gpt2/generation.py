@@ -6,18 +6,17 @@ Shapes: B rows (prompts) · V vocab.
 from __future__ import annotations
 
 import operator
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gpt2.beams import Beams
 from gpt2.config import GPT2Config
 from gpt2.fast.decoding import Repeated
 from gpt2.files import listed
-from gpt2.model import GPT2
+from gpt2.model import GPT2, in_mode
 from gpt2.sampling import (
     GenerateConfig,
     apply_repetition_penalty,
@@ -27,10 +26,8 @@ from gpt2.sampling import (
     uniform_numbers,
 )
 
-GREEDY = GenerateConfig()
-"""The defaults: greedy, 40 tokens, until the end of the text."""
+GREEDY = GenerateConfig()  # 40 tokens, until the end of the text
 Prompts = Tensor | Sequence[Sequence[int]] | Sequence[Tensor]
-"""A list of prompts, each of them integers; or a `(B, T)` tensor of prompts of one length."""
 
 
 def generate(
@@ -92,23 +89,13 @@ class Decoder:
     """Prompts that are being continued; born with the first new token of each.
 
     `step` adds a token to each row, also to rows that have ended: when to stop is the caller's.
-    The tensors are on the model's device, and each step writes to them where they lie, so that it
-    can be replayed as a CUDA graph.
+    Each step writes to its tensors where they lie, so that it can be replayed as a CUDA graph.
 
     Args:
         model: a GPT-2 in eval mode; it must stay as it is.
         rows: the prompts' ids, as `generate` checks them.
         config: how to choose tokens; no more than `max_new_tokens` fit.
         compile: run the step through torch.compile.
-
-    Attributes:
-        text: `(max_new_tokens, B)` new tokens, of which the first `n` rows are made; -1 where the
-            logits were not finite.
-        n: `(1,)` how many new tokens a row there are.
-        tokens: `(B,)` the last of each row: what the next step reads.
-        cache: the keys and values that attention has seen.
-        seen: `(B, V)` booleans, true for the tokens that a row holds; None without a penalty.
-        uniform: `(max_new_tokens, B, 2)` random numbers, on the CPU if the device has no float64.
     """
 
     @torch.no_grad()
@@ -125,6 +112,8 @@ class Decoder:
         self.repeated = Repeated(device, new, compile)
         slots = self.repeated.slots(max(map(len, rows)) + new, model.config.block_size)
         logits, self.cache = model.prefill(rows, slots)
+        # (B, V), which tokens a row holds; (new, B, 2); (new, B), of which `n` are made and -1
+        # says that logits were not finite; (B,) what the next step reads
         self.seen = tokens_seen(rows, logits) if config.repetition_penalty != 1 else None
         self.uniform = uniform_numbers(len(rows), config).to(self.repeated.draws_on)
         self.text = torch.zeros(new, len(rows), dtype=torch.long, device=device)
@@ -135,11 +124,7 @@ class Decoder:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Add a token to each row.
-
-        Raises:
-            RuntimeError: all `max_new_tokens` are made.
-        """
+        """Add a token to each row."""
         if not self._left:
             raise RuntimeError(f"All {len(self.text)} new tokens that were asked for are made.")
         self._left -= 1
@@ -175,13 +160,13 @@ def _stream(
     model: GPT2, rows: list[list[int]], config: GenerateConfig, compile: bool, look: int = 0
 ) -> Iterator[list[int | None]]:
     """Tokens as they come, of which the host looks at `look` a time, or at a burst."""
-    with _evaluating(model):
+    with in_mode(model, training=False):
         decoder = Decoder(model, rows, config, compile=compile)
     running, ends = [True] * len(rows), set(config.ends)
     look = look or decoder.repeated.burst
     for start in range(0, config.max_new_tokens, look):
         stop = min(start + look, config.max_new_tokens)
-        with _evaluating(model):
+        with in_mode(model, training=False):
             for _ in range(max(start, 1), stop):
                 decoder.step()
         for new, ids in enumerate(decoder.text[start:stop].tolist(), start):
@@ -197,7 +182,7 @@ def _searched(
     model: GPT2, rows: list[list[int]], config: GenerateConfig, compile: bool
 ) -> list[list[int]]:
     """The best text of each row, by beam search; the host looks once a burst."""
-    with _evaluating(model):
+    with in_mode(model, training=False):
         beams = Beams(model, rows, config, compile=compile)
         for new in range(1, config.max_new_tokens):
             if new % beams.repeated.burst == 0 and not beams.are_open():
@@ -209,11 +194,8 @@ def _searched(
 
 def _refuse_not_finite(failed: Mapping[int, int], rows: list[list[int]]) -> None:
     """Given the rows that failed, and after how many new tokens."""
-    if failed:
-        where = [
-            f"prompt {i} after its {len(rows[i])} tokens and {new} new ones"
-            for i, new in failed.items()
-        ]
+    after = "prompt {} after its {} tokens and {} new ones".format
+    if where := [after(i, len(rows[i]), new) for i, new in failed.items()]:
         raise RuntimeError(
             f"The logits are not finite: {listed(where)}. Look for NaN or too large numbers in "
             "the weights and the adapters, or use a dtype with a wider range."
@@ -224,10 +206,7 @@ def _checked(model: GPT2, prompts: Prompts, config: GenerateConfig) -> list[list
     """The prompts' ids, if this is a model that can continue them."""
     # A wrapper that hands on what it wraps, as torch.compile's does, is fine.
     if not isinstance(getattr(model, "config", None), GPT2Config):
-        raise ValueError(
-            f"generate takes a gpt2.GPT2, got {type(model).__name__}. Is the model wrapped in "
-            "another, such as DataParallel? Pass the one inside."
-        )
+        raise ValueError(f"generate takes a gpt2.GPT2, got {type(model).__name__}.")
     if next(model.parameters()).is_meta:
         raise ValueError("The model is on the meta device, where it has no weights: load some.")
     limit, vocab, new = model.config.block_size, model.config.vocab_size, config.max_new_tokens
@@ -243,10 +222,8 @@ def _checked(model: GPT2, prompts: Prompts, config: GenerateConfig) -> list[list
             elif not 0 <= min(row) <= max(row) < vocab:
                 faults.append(f"prompt {i} holds ids outside 0..{vocab - 1}")
             elif len(row) + new > limit:
-                faults.append(
-                    f"prompt {i} has {len(row)} tokens, and with {new} new ones passes the "
-                    f"context of {limit}"
-                )
+                passes = f"with {new} new ones passes the context of {limit}"
+                faults.append(f"prompt {i} has {len(row)} tokens, and {passes}")
             rows.append(row)
     except TypeError as error:
         raise ValueError(
@@ -256,16 +233,3 @@ def _checked(model: GPT2, prompts: Prompts, config: GenerateConfig) -> list[list
     if faults:
         raise ValueError(f"Nothing was generated: {listed(faults)}.")
     return rows
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Generator[None]:
-    """Eval mode inside; afterwards every module is in the mode that it was in."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

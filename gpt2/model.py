@@ -9,7 +9,8 @@ Shapes: B batch · T time · C n_embd · H heads · D head size · V vocab.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
@@ -27,16 +28,9 @@ from gpt2.fast.products import linear
 
 
 class Conv1D(nn.Module):
-    """A linear layer whose weight is stored `(in, out)`, as the published GPT-2 stores it.
+    """A linear layer whose weight is stored `(in, out)`, as the published GPT-2 stores it."""
 
-    Args:
-        in_features: size of the last axis of the input.
-        out_features: size of the last axis of the output.
-
-    `slices` names the equal parts of the output, where several projections lie side by side.
-    """
-
-    slices: tuple[str, ...] = ()
+    slices: tuple[str, ...] = ()  # names of the equal parts of the output, such as q, k and v
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -48,7 +42,6 @@ class Conv1D(nn.Module):
         return linear(x, self.weight.t(), self.bias)
 
     def extra_repr(self) -> str:
-        """Shown by `print(model)`."""
         return "in_features={}, out_features={}".format(*self.weight.shape)
 
 
@@ -153,18 +146,7 @@ class Transformer(nn.Module):
         documents: Tensor | None = None,
         longest: int | None = None,
     ) -> Tensor:
-        """Hidden states `(B, T, C)` of the token ids `idx` `(B, T)`, after the last LayerNorm.
-
-        Args:
-            idx: token ids.
-            cache: `idx` continues each row after the `cache.lengths` tokens that it holds.
-            documents: `(S + 1,)`, where each text of the one row begins, and the last ends.
-            longest: tokens of the longest of them; the context's length if None.
-
-        Raises:
-            ValueError: `idx` is not a (B, T) tensor of integers, or does not fit the context;
-                documents that are not those of the row, or beside a cache.
-        """
+        """Hidden states `(B, T, C)` after the last LayerNorm; arguments as `GPT2.forward`."""
         mask: Mask = None
         layers: Sequence[LayerCache | None] = [None] * len(self.h)
         if documents is not None:
@@ -180,7 +162,7 @@ class Transformer(nn.Module):
         return self.ln_f(x)
 
     def embed(self, idx: Tensor, positions: Tensor) -> Tensor:
-        """The stream `(B, T, C)` that the first block reads."""
+        """The stream that the first block reads."""
         return self.drop(self.wte(idx) + self.wpe(positions))
 
     def _positions(self, idx: Tensor, cache: KVCache | None) -> Tensor:
@@ -191,10 +173,8 @@ class Transformer(nn.Module):
         T, limit = idx.shape[1], self.config.block_size if cache is None else cache.slots
         start = 0 if cache is None else cache.filled
         if not 1 <= T <= limit - start:
-            raise ValueError(
-                f"{start + T} tokens do not fit: this context takes 1 to {limit} tokens a row. "
-                "Shorten the text or split it."
-            )
+            fits = f"this context takes 1 to {limit} tokens a row. Shorten the text or split it"
+            raise ValueError(f"{start + T} tokens do not fit: {fits}.")
         steps = torch.arange(T, device=idx.device)
         return steps[None] if cache is None else cache.lengths[:, None] + steps
 
@@ -235,9 +215,12 @@ class GPT2(nn.Module):
         """Logits `(B, T, V)` of the next token after each of `idx` `(B, T)`; with labels the loss.
 
         Args:
-            idx, cache, documents, longest: as for `Transformer.forward`.
+            idx: token ids.
             labels: `(B, T)`, beside the ids: the token at that position, or `gpt2.IGNORE` where it
                 is not to be learnt. The shift by one happens here.
+            cache: `idx` continues each row after the `cache.lengths` tokens that it holds.
+            documents: `(S + 1,)`, where each text of the one row begins, and the last ends.
+            longest: tokens of the longest of them; the context's length if None.
             smoothing: share of each target that the loss spreads evenly over all tokens.
             compile: run the loss through torch.compile where that is faster.
 
@@ -246,7 +229,8 @@ class GPT2(nn.Module):
             of float32 at least. A sum over parts of a batch is the batch's, a mean would not be.
 
         Raises:
-            ValueError: as `Transformer.forward`; labels that do not fit the ids.
+            ValueError: ids that are no (B, T) integers or do not fit the context; labels or
+                documents that do not fit the ids.
         """
         if labels is not None and labels.shape != idx.shape:
             shapes = f"labels {tuple(labels.shape)} and token ids {tuple(idx.shape)}"
@@ -257,10 +241,9 @@ class GPT2(nn.Module):
         return summed_loss(self.lm_head, x, labels, compiling=compile, smoothing=smoothing)
 
     def prefill(self, rows: Sequence[Sequence[int]], slots: int) -> tuple[Tensor, KVCache]:
-        """Read prompts of any lengths into a cache with so many slots a row.
+        """Read prompts of any lengths: logits `(B, V)` after the last token of each, and a cache.
 
-        Returns:
-            The logits `(B, V)` after the last token of each prompt; and the cache.
+        The cache has so many slots a row.
         """
         weight, lengths = self.lm_head.weight, [len(row) for row in rows]
         device, kind = weight.device, weight.device.type
@@ -291,3 +274,17 @@ class GPT2(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors`; see `gpt2.pretrained.save`."""
         pretrained.save(self, self.config, folder)
+
+
+@contextmanager
+def in_mode(model: nn.Module, *, training: bool) -> Generator[None]:
+    """The whole model in one mode within, every module in its own mode after."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        if any(mode is not training for _, mode in modes):
+            model.train(training)
+        yield
+    finally:
+        for module, mode in modes:
+            if module.training is not mode:  # an assignment takes a module longer than a look
+                module.training = mode

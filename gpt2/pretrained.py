@@ -141,14 +141,12 @@ def _locate(name: str) -> tuple[Path, list[Path]]:
 
 def _shards(folder: Path) -> list[Path]:
     weight_map = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    if not weight_map:
         raise ValueError(f"{folder / INDEX} has no weight_map, so its shards are unknown.")
     names = sorted({str(shard) for shard in weight_map.values()})
     if strange := [repr(name) for name in names if not re.fullmatch(r"\w[\w.-]*", name)]:
-        raise ValueError(
-            f"{folder / INDEX} names shards that are no files of its own folder, and they are not "
-            f"read: {listed(strange)}."
-        )
+        here = f"{folder / INDEX} names shards that are no files of its own folder"
+        raise ValueError(f"{here}, and they are not read: {listed(strange)}.")
     return [folder / name for name in names]
 
 
@@ -234,9 +232,6 @@ def _unfilled(build: Callable[[GPT2Config], Model], config: GPT2Config) -> Model
 class _WithoutInit(TorchFunctionMode):
     """Skips `torch.nn.init`, since drawing on the meta device imports the compiler: a second."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return None
-        return func(*args, **(kwargs or {}))
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        skips = getattr(func, "__module__", None) == "torch.nn.init"
+        return None if skips else func(*args, **(kwargs or {}))

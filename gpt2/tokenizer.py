@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import operator
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, SupportsIndex, cast
+from typing import Any
 
 import numpy as np
 import tiktoken
@@ -42,17 +44,12 @@ class Tokenizer:
         pairs = (line.split() for line in data.splitlines())
         ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
         self._ranks = ranks
-        self.fingerprint = f"gpt2, sha256 of its ranks {_SHA256}"
-        """What tells its ids from those of any other tokenizer."""
-        self.eos = len(ranks)
-        """The id that ends a text, 50256; no text encodes to it."""
+        self.fingerprint = f"gpt2, sha256 of its ranks {_SHA256}"  # no other tokenizer has it
+        self.eos = len(ranks)  # the id that ends a text, 50256; no text encodes to it
         self.vocab_size = len(ranks) + 1
-        """The number of ids, 50257."""
+        end = {_END_OF_TEXT: self.eos}
         self._encoding = tiktoken.Encoding(
-            "gpt2",
-            pat_str=_PATTERN,
-            mergeable_ranks=ranks,
-            special_tokens={_END_OF_TEXT: self.eos},
+            "gpt2", pat_str=_PATTERN, mergeable_ranks=ranks, special_tokens=end
         )
 
     def encode(self, text: str) -> list[int]:
@@ -68,10 +65,10 @@ class Tokenizer:
             All ids end to end, `eos` after each text; and where each text's `eos` stands.
         """
         joined = "".join(text + _END_OF_TEXT for text in texts)
-        if joined.count(_END_OF_TEXT) == len(texts) and _is_sound(joined):
-            end = {_END_OF_TEXT}
-            ids = self._encoding.encode_to_numpy(joined, allowed_special=end).astype(np.int32)
-            return ids, np.flatnonzero(ids == self.eos)
+        if joined.count(_END_OF_TEXT) == len(texts):
+            with suppress(UnicodeEncodeError):  # half a surrogate pair, which JSON can escape
+                ids = self._encoding.encode_to_numpy(joined, allowed_special={_END_OF_TEXT})
+                return (ids := ids.astype(np.int32)), np.flatnonzero(ids == self.eos)
         rows = [[*self.encode(text), self.eos] for text in texts]
         lengths = np.array([len(row) for row in rows], np.int64)
         return np.concatenate([[], *rows]).astype(np.int32), np.cumsum(lengths) - 1
@@ -82,16 +79,9 @@ class Tokenizer:
         Raises:
             ValueError: naming the ids that are out of range.
         """
-        if not isinstance(cast(object, ids), Iterable):
-            raise ValueError(f"Give several token ids, got {listed([repr(ids)])}.")
-        ids = list(ids)
-        if bad := [
-            i
-            for i in ids
-            if not (isinstance(cast(object, i), SupportsIndex) and 0 <= i < self.vocab_size)
-        ]:
-            found = f"[{listed([str(i) for i in bad])}]"
-            raise ValueError(f"Token ids must be in 0..{self.vocab_size - 1}, got {found}.")
+        ids = [operator.index(i) for i in ids]
+        if bad := [str(i) for i in ids if not 0 <= i < self.vocab_size]:
+            raise ValueError(f"Token ids must be in 0..{self.vocab_size - 1}, got {listed(bad)}.")
         return self._encoding.decode(ids, errors="replace")
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -125,11 +115,9 @@ class Tokenizer:
                 (beside / name).write_text(text + "\n", encoding="utf-8", newline="\n")
 
     def _merged(self, token: bytes) -> tuple[bytes, bytes]:
-        """The two tokens that were merged into this one; the second is empty for a single byte.
-
-        A token ranks after all that it was made by, so merging its bytes again, in the order of
-        the ranks but without its own, leaves these two.
-        """
+        """The two tokens that were merged into this one; the second is empty for a single byte."""
+        # A token ranks after all that it was made by: merging its bytes again, without its own
+        # rank, leaves these two.
         parts = [token[i : i + 1] for i in range(len(token))]
         while len(parts) > 2:
             pairs = [parts[i] + parts[i + 1] for i in range(len(parts) - 1)]
@@ -138,20 +126,8 @@ class Tokenizer:
         return parts[0], parts[1] if len(parts) == 2 else b""
 
 
-def _is_sound(text: str) -> bool:
-    """Whether it holds no half of a surrogate pair, which JSON can escape."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _glyphs() -> list[str]:
-    """A character for each byte, none of them white space: what GPT-2's files write bytes with.
-
-    Source: Radford et al. 2019, the published code's `bytes_to_unicode`.
-    """
+    """A character for each byte, as the published code's `bytes_to_unicode` has them."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = (chr(code) for code in range(256, 512))
     return [chr(byte) if byte in printable else next(others) for byte in range(256)]

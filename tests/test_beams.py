@@ -256,7 +256,10 @@ def test_beams_give_no_stream_and_no_prompts_no_texts():
             "no_repeat_ngram must be an integer of at least 1",
         ),
         ({"num_beams": 2, "no_repeat_prompt": True}, "no_repeat_prompt takes a no_repeat_ngram"),
-        ({"num_beams": 2, "length_penalty": math.nan}, "length_penalty must be finite, got nan"),
+        (
+            {"num_beams": 2, "length_penalty": math.nan},
+            r"length_penalty must be in \(-inf, inf\), got nan",
+        ),
         ({"eos": (1, -2)}, r"eos must be .* got \(1, -2\)"),
         ({"eos": "x"}, "eos must be .* got 'x'"),
     ],

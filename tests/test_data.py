@@ -520,7 +520,7 @@ def test_a_dataset_is_a_sequence():
 
 def test_padding_is_masked_by_length_never_by_id():
     data = encode(["a\0b", "abcdef"], Letters())  # an end within a text is learnt like the last
-    batch = collate([data[0], data[1]])
+    batch = collate(data, np.arange(2))
     assert batch.idx.shape == batch.labels.shape == (2, 7)
     assert batch.idx.dtype == batch.labels.dtype == torch.int64
     assert batch.labels[0].tolist() == [97, 0, 98, 0, IGNORE, IGNORE, IGNORE]
@@ -639,5 +639,5 @@ def test_examples_without_a_token_to_learn_are_named(ignored):
         lambda: next(train(model, data, TrainConfig(steps=2))),
         lambda: evaluate(model, data),
     ):
-        with pytest.raises(ValueError, match=r"1 examples have no token to learn: 2\. Leave them"):
+        with pytest.raises(ValueError, match=r"1 examples leave no token to learn: 2\. Leave them"):
             call()

@@ -10,6 +10,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -276,7 +277,7 @@ def captured(in_order: bool, graphs: bool) -> Any:
     model = model_of(adapter=True)
     config = gpt2.TrainConfig(steps=3, accumulate=2, in_order=in_order, weight_decay=0.1)
     stepper = step.Stepper(model.train(), config)
-    batches = [collate([DATA[i]]) for i in (0, 1)]
+    batches = [collate(DATA, np.array([i])) for i in (0, 1)]
     if graphs:
         stepper.graphs, stepper._updates = Repeated(), Repeated()
         stepper._is_graphed = lambda batches: True

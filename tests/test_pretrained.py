@@ -267,7 +267,7 @@ def test_harmless_config_entries(tiny, folder):
         ("{", "is not JSON"),
         ("[]", "must hold a JSON object, found list"),
         ('{"n_head": 5, "n_embd": 128}', "n_head 5 must divide n_embd 128"),
-        ('{"n_head": "2"}', "n_head must be a positive integer"),
+        ('{"n_head": "2"}', "n_head must be an integer of at least 1"),
         ('{"n_head": 2, "attn_pdrop": "much"}', "base"),
         ('{"n_head": 2, "attn_pdrop": 1.5}', r"attn_pdrop must be in \[0, 1\)"),
     ],
@@ -442,20 +442,16 @@ def test_many_strange_tensors_make_one_short_error(folder):
     assert len(str(caught.value)) < 2_000
 
 
-def test_a_config_may_not_ask_for_what_the_file_has_not(folder):
-    rewrite(folder, lambda t: {"score": torch.zeros(1)})
-    reconfigure(folder, n_layer=10**9, n_embd=10**12, vocab_size=10**15)
-    with pytest.raises(ValueError, match=r"at most 2\*\*24, got 10+; vocab_size"):
-        GPT2.from_pretrained(folder)
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"n_head": 2, "layer_norm_epsilon": NaN}', "above 0 and finite, got nan"),
-        ('{"n_head": 2, "layer_norm_epsilon": 1e999}', "above 0 and finite, got inf"),
-        ('{"n_head": 2, "layer_norm_epsilon": true}', "above 0 and finite, got True"),
-        ('{"n_head": 2, "n_embd": {"a": 1}}', "n_embd must be a positive integer .*got {'a': 1}"),
+        ('{"n_head": 2, "layer_norm_epsilon": NaN}', r"epsilon must be in \(0, inf\), got nan"),
+        ('{"n_head": 2, "layer_norm_epsilon": 1e999}', r"epsilon must be in \(0, inf\), got inf"),
+        ('{"n_head": 2, "layer_norm_epsilon": true}', r"epsilon must be in \(0, inf\), got True"),
+        (
+            '{"n_head": 2, "n_embd": {"a": 1}}',
+            "n_embd must be an integer of at least 1, got {'a': 1}",
+        ),
         ('{"n_head": 2, "model_type": "' + "x" * 10**6 + '"}', "model_type 'xxx"),
         ('{"n_head": ' + "9" * 5_000 + "}", "is not JSON"),
     ],

@@ -10,7 +10,7 @@ Shapes: B batch · T time · S documents of a row.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,11 +51,7 @@ class Batch:
         return Batch(idx, labels, self.n_tokens, documents)
 
     def padded(self, rows: int, width: int) -> Batch:
-        """The same batch with rows and columns after its own in which nothing is learnt.
-
-        Raises:
-            ValueError: it is larger than `(rows, width)`, or a row of documents.
-        """
+        """The same batch with rows and columns after its own in which nothing is learnt."""
         B, T = self.idx.shape
         if (rows, width) == (B, T):
             return self
@@ -80,8 +76,7 @@ def batches(
     Args:
         data: the examples.
         batch_size: examples a batch, B; the last batch may have fewer.
-        seed, epoch: fix the order.
-        start: the first batch to give; it costs no more than batch 0.
+        seed, epoch, start: fix the order; and the first batch to give, at the cost of batch 0.
         tokens_per_batch: tokens a batch at most, padding included, instead of `batch_size`.
         packing: lay documents end to end in one row instead of padding them.
 
@@ -91,7 +86,7 @@ def batches(
     """
     if start < 0:
         raise ValueError(f"start must be at least 0, got {start}.")
-    made = plan(data, batch_size, tokens_per_batch=tokens_per_batch, packing=packing)
+    made = plan(data, batch_size, tokens_per_batch, packing)
     for k in range(start, len(made)):
         yield batch(data, made, k, seed=seed, epoch=epoch)
 
@@ -99,7 +94,6 @@ def batches(
 def plan(
     data: Dataset,
     batch_size: int | None = None,
-    *,
     tokens_per_batch: int | None = None,
     packing: bool = False,
 ) -> Plan:
@@ -122,31 +116,25 @@ def plan(
 
 def batch(data: Dataset, plan: Plan, k: int, *, seed: int, epoch: int) -> Batch:
     """Batch k of an epoch."""
-    ids, learnt, lengths = data.take(plan.examples(k, seed=seed, epoch=epoch))
-    labels = np.where(learnt, ids, IGNORE)
-    if isinstance(plan, Rows):
-        return _end_to_end(ids, labels, lengths, plan)
-    return _side_by_side(ids, labels, lengths)
+    chosen = plan.examples(k, seed=seed, epoch=epoch)
+    return _end_to_end(data, chosen, plan) if isinstance(plan, Rows) else collate(data, chosen)
 
 
-def collate(rows: Sequence[tuple[Tensor, Tensor]]) -> Batch:
+def collate(data: Dataset, chosen: Array) -> Batch:
     """Right-pad examples to one length; what is padding is told by position, never by id."""
-    ids, labels = (torch.cat(parts).numpy() for parts in zip(*rows, strict=True))
-    return _side_by_side(ids, labels, np.array([len(ids) for ids, _ in rows]))
-
-
-def _side_by_side(ids: Array, labels: Array, lengths: Array) -> Batch:
+    ids, learnt, lengths = data.take(chosen)
     at = np.repeat(np.arange(len(lengths)), lengths), places(lengths)
     idx = torch.zeros(len(lengths), int(lengths.max()), dtype=torch.long, device="cpu")
-    wanted = torch.full_like(idx, IGNORE)
-    idx.numpy()[at], wanted.numpy()[at] = ids, labels
-    return Batch(idx, wanted, int((wanted[:, 1:] != IGNORE).sum()))
+    labels = torch.full_like(idx, IGNORE)
+    idx.numpy()[at], labels.numpy()[at] = ids, np.where(learnt, ids, IGNORE)
+    return Batch(idx, labels, int((labels[:, 1:] != IGNORE).sum()))
 
 
-def _end_to_end(ids: Array, labels: Array, lengths: Array, plan: Rows) -> Batch:
+def _end_to_end(data: Dataset, chosen: Array, plan: Rows) -> Batch:
+    ids, learnt, lengths = data.take(chosen)
     row: Any = np.zeros((2, 1, plan.width), np.int64)
     row[1] = IGNORE
-    row[0, 0, : len(ids)], row[1, 0, : len(ids)] = ids, labels
+    row[0, 0, : len(ids)], row[1, 0, : len(ids)] = ids, np.where(learnt, ids, IGNORE)
     ends = np.cumsum(lengths)
     row[1, 0, ends - lengths] = IGNORE  # no document says how the next begins
     # What is left of the row is documents too, in which nothing is learnt.
@@ -226,12 +214,9 @@ class Rows:
 
     def __init__(self, data: Dataset, tokens: int) -> None:
         self.by_length, self.n, self.longest = data.by_length, len(data), data.longest
-        ends = np.cumsum(data.histogram)
-        self.count, needed = -(-data.n_tokens // tokens), tokens + 1
-        while needed > tokens:
-            needed = self._longest_row(ends)
-            if needed > tokens:
-                self.count = max(self.count + 1, self.count * needed // tokens)
+        ends, self.count = np.cumsum(data.histogram), -(-data.n_tokens // tokens)
+        while (needed := self._longest_row(ends)) > tokens:
+            self.count = max(self.count + 1, self.count * needed // tokens)
         self.width = min(tokens, -(-needed // 64) * 64)
         groups = -(-self.n // self.count)
         self.order = Order(self.count, streams=-(-groups // 2))

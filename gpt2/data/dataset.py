@@ -9,7 +9,7 @@ import hashlib
 import os
 from array import array
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, partial
 from typing import Any, NamedTuple, Protocol
@@ -75,11 +75,7 @@ class Dataset(Sequence[tuple[Tensor, Tensor]]):
         return torch.from_numpy(ids), torch.from_numpy(np.where(learnt, ids, IGNORE))
 
     def take(self, chosen: Array) -> tuple[Array, Array, Array]:
-        """Several examples, by number, end to end.
-
-        Returns:
-            Their token ids, int64, and whether each is learnt, `(N,)`; and each one's length.
-        """
+        """Several examples end to end: ids and whether each is learnt, `(N,)`; their lengths."""
         starts, lengths = self._spans(chosen)
         within = places(lengths)
         ids = self._ids[within + np.repeat(starts, lengths)].astype(np.int64)
@@ -102,9 +98,19 @@ class Dataset(Sequence[tuple[Tensor, Tensor]]):
             lengths = np.diff(ends, prepend=0)
             yield hashes(ids, lengths, np.where(prompts > 0, np.minimum(prompts, lengths), lengths))
 
+    def arrays(self) -> dict[str, Array]:
+        """What a store keeps, ids in two bytes each where they fit."""
+        narrow = self.extremes[1] < 2**16
+        return {
+            "ids": self._ids.astype("<u2" if narrow else "<u4"),
+            "ends": self._ends.astype("<i8"),
+            "prompts": self.prompts.astype("<i4"),
+            "by_length": self.by_length.astype("<u4"),
+        }
+
     @property
     def lengths(self) -> Array:
-        """Tokens of each example: an array of eight bytes for each."""
+        """Tokens of each example."""
         return np.diff(self._ends, prepend=0)
 
     @property
@@ -141,10 +147,12 @@ class Dataset(Sequence[tuple[Tensor, Tensor]]):
         return len(self) - len(np.unique(np.concatenate(keys))) if keys else 0
 
     @cached_property
-    def unlearnable(self) -> list[int]:
-        """The numbers of the examples without a token to learn, from 0."""
+    def unlearnable(self) -> str:
+        """Which examples, numbered from 1, have no token to learn; empty if all have one."""
         few = [np.diff(ends, prepend=0) <= np.maximum(i, 1) for _, ends, i, _ in self._parts()]
-        return np.flatnonzero(np.concatenate(few)).tolist() if few else []
+        numbers = np.flatnonzero(np.concatenate(few)) + 1 if few else []
+        shown = ", ".join(map(str, numbers[:10])) + "…" * (len(numbers) > 10)
+        return f"{len(numbers)} examples leave no token to learn: {shown}" if len(numbers) else ""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -158,6 +166,7 @@ class Dataset(Sequence[tuple[Tensor, Tensor]]):
 
     def _spans(self, chosen: Array) -> tuple[Array, Array]:
         """Where these examples start, and their lengths."""
+        chosen = np.asarray(chosen, np.int64)  # of a store's by_length, which has no sign
         starts = np.where(chosen > 0, self._ends[chosen - 1], 0)
         return starts, self._ends[chosen] - starts
 
@@ -174,14 +183,12 @@ class Dataset(Sequence[tuple[Tensor, Tensor]]):
 
 def hashes(ids: Array, lengths: Array, upto: Array | None = None) -> Array:
     """64 bits of each example, or of its first `upto` tokens."""
-    place = places(lengths)
+    place, upto = places(lengths), lengths if upto is None else upto
     bits = mixed(ids.astype(np.uint64) ^ (place.astype(np.uint64) << np.uint64(32)))
-    if upto is not None:
-        bits[place >= np.repeat(upto, lengths)] = 0
-    full, sums = lengths > 0, np.zeros(len(lengths), np.uint64)
-    if full.any():
-        sums[full] = np.add.reduceat(bits, (np.cumsum(lengths) - lengths)[full])
-    return mixed(sums ^ (lengths if upto is None else upto).astype(np.uint64))
+    bits[place >= np.repeat(upto, lengths)] = 0
+    sums = np.append(np.uint64(0), np.cumsum(bits))  # modulo 2**64, and so are the differences
+    ends = np.cumsum(lengths)
+    return mixed((sums[ends] - sums[ends - lengths]) ^ upto.astype(np.uint64))
 
 
 def places(lengths: Array) -> Array:
@@ -193,8 +200,7 @@ def places(lengths: Array) -> Array:
 class Encoder(Protocol):
     """What turns text into token ids; `gpt2.Tokenizer` is one."""
 
-    @property
-    def eos(self) -> int: ...  # the id that ends a text
+    eos: int  # the id that ends a text
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -206,15 +212,6 @@ class Options(NamedTuple):
     eos: bool = True
     answer_only: bool = False
     separator: int | None = None
-
-
-class Block(NamedTuple):
-    """Encoded examples: ids end to end, `(N,)`, and of each its length and its prompt's."""
-
-    ids: Array
-    lengths: Array
-    prompts: Array
-    truncated: int
 
 
 def encode(
@@ -243,41 +240,16 @@ def encode(
         ValueError: no examples, one string for all, `max_length` below 2, a separator that is no
             id, or listing the examples (by number, from 1) that are left without a token to learn.
     """
-    ids, options = array("i"), Options(max_length, eos, answer_only, separator)
-    encoded = blocks(examples, tokenizer, options)
-    known = joined(encoded, answer_only, lambda part: ids.frombytes(part.tobytes()))
-    return Dataset(np.frombuffer(ids, np.int32), **known)
+    return encoded(examples, tokenizer, Options(max_length, eos, answer_only, separator))
 
 
-def joined(
-    encoded: Iterable[Block], answer_only: bool, write: Callable[[Array], object]
-) -> dict[str, Any]:
-    """What a Dataset takes beside the ids, which are written block by block."""
-    tokens, truncated, ends, prompts = 0, 0, list[Array](), list[Array]()
-    for block in encoded:
-        write(block.ids)
-        ends.append(tokens + np.cumsum(block.lengths))
-        prompts.append(block.prompts)
-        tokens, truncated = int(ends[-1][-1]), truncated + block.truncated
-    asked = np.concatenate(prompts)
-    return {
-        "ends": np.concatenate(ends),
-        "ignored": ignored(asked, answer_only),
-        "truncated": truncated,
-        "prompts": asked,
-        "unlearnable": [],
-    }
-
-
-def ignored(prompts: Array, answer_only: bool) -> Array:
-    """How many tokens of each example are not learnt, given those of its prompt."""
-    return prompts if answer_only else np.broadcast_to(np.int32(0), prompts.shape)
-
-
-def blocks(
-    examples: Iterable[Example | str], tokenizer: Encoder, options: Options
-) -> Generator[Block]:
-    """The examples encoded, thousands at a time, in order; errors as `encode`."""
+def encoded(
+    examples: Iterable[Example | str],
+    tokenizer: Encoder,
+    options: Options,
+    shown: Callable[[int], None] = lambda examples: None,
+) -> Dataset:
+    """As `encode`; `shown` is given now and then how many more examples are encoded."""
     longest, separator = options.max_length, options.separator
     if isinstance(examples, str | Example | dict):
         raise ValueError(f"examples is one {type(examples).__name__}: give a list of them.")
@@ -285,23 +257,28 @@ def blocks(
         raise ValueError(f"max_length must be at least 2, and whole, got {longest!r}.")
     if separator is not None and (type(separator) is not int or separator < 0):
         raise ValueError(f"separator must be a token id, or None, got {separator!r}.")
+    ids, ends, prompts, truncated = array("i"), array("q"), array("i"), 0
     # Other threads run beside the reading of the texts, where a tokenizer lets them.
     run = _in_threads if hasattr(tokenizer, "encode_many") else map
-    faults, number = list[str](), 0
-    for block in run(partial(_encoded, tokenizer, options), _texts(examples)):
-        # The first token of an example is never predicted.
-        bad = block.lengths <= np.maximum(ignored(block.prompts, options.answer_only), 1)
-        faults += [str(number + i + 1) for i in np.flatnonzero(bad)]
-        number += len(block.lengths)
-        yield block
-    if faults:
-        shown = ", ".join(faults[:10]) + "…" * (len(faults) > 10)
-        raise ValueError(
-            f"{len(faults)} examples leave no token to learn within {longest}: {shown}. "
-            "Remove them, or raise max_length."
-        )
-    if not number:
+    for part, lengths, asked in run(partial(_encoded, tokenizer, options), _texts(examples)):
+        truncated += int((lengths > longest).sum())
+        ends.frombytes((len(ids) + np.cumsum(np.minimum(lengths, longest))).tobytes())
+        ids.frombytes(part.tobytes())
+        prompts.frombytes(asked.astype(np.int32).tobytes())
+        shown(len(lengths))
+    asked = np.frombuffer(prompts, np.int32)
+    given = (np.frombuffer(ids, np.int32), np.frombuffer(ends, np.int64))
+    data = Dataset(*given, ignored(asked, options.answer_only), truncated, prompts=asked)
+    if not len(data):
         raise ValueError("There are no examples.")
+    if data.unlearnable:
+        raise ValueError(f"{data.unlearnable}. Remove them, or raise max_length.")
+    return data
+
+
+def ignored(prompts: Array, answer_only: bool) -> Array:
+    """How many tokens of each example are not learnt, given those of its prompt."""
+    return prompts if answer_only else np.broadcast_to(np.int32(0), prompts.shape)
 
 
 def _texts(examples: Iterable[Any]) -> Iterator[list[str]]:
@@ -321,10 +298,10 @@ def _texts(examples: Iterable[Any]) -> Iterator[list[str]]:
         yield texts
 
 
-def _in_threads(run: Callable[[list[str]], Block], parts: Iterable[list[str]]) -> Iterator[Block]:
+def _in_threads(run: Callable[[Any], Any], parts: Iterable[Any]) -> Iterator[Any]:
     """What `run` makes of each part, in order."""
     threads = min(THREADS, os.cpu_count() or 1)  # reading takes a part of one
-    waiting = deque[Future[Block]]()
+    waiting = deque[Future[Any]]()
     with ThreadPoolExecutor(threads) as pool:
         for part in parts:
             waiting.append(pool.submit(run, part))
@@ -334,8 +311,8 @@ def _in_threads(run: Callable[[list[str]], Block], parts: Iterable[list[str]]) -
             yield waiting.popleft().result()
 
 
-def _encoded(tokenizer: Any, options: Options, texts: list[str]) -> Block:
-    """A block of examples of a prompt and a completion each, encoded and cut."""
+def _encoded(tokenizer: Any, options: Options, texts: list[str]) -> tuple[Array, Array, Array]:
+    """Examples of a prompt and a completion each: ids, lengths before the cut, and prompts'."""
     longest, eos, _, separator = options
     if hasattr(tokenizer, "encode_many"):
         ids, ends = tokenizer.encode_many(texts)
@@ -350,9 +327,8 @@ def _encoded(tokenizer: Any, options: Options, texts: list[str]) -> Block:
     keep[ends[::2]], keep[ends[1::2]] = between, eos
     if separator is not None:
         ids[ends[::2]] = separator
-    prompts = (prompts + between).astype(np.int32)
     lengths = np.diff(ends[1::2], prepend=-1) - (~between) - (not eos)
     ids = ids[keep]
-    if long := int((lengths > longest).sum()):
+    if (lengths > longest).any():
         ids = ids[places(lengths) < longest]
-    return Block(ids, np.minimum(lengths, longest), prompts, long)
+    return ids, lengths, prompts + between

@@ -75,8 +75,7 @@ def read_prompts(path: str | Path, fields: Fields | None = None) -> list[Example
         As `read_examples`.
     """
     check(path, fields, ("question",), ("prompt",))
-    make: Callable[[Any], Example] = lambda row: _prompt(row, fields)  # noqa: E731
-    return [example for file in _opened(path) for example in _good(file, _lines, make)]
+    return [example for file in _opened(path) for example in examples_in(file, fields, True)]
 
 
 def check(path: str | Path, fields: Fields | None, *more: tuple[str, ...]) -> None:
@@ -92,26 +91,18 @@ def check(path: str | Path, fields: Fields | None, *more: tuple[str, ...]) -> No
         )
 
 
-def examples_in(file: IO[bytes], fields: Fields | None) -> Iterator[Example]:
-    """The examples of an open file, as `stream_examples`."""
-    return _good(file, _documents, lambda row: _example(row, fields))
-
-
 def _opened(path: str | Path) -> Iterator[IO[bytes]]:
     with Path(path).open("rb") as file:
         yield file
 
 
-def _good(
-    file: IO[bytes], text: Callable[[IO[bytes]], Rows], make: Callable[[Any], Example]
-) -> Iterator[Example]:
-    """The examples of the good rows; then the faults of the others."""
+def examples_in(file: IO[bytes], fields: Fields | None, prompts: bool = False) -> Iterator[Example]:
+    """The examples of an open file's good rows, or its prompts; then the faults of the others."""
     faults, left_out, number = list[str](), 0, 0
+    text = _lines if prompts else _documents
     for place, row in (_READERS[Path(file.name).suffix.lower()] or text)(file):
         try:
-            if isinstance(row, ValueError):
-                raise row
-            example = make(row)
+            example = _example(row, fields, prompts)
         except ValueError as error:
             left_out += 1
             faults += [f"{place}: {str(error)[:LONGEST]}"] * (left_out <= SHOWN)
@@ -125,52 +116,43 @@ def _good(
         raise ValueError(f"{file.name} holds no examples.")
 
 
-def _example(row: Any, fields: Fields | None) -> Example:
-    """The example that a row gives; a ValueError says why it gives none."""
-    if fields and isinstance(row, dict):
-        if lacking := [key for key in fields.values() if key not in row]:
-            raise ValueError(f"has no {short(lacking[0])}, only {short(sorted(row))}")
-        row = {name: row[key] for name, key in fields.items()}
-    return _of_form(row, [form for form in FORMS if {*form} <= _names(row)])
-
-
-def _prompt(row: Any, fields: Fields | None) -> Example:
-    """As `_example`, but the second column of a pair may be missing."""
-    if fields and fields[next(form[0] for form in FORMS if form[0] in fields)] in _names(row):
+def _example(row: Any, fields: Fields | None, prompts: bool) -> Example:
+    """The example that a row gives, or its prompt; a ValueError says why it gives none."""
+    if isinstance(row, ValueError):
+        raise row
+    names = {*row} if isinstance(row, dict) else set[Any]()
+    lacking = [key for key in (fields or {}).values() if key not in names]
+    if lacking and names and not prompts:
+        raise ValueError(f"has no {short(lacking[0])}, only {short(sorted(map(str, names)))}")
+    if fields and ({*fields.values()} - {*lacking} if prompts else names):
         row = {name: row.get(key) for name, key in fields.items()}
-    forms = [form for form in FORMS if {*form} <= _names(row)]
-    forms = forms or [form for form in FORMS if form[0] in _names(row)]
-    if len(forms) == 1 and row.get(forms[0][-1]) in (None, ""):
-        forms = [forms[0][:1]]
-    example = _of_form(row, forms)
-    return Example(example.completion, "") if forms[0] == ("text",) else example
-
-
-def _of_form(row: Any, forms: list[tuple[str, ...]]) -> Example:
-    """The example that a row gives in the one form that it has."""
+        names = {*row}
+    forms = [form for form in FORMS if {*form} <= names]
+    if prompts:  # whose second column may be missing, or empty
+        forms = forms or [form for form in FORMS if form[0] in names]
+        forms = [form[:1] if row.get(form[-1]) in (None, "") else form for form in forms]
     if len(forms) != 1:
         wanted = "wants 'text', or 'question' and 'answer', or 'prompt' and 'completion' (or say "
         wanted += "by fields what yours are called)"
         many = "has more than one form of an example: say which by fields"
         given = sorted(map(str, row)) if isinstance(row, dict) else row
         raise ValueError(f"{many if forms else wanted}, got {short(given)}")
-    (form,) = forms
-    values = [row[name] for name in form]
-    for name, value in zip(form, values, strict=True):
-        if not isinstance(value, str):
-            raise ValueError(f"{name!r} is {short(value)}, not a string")
-        if not value.strip() and (name != "prompt" or len(form) == 1):
-            raise ValueError(f"{name!r} is empty")
-        value.encode()  # refuses half a surrogate pair, which JSON can escape
-    if form == ("text",):
-        return Example("", values[0])
-    if form[0] == "question":
-        values = [f"Q: {values[0]}\nA:", *(f" {answer}" for answer in values[1:])]
-    return Example(values[0], "".join(values[1:]))
+    first, *rest = [_value(row, name, forms[0]) for name in forms[0]]
+    if forms[0] == ("text",):
+        return Example(first, "") if prompts else Example("", first)
+    if forms[0][0] == "question":
+        first, rest = f"Q: {first}\nA:", [f" {answer}" for answer in rest]
+    return Example(first, "".join(rest))
 
 
-def _names(row: Any) -> set[Any]:
-    return {*row} if isinstance(row, dict) else set()
+def _value(row: Mapping[str, Any], name: str, form: tuple[str, ...]) -> str:
+    """A row's text in this column, which says something; but a pair's prompt may be empty."""
+    if not isinstance(value := row[name], str):
+        raise ValueError(f"{name!r} is {short(value)}, not a string")
+    if not value.strip() and (name != "prompt" or len(form) == 1):
+        raise ValueError(f"{name!r} is empty")
+    value.encode()  # refuses half a surrogate pair, which JSON can escape
+    return value
 
 
 # The rows of each format.
@@ -184,10 +166,9 @@ def _decoded(line: bytes) -> Any:
 
 
 def _json(text: bytes) -> Any:
-    if isinstance(decoded := _decoded(text), ValueError):
-        return decoded
+    decoded = _decoded(text)
     try:
-        return json.loads(decoded)
+        return json.loads(decoded) if isinstance(decoded, str) else decoded
     except (ValueError, RecursionError) as error:
         return ValueError(f"not JSON ({error})")
 

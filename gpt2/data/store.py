@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from gpt2.data.dataset import Block, Dataset, Encoder, Options, blocks, encode, ignored, joined
+from gpt2.data.dataset import Dataset, Encoder, Options, encoded, ignored
 from gpt2.data.examples import Fields, check, examples_in, stream_examples
 from gpt2.data.held_out import ALL, within
 from gpt2.files import listed, read_json
 
 FORMAT, HEADER = 3, "header.json"
 SMALL = 2**24  # bytes of a file whose tokens are kept in memory unless a cache is named
-KNOWN = ("truncated", "fingerprint", "repeated", "extremes", "histogram")
+KNOWN = ("truncated", "fingerprint", "repeated", "unlearnable", "extremes", "histogram")
 
 
 def open_data(
@@ -45,8 +45,7 @@ def open_data(
 
     Args:
         path, fields: as for `read_examples`.
-        tokenizer: as for `encode`, with a `fingerprint`; ids take two bytes if its `vocab_size`
-            says that they can.
+        tokenizer: as for `encode`, with a `fingerprint`.
         cache: the folder for the store; by default it lies beside the file.
         side: take only examples whose prompt's hash, in [0, 1), is in this range: (0, 0.1) is a
             tenth, and (0.1, 1) has none of its prompts.
@@ -64,7 +63,7 @@ def open_data(
     path, options = Path(path), Options(**how)
     check(path, fields)
     if cache is None and path.stat().st_size < SMALL:
-        return encode(within(stream_examples(path, fields), side), tokenizer, **how)
+        return encoded(within(stream_examples(path, fields), side), tokenizer, options)
     if not isinstance(fingerprint := getattr(tokenizer, "fingerprint", None), str):
         raise ValueError(
             f"A store names its tokenizer, and {type(tokenizer).__name__} has no fingerprint: "
@@ -78,15 +77,12 @@ def open_data(
             tell(f"The tokens of {path} are written to {place}: {why}.")
         with path.open("rb") as file, _moved_to(place) as folder:
 
-            def shown(encoded: Iterator[Block]) -> Iterator[Block]:
-                for block in encoded:
-                    yield block
-                    if progress:
-                        progress(len(block.lengths), file.tell() / about["bytes"] or None)
+            def shown(examples: int) -> None:
+                if progress:
+                    progress(examples, file.tell() / about["bytes"] or None)
 
-            encoded = blocks(within(examples_in(file, fields), side), tokenizer, options)
-            narrow = getattr(tokenizer, "vocab_size", 2**31) <= 2**16
-            write(folder, shown(encoded), about, "<u2" if narrow else "<u4")
+            data = encoded(within(examples_in(file, fields), side), tokenizer, options, shown)
+            write(folder, data, about)
             if {**about, **_source(path)} != about:
                 raise RuntimeError(f"{path} changed while it was read: run again.")
     return open_store(place)
@@ -107,23 +103,17 @@ def open_store(place: str | Path) -> Dataset:
     except (ValueError, LookupError) as error:
         raise ValueError(f"{place} cannot be used: {error}. Remove it to make it anew.") from None
     arrays = {n: np.memmap(place / n, kind, "r") for n, (kind, _) in header["arrays"].items()}
-    known: dict[str, Any] = {name: header[name] for name in KNOWN} | {"unlearnable": []}
+    known: dict[str, Any] = {name: header[name] for name in KNOWN}
     known["histogram"] = np.array(known["histogram"], np.int64)
     unlearnt = ignored(arrays["prompts"], bool(header.get("answer_only")))
     return Dataset(ignored=unlearnt, **arrays, **known)
 
 
-def write(folder: Path, encoded: Iterator[Block], about: dict[str, Any], kind: str) -> None:
-    """Write a store's arrays, ids as this dtype, and its header."""
-    with (folder / "ids").open("wb") as file:
-        more = joined(
-            encoded, bool(about.get("answer_only")), lambda ids: file.write(ids.astype(kind).data)
-        )
-    arrays: dict[str, Any] = {"ids": np.memmap(folder / "ids", kind, "r"), "ends": more["ends"]}
-    data = Dataset(arrays["ids"], **more)
-    arrays |= {"prompts": more["prompts"], "by_length": data.by_length.astype("<u4")}
-    for name in ("ends", "prompts", "by_length"):
-        arrays[name].tofile(folder / name)
+def write(folder: Path, data: Dataset, about: dict[str, Any]) -> None:
+    """Write a store's arrays, and its header."""
+    arrays = data.arrays()
+    for name, array in arrays.items():
+        array.tofile(folder / name)
     header = {"format": FORMAT, **about, **{name: getattr(data, name) for name in KNOWN}}
     header["histogram"] = data.histogram.tolist()
     header["arrays"] = {name: [array.dtype.str, array.nbytes] for name, array in arrays.items()}

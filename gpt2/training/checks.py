@@ -32,9 +32,8 @@ def check_readable(model: nn.Module, data: Dataset) -> None:
         )
     if not len(data):
         raise ValueError("There is no example in the data.")
-    if idle := data.unlearnable:
-        few = ", ".join(str(i + 1) for i in idle[:10]) + "…" * (len(idle) > 10)
-        raise ValueError(f"{len(idle)} examples have no token to learn: {few}. Leave them out.")
+    if data.unlearnable:
+        raise ValueError(f"{data.unlearnable}. Leave them out.")
     network = inner(model)
     if isinstance(network, GPT2):
         longest, limit = data.longest, network.config.block_size

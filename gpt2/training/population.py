@@ -20,10 +20,9 @@ from gpt2.data.batches import collate
 from gpt2.data.dataset import Dataset
 from gpt2.data.order import Integers, seed_of
 from gpt2.fast.compiling import bucket
-from gpt2.model import GPT2
+from gpt2.model import GPT2, in_mode
 from gpt2.training.checks import check_readable, require_count
 from gpt2.training.config import TrainConfig
-from gpt2.training.modes import in_mode
 from gpt2.training.randomness import RandomState
 from gpt2.training.run import StepRecord
 from gpt2.training.slot_adamw import IDLE, Rates
@@ -181,7 +180,7 @@ class PopulationTraining:
         total, tokens = torch.zeros(k, dtype=torch.float64), 0
         with in_mode(self.model, training=False), self._randomness:
             for start in range(0, len(data), batch_size):
-                batch = collate([data[int(i)] for i in order[start : start + batch_size]])
+                batch = collate(data, order[start : start + batch_size])
                 n = batch.n_tokens  # on a GPU few numbers occur, since chunks may be compiled
                 most = bucket(n, batch.labels.numel()) if self.step.graphs else n
                 at = torch.from_numpy(learnt_at(batch.labels.numpy(), 1, most))

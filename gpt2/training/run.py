@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from gpt2.data.batches import Batch, Plan, batch
 from gpt2.data.dataset import Dataset
-from gpt2.model import GPT2
+from gpt2.model import GPT2, in_mode
 from gpt2.training import distributed, fingerprints
 from gpt2.training.config import TrainConfig
 from gpt2.training.groups import Groups
-from gpt2.training.modes import in_mode
 from gpt2.training.schedule import lr_scale, planned, steps_an_epoch, total_steps
 from gpt2.training.step import Stepper
 from gpt2.training.wrapped import inner, is_compiled
