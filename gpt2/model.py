@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -256,24 +254,8 @@ class GPT2(nn.Module):
         last = hidden[torch.arange(len(rows), device=device), cache.lengths - 1]
         return self.lm_head(last), cache
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        name: str | Path,
-        *,
-        dtype: torch.dtype | str | None = None,
-        device: torch.device | str | None = None,
-        dropout: float | None = None,
-        mmap: bool = True,
-    ) -> Self:
-        """Load published weights; see `gpt2.pretrained.load` for names, layouts and errors."""
-        model = pretrained.load(cls, name, dtype=dtype, device=device, dropout=dropout, mmap=mmap)
-        model.name_or_path = str(name)
-        return model
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors`; see `gpt2.pretrained.save`."""
-        pretrained.save(self, self.config, folder)
+    from_pretrained = classmethod(pretrained.load)
+    save_pretrained = pretrained.save
 
 
 @contextmanager

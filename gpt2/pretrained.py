@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,7 +32,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def load(
-    build: Callable[[GPT2Config], Model],
+    cls: type[Model],
     name: str | Path,
     *,
     dtype: torch.dtype | str | None = None,
@@ -40,14 +40,13 @@ def load(
     dropout: float | None = None,
     mmap: bool = True,
 ) -> Model:
-    """Build a GPT-2 from published weights: in eval mode, every parameter trainable.
+    """Load published weights: a GPT-2 in eval mode, every parameter trainable.
 
     Parameters of the file's own dtype on the CPU are the mapped file: whoever writes into that file
     (as `cp` onto it does) changes the model, and whoever shortens it ends the process. Replacing
     the file by renaming another, as `save` and downloads do, is harmless. `mmap=False` copies.
 
     Args:
-        build: makes the model from its config: `GPT2` or a subclass.
         name: "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl" from the Hub; "demo", the bundled
             small base; a folder, or a .safetensors file, whose config.json lies beside it; else
             "org/repo" on the Hub. A folder called like a published size is "./gpt2".
@@ -75,7 +74,7 @@ def load(
         config = GPT2Config(**{**read_config(config_file), **dropouts})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: {error}") from None
-    model = _unfilled(build, config)
+    model = _unfilled(cls, config)
     tensors, twice = _read(weight_files)
     if faults := twice + _faults(model.state_dict(), tensors):
         raise ValueError(f"{name} does not hold a GPT-2 as it should: {listed(faults)}.")
@@ -86,27 +85,27 @@ def load(
         raise ValueError(f"{name} holds weights that are not finite as {kind}: {listed(spoiled)}.")
     model.load_state_dict(state | {_HEAD: state[_TOKENS]}, assign=True)
     model.get_submodule("lm_head").register_parameter("weight", model.get_parameter(_TOKENS))
+    setattr(model, "name_or_path", str(name))  # noqa: B010 - as in transformers
     return model.eval()
 
 
-def save(model: nn.Module, config: GPT2Config, folder: str | Path) -> None:
-    """Write `config.json` and `model.safetensors` for transformers, or for `load`.
+def save(model: Any, folder: str | Path) -> None:
+    """Write `config.json` and `model.safetensors` for transformers, or for `from_pretrained`.
 
-    The same weights give the same bytes. After a failure, as of a full disk, all is as before.
+    The same weights give the same bytes. After a failure, as of a full disk, all is as before. Of
+    a sharded model call it in each process.
 
     Args:
-        model: a GPT-2 without anything added; of a sharded one call it in each process.
-        config: the model's.
         folder: created if missing.
 
     Raises:
         RuntimeError: listing the tensors that are not a GPT-2's.
         OSError: the folder cannot be written.
     """
-    tensors = model.state_dict(keep_vars=True)
+    tensors: dict[str, Any] = model.state_dict(keep_vars=True)
     if tensors.get(_HEAD) is tensors.get(_TOKENS):
         del tensors[_HEAD]  # it is the embedding once more
-    if faults := _faults(_unfilled(type(model), config).state_dict(), tensors):
+    if faults := _faults(_unfilled(type(model), model.config).state_dict(), tensors):
         raise RuntimeError(
             f"Not saved, since the model is no plain GPT-2: {listed(faults)}. "
             "Fold in or take off what was added to its layers first."
@@ -115,7 +114,7 @@ def save(model: nn.Module, config: GPT2Config, folder: str | Path) -> None:
         return  # another process writes
     published = {key.removeprefix(_PREFIX): tensor for key, tensor in whole.items()}
     with written(folder) as made:
-        stated = dump_config(config, whole[_TOKENS].dtype)
+        stated = dump_config(model.config, whole[_TOKENS].dtype)
         (made / CONFIG).write_text(stated, encoding="utf-8")
         write_tensors(made / WEIGHTS, published, {"format": "pt"})
 
@@ -223,7 +222,7 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(torch.stack([tensor.amin(), tensor.amax()]).isfinite().all())  # NaN is both
 
 
-def _unfilled(build: Callable[[GPT2Config], Model], config: GPT2Config) -> Model:
+def _unfilled(build: type[Model], config: GPT2Config) -> Model:
     """A model without memory for its parameters."""
     with torch.device("meta"), _WithoutInit():
         return build(config)

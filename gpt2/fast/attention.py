@@ -28,15 +28,8 @@ def attend(
 ) -> Tensor:
     """`F.scaled_dot_product_attention`, causal unless the mask says what each position sees.
 
-    Args:
-        q: `(B, H, T, D)`.
-        k, v: `(B, H, N, D)`; without a mask N is T.
-        mask: added to the scores, `(B, 1, T, N)`; or the documents of the one row.
-        p: probability of dropping a weight of attention.
-        drops: what drops them, if not torch.
-
-    Returns:
-        `(B, H, T, D)`.
+    From `q` `(B, H, T, D)` and `k`, `v` `(B, H, N, D)` to `(B, H, T, D)`; weights of attention are
+    dropped with the probability `p`, by `drops` if it is given.
     """
     if isinstance(mask, Documents):
         return _attend_within(q, k, v, mask, p)

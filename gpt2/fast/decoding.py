@@ -1,8 +1,8 @@
 """How a decoder repeats its step: as it stands, through torch.compile, or as a CUDA graph.
 
-A GPU waits for the host at every token if the host looks at every token, and at every kernel if
-each is launched by itself. So on a GPU the step is captured once and replayed, and the host looks
-at the tokens once a burst. Elsewhere a step is a call, and a burst is one token.
+A GPU waits for the host at every token if the host looks at each, and at every kernel if each is
+launched by itself. So there the step is captured once and replayed, and the host looks at the
+tokens once a burst.
 """
 
 from __future__ import annotations
@@ -17,23 +17,14 @@ from gpt2.fast.compiling import bucket, compiled
 from gpt2.fast.devices import has_float64, on_cuda
 from gpt2.fast.graphs import GraphedCalls
 
-BURST = 16
-"""Tokens a row that a GPU makes before the host looks whether all rows have ended."""
-GRAPHED = 24
-"""New tokens from which capturing a CUDA graph of the step costs less than it saves."""
+BURST = 16  # tokens a row that a GPU makes before the host looks whether all rows have ended
+GRAPHED = 24  # new tokens from which capturing a CUDA graph of the step saves more than it costs
 
 
 class Repeated:
-    """A step that is made again and again, and does all its work on tensors that stay in place.
+    """A step made so many times on the device, all of whose work is on tensors that stay in place.
 
-    Args:
-        device: where those tensors are.
-        times: how often the step will be made.
-        compile: the model is called through torch.compile.
-
-    Attributes:
-        burst: tokens a row to make between two looks of the host.
-        draws_on: where random numbers are drawn: on the CPU if the device has no float64.
+    `draws_on` is where random numbers are drawn: on the CPU if the device has no float64.
     """
 
     def __init__(self, device: torch.device, times: int, compile: bool) -> None:
@@ -55,12 +46,7 @@ class Repeated:
         return (compiled(_next) if self.compile else _next)(model, tokens, cache)
 
     def __call__(self, step: Callable[[], Tensor], state: Callable[[], list[Tensor]]) -> None:
-        """Make the step once.
-
-        Args:
-            step: asks nothing of the device; what it returns is not used.
-            state: gives the tensors that the step changes.
-        """
+        """Make the step once; `state` gives the tensors that it changes."""
         if self.graphs is None:
             step()
         else:

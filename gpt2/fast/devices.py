@@ -57,11 +57,7 @@ def copied(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class Generator:
-    """Torch's global generator of one device: its state, which can be set, and its seed.
-
-    Args:
-        device: "cpu", "cuda" or "mps"; any other has none that is known, and is left alone.
-    """
+    """Torch's global generator of one device; of an unknown one none is known, or touched."""
 
     def __init__(self, device: torch.device) -> None:
         self.get: Callable[[], Tensor | None] = lambda: None

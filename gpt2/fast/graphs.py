@@ -30,11 +30,9 @@ class GraphedCalls:
     ) -> Tensor:
         """What the function gives for these inputs; it lasts until the next call.
 
-        Args:
-            function: of tensors, to a tensor; it must ask nothing of the device.
-            state: gives the tensors that the function changes, so that capturing can undo what its
-                trial runs did to them. Tensors that appear in the course of a trial begin as zeros.
-            inputs: what the function is given.
+        The function asks nothing of the device. `state` gives the tensors that it changes, so that
+        capturing can undo what its trial runs did to them; those that appear in the course of a
+        trial begin as zeros.
         """
         self.prepare(function, state, *inputs)
         graph, held, output = self.captured[_key(inputs)]

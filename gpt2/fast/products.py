@@ -18,11 +18,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     On a CPU a large weight is cut into as many slices as there are threads, one for each: MKL
     splits a batch of small products better than a single one with few rows.
-
-    Args:
-        x: `(…, in)`.
-        weight: `(out, in)`, of any strides.
-        bias: `(out,)`.
     """
     n_out = weight.shape[0]
     if bias is None and n_out % 8 and on_cuda(x.device) and x[..., 0].numel() in FEW_ROWS:
@@ -41,10 +36,5 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _pays(x: Tensor) -> bool:
-    return (
-        on_cpu(x.device)
-        and not torch.compiler.is_compiling()
-        and x.dtype == torch.float32
-        and torch.backends.mkl.is_available()
-        and not torch.is_autocast_enabled("cpu")
-    )
+    by_mkl = on_cpu(x.device) and x.dtype == torch.float32 and torch.backends.mkl.is_available()
+    return by_mkl and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
