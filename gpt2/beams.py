@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2.fast.decoding import Repeated
+from gpt2.fast.decoding import Steps
 from gpt2.model import GPT2
 from gpt2.sampling import GenerateConfig
 
 NOTHING = -1  # in a history, where there is no token
 
 
-class Beams:
+class Beams(Steps):
     """Prompts whose beams are being followed; born with the first new token of each beam.
 
     Each step writes to the tensors where they lie, so that it can be replayed as a CUDA graph, and
@@ -39,12 +39,9 @@ class Beams:
         *,
         compile: bool = False,
     ) -> None:
-        self.model, self.config = model, config
-        device = next(model.parameters()).device
-        B, K, N = len(rows), config.num_beams, config.max_new_tokens
-        self.repeated = Repeated(device, N, compile)
-        slots = self.repeated.slots(max(map(len, rows)) + N, model.config.block_size)
-        logits, self.cache = model.prefill(rows, slots)
+        super().__init__(model, config, compile)
+        B, K, N, device = len(rows), config.num_beams, config.max_new_tokens, self.device
+        logits = self.read(rows)
         self.cache.repeat(K)
         self._shared = min(map(len, rows))  # slots that hold the same in all beams of a prompt
         before = torch.tensor(_before(rows, config), dtype=torch.long, device=device)  # (B, P)
@@ -63,22 +60,13 @@ class Beams:
         self.open = torch.ones(B, dtype=torch.bool, device=device)
         self.failed = torch.full((B,), -1, device=device)
         self.n = torch.zeros(1, dtype=torch.long, device=device)
-        self._tokens = torch.zeros(B * K, dtype=torch.long, device=device)
+        self.tokens = torch.zeros(B * K, dtype=torch.long, device=device)
         self._ends = torch.tensor(config.ends, dtype=torch.long, device=device)
         # Of the candidates, this many cannot all have ended: enough are left to go on with.
         self._candidates = K * max(2, 1 + len(config.ends))
         powers = [length**config.length_penalty for length in range(1, N + 1)]
         self._powers = torch.tensor(powers, **kind)  # (N,)
-        self._left = N - 1
         self._extend(logits.repeat_interleave(K, 0))
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Add a token to each running text."""
-        if not self._left:
-            raise RuntimeError(f"All {self.text.shape[1]} new tokens that were asked for are made.")
-        self._left -= 1
-        self.repeated(self._step, self._changed)
 
     def are_open(self) -> bool:
         """Whether a prompt is to be followed and none has failed; the host waits for the device."""
@@ -93,9 +81,6 @@ class Beams:
         lengths = self.length.tolist()
         texts = [row[:n] for row, n in zip(self.text.tolist(), lengths, strict=True)]
         return [row[:-1] if row and row[-1] in self.config.ends else row for row in texts]
-
-    def _step(self) -> Tensor:
-        return self._extend(self.repeated.logits(self.model, self._tokens, self.cache))
 
     def _extend(self, logits: Tensor) -> Tensor:
         """Take the beams one token further, given logits `(B·K, V)`."""
@@ -114,7 +99,7 @@ class Beams:
         self._go_on(scores.masked_fill(ends, -torch.inf), beams, tokens)
         self.n += 1
         self.open &= self.scores[:, 0] / power > self.ended[:, -1]
-        return self._tokens
+        return self.tokens
 
     def _end(self, scores: Tensor, beams: Tensor, tokens: Tensor) -> None:
         """Keep the best of the candidates that end; only the first K may, with scores `(B, K)`."""
@@ -135,7 +120,7 @@ class Beams:
         history = _followed(self.history, beams)
         self.history.copy_(history.index_copy(2, self.n + self._before, tokens[..., None]))
         self.scores.copy_(scores)
-        self._tokens.copy_(tokens.flatten())
+        self.tokens.copy_(tokens.flatten())
         rows = beams + K * torch.arange(B, device=beams.device)[:, None]
         self.cache.reorder(rows.flatten(), self._shared)
 
@@ -143,7 +128,7 @@ class Beams:
         """The tensors that a step writes to."""
         own = [self.history, self.scores, self.ended, self.text, self.length, self.open]
         cache = [self.cache.lengths, *self.cache.layers]
-        return [*own, self.failed, self.n, self._tokens, *cache]
+        return [*own, self.failed, self.n, self.tokens, *cache]
 
 
 def continuations(log_probs: Tensor, scores: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gpt2.beams import Beams
 from gpt2.config import GPT2Config
-from gpt2.fast.decoding import Repeated
+from gpt2.fast.decoding import Steps
 from gpt2.files import listed
 from gpt2.model import GPT2, in_mode
 from gpt2.sampling import (
@@ -85,17 +85,14 @@ def stream(
     return _stream(model, rows, config, compile, look=1) if rows else iter(())
 
 
-class Decoder:
+class Decoder(Steps):
     """Prompts that are being continued; born with the first new token of each.
 
-    `step` adds a token to each row, also to rows that have ended: when to stop is the caller's.
-    Each step writes to its tensors where they lie, so that it can be replayed as a CUDA graph.
+    A step adds a token to each row, also to rows that have ended: when to stop is the caller's.
 
     Args:
-        model: a GPT-2 in eval mode; it must stay as it is.
+        model, config, compile: as for `Steps`.
         rows: the prompts' ids, as `generate` checks them.
-        config: how to choose tokens; no more than `max_new_tokens` fit.
-        compile: run the step through torch.compile.
     """
 
     @torch.no_grad()
@@ -107,33 +104,19 @@ class Decoder:
         *,
         compile: bool = False,
     ) -> None:
-        self.model, self.config = model, config
-        device, new = next(model.parameters()).device, config.max_new_tokens
-        self.repeated = Repeated(device, new, compile)
-        slots = self.repeated.slots(max(map(len, rows)) + new, model.config.block_size)
-        logits, self.cache = model.prefill(rows, slots)
-        # (B, V), which tokens a row holds; (new, B, 2); (new, B), of which `n` are made and -1
-        # says that logits were not finite; (B,) what the next step reads
+        super().__init__(model, config, compile)
+        B, new, long = len(rows), config.max_new_tokens, torch.long
+        logits = self.read(rows)
+        # Which tokens a row holds, (B, V); random numbers, (new, B, 2).
         self.seen = tokens_seen(rows, logits) if config.repetition_penalty != 1 else None
-        self.uniform = uniform_numbers(len(rows), config).to(self.repeated.draws_on)
-        self.text = torch.zeros(new, len(rows), dtype=torch.long, device=device)
-        self.n = torch.zeros(1, dtype=torch.long, device=device)
-        self.tokens = torch.zeros(len(rows), dtype=torch.long, device=device)
-        self._left = new - 1  # counted here too: asking the device for `n` would make it wait
-        self._append(logits)
+        self.uniform = uniform_numbers(B, config).to(self.draws_on)
+        # New tokens, of which n are made; -1 where logits were not finite. The last of each row.
+        self.text = torch.zeros(new, B, dtype=long, device=self.device)
+        self.n = torch.zeros(1, dtype=long, device=self.device)
+        self.tokens = torch.zeros(B, dtype=long, device=self.device)
+        self._extend(logits)
 
-    @torch.no_grad()
-    def step(self) -> None:
-        """Add a token to each row."""
-        if not self._left:
-            raise RuntimeError(f"All {len(self.text)} new tokens that were asked for are made.")
-        self._left -= 1
-        self.repeated(self._step, self._changed)
-
-    def _step(self) -> Tensor:
-        return self._append(self.repeated.logits(self.model, self.tokens, self.cache))
-
-    def _append(self, logits: Tensor) -> Tensor:
+    def _extend(self, logits: Tensor) -> Tensor:
         """Choose a token a row from logits `(B, V)`, and write it down."""
         if self.seen is not None:
             penalty = self.config.repetition_penalty
@@ -163,7 +146,7 @@ def _stream(
     with in_mode(model, training=False):
         decoder = Decoder(model, rows, config, compile=compile)
     running, ends = [True] * len(rows), set(config.ends)
-    look = look or decoder.repeated.burst
+    look = look or decoder.burst
     for start in range(0, config.max_new_tokens, look):
         stop = min(start + look, config.max_new_tokens)
         with in_mode(model, training=False):
@@ -185,7 +168,7 @@ def _searched(
     with in_mode(model, training=False):
         beams = Beams(model, rows, config, compile=compile)
         for new in range(1, config.max_new_tokens):
-            if new % beams.repeated.burst == 0 and not beams.are_open():
+            if new % beams.burst == 0 and not beams.are_open():
                 break
             beams.step()
     _refuse_not_finite(beams.failures(), rows)

@@ -110,6 +110,7 @@ def save(model: Any, folder: str | Path) -> None:
             f"Not saved, since the model is no plain GPT-2: {listed(faults)}. "
             "Fold in or take off what was added to its layers first."
         )
+    tensors.pop(_HEAD, None)
     if (whole := gathered(tensors)) is None:
         return  # another process writes
     published = {key.removeprefix(_PREFIX): tensor for key, tensor in whole.items()}

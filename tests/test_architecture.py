@@ -31,7 +31,7 @@ QUESTIONS = {
     "dropout.drop": {"gpt2.model"},
     "head.summed_loss": {"gpt2.model"},
     "products.linear": {"gpt2.model"},
-    "decoding.Repeated": {"gpt2.generation", "gpt2.beams"},
+    "decoding.Steps": {"gpt2.generation", "gpt2.beams"},
 }
 FACE = {"lora": 30, "gpt2": 32}
 ids = {"ids": lambda file: str(file.relative_to(ROOT))}

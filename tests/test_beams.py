@@ -13,7 +13,6 @@ from toys import randomize
 import gpt2
 import lora
 from gpt2.beams import NOTHING, Beams, continuations, forbid_repeats
-from gpt2.fast.decoding import Repeated
 
 PROMPTS = [[7, 8, 9, 10, 11], [3], [50, 4, 50, 4, 50, 4, 2, 1], [12, 13]]
 TEXTS = ("In the beginning", "Q: What does physics explain?\nA:", "The capital of France is", "He")
@@ -278,21 +277,14 @@ def test_several_ends_without_beams():
     assert gpt2.generate(model, PROMPTS, config) == [t[:n] for t, n in zip(free, cut, strict=True)]
 
 
-class Fixed(Repeated):
-    """Every step has the shapes of the first, as captured and compiled ones must."""
-
-    def __init__(self, device: torch.device, times: int, compile: bool) -> None:
-        super().__init__(device, times, compile)
-        self.fixed = True
-
-
 @pytest.mark.parametrize("how", ["fixed", "compiled"])
 def test_steps_of_one_shape_change_no_text(how, monkeypatch):
     model, config = tiny(), search(eos=(5, 40), no_repeat_ngram=3, num_beams=3)
     expected = gpt2.generate(model, PROMPTS, config)
     if how == "compiled" and not (shutil.which("c++") or shutil.which("g++")):
         pytest.skip("torch.compile needs a C++ compiler here")
-    monkeypatch.setattr("gpt2.beams.Repeated", Fixed)
+    # Every step has the shapes of the first, as captured and compiled ones must.
+    monkeypatch.setattr(Beams, "fixed", property(lambda _: True, lambda *_: None), raising=False)
     assert gpt2.generate(model, PROMPTS, config, compile=how == "compiled") == expected
     torch._dynamo.reset()
 

@@ -15,8 +15,9 @@ import pytest
 
 import gpt2
 from gpt2 import batches, encode, open_data, read_examples
-from gpt2.data.held_out import sides, split, without_overlap
+from gpt2.data.held_out import sides, without_overlap
 from gpt2.data.store import open_store
+from tests.toys import split
 
 ROWS = [
     {"question": f"What is {i}?", "answer": f"It is {'very ' * (i % 7)}{i}."} for i in range(300)
@@ -381,6 +382,7 @@ from pathlib import Path
 from itertools import islice
 import gpt2
 from gpt2.data.store import open_store
+from tests.toys import split
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 
 import numpy as np
@@ -49,12 +49,6 @@ def within(examples: Iterable[Example], side: Range) -> Iterator[Example]:
             f"A share of {share:g} of {seen} examples, taken by a hash of their prompts, leaves "
             f"none {which}: choose another share, or give a file."
         )
-
-
-def split(examples: Sequence[Example], share: float) -> tuple[list[Example], list[Example]]:
-    """Examples to learn and examples that are held out, in their order; errors as the sides'."""
-    learnt, held_out = sides(share)
-    return list(within(examples, learnt)), list(within(examples, held_out))
 
 
 def without_overlap(held_out: Dataset, learnt: Dataset, name: str = "validation") -> Dataset:

@@ -44,16 +44,19 @@ def blocks_run(transformer: Any, *, compile: bool, checkpointing: bool) -> Gener
     Equal blocks share what is compiled, since the module is an argument of what is.
     """
     methods: list[tuple[Any, str]] = [(block, "forward") for block in transformer.h]
-    methods += [(transformer, "embed")] * compile
+    methods = [*methods * (compile or checkpointing), *[(transformer, "embed")] * compile]
+    before = [vars(module).get(name) for module, name in methods]  # a hook of the user's, or None
     try:
-        for module, name in methods if compile or checkpointing else ():
+        for (module, name), own in zip(methods, before, strict=True):
             plain = getattr(type(module), name)
-            run = partial(compiled(plain) if compile else plain, module)
+            run = own or partial(compiled(plain) if compile else plain, module)
             if checkpointing and name == "forward":
                 # Around what is compiled, which would else keep what checkpointing is to drop.
                 run = partial(checkpoint, run, use_reentrant=False)
             setattr(module, name, run)
         yield
     finally:
-        for module, name in methods:
+        for (module, name), own in zip(methods, before, strict=True):
             vars(module).pop(name, None)
+            if own is not None:
+                setattr(module, name, own)
