@@ -19,8 +19,7 @@ class GPT2Config:
     """What is needed to build a GPT-2; the defaults are the 124M model's.
 
     Args:
-        n_layer: number of blocks.
-        n_head: attention heads a block; must divide `n_embd`.
+        n_layer, n_head: numbers of blocks, and of attention heads a block, which divide `n_embd`.
         n_embd: width of the residual stream.
         block_size: longest context in tokens (`n_positions` in config.json).
         vocab_size: number of token ids.

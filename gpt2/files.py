@@ -38,7 +38,7 @@ def written(folder: str | Path) -> Generator[Path]:
 
     They are on the disk before the first is moved. After an error, such as a full disk, nothing
     has changed. The first by name is out of the way while the others are moved: a process that is
-    killed leaves no new config beside old weights, but none. Files get the modes of the umask.
+    killed leaves no new config beside old weights, but none.
     """
     if folder == "":  # which would be the folder one is in
         raise ValueError("'' is no path of a folder.")
@@ -47,26 +47,20 @@ def written(folder: str | Path) -> Generator[Path]:
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as made:
         yield Path(made)
         first, *others = sorted(Path(made).iterdir())
-        before = Path(made, ".before")
-        before.touch()
         for file in (first, *others):
-            file.chmod(before.stat().st_mode)  # libraries write for the owner only
             with file.open("rb") as f:
                 os.fsync(f.fileno())
-        old = folder / first.name
-        if others and old.is_file() and old.read_bytes() == first.read_bytes():
-            first.unlink()
-        elif others and old.is_file():
+        old, before = folder / first.name, Path(made, ".before")
+        withdrawn = bool(others) and old.is_file() and old.read_bytes() != first.read_bytes()
+        if withdrawn:
             os.replace(old, before)
         try:
-            for file in others:
+            for file in (*others, first):
                 os.replace(file, folder / file.name)
         except BaseException:
-            if before.stat().st_size:
+            if withdrawn and others[0].exists():
                 os.replace(before, old)
             raise
-        if first.exists():
-            os.replace(first, old)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -81,11 +75,10 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def gathered(tensors: Mapping[str, Any]) -> dict[str, Tensor] | None:
-    """The tensors in the host's memory, as the process that writes them holds them.
+    """The whole tensors in the host's memory; None in a process that does not write them.
 
-    Where each of several processes holds a part of a tensor, all of them call this, and the first
-    alone gets the tensors, the others None. It comes before any file, so that nobody waits for a
-    process that fails.
+    Where each of several processes holds a part of a tensor, all of them call this, before any
+    file is touched, so that nobody waits for a process that fails.
     """
     writes = not any(map(is_sharded, tensors.values())) or torch.distributed.get_rank() == 0
     whole: dict[str, Tensor] = {}
@@ -99,7 +92,10 @@ def gathered(tensors: Mapping[str, Any]) -> dict[str, Tensor] | None:
 
 def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file and wait until the disk has it; the same tensors, the same bytes."""
+    file.touch()
+    mode = file.stat().st_mode  # of the umask; the library writes for the owner only
     save_file(tensors, file, metadata)
+    file.chmod(mode)
     with file.open("rb") as f:
         os.fsync(f.fileno())
 

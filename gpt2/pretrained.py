@@ -42,9 +42,8 @@ def load(
 ) -> Model:
     """Load published weights: a GPT-2 in eval mode, every parameter trainable.
 
-    Parameters of the file's own dtype on the CPU are the mapped file: whoever writes into that file
-    (as `cp` onto it does) changes the model, and whoever shortens it ends the process. Replacing
-    the file by renaming another, as `save` and downloads do, is harmless. `mmap=False` copies.
+    Parameters of the file's own dtype on the CPU are the mapped file: whoever writes into it, as
+    `cp` onto it does, changes the model; replacing it, as downloads do, is harmless.
 
     Args:
         name: "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl" from the Hub; "demo", the bundled
@@ -54,16 +53,13 @@ def load(
             the file's.
         device: of the parameters; None means the CPU.
         dropout: in [0, 1), instead of config.json's three (embedding, attention, residual).
-        mmap: take the mapped file for the parameters where dtype and device allow it.
+        mmap: False copies the weights in every case.
 
     Raises:
         FileNotFoundError: there is no such path or repository, or it lacks config.json or weights.
         ConnectionError: the Hub is out of reach and its cache does not have the files.
         ValueError: listing all faults: a damaged file, tensors missing, left over or mis-shaped,
-            a config.json that asks for another architecture. Weights that are not finite are
-            found where each is read anyway: copied, cast or moved.
-
-    Source: the files of openai-community/gpt2 on the Hub.
+            another architecture; and weights not finite, where each is copied, cast or moved.
     """
     kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or torch.float32
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point or kind.itemsize < 2:
@@ -93,10 +89,7 @@ def save(model: Any, folder: str | Path) -> None:
     """Write `config.json` and `model.safetensors` for transformers, or for `from_pretrained`.
 
     The same weights give the same bytes. After a failure, as of a full disk, all is as before. Of
-    a sharded model call it in each process.
-
-    Args:
-        folder: created if missing.
+    a sharded model call it in each process. The folder is created if missing.
 
     Raises:
         RuntimeError: listing the tensors that are not a GPT-2's.
@@ -158,21 +151,17 @@ def _download(name: str) -> Path:
             f"There is no folder or file {name!r}. Pass {', '.join(SIZES)}, demo, a folder, "
             "a .safetensors file, or org/repo on the Hub."
         )
-    # Imported here: it takes longer than all of this package, and most names do not need it.
-    from huggingface_hub import constants, errors, snapshot_download
+    from huggingface_hub import constants, errors, snapshot_download  # slow, and seldom needed
 
     try:
         return Path(snapshot_download(repo, allow_patterns=[CONFIG, "model*.safetensors", INDEX]))
     except errors.LocalEntryNotFoundError:
-        raise ConnectionError(
-            f"{repo}: the Hub is out of reach and the files are not in the cache at "
-            f"{constants.HF_HUB_CACHE}. Pass the path of a local copy, or 'demo'."
-        ) from None
+        lacks = f"the files are not in the cache at {constants.HF_HUB_CACHE}"
+        way_out = "Pass the path of a local copy, or 'demo'"
+        raise ConnectionError(f"{repo}: the Hub is out of reach and {lacks}. {way_out}.") from None
     except errors.RepositoryNotFoundError:  # gated and private ones too
-        raise FileNotFoundError(
-            f"There is no folder {repo!r} here, and no repository of that name that you may "
-            f"read on {constants.ENDPOINT}."
-        ) from None
+        lacks = f"no repository of that name that you may read on {constants.ENDPOINT}"
+        raise FileNotFoundError(f"There is no folder {repo!r} here, and {lacks}.") from None
     except (OSError, ValueError):  # the disk's and the name's faults speak for themselves
         raise
     except Exception as error:  # of the HTTP library, which is not always the same one

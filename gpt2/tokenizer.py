@@ -57,12 +57,9 @@ class Tokenizer:
         return self._encoding.encode_ordinary(text)
 
     def encode_many(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
-        """The ids of many texts, each as `encode` gives them, in one call: several times as fast.
+        """All ids of many texts end to end, `eos` after each text; and where each `eos` stands.
 
-        Python's other threads run meanwhile.
-
-        Returns:
-            All ids end to end, `eos` after each text; and where each text's `eos` stands.
+        Several times as fast as `encode`, and Python's other threads run meanwhile.
         """
         joined = "".join(text + _END_OF_TEXT for text in texts)
         if joined.count(_END_OF_TEXT) == len(texts):
@@ -87,12 +84,8 @@ class Tokenizer:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the files from which transformers makes the same tokenizer.
 
-        They are `vocab.json`, `merges.txt` and `tokenizer_config.json`; the same bytes each time.
-        In a text that holds `<|endoftext|>`, transformers takes it for the id that ends a text.
-
-        Args:
-            folder: created if missing; beside a model's files, the whole is what transformers'
-                `pipeline` opens.
+        Beside a model's files they are what transformers' `pipeline` opens. It takes
+        `<|endoftext|>` in a text for the id that ends a text. The folder is created if missing.
 
         Raises:
             OSError: the folder cannot be written.
