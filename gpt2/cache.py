@@ -55,9 +55,9 @@ class Documents(NamedTuple):
         return (places - self.starts[self.numbers() - 1])[None]
 
 
+# What each position sees: all before it (None); its own document; or what a tensor (B, 1, T, N),
+# which is added to the scores, leaves over.
 Mask = Tensor | Documents | None
-"""What each position sees: all before it (None); as much as `(B, 1, T, N)`, which is added to the
-scores, leaves over; or its own document."""
 
 
 @dataclass(frozen=True)

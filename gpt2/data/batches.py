@@ -188,7 +188,6 @@ class Buckets:
         return self.ends[-1]
 
     def examples(self, k: int, *, seed: int, epoch: int) -> Integers:
-        """The examples of batch k, by number."""
         at = int(self.order.at(np.array([k]), seed=seed, epoch=epoch)[0, 0])
         i = bisect_right(self.ends, at) - 1
         begin, size = self.begins[i], self.begins[i + 1] - self.begins[i]
@@ -198,7 +197,6 @@ class Buckets:
         return self.by_length[begin + own].astype(np.int64)
 
     def shape(self, width: int, limit: int) -> tuple[int, int]:
-        """As `Counted.shape`."""
         i = bisect_left(self.widths, width)
         return self.rows[i], min(self.widths[i], limit)
 
@@ -227,13 +225,11 @@ class Rows:
         return self.count
 
     def examples(self, k: int, *, seed: int, epoch: int) -> Integers:
-        """The examples of batch k, by number."""
         ranks = self.order.at(np.array([k]), seed=seed, epoch=epoch)  # (pairs, 1)
         at = self._places(ranks).ravel()
         return self.by_length[np.sort(at[at >= 0])].astype(np.int64)
 
     def shape(self, width: int, limit: int) -> tuple[int, int]:
-        """As `Counted.shape`: the one row that there is."""
         return 1, self.width
 
     def _places(self, ranks: Integers) -> Integers:

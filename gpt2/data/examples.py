@@ -71,8 +71,7 @@ def read_prompts(path: str | Path, fields: Fields | None = None) -> list[Example
             completion may be missing. A `text` is a prompt as it is.
         fields: as for `read_examples`; a row without them is read by our names.
 
-    Raises:
-        As `read_examples`.
+    Errors are those of `read_examples`.
     """
     check(path, fields, ("question",), ("prompt",))
     return [example for file in _opened(path) for example in examples_in(file, fields, True)]

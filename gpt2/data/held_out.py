@@ -18,9 +18,6 @@ def sides(share: float) -> tuple[Range, Range]:
     """What is learnt and what is held out, as ranges of a prompt's hash in [0, 1).
 
     What is held out of a share is held out of every larger one.
-
-    Raises:
-        ValueError: the share is out of range.
     """
     if not 0 < share < 1:
         raise ValueError(f"A share must be above 0 and below 1, got {share}.")
@@ -52,11 +49,7 @@ def within(examples: Iterable[Example], side: Range) -> Iterator[Example]:
 
 
 def without_overlap(held_out: Dataset, learnt: Dataset, name: str = "validation") -> Dataset:
-    """Those examples, which are called by this name, whose prompt no learnt example has.
-
-    Raises:
-        ValueError: there are none.
-    """
+    """Those examples, which are called by this name, whose prompt no learnt example has."""
     keys = np.concatenate([*held_out.prompt_keys()])
     learnt_too = np.zeros(len(keys), bool)
     for part in learnt.prompt_keys():

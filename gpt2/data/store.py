@@ -89,12 +89,7 @@ def open_data(
 
 
 def open_store(place: str | Path) -> Dataset:
-    """The examples of a store, whatever became of its source.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is of another version, or cut short.
-    """
+    """The examples of a store, whatever became of its source; an error says why it has none."""
     place = Path(place)
     if not (place / HEADER).is_file():
         raise FileNotFoundError(f"{place} is no store of tokens: it has no {HEADER}.")
