@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 
+import numpy as np
 import torch
 
 import gpt2
@@ -21,7 +22,7 @@ def main() -> None:
     a = harness.arguments(__doc__, steps=500, seeds=3, base="demo")
     tokenizer = gpt2.Tokenizer()
     data = gpt2.encode(gpt2.read_examples("scripts/data/article.jsonl"), tokenizer, max_length=128)
-    whole = collate([data[i] for i in range(len(data))]).to(torch.device(a.device))
+    whole = collate(data, np.arange(len(data))).to(torch.device(a.device))
     for dtype in (torch.float32, torch.bfloat16):
         ends: list[float] = []
         answers: list[float] = []

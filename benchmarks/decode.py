@@ -13,7 +13,7 @@ import torch
 import gpt2
 import lora
 from benchmarks import harness, models
-from gpt2.decoder import Decoder
+from gpt2.generation import Decoder
 
 SPANS = 5  # timed stretches of up to 32 tokens
 

@@ -27,6 +27,7 @@ from itertools import islice, product
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 import yaml
 
@@ -229,7 +230,7 @@ def held_out_loss(model: gpt2.GPT2, data: gpt2.Dataset, batch_size: int = 64) ->
     total, tokens = torch.zeros((), dtype=torch.float64), 0
     model.eval()
     for start in range(0, len(order), batch_size):
-        batch = collate([data[i] for i in order[start : start + batch_size]]).to(device)
+        batch = collate(data, np.array(order[start : start + batch_size])).to(device)
         total += model(batch.idx, batch.labels).cpu()
         tokens += batch.n_tokens
     return total.item() / tokens

@@ -197,7 +197,7 @@ def padded(
         for start in range(0, len(some) - size + 1, size):
             chosen = some[start : start + size]
             real = int(lengths[chosen].sum())
-            rows = collate([data[int(i)] for i in chosen])
+            rows = collate(data, chosen)
             yield rows.to(torch.device(device)), real
 
 

@@ -10,42 +10,24 @@ Shapes: B prompts · K beams · C candidates · N new tokens · P places before 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gpt2.decoder import prefill, step
-from gpt2.fast.compiling import compiled
-from gpt2.fast.decoding import Repeated
+from gpt2.fast.decoding import Steps
 from gpt2.model import GPT2
 from gpt2.sampling import GenerateConfig
 
-NOTHING = -1
-"""In a history, where there is no token."""
+NOTHING = -1  # in a history, where there is no token
 
 
-class Beams:
+class Beams(Steps):
     """Prompts whose beams are being followed; born with the first new token of each beam.
 
     Each step writes to the tensors where they lie, so that it can be replayed as a CUDA graph, and
-    asks nothing of the device. What is done stays as it is, however many steps follow.
-
-    Args:
-        model: a GPT-2 in eval mode; it must stay as it is.
-        rows: the prompts' ids, as `generate` checks them.
-        config: how to search; no more than `max_new_tokens` fit.
-        compile: run the step through torch.compile.
-
-    Attributes:
-        history: `(B, K, P + N)` the running texts: prompts, right-aligned, where they count, and
-            new tokens, of which `n` are made.
-        scores: `(B, K)` their log-probabilities, best first; -inf where there is no such beam.
-        ended: `(B, K)` the scores of the best texts that have ended, best first.
-        text: `(B, N)` the best of them, and `length` `(B,)` its tokens.
-        open: `(B,)` whether a running text may still come to be among them.
-        failed: `(B,)` after how many new tokens the logits were not finite; -1 for never.
-        cache: the keys and values that attention has seen, K rows a prompt.
+    asks nothing of the device. What is done stays as it is, however many steps follow. Arguments
+    are those of `gpt2.generation.Decoder`.
     """
 
     @torch.no_grad()
@@ -57,13 +39,9 @@ class Beams:
         *,
         compile: bool = False,
     ) -> None:
-        self.model, self.config = model, config
-        self._run = compiled(step) if compile else step
-        device = next(model.parameters()).device
-        B, K, N = len(rows), config.num_beams, config.max_new_tokens
-        self._repeated = Repeated(device, N, compile)
-        slots = self._repeated.slots(max(map(len, rows)) + N, model.config.block_size)
-        logits, self.cache = prefill(model, rows, slots)
+        super().__init__(model, config, compile)
+        B, K, N, device = len(rows), config.num_beams, config.max_new_tokens, self.device
+        logits = self.read(rows)
         self.cache.repeat(K)
         self._shared = min(map(len, rows))  # slots that hold the same in all beams of a prompt
         before = torch.tensor(_before(rows, config), dtype=torch.long, device=device)  # (B, P)
@@ -71,34 +49,24 @@ class Beams:
         self.history = torch.full((B, K, self._before + N), NOTHING, device=device)
         self.history[..., : self._before] = before[:, None]
         kind: Any = {"dtype": torch.float32, "device": device}
+        # The running texts' log-probabilities, best first; -inf where there is no such beam.
         self.scores = torch.full((B, K), -torch.inf, **kind)
         self.scores[:, 0] = 0  # the beams are alike: only one may choose the first tokens
+        # Of those that have ended the best scores, and the best text with its length.
         self.ended = torch.full((B, K), -torch.inf, **kind)
         self.text = torch.zeros(B, N, dtype=torch.long, device=device)
         self.length = torch.zeros(B, dtype=torch.long, device=device)
+        # Whether a running text may still come to be among them; when logits were not finite.
         self.open = torch.ones(B, dtype=torch.bool, device=device)
         self.failed = torch.full((B,), -1, device=device)
         self.n = torch.zeros(1, dtype=torch.long, device=device)
-        self._tokens = torch.zeros(B * K, dtype=torch.long, device=device)
+        self.tokens = torch.zeros(B * K, dtype=torch.long, device=device)
         self._ends = torch.tensor(config.ends, dtype=torch.long, device=device)
         # Of the candidates, this many cannot all have ended: enough are left to go on with.
         self._candidates = K * max(2, 1 + len(config.ends))
         powers = [length**config.length_penalty for length in range(1, N + 1)]
         self._powers = torch.tensor(powers, **kind)  # (N,)
-        self._left = N - 1
         self._extend(logits.repeat_interleave(K, 0))
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Add a token to each running text.
-
-        Raises:
-            RuntimeError: all `max_new_tokens` are made.
-        """
-        if not self._left:
-            raise RuntimeError(f"All {self.text.shape[1]} new tokens that were asked for are made.")
-        self._left -= 1
-        self._repeated(self._step, self._changed)
 
     def are_open(self) -> bool:
         """Whether a prompt is to be followed and none has failed; the host waits for the device."""
@@ -106,20 +74,13 @@ class Beams:
 
     def failures(self) -> dict[int, int]:
         """The prompts whose logits were not finite, and after how many new tokens."""
-        failed: list[int] = cast(Any, self.failed).tolist()
-        return {i: new for i, new in enumerate(failed) if new >= 0}
+        return {i: new for i, new in enumerate(self.failed.tolist()) if new >= 0}
 
     def best(self) -> list[list[int]]:
         """The best text of each prompt, without the token that ended it."""
-        rows: list[list[int]] = cast(Any, self.text).tolist()
-        lengths: list[int] = cast(Any, self.length).tolist()
-        texts = [row[:length] for row, length in zip(rows, lengths, strict=True)]
+        lengths = self.length.tolist()
+        texts = [row[:n] for row, n in zip(self.text.tolist(), lengths, strict=True)]
         return [row[:-1] if row and row[-1] in self.config.ends else row for row in texts]
-
-    def _step(self) -> Tensor:
-        if self._repeated.fixed:
-            self.cache.widen()
-        return self._extend(self._run(self.model, self._tokens, self.cache))
 
     def _extend(self, logits: Tensor) -> Tensor:
         """Take the beams one token further, given logits `(B·K, V)`."""
@@ -138,7 +99,7 @@ class Beams:
         self._go_on(scores.masked_fill(ends, -torch.inf), beams, tokens)
         self.n += 1
         self.open &= self.scores[:, 0] / power > self.ended[:, -1]
-        return self._tokens
+        return self.tokens
 
     def _end(self, scores: Tensor, beams: Tensor, tokens: Tensor) -> None:
         """Keep the best of the candidates that end; only the first K may, with scores `(B, K)`."""
@@ -159,27 +120,21 @@ class Beams:
         history = _followed(self.history, beams)
         self.history.copy_(history.index_copy(2, self.n + self._before, tokens[..., None]))
         self.scores.copy_(scores)
-        self._tokens.copy_(tokens.flatten())
+        self.tokens.copy_(tokens.flatten())
         rows = beams + K * torch.arange(B, device=beams.device)[:, None]
         self.cache.reorder(rows.flatten(), self._shared)
 
     def _changed(self) -> list[Tensor]:
         """The tensors that a step writes to."""
         own = [self.history, self.scores, self.ended, self.text, self.length, self.open]
-        caches = [layer.kv for layer in self.cache.layers]
-        return [*own, self.failed, self.n, self._tokens, self.cache.lengths, *caches]
+        cache = [self.cache.lengths, *self.cache.layers]
+        return [*own, self.failed, self.n, self.tokens, *cache]
 
 
 def continuations(log_probs: Tensor, scores: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The likeliest texts of one token more.
+    """The likeliest texts of one token more: scores, beams and tokens, `(B, C)`, best first.
 
-    Args:
-        log_probs: `(B·K, V)` of each next token.
-        scores: `(B, K)` of the beams.
-        count: of candidates a prompt, C.
-
-    Returns:
-        Scores, beams and tokens, `(B, C)` each, best first.
+    Given the log-probabilities `(B·K, V)` of each next token, and the beams' scores `(B, K)`.
     """
     (B, K), V = scores.shape, log_probs.shape[-1]
     total = (log_probs.view(B, K, V) + scores[..., None]).flatten(1)  # (B, K·V)
@@ -188,13 +143,9 @@ def continuations(log_probs: Tensor, scores: Tensor, count: int) -> tuple[Tensor
 
 
 def forbid_repeats(log_probs: Tensor, history: Tensor, end: Tensor, size: int) -> None:
-    """Set to -inf what would make a run of `size` tokens that `history` holds already.
+    """Set to -inf what would make a run of `size` tokens that `history` `(R, L)` holds already.
 
-    Args:
-        log_probs: `(R, V)`, changed in place.
-        history: `(R, L)`, `NOTHING` where there is no token; there are at least size - 1 places.
-        end: `(1,)` where the next token goes.
-        size: tokens of a run, at least 1.
+    `log_probs` `(R, V)` is changed in place; `end` `(1,)` is where the next token goes.
     """
     runs = history.unfold(1, size, 1)  # (R, L - size + 1, size)
     places = torch.arange(1 - size, 0, device=end.device) + end

@@ -1,14 +1,15 @@
-"""The key-value cache: what attention has seen, kept between calls.
+"""What a position may attend to: the key-value cache, and the documents of a packed row.
 
-Rows are right-padded: row b's tokens fill slots 0, 1, 2, … without gaps, so rows of different
-lengths need no left padding, and a slot past a row's own length is never attended to.
+Rows of a cache are right-padded: row b's tokens fill slots 0, 1, 2, … without gaps, so rows of
+different lengths need no left padding, and a slot past a row's own length is never attended to.
 
-Shapes: B batch · T time · H heads · D head size · S slots a row.
+Shapes: B batch · T time · H heads · D head size · S slots a row, or documents of one.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -16,104 +17,111 @@ from torch import Tensor
 from gpt2.config import GPT2Config
 
 
+class Documents(NamedTuple):
+    """The documents of one row: where each begins and the last ends, `(S + 1,)` int32."""
+
+    starts: Tensor  # so that rows of other documents need nothing compiled or captured anew
+    T: int
+    longest: int  # none has more tokens
+
+    @classmethod
+    def of(cls, idx: Tensor, starts: Tensor, longest: int, cache: object) -> Self:
+        """The documents of `idx` `(1, T)`, checked as far as that asks nothing of a GPU."""
+        if cache is not None:
+            raise ValueError("A cache continues rows of one text: give it or documents, not both.")
+        if idx.dim() != 2 or len(idx) != 1 or idx.is_floating_point() or starts.dim() != 1:
+            raise ValueError(
+                "Documents lie in one row: give idx (1, T) and documents (S + 1,), got "
+                f"{tuple(idx.shape)} and {tuple(starts.shape)}."
+            )
+        T, lengths = idx.shape[1], starts.diff()
+        if starts.device.type == "cpu" and not torch.compiler.is_compiling():
+            first, last, low, high = starts[0], starts[-1], lengths.min(), lengths.max()
+            if (first, last) != (0, T) or low < 0 or high > longest:
+                raise ValueError(
+                    f"Documents must go from 0 to the row's {T} tokens, of 0 to {longest} each; "
+                    f"they go from {first} to {last}, of {low} to {high} each."
+                )
+        return cls(starts.to(torch.int32), T, longest)
+
+    def numbers(self) -> Tensor:
+        """To which document each token belongs, `(T,)`, from 1."""
+        places = torch.arange(self.T, dtype=torch.int32, device=self.starts.device)
+        return torch.searchsorted(self.starts, places, right=True)
+
+    def positions(self) -> Tensor:
+        """The position of each token in its document, `(1, T)`."""
+        places = torch.arange(self.T, device=self.starts.device)
+        return (places - self.starts[self.numbers() - 1])[None]
+
+
+# What each position sees: all before it (None); its own document; or what a tensor (B, 1, T, N),
+# which is added to the scores, leaves over.
+Mask = Tensor | Documents | None
+
+
 @dataclass(frozen=True)
-class Place:
-    """Where the tokens of a call go in the cache, and which slots each of them sees.
-
-    Args:
-        rows, slots: `(B, 1)` and `(B, T)`, each token's row and its own slot there.
-        filled: slots to attend over; none past it holds a token.
-        visible: `(B, 1, T, filled)` to be added to the scores, 0 where a token sees a slot and
-            else -inf; None where the call's tokens are all there is.
-    """
-
-    rows: Tensor
-    slots: Tensor
-    filled: int
-    visible: Tensor | None
-
-
 class LayerCache:
-    """Keys and values that one attention layer has seen.
+    """One layer's part of the cache, for the tokens of one call."""
 
-    Args:
-        kv: `(B, S, 2, H, D)` buffer; a token's key and value lie together, as `c_attn` makes them.
-    """
+    kv: Tensor  # (B, S, 2, H, D): a token's key and value lie together, as `c_attn` makes them
+    rows: Tensor  # (B, 1) and
+    slots: Tensor  # (B, T), where each of the call's tokens goes
+    filled: int  # slots that hold a token, this call's included
 
-    def __init__(self, kv: Tensor) -> None:
-        self.kv = kv
-
-    def write(self, kv: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+    def extend(self, kv: Tensor) -> tuple[Tensor, Tensor]:
         """Store `kv` `(B, T, 2, H, D)`; gives all keys and values, `(B, H, filled, D)` each."""
-        self.kv[place.rows, place.slots] = kv  # a compiler does this in place, unlike a scatter
-        k, v = self.kv[:, : place.filled].permute(2, 0, 3, 1, 4)
+        self.kv[self.rows, self.slots] = kv  # a compiler does this in place, unlike a scatter
+        seen = kv if self.filled == kv.shape[1] else self.kv[:, : self.filled]
+        k, v = seen.permute(2, 0, 3, 1, 4)
         return k, v
 
 
 class KVCache:
-    """One `LayerCache` a block, and how many tokens each row holds.
+    """The keys and values that each layer has seen, and how many tokens each row holds.
 
-    Args:
-        config: the model's.
-        batch: number of rows, B.
-        slots: tokens that fit in a row, S; at most `config.block_size`.
-        dtype, device: the model's.
+    `batch` is the number of rows, and `slots` that of the tokens that fit in one.
     """
 
     def __init__(
-        self,
-        config: GPT2Config,
-        batch: int,
-        slots: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, config: GPT2Config, batch: int, slots: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         if not 1 <= slots <= config.block_size:
             raise ValueError(f"slots must be in 1..{config.block_size} (block_size), got {slots}.")
         shape = (batch, slots, 2, config.n_head, config.n_embd // config.n_head)
         self.slots = slots
-        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)  # (B,) filled slots
-        self.layers = [
-            LayerCache(torch.zeros(shape, dtype=dtype, device=device))
-            for _ in range(config.n_layer)
-        ]
-        # No row holds more than this many tokens: known on the host, so that attention reads the
-        # filled part of the buffers only and asks the device nothing.
+        # No row holds more tokens: known on the host, so that attention reads the filled part of
+        # the buffers only and asks the device nothing.
         self.filled = 0
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
+        self.layers = [
+            torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)
+        ]
 
     def widen(self) -> None:
-        """Let the next token attend over all slots; the mask hides those that are not filled.
-
-        Every step then has the same shapes, as compiled and captured ones must.
-        """
+        """Give the next step the shapes of every other: the mask hides the slots not filled."""
         self.filled = self.slots - 1
 
     def repeat(self, times: int) -> None:
-        """Make of every row so many, side by side."""
+        """Make so many rows of each, side by side."""
         self.lengths = self.lengths.repeat_interleave(times)
-        for layer in self.layers:
-            layer.kv = layer.kv.repeat_interleave(times, 0)
+        self.layers = [kv.repeat_interleave(times, 0) for kv in self.layers]
 
     def reorder(self, rows: Tensor, start: int) -> None:
-        """Let row b hold what row `rows[b]` holds; they are alike before slot `start`, and as long.
+        """Let row b hold what row `rows[b]` `(B,)` holds; all are alike before slot `start`."""
+        for kv in self.layers:
+            kv[:, start : self.filled] = kv[rows, start : self.filled]
 
-        Args:
-            rows: `(B,)`.
-            start: from here on slots are copied.
-        """
-        for layer in self.layers:
-            layer.kv[:, start : self.filled] = layer.kv[rows, start : self.filled]
-
-    def advance(self, positions: Tensor) -> Place:
-        """Make room for tokens at `positions` `(B, T)`, which continue the rows."""
+    def advance(self, positions: Tensor) -> tuple[Tensor | None, list[LayerCache]]:
+        """Make room for tokens at `positions` `(B, T)`: the mask, and each layer's part."""
         T = positions.shape[1]
         self.filled += T
         self.lengths += T
-        visible = None
-        if self.filled > T:
+        mask = None
+        if self.filled > T:  # else the call's tokens are all there is
             slots = torch.arange(self.filled, device=positions.device)
             hidden = slots > positions[:, None, :, None]
-            visible = torch.zeros_like(hidden, dtype=self.layers[0].kv.dtype)
-            visible = visible.masked_fill(hidden, -torch.inf)
+            mask = torch.zeros_like(hidden, dtype=self.layers[0].dtype)
+            mask = mask.masked_fill(hidden, -torch.inf)
         rows = torch.arange(len(self.lengths), device=positions.device)[:, None]
-        return Place(rows, positions, self.filled, visible)
+        return mask, [LayerCache(kv, rows, positions, self.filled) for kv in self.layers]

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from numbers import Real
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, TypeGuard
 
 import torch
 
-from gpt2.faults import listed
-from gpt2.files import read_json
+from gpt2.files import listed, read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +19,7 @@ class GPT2Config:
     """What is needed to build a GPT-2; the defaults are the 124M model's.
 
     Args:
-        n_layer: number of blocks.
-        n_head: attention heads a block; must divide `n_embd`.
+        n_layer, n_head: numbers of blocks, and of attention heads a block, which divide `n_embd`.
         n_embd: width of the residual stream.
         block_size: longest context in tokens (`n_positions` in config.json).
         vocab_size: number of token ids.
@@ -47,19 +44,9 @@ class GPT2Config:
     resid_pdrop: float = 0.1
 
     def __post_init__(self) -> None:
-        faults = [
-            f"{name} must be a positive integer of at most 2**24, got {value!r}"
-            for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
-            if type(value := getattr(self, name)) is not int or not 1 <= value <= 2**24
-        ]
-        faults += [
-            f"{name} must be in [0, 1), got {value!r}"
-            for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")
-            if not (is_number(value := getattr(self, name)) and 0 <= value < 1)
-        ]
-        epsilon = self.layer_norm_epsilon
-        if not (is_number(epsilon) and 0 < epsilon < math.inf):
-            faults.append(f"layer_norm_epsilon must be above 0 and finite, got {epsilon!r}")
+        counts = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+        dropouts = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), "[0, 1)")
+        faults = outside(self, dict.fromkeys(counts, 1), **dropouts, layer_norm_epsilon="(0, inf)")
         if not faults and self.n_embd % self.n_head:
             faults.append(f"n_head {self.n_head} must divide n_embd {self.n_embd}")
         if faults:
@@ -71,28 +58,35 @@ def is_number(value: object) -> TypeGuard[float]:
     return not isinstance(value, bool) and isinstance(value, Real)
 
 
-SIZES = MappingProxyType(
-    {
-        "gpt2": GPT2Config(),
-        "gpt2-medium": GPT2Config(n_layer=24, n_head=16, n_embd=1024),
-        "gpt2-large": GPT2Config(n_layer=36, n_head=20, n_embd=1280),
-        "gpt2-xl": GPT2Config(n_layer=48, n_head=25, n_embd=1600),
-    }
-)
-"""The four published sizes by their names on the Hub."""
+def outside(config: object, least: Mapping[str, int], **intervals: str) -> list[str]:
+    """What is wrong with a config: integers below their least, numbers outside "[0, 1)" or so.
 
-# GPT2Config's fields by their names in config.json.
-_FIELDS = {
-    "n_layer": "n_layer",
-    "n_head": "n_head",
-    "n_embd": "n_embd",
-    "n_positions": "block_size",
-    "vocab_size": "vocab_size",
-    "layer_norm_epsilon": "layer_norm_epsilon",
-    "embd_pdrop": "embd_pdrop",
-    "attn_pdrop": "attn_pdrop",
-    "resid_pdrop": "resid_pdrop",
+    A field whose default is None may be None.
+    """
+    faults: list[str] = []
+    for name in (*least, *intervals):
+        value = getattr(config, name)
+        if value is None and getattr(type(config), name) is None:
+            continue
+        if name in least and (type(value) is not int or value < least[name]):
+            faults.append(f"{name} must be an integer of at least {least[name]}, got {value!r}")
+        elif interval := intervals.get(name):
+            low, high = map(float, interval[1:-1].split(","))
+            if not (is_number(value) and low <= value <= high) or (
+                (value == low and interval[0] == "(") or (value == high and interval[-1] == ")")
+            ):
+                faults.append(f"{name} must be in {interval}, got {value!r}")
+    return faults
+
+
+# The four published sizes by their names on the Hub.
+SIZES: Mapping[str, GPT2Config] = {
+    "gpt2": GPT2Config(),
+    "gpt2-medium": GPT2Config(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": GPT2Config(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": GPT2Config(n_layer=48, n_head=25, n_embd=1600),
 }
+
 # What else config.json may ask for, with the values that this model answers to.
 _ACCEPTED: dict[str, tuple[Any, ...]] = {
     "model_type": ("gpt2",),
@@ -107,11 +101,7 @@ _END_OF_TEXT = 50256  # the id that begins and ends a text
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """GPT2Config's fields that config.json states.
-
-    Raises:
-        ValueError: listing what it asks for that this model does not do.
-    """
+    """GPT2Config's fields that config.json states, or all that it asks for and is not done here."""
     stated = read_json(file)
     width = stated.get("n_embd")
     accepted = {**_ACCEPTED, "n_inner": (None, 4 * width if type(width) is int else None)}
@@ -121,19 +111,18 @@ def read_config(file: Path) -> dict[str, Any]:
         if stated.get(key, values[0]) not in values
     ]:
         raise ValueError(f"{file} asks for what this GPT-2 does not do: {listed(faults)}.")
-    return {field: stated[key] for key, field in _FIELDS.items() if key in stated}
+    stated["block_size"] = stated.get("n_positions", GPT2Config.block_size)
+    return {field: stated[field] for field in asdict(GPT2Config()) if field in stated}
 
 
 def dump_config(config: GPT2Config, dtype: torch.dtype) -> str:
     """config.json, byte for byte the same for the same model."""
-    stated = {key: getattr(config, field) for key, field in _FIELDS.items()}
+    stated = asdict(config)
+    stated["n_positions"] = stated["n_ctx"] = stated.pop("block_size")
     stated |= {key: values[0] for key, values in _ACCEPTED.items()}
-    end = _END_OF_TEXT if config.vocab_size > _END_OF_TEXT else None
-    stated |= {
-        "architectures": ["GPT2LMHeadModel"],
-        "bos_token_id": end,
-        "dtype": str(dtype).removeprefix("torch."),
-        "eos_token_id": end,
-        "n_ctx": config.block_size,
-    }
+    stated["bos_token_id"] = stated["eos_token_id"] = (
+        _END_OF_TEXT if config.vocab_size > _END_OF_TEXT else None
+    )
+    stated["architectures"] = ["GPT2LMHeadModel"]
+    stated["dtype"] = str(dtype).removeprefix("torch.")
     return json.dumps(stated, indent=2, sort_keys=True) + "\n"

@@ -1,15 +1,35 @@
-"""Files of a folder, read strictly and written all together or not at all."""
+"""Files written all together or not at all, and error messages of a bounded length."""
 
 from __future__ import annotations
 
 import json
 import os
 import tempfile
-from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+LONGEST = 200  # characters of one fault; what a file holds may be megabytes long
+TOTAL = 1600  # characters of all of them: the message around them has room for 400
+
+
+def listed(faults: Sequence[str]) -> str:
+    """The faults in one line, "; " between them: as many as fit, then how many more there are."""
+    shown: list[str] = []
+    room = TOTAL
+    for fault in faults:
+        text = fault if len(fault) <= LONGEST else f"{fault[: LONGEST - 51]}…{fault[-50:]}"
+        room -= len(text) + 2
+        if room < 0:
+            break
+        shown.append(text)
+    more = len(faults) - len(shown)
+    return "; ".join(shown) + (f"; and {more} more" if more else "")
 
 
 @contextmanager
@@ -17,7 +37,8 @@ def written(folder: str | Path) -> Generator[Path]:
     """An empty folder to write files to, which are then moved to `folder`.
 
     They are on the disk before the first is moved. After an error, such as a full disk, nothing
-    has changed. Files get the modes that the umask says.
+    has changed. The first by name is out of the way while the others are moved: a process that is
+    killed leaves no new config beside old weights, but none.
     """
     if folder == "":  # which would be the folder one is in
         raise ValueError("'' is no path of a folder.")
@@ -25,44 +46,60 @@ def written(folder: str | Path) -> Generator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as made:
         yield Path(made)
-        files = sorted(Path(made).iterdir())
-        plain = Path(made, ".plain")
-        plain.touch()
-        for file in files:
-            file.chmod(plain.stat().st_mode)  # some libraries write for the owner only
+        first, *others = sorted(Path(made).iterdir())
+        for file in (first, *others):
             with file.open("rb") as f:
                 os.fsync(f.fileno())
-        for file in files:
-            os.replace(file, folder / file.name)
+        old, before = folder / first.name, Path(made, ".before")
+        withdrawn = bool(others) and old.is_file() and old.read_bytes() != first.read_bytes()
+        if withdrawn:
+            os.replace(old, before)
+        try:
+            for file in (*others, first):
+                os.replace(file, folder / file.name)
+        except BaseException:
+            if withdrawn and others[0].exists():
+                os.replace(before, old)
+            raise
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object that a JSON file holds.
-
-    Raises:
-        ValueError: it holds none, names a key twice, or is nested too deep to be read.
-    """
+    """The object that a JSON file holds; a ValueError says why it holds none."""
     try:
-        text = file.read_text(encoding="utf-8")
-        found = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
-    except ValueError as error:  # not UTF-8, not JSON, or a key that comes twice
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}.") from None
-    except RecursionError:
-        raise ValueError(f"{file} is nested too deep to be read.") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} must hold a JSON object, found {type(found).__name__}.")
-    return cast(dict[str, Any], found)
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a JSON object, found {type(content).__name__}.")
+    return content
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object, in which Python's own reader lets the last of two equal keys win."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {key[:100]!r} comes twice")
-    return found
+def gathered(tensors: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    """The whole tensors in the host's memory; None in a process that does not write them.
+
+    Where each of several processes holds a part of a tensor, all of them call this, before any
+    file is touched, so that nobody waits for a process that fails.
+    """
+    writes = not any(map(is_sharded, tensors.values())) or torch.distributed.get_rank() == 0
+    whole: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach()
+        tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
+        if writes:
+            whole[name] = tensor.cpu().contiguous()
+    return whole if writes else None
 
 
-def _refuse(constant: str) -> Any:
-    """NaN and Infinity, which Python's own reader takes."""
-    raise ValueError(f"{constant} is no number of JSON's")
+def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file and wait until the disk has it; the same tensors, the same bytes."""
+    file.touch()
+    mode = file.stat().st_mode  # of the umask; the library writes for the owner only
+    save_file(tensors, file, metadata)
+    file.chmod(mode)
+    with file.open("rb") as f:
+        os.fsync(f.fileno())
+
+
+def is_sharded(tensor: object) -> bool:
+    """Whether each of several processes holds a part of it."""
+    return hasattr(tensor, "full_tensor")

@@ -1,33 +1,37 @@
-"""Text from a GPT-2, whole or as it comes.
+"""Text from a GPT-2, whole or as it comes: read the prompts once, then feed each new token back.
 
-How each token is made is in `gpt2.decoder`, and how the best of several texts is found in
-`gpt2.beams`.
+Shapes: B rows (prompts) · V vocab.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor
 
 from gpt2.beams import Beams
 from gpt2.config import GPT2Config
-from gpt2.decoder import GREEDY, Decoder
-from gpt2.fast.decoding import burst
-from gpt2.faults import listed
-from gpt2.model import GPT2
-from gpt2.prompts import Prompts, check, token_rows
-from gpt2.sampling import GenerateConfig
+from gpt2.fast.decoding import Steps
+from gpt2.files import listed
+from gpt2.model import GPT2, in_mode
+from gpt2.sampling import (
+    GenerateConfig,
+    apply_repetition_penalty,
+    greedy,
+    sample,
+    tokens_seen,
+    uniform_numbers,
+)
+
+GREEDY = GenerateConfig()  # 40 tokens, until the end of the text
+Prompts = Tensor | Sequence[Sequence[int]] | Sequence[Tensor]
 
 
 def generate(
-    model: GPT2,
-    prompts: Prompts,
-    config: GenerateConfig = GREEDY,
-    *,
-    compile: bool = False,
+    model: GPT2, prompts: Prompts, config: GenerateConfig = GREEDY, *, compile: bool = False
 ) -> list[list[int]]:
     """Continue each prompt.
 
@@ -54,11 +58,10 @@ def generate(
             after which token. On a GPU it is noticed once a burst.
     """
     rows = _checked(model, prompts, config)
-    look = burst(next(model.parameters()).device)
     if config.num_beams > 1:
-        return _searched(model, rows, config, look, compile) if rows else []
+        return _searched(model, rows, config, compile) if rows else []
     texts: list[list[int]] = [[] for _ in rows]
-    for tokens in _stream(model, rows, config, look, compile) if rows else ():
+    for tokens in _stream(model, rows, config, compile) if rows else ():
         for text, token in zip(texts, tokens, strict=True):
             if token is not None:
                 text.append(token)
@@ -66,11 +69,7 @@ def generate(
 
 
 def stream(
-    model: GPT2,
-    prompts: Prompts,
-    config: GenerateConfig = GREEDY,
-    *,
-    compile: bool = False,
+    model: GPT2, prompts: Prompts, config: GenerateConfig = GREEDY, *, compile: bool = False
 ) -> Iterator[list[int | None]]:
     """As `generate`, token by token: each item holds one token a row, None for rows that stopped.
 
@@ -83,22 +82,77 @@ def stream(
     if config.num_beams > 1:
         raise ValueError(f"num_beams {config.num_beams} gives no tokens one by one: use generate.")
     rows = _checked(model, prompts, config)
-    return _stream(model, rows, config, 1, compile) if rows else iter(())
+    return _stream(model, rows, config, compile, look=1) if rows else iter(())
+
+
+class Decoder(Steps):
+    """Prompts that are being continued; born with the first new token of each.
+
+    A step adds a token to each row, also to rows that have ended: when to stop is the caller's.
+
+    Args:
+        model, config, compile: as for `Steps`.
+        rows: the prompts' ids, as `generate` checks them.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: GPT2,
+        rows: Sequence[Sequence[int]],
+        config: GenerateConfig = GREEDY,
+        *,
+        compile: bool = False,
+    ) -> None:
+        super().__init__(model, config, compile)
+        B, new, long = len(rows), config.max_new_tokens, torch.long
+        logits = self.read(rows)
+        # Which tokens a row holds, (B, V); random numbers, (new, B, 2).
+        self.seen = tokens_seen(rows, logits) if config.repetition_penalty != 1 else None
+        self.uniform = uniform_numbers(B, config).to(self.draws_on)
+        # New tokens, of which n are made; -1 where logits were not finite. The last of each row.
+        self.text = torch.zeros(new, B, dtype=long, device=self.device)
+        self.n = torch.zeros(1, dtype=long, device=self.device)
+        self.tokens = torch.zeros(B, dtype=long, device=self.device)
+        self._extend(logits)
+
+    def _extend(self, logits: Tensor) -> Tensor:
+        """Choose a token a row from logits `(B, V)`, and write it down."""
+        if self.seen is not None:
+            penalty = self.config.repetition_penalty
+            logits = apply_repetition_penalty(logits.float(), self.seen, penalty)
+        if self.config.temperature:
+            uniform = self.uniform[self.n.to(self.uniform.device)][0]  # (B, 2)
+            chosen = sample(logits, self.config, uniform)
+        else:
+            chosen = greedy(logits)
+        self.text[self.n] = chosen
+        self.n += 1
+        torch.clamp(chosen, min=0, out=self.tokens)  # -1 is no id to feed back
+        if self.seen is not None:
+            self.seen.scatter_(1, self.tokens[:, None], True)
+        return self.tokens
+
+    def _changed(self) -> list[Tensor]:
+        """The tensors that a step writes to."""
+        seen = [] if self.seen is None else [self.seen]
+        return [self.text, self.n, self.tokens, self.cache.lengths, *self.cache.layers, *seen]
 
 
 def _stream(
-    model: GPT2, rows: list[list[int]], config: GenerateConfig, look: int, compile: bool
+    model: GPT2, rows: list[list[int]], config: GenerateConfig, compile: bool, look: int = 0
 ) -> Iterator[list[int | None]]:
-    """Tokens as they come, of which the host looks at `look` a time."""
-    with _evaluating(model):
+    """Tokens as they come, of which the host looks at `look` a time, or at a burst."""
+    with in_mode(model, training=False):
         decoder = Decoder(model, rows, config, compile=compile)
     running, ends = [True] * len(rows), set(config.ends)
+    look = look or decoder.burst
     for start in range(0, config.max_new_tokens, look):
         stop = min(start + look, config.max_new_tokens)
-        with _evaluating(model):
+        with in_mode(model, training=False):
             for _ in range(max(start, 1), stop):
                 decoder.step()
-        for new, ids in enumerate(decoder.fetched(start, stop), start):
+        for new, ids in enumerate(decoder.text[start:stop].tolist(), start):
             running = [runs and t not in ends for runs, t in zip(running, ids, strict=True)]
             if not any(running):
                 return
@@ -108,13 +162,13 @@ def _stream(
 
 
 def _searched(
-    model: GPT2, rows: list[list[int]], config: GenerateConfig, look: int, compile: bool
+    model: GPT2, rows: list[list[int]], config: GenerateConfig, compile: bool
 ) -> list[list[int]]:
-    """The best text of each row, by beam search; the host looks every `look` tokens."""
-    with _evaluating(model):
+    """The best text of each row, by beam search; the host looks once a burst."""
+    with in_mode(model, training=False):
         beams = Beams(model, rows, config, compile=compile)
         for new in range(1, config.max_new_tokens):
-            if new % look == 0 and not beams.are_open():
+            if new % beams.burst == 0 and not beams.are_open():
                 break
             beams.step()
     _refuse_not_finite(beams.failures(), rows)
@@ -123,11 +177,8 @@ def _searched(
 
 def _refuse_not_finite(failed: Mapping[int, int], rows: list[list[int]]) -> None:
     """Given the rows that failed, and after how many new tokens."""
-    if failed:
-        where = [
-            f"prompt {i} after its {len(rows[i])} tokens and {new} new ones"
-            for i, new in failed.items()
-        ]
+    after = "prompt {} after its {} tokens and {} new ones".format
+    if where := [after(i, len(rows[i]), new) for i, new in failed.items()]:
         raise RuntimeError(
             f"The logits are not finite: {listed(where)}. Look for NaN or too large numbers in "
             "the weights and the adapters, or use a dtype with a wider range."
@@ -136,27 +187,32 @@ def _refuse_not_finite(failed: Mapping[int, int], rows: list[list[int]]) -> None
 
 def _checked(model: GPT2, prompts: Prompts, config: GenerateConfig) -> list[list[int]]:
     """The prompts' ids, if this is a model that can continue them."""
-    found: Any = model  # a wrapper that hands on what it wraps, as torch.compile's does, is fine
-    if not isinstance(getattr(found, "config", None), GPT2Config):
-        raise ValueError(
-            f"generate takes a gpt2.GPT2, got {type(found).__name__}. Is the model wrapped in "
-            "another, such as DataParallel? Pass the one inside."
-        )
+    # A wrapper that hands on what it wraps, as torch.compile's does, is fine.
+    if not isinstance(getattr(model, "config", None), GPT2Config):
+        raise ValueError(f"generate takes a gpt2.GPT2, got {type(model).__name__}.")
     if next(model.parameters()).is_meta:
         raise ValueError("The model is on the meta device, where it has no weights: load some.")
-    rows = token_rows(prompts)
-    check(rows, model.config, config.max_new_tokens)
-    return rows
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Generator[None]:
-    """Eval mode inside; afterwards every module is in the mode that it was in."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
+    limit, vocab, new = model.config.block_size, model.config.vocab_size, config.max_new_tokens
+    given: Any = prompts.tolist() if isinstance(prompts, Tensor) else prompts
+    rows: list[list[int]] = []
+    faults: list[str] = []
     try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+        for i, prompt in enumerate(given):
+            ids = prompt.tolist() if isinstance(prompt, Tensor) else prompt
+            row = [operator.index(token) for token in ids]
+            if not row:
+                faults.append(f"prompt {i} is empty (start with the end-of-text id instead)")
+            elif not 0 <= min(row) <= max(row) < vocab:
+                faults.append(f"prompt {i} holds ids outside 0..{vocab - 1}")
+            elif len(row) + new > limit:
+                passes = f"with {new} new ones passes the context of {limit}"
+                faults.append(f"prompt {i} has {len(row)} tokens, and {passes}")
+            rows.append(row)
+    except TypeError as error:
+        raise ValueError(
+            f"Prompts must be lists of token ids ({error}): pass [tokenizer.encode(text)], and "
+            "one prompt as [prompt]."
+        ) from None
+    if faults:
+        raise ValueError(f"Nothing was generated: {listed(faults)}.")
+    return rows

@@ -2,56 +2,95 @@
 
 Read from the bottom up for the whole (`GPT2`), from the top down for the parts. Nothing here knows
 of LoRA: an adapter replaces a layer such as `transformer.h.0.attn.c_attn` from outside. What
-comes from `gpt2.fast` computes what its name says (`attend`, `summed_loss`), only faster.
+comes from `gpt2.fast` computes what its name says (`attend`, `linear`, `drop`), only faster.
 
 Shapes: B batch · T time · C n_embd · H heads · D head size · V vocab.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Self
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gpt2 import pretrained
-from gpt2.cache import KVCache, LayerCache, Place
+from gpt2.cache import Documents, KVCache, LayerCache, Mask
 from gpt2.config import GPT2Config
-from gpt2.fast import head
-from gpt2.fast.attention import Documents, Drops, attend
-from gpt2.fast.compiling import through
-from gpt2.layers import Conv1D, Dropout, LMHead
+from gpt2.fast.attention import attend
+from gpt2.fast.dropout import drop
+from gpt2.fast.head import summed_loss
+from gpt2.fast.products import linear
+
+
+class Conv1D(nn.Module):
+    """A linear layer whose weight is stored `(in, out)`, as the published GPT-2 stores it."""
+
+    slices: tuple[str, ...] = ()  # names of the equal parts of the output, such as q, k and v
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(in_features, out_features))
+        self.bias = nn.Parameter(torch.empty(out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(…, in)` to `(…, out)`: `x W + b`."""
+        return linear(x, self.weight.t(), self.bias)
+
+    def extra_repr(self) -> str:
+        return "in_features={}, out_features={}".format(*self.weight.shape)
+
+
+class LMHead(nn.Linear):
+    """The map from hidden states to logits: `x Wᵀ`."""
+
+    computes_linear = True  # so that others may take it for the nn.Linear that it is
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map `(…, C)` to `(…, V)`."""
+        return linear(input, self.weight)
+
+
+class Dropout(nn.Dropout):
+    """Zeros at random in training mode, and the rest scaled up so that the mean stays.
+
+    A population sets `drops`, which then drops in place of torch's own random numbers.
+    """
+
+    drops: Callable[[Tensor, float], Tensor] | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map `(…)` to `(…)`."""
+        if not (self.training and self.p):
+            return input
+        return drop(input, self.p)[0] if self.drops is None else self.drops(input, self.p)
 
 
 class CausalSelfAttention(nn.Module):
     """Multi-head attention in which no position sees a later one."""
 
+    drops: Callable[[Tensor, float], Tensor] | None = None  # as `Dropout.drops`
+
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.n_head = config.n_head
         self.attn_pdrop = config.attn_pdrop
-        self.drops: Drops | None = None  # as `Dropout.drops`
         self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)
         self.c_attn.slices = ("q", "k", "v")
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
         self.resid_dropout = Dropout(config.resid_pdrop)
 
-    def forward(
-        self, x: Tensor, cache: LayerCache | None = None, place: Place | Documents | None = None
-    ) -> Tensor:
-        """Attend over `x` `(B, T, C)`, and over what the cache holds; a document over itself."""
+    def forward(self, x: Tensor, mask: Mask = None, cache: LayerCache | None = None) -> Tensor:
+        """Attend over `x` `(B, T, C)` and over what the cache holds, as far as the mask allows."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
-        visible = place if isinstance(place, Documents) else None
-        if cache is not None and isinstance(place, Place):
-            every_k, every_v = cache.write(qkv[:, :, 1:], place)
-            if (visible := place.visible) is not None:
-                k, v = every_k, every_v
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # (B, H, T, D) each
+        if cache is not None:
+            k, v = cache.extend(kv=qkv[:, :, 1:])
         p = self.attn_pdrop if self.training else 0.0
-        y = attend(q, k, v, visible, p, self.drops)  # (B, H, T, D)
+        y = attend(q, k, v, mask, p, self.drops)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
@@ -80,11 +119,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x: Tensor, cache: LayerCache | None = None, place: Place | Documents | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask = None, cache: LayerCache | None = None) -> Tensor:
         """Map the stream `(B, T, C)` to the stream `(B, T, C)`."""
-        x = x + self.attn(self.ln_1(x), cache, place)
+        x = x + self.attn(self.ln_1(x), mask, cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -99,52 +136,45 @@ class Transformer(nn.Module):
         self.drop = Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.checkpointing = False  # keep only the blocks' inputs for backward, recompute the rest
-        self.compiling = False  # run the blocks, unless there is a cache, through torch.compile
-        self.longest: int | None = None  # tokens of a row's longest document, the context's if None
-        self.smoothing = 0.0  # share of a target that the loss spreads over all tokens
 
     def forward(
-        self, idx: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
+        self,
+        idx: Tensor,
+        cache: KVCache | None = None,
+        documents: Tensor | None = None,
+        longest: int | None = None,
     ) -> Tensor:
-        """Hidden states `(B, T, C)` of the token ids `idx` `(B, T)`, after the last LayerNorm.
-
-        With a cache, `idx` continues each row after the `cache.lengths` tokens that it holds.
-
-        Raises:
-            ValueError: `idx` is not a (B, T) tensor of integers, or does not fit the context.
-        """
-        apart = Documents.of(idx, documents, self.longest or self.config.block_size, cache)
-        positions = self._positions(idx, cache) if apart is None else apart.positions()
-        if cache is None:
-            how = {"compiling": self.compiling, "checkpointing": self.checkpointing}
-            x = through(_embed, self, idx, positions, compiling=self.compiling)
-            for block in self.h:
-                x = through(block, x, None, apart, **how)
+        """Hidden states `(B, T, C)` after the last LayerNorm; arguments as `GPT2.forward`."""
+        mask: Mask = None
+        layers: Sequence[LayerCache | None] = [None] * len(self.h)
+        if documents is not None:
+            mask = Documents.of(idx, documents, longest or self.config.block_size, cache)
+            positions = mask.positions()
         else:
-            x, place = _embed(self, idx, positions), cache.advance(positions)
-            for block, layer in zip(self.h, cache.layers, strict=True):
-                x = block(x, layer, place)
+            positions = self._positions(idx, cache)
+            if cache is not None:
+                mask, layers = cache.advance(positions)
+        x = self.embed(idx, positions)
+        for block, layer in zip(self.h, layers, strict=True):
+            x = block(x, mask, layer)
         return self.ln_f(x)
+
+    def embed(self, idx: Tensor, positions: Tensor) -> Tensor:
+        """The stream that the first block reads."""
+        return self.drop(self.wte(idx) + self.wpe(positions))
 
     def _positions(self, idx: Tensor, cache: KVCache | None) -> Tensor:
         """The position of every token, `(1, T)` or with a cache `(B, T)`."""
         if idx.dim() != 2 or idx.dtype not in (torch.int32, torch.int64):
-            found = f"{tuple(idx.shape)} {idx.dtype}"
-            raise ValueError(f"idx must be (B, T) integers, got {found}: give int32 or int64.")
+            given = f"{tuple(idx.shape)} {idx.dtype}"
+            raise ValueError(f"idx must be (B, T) integers, got {given}: give int32 or int64.")
         T, limit = idx.shape[1], self.config.block_size if cache is None else cache.slots
         start = 0 if cache is None else cache.filled
         if not 1 <= T <= limit - start:
-            raise ValueError(
-                f"{start + T} tokens do not fit: this context takes 1 to {limit} tokens a row. "
-                "Shorten the text or split it."
-            )
+            fits = f"this context takes 1 to {limit} tokens a row. Shorten the text or split it"
+            raise ValueError(f"{start + T} tokens do not fit: {fits}.")
         steps = torch.arange(T, device=idx.device)
         return steps[None] if cache is None else cache.lengths[:, None] + steps
-
-
-def _embed(transformer: Transformer, idx: Tensor, positions: Tensor) -> Tensor:
-    return transformer.drop(transformer.wte(idx) + transformer.wpe(positions))
 
 
 class GPT2(nn.Module):
@@ -175,6 +205,10 @@ class GPT2(nn.Module):
         labels: Tensor | None = None,
         cache: KVCache | None = None,
         documents: Tensor | None = None,
+        *,
+        longest: int | None = None,
+        smoothing: float = 0.0,
+        compile: bool = False,
     ) -> Tensor:
         """Logits `(B, T, V)` of the next token after each of `idx` `(B, T)`; with labels the loss.
 
@@ -182,40 +216,57 @@ class GPT2(nn.Module):
             idx: token ids.
             labels: `(B, T)`, beside the ids: the token at that position, or `gpt2.IGNORE` where it
                 is not to be learnt. The shift by one happens here.
-            cache: what came before; see `Transformer.forward`.
-            documents: `(S + 1,)`, where each text of a row of several begins, and the last ends.
+            cache: `idx` continues each row after the `cache.lengths` tokens that it holds.
+            documents: `(S + 1,)`, where each text of the one row begins, and the last ends.
+            longest: tokens of the longest of them; the context's length if None.
+            smoothing: share of each target that the loss spreads evenly over all tokens.
+            compile: run the loss through torch.compile where that is faster.
 
         Returns:
             Logits; or, given labels, the cross-entropy summed over the supervised tokens, a scalar
             of float32 at least. A sum over parts of a batch is the batch's, a mean would not be.
 
         Raises:
-            ValueError: as `Transformer.forward`; labels or documents that do not fit the ids.
+            ValueError: ids that are no (B, T) integers or do not fit the context; labels or
+                documents that do not fit the ids.
         """
         if labels is not None and labels.shape != idx.shape:
             shapes = f"labels {tuple(labels.shape)} and token ids {tuple(idx.shape)}"
             raise ValueError(f"{shapes} differ: give each id its label, or gpt2.IGNORE.")
-        x = self.transformer(idx, cache, documents)  # (B, T, C)
+        x = self.transformer(idx, cache, documents, longest)  # (B, T, C)
         if labels is None:
             return self.lm_head(x)
-        compiling, smoothing = self.transformer.compiling, self.transformer.smoothing
-        return head.summed_loss(self.lm_head, x, labels, compiling=compiling, smoothing=smoothing)
+        return summed_loss(self.lm_head, x, labels, compiling=compile, smoothing=smoothing)
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        name: str | Path,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        dropout: float | None = None,
-        mmap: bool = True,
-    ) -> Self:
-        """Load published weights; see `gpt2.pretrained.load` for names, layouts and errors."""
-        model = pretrained.load(cls, name, dtype=dtype, device=device, dropout=dropout, mmap=mmap)
-        model.name_or_path = str(name)
-        return model
+    def prefill(self, rows: Sequence[Sequence[int]], slots: int) -> tuple[Tensor, KVCache]:
+        """Read prompts of any lengths: logits `(B, V)` after the last token of each, and a cache.
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors`; see `gpt2.pretrained.save`."""
-        pretrained.save(self, self.config, folder)
+        The cache has so many slots a row.
+        """
+        weight, lengths = self.lm_head.weight, [len(row) for row in rows]
+        device, kind = weight.device, weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        cache = KVCache(self.config, len(rows), slots, dtype, device)
+        padded = [[*row, *[0] * (max(lengths) - len(row))] for row in rows]
+        hidden = self.transformer(torch.tensor(padded, device=device), cache)  # (B, T, C)
+        # The padding's slots are overwritten before they are ever seen.
+        cache.lengths = torch.tensor(lengths, device=device)
+        last = hidden[torch.arange(len(rows), device=device), cache.lengths - 1]
+        return self.lm_head(last), cache
+
+    from_pretrained = classmethod(pretrained.load)
+    save_pretrained = pretrained.save
+
+
+@contextmanager
+def in_mode(model: nn.Module, *, training: bool) -> Generator[None]:
+    """The whole model in one mode within, every module in its own mode after."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        if any(mode is not training for _, mode in modes):
+            model.train(training)
+        yield
+    finally:
+        for module, mode in modes:
+            if module.training is not mode:  # an assignment takes a module longer than a look
+                module.training = mode

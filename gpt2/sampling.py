@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gpt2.config import is_number
-from gpt2.faults import listed
+from gpt2.config import is_number, outside
+from gpt2.files import listed
 
-COLDEST = 1e-20
-"""The lowest temperature but 0: logits up to 10¹⁸ may be divided by it in float32."""
+COLDEST = 1e-20  # the lowest temperature but 0: logits up to 10¹⁸ may be divided by it in float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,26 +56,23 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         least = {"max_new_tokens": 1, "top_k": 1, "seed": 0, "num_beams": 1, "no_repeat_ngram": 1}
-        optional = ("top_k", "no_repeat_ngram")
-        faults = [
-            f"{name} must be an integer of at least {low}, got {value!r}"
-            for name, low in least.items()
-            if (value := getattr(self, name)) is not None or name not in optional
-            if type(value) is not int or value < low
-        ]
-        temperature, top_p, penalty = self.temperature, self.top_p, self.repetition_penalty
-        warm = is_number(temperature) and COLDEST <= temperature < math.inf
-        if not warm and (temperature != 0 or isinstance(temperature, bool)):
-            faults.append(
-                f"temperature must be 0 (greedy) or at least {COLDEST}, got {temperature!r}"
-            )
-        if top_p is not None and not (is_number(top_p) and 0 < top_p <= 1):
-            faults.append(f"top_p must be in (0, 1], got {top_p!r}")
-        if not (is_number(penalty) and 0 < penalty < math.inf):
-            faults.append(f"repetition_penalty must be above 0, got {penalty!r}")
+        intervals = {"temperature": "[0, inf)", "top_p": "(0, 1]", "repetition_penalty": "(0, inf)"}
+        faults = outside(self, least, **intervals, length_penalty="(-inf, inf)")
+        if is_number(self.temperature) and 0 < self.temperature < COLDEST:
+            faults.append(f"temperature must be 0 or at least {COLDEST}, got {self.temperature!r}")
         if type(self.seed) is int and self.seed >= 2**62:
             faults.append(f"seed must be below 2**62, got {self.seed!r}")
-        faults += self._faulty_ends() + self._faulty_beams()
+        if not all(type(end) is int and end >= 0 for end in self.ends):
+            faults.append(f"eos must be ids of at least 0, or None, got {self.eos!r}")
+        if self.no_repeat_prompt and self.no_repeat_ngram is None:
+            faults.append("no_repeat_prompt takes a no_repeat_ngram")
+        beams = ("length_penalty", "no_repeat_ngram", "no_repeat_prompt")
+        draws = ("temperature", "top_k", "top_p", "repetition_penalty")
+        names = beams if self.num_beams == 1 else draws
+        other = [n for n in names if getattr(self, n) != getattr(GenerateConfig, n)]
+        if other:
+            count = "at least 2" if self.num_beams == 1 else "1"
+            faults.append(f"{', '.join(other)} takes num_beams of {count}, got {self.num_beams!r}")
         if faults:
             raise ValueError(f"GenerateConfig: {listed(faults)}.")
 
@@ -86,31 +82,6 @@ class GenerateConfig:
         if self.eos is None:
             return ()
         return self.eos if isinstance(self.eos, tuple) else (self.eos,)
-
-    def _faulty_ends(self) -> list[str]:
-        if all(type(end) is int and end >= 0 for end in self.ends):
-            return []
-        return [f"eos must be an integer of at least 0, a tuple of such, or None, got {self.eos!r}"]
-
-    def _faulty_beams(self) -> list[str]:
-        faults: list[str] = []
-        if not (is_number(self.length_penalty) and math.isfinite(self.length_penalty)):
-            faults.append(f"length_penalty must be finite, got {self.length_penalty!r}")
-        if type(self.no_repeat_prompt) is not bool:
-            faults.append(f"no_repeat_prompt must be True or False, got {self.no_repeat_prompt!r}")
-        if self.no_repeat_prompt and self.no_repeat_ngram is None:
-            faults.append("no_repeat_prompt takes a no_repeat_ngram")
-        beams = ("length_penalty", "no_repeat_ngram", "no_repeat_prompt")
-        draws = ("temperature", "top_k", "top_p", "repetition_penalty")
-        searches = self.num_beams != 1
-        if odd := [n for n in (draws if searches else beams) if getattr(self, n) != _default(n)]:
-            count = "1" if searches else "at least 2"
-            faults.append(f"{', '.join(odd)} takes num_beams of {count}, got {self.num_beams!r}")
-        return faults
-
-
-def _default(name: str) -> object:
-    return getattr(GenerateConfig, name)
 
 
 def uniform_numbers(rows: int, config: GenerateConfig) -> Tensor:
@@ -133,22 +104,12 @@ def tokens_seen(rows: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
 
 
 def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Divide the positive logits of seen tokens by `penalty`, and multiply the negative ones.
-
-    Args:
-        logits: `(B, V)`.
-        seen: `(B, V)` booleans, true for the tokens that a row holds.
-        penalty: above 1 discourages.
+    """Divide the positive logits of `seen` tokens by `penalty`, and multiply the negative ones.
 
     Source: Keskar et al. 2019, "CTRL", section 4.1, as transformers applies it.
     """
     penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
     return torch.where(seen, penalised, logits)
-
-
-def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
-    """Sharpen (below 1) or flatten (above 1) the distribution of `logits` `(B, V)`."""
-    return logits / temperature
 
 
 def apply_top_k(logits: Tensor, k: int) -> Tensor:
@@ -177,19 +138,15 @@ def greedy(logits: Tensor) -> Tensor:
 def sample(logits: Tensor, config: GenerateConfig, uniform: Tensor) -> Tensor:
     """The next token `(B,)` of each row; -1 where its logits hold NaN or +inf, or are all -inf.
 
-    Nothing is asked of the device, so that this can run in a CUDA graph: the caller looks for -1.
-
-    Args:
-        logits: `(B, V)`, after the repetition penalty.
-        config: temperature, top-k and top-p, applied in this order as transformers does.
-        uniform: `(B, 2)` float64 random numbers in [0, 1), on the logits' device or on the CPU:
-            where they lie the token is drawn. Greedy takes no notice.
+    Temperature, top-k and top-p are applied in this order, as in transformers. The token is drawn
+    where the random numbers `uniform` `(B, 2)` lie, float64 in [0, 1). Nothing is asked of the
+    device, so that this can run in a CUDA graph: the caller looks for -1.
     """
     if config.temperature == 0:
         return greedy(logits)
     device = logits.device
     # A device without float64 has its logits drawn from on the CPU; elsewhere nothing moves.
-    logits = apply_temperature(logits.to(uniform.device).float(), config.temperature)
+    logits = logits.to(uniform.device).float() / config.temperature
     whole = logits
     if config.top_k is not None:
         logits = apply_top_k(logits, config.top_k)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import operator
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, SupportsIndex, cast
+from typing import Any
 
 import numpy as np
 import tiktoken
 
-from gpt2.faults import listed
-from gpt2.files import written
+from gpt2.files import listed, written
 
 _SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 # How GPT-2 cuts text before merging: contractions, words and numbers with the space before them,
@@ -43,17 +44,12 @@ class Tokenizer:
         pairs = (line.split() for line in data.splitlines())
         ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
         self._ranks = ranks
-        self.fingerprint = f"gpt2, sha256 of its ranks {_SHA256}"
-        """What tells its ids from those of any other tokenizer."""
-        self.eos = len(ranks)
-        """The id that ends a text, 50256; no text encodes to it."""
+        self.fingerprint = f"gpt2, sha256 of its ranks {_SHA256}"  # no other tokenizer has it
+        self.eos = len(ranks)  # the id that ends a text, 50256; no text encodes to it
         self.vocab_size = len(ranks) + 1
-        """The number of ids, 50257."""
+        end = {_END_OF_TEXT: self.eos}
         self._encoding = tiktoken.Encoding(
-            "gpt2",
-            pat_str=_PATTERN,
-            mergeable_ranks=ranks,
-            special_tokens={_END_OF_TEXT: self.eos},
+            "gpt2", pat_str=_PATTERN, mergeable_ranks=ranks, special_tokens=end
         )
 
     def encode(self, text: str) -> list[int]:
@@ -61,18 +57,15 @@ class Tokenizer:
         return self._encoding.encode_ordinary(text)
 
     def encode_many(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
-        """The ids of many texts, each as `encode` gives them, in one call: several times as fast.
+        """All ids of many texts end to end, `eos` after each text; and where each `eos` stands.
 
-        Python's other threads run meanwhile.
-
-        Returns:
-            All ids end to end, `eos` after each text; and where each text's `eos` stands.
+        Several times as fast as `encode`, and Python's other threads run meanwhile.
         """
         joined = "".join(text + _END_OF_TEXT for text in texts)
-        if joined.count(_END_OF_TEXT) == len(texts) and _is_sound(joined):
-            end = {_END_OF_TEXT}
-            ids = self._encoding.encode_to_numpy(joined, allowed_special=end).astype(np.int32)
-            return ids, np.flatnonzero(ids == self.eos)
+        if joined.count(_END_OF_TEXT) == len(texts):
+            with suppress(UnicodeEncodeError):  # half a surrogate pair, which JSON can escape
+                ids = self._encoding.encode_to_numpy(joined, allowed_special={_END_OF_TEXT})
+                return (ids := ids.astype(np.int32)), np.flatnonzero(ids == self.eos)
         rows = [[*self.encode(text), self.eos] for text in texts]
         lengths = np.array([len(row) for row in rows], np.int64)
         return np.concatenate([[], *rows]).astype(np.int32), np.cumsum(lengths) - 1
@@ -83,27 +76,16 @@ class Tokenizer:
         Raises:
             ValueError: naming the ids that are out of range.
         """
-        if not isinstance(cast(object, ids), Iterable):
-            raise ValueError(f"Give several token ids, got {listed([repr(ids)])}.")
-        ids = list(ids)
-        if bad := [
-            i
-            for i in ids
-            if not (isinstance(cast(object, i), SupportsIndex) and 0 <= i < self.vocab_size)
-        ]:
-            found = f"[{listed([str(i) for i in bad])}]"
-            raise ValueError(f"Token ids must be in 0..{self.vocab_size - 1}, got {found}.")
+        ids = [operator.index(i) for i in ids]
+        if bad := [str(i) for i in ids if not 0 <= i < self.vocab_size]:
+            raise ValueError(f"Token ids must be in 0..{self.vocab_size - 1}, got {listed(bad)}.")
         return self._encoding.decode(ids, errors="replace")
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the files from which transformers makes the same tokenizer.
 
-        They are `vocab.json`, `merges.txt` and `tokenizer_config.json`; the same bytes each time.
-        In a text that holds `<|endoftext|>`, transformers takes it for the id that ends a text.
-
-        Args:
-            folder: created if missing; beside a model's files, the whole is what transformers'
-                `pipeline` opens.
+        Beside a model's files they are what transformers' `pipeline` opens. It takes
+        `<|endoftext|>` in a text for the id that ends a text. The folder is created if missing.
 
         Raises:
             OSError: the folder cannot be written.
@@ -126,11 +108,9 @@ class Tokenizer:
                 (beside / name).write_text(text + "\n", encoding="utf-8", newline="\n")
 
     def _merged(self, token: bytes) -> tuple[bytes, bytes]:
-        """The two tokens that were merged into this one; the second is empty for a single byte.
-
-        A token ranks after all that it was made by, so merging its bytes again, in the order of
-        the ranks but without its own, leaves these two.
-        """
+        """The two tokens that were merged into this one; the second is empty for a single byte."""
+        # A token ranks after all that it was made by: merging its bytes again, without its own
+        # rank, leaves these two.
         parts = [token[i : i + 1] for i in range(len(token))]
         while len(parts) > 2:
             pairs = [parts[i] + parts[i + 1] for i in range(len(parts) - 1)]
@@ -139,20 +119,8 @@ class Tokenizer:
         return parts[0], parts[1] if len(parts) == 2 else b""
 
 
-def _is_sound(text: str) -> bool:
-    """Whether it holds no half of a surrogate pair, which JSON can escape."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _glyphs() -> list[str]:
-    """A character for each byte, none of them white space: what GPT-2's files write bytes with.
-
-    Source: Radford et al. 2019, the published code's `bytes_to_unicode`.
-    """
+    """A character for each byte, as the published code's `bytes_to_unicode` has them."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = (chr(code) for code in range(256, 512))
     return [chr(byte) if byte in printable else next(others) for byte in range(256)]

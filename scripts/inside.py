@@ -11,7 +11,7 @@ from torch import Tensor
 
 import gpt2
 import lora
-from gpt2.training.modes import in_mode
+from gpt2.model import in_mode
 from lora.tree import survey_adapted
 from validation import Apart
 

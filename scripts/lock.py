@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gpt2 import locks
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 @contextmanager
@@ -17,14 +20,20 @@ def held(place: Path, *, instead: str = "res_path") -> Iterator[None]:
     Raises:
         ValueError: somebody does; `instead` is the option that names another.
     """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(place, os.O_RDONLY)
     try:
-        descriptor = locks.take(place)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        os.close(descriptor)
         raise ValueError(
             f"Another run works in {place}: wait for its end, or name another {instead}."
         ) from None
+    except OSError:  # a file system without locks
+        pass
     try:
         yield
     finally:
-        if descriptor is not None:
-            os.close(descriptor)
+        os.close(descriptor)

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError, safe_open
 
-from gpt2 import streaming
+from gpt2.files import write_tensors
 from gpt2.training import fingerprints
 from runs import Place, Run
 from waves import Waves
@@ -75,7 +75,7 @@ class WaveFiles:
         file = self.folder / f"{name}.safetensors"
         part = file.with_suffix(".part")
         try:
-            streaming.write(part, tensors, {"wave": json.dumps(about)})
+            write_tensors(part, tensors, {"wave": json.dumps(about)})
             os.replace(part, file)
         except OSError as error:
             raise OSError(f"{file} cannot be written: {error}.") from None

@@ -161,7 +161,7 @@ def test_what_packing_gives_up_is_said_and_the_steps_are_those_that_are_made(
     script, tmp_path, many, monkeypatch, capsys
 ):
     """As on a GPU, whose packed kernel has no dropout."""
-    monkeypatch.setattr("gpt2.training.packing.tells_counts", lambda device: False)
+    monkeypatch.setattr("gpt2.training.packing.on_cpu", lambda device: False)
     options = ["--base_dropout", "0.1", "--tokens_per_batch", "30", "--packing", "true"]
     options += ["--epochs", "2", *QUICK[2:], "--data", many]
     out = tmp_path / "run"

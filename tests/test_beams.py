@@ -13,7 +13,6 @@ from toys import randomize
 import gpt2
 import lora
 from gpt2.beams import NOTHING, Beams, continuations, forbid_repeats
-from gpt2.fast.decoding import Repeated
 
 PROMPTS = [[7, 8, 9, 10, 11], [3], [50, 4, 50, 4, 50, 4, 2, 1], [12, 13]]
 TEXTS = ("In the beginning", "Q: What does physics explain?\nA:", "The capital of France is", "He")
@@ -195,7 +194,9 @@ def test_continuations_are_the_best_of_all_beams():
 def test_looking_seldom_changes_no_text(burst, monkeypatch):
     model, config = tiny(), search(eos=(5, 40, 17), length_penalty=0.8)
     expected = gpt2.generate(model, PROMPTS, config)
-    monkeypatch.setattr("gpt2.generation.burst", lambda device: burst)  # as a GPU looks
+    monkeypatch.setattr("gpt2.fast.decoding.BURST", burst)
+    monkeypatch.setattr("gpt2.fast.decoding.on_cuda", lambda device: True)  # as a GPU looks
+    monkeypatch.setattr("gpt2.fast.decoding.GRAPHED", 10**9)
     assert gpt2.generate(model, PROMPTS, config) == expected
 
 
@@ -254,7 +255,10 @@ def test_beams_give_no_stream_and_no_prompts_no_texts():
             "no_repeat_ngram must be an integer of at least 1",
         ),
         ({"num_beams": 2, "no_repeat_prompt": True}, "no_repeat_prompt takes a no_repeat_ngram"),
-        ({"num_beams": 2, "length_penalty": math.nan}, "length_penalty must be finite, got nan"),
+        (
+            {"num_beams": 2, "length_penalty": math.nan},
+            r"length_penalty must be in \(-inf, inf\), got nan",
+        ),
         ({"eos": (1, -2)}, r"eos must be .* got \(1, -2\)"),
         ({"eos": "x"}, "eos must be .* got 'x'"),
     ],
@@ -273,21 +277,14 @@ def test_several_ends_without_beams():
     assert gpt2.generate(model, PROMPTS, config) == [t[:n] for t, n in zip(free, cut, strict=True)]
 
 
-class Fixed(Repeated):
-    """Every step has the shapes of the first, as captured and compiled ones must."""
-
-    def __init__(self, device: torch.device, times: int, compile: bool) -> None:
-        super().__init__(device, times, compile)
-        self.fixed = True
-
-
 @pytest.mark.parametrize("how", ["fixed", "compiled"])
 def test_steps_of_one_shape_change_no_text(how, monkeypatch):
     model, config = tiny(n_layer=1), search(eos=(5, 40), no_repeat_ngram=3, num_beams=3)
     expected = gpt2.generate(model, PROMPTS, config)
     if how == "compiled" and not (shutil.which("c++") or shutil.which("g++")):
         pytest.skip("torch.compile needs a C++ compiler here")
-    monkeypatch.setattr("gpt2.beams.Repeated", Fixed)
+    # Every step has the shapes of the first, as captured and compiled ones must.
+    monkeypatch.setattr(Beams, "fixed", property(lambda _: True, lambda *_: None), raising=False)
     assert gpt2.generate(model, PROMPTS, config, compile=how == "compiled") == expected
     torch._dynamo.reset()
 

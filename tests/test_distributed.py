@@ -10,14 +10,15 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import gpt2
 import lora
 from gpt2.data.batches import collate
-from gpt2.fast.untyped import whole
 from gpt2.training import fitting, step
+from gpt2.training.distributed import whole
 from gpt2.training.sharding import shard
 from tests.processes import end, together
 from tests.test_train import DATA, Letters, model_of
@@ -216,6 +217,26 @@ def test_a_snapshot_of_a_sharded_run_opens_on_any_number_of_processes(
         assert torch.allclose(got[name], tensor, rtol=1e-3, atol=1e-4)
 
 
+def saved_where_it_cannot_be(folder: str) -> list[str]:
+    """What a save says whose folder is a file, and one after it."""
+    model, said = model_of(), list[str]()
+    shard(model)
+    for name in ("file", "folder"):
+        try:
+            said.append(str(model.save_pretrained(Path(folder, name))))
+        except OSError as error:
+            said.append(type(error).__name__)
+    return said
+
+
+def test_nobody_waits_for_the_first_process_if_its_save_fails(tmp_path):
+    (tmp_path / "file").touch()
+    said = together(2, saved_where_it_cannot_be, str(tmp_path))
+    assert said == [["FileExistsError", "None"], ["None", "None"]]
+    got = gpt2.GPT2.from_pretrained(tmp_path / "folder").state_dict()
+    assert all(torch.equal(got[name], t) for name, t in model_of().state_dict().items())
+
+
 def adapter_of_a_sharded_model(folder: str) -> list[str]:
     """Save the adapter; what merging, loading, injecting and ejecting say."""
     model = model_of(adapter=True)
@@ -276,7 +297,7 @@ def captured(in_order: bool, graphs: bool) -> Any:
     model = model_of(adapter=True)
     config = gpt2.TrainConfig(steps=3, accumulate=2, in_order=in_order, weight_decay=0.1)
     stepper = step.Stepper(model.train(), config)
-    batches = [collate([DATA[i]]) for i in (0, 1)]
+    batches = [collate(DATA, np.array([i])) for i in (0, 1)]
     if graphs:
         stepper.graphs, stepper._updates = Repeated(), Repeated()
         stepper._is_graphed = lambda batches: True

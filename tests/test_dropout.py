@@ -10,7 +10,7 @@ import torch
 
 import gpt2.fast.dropout
 import lora.fast.dropout
-from gpt2.layers import Dropout
+from gpt2.model import Dropout
 
 MASKS = {
     "gpt2 drawn": gpt2.fast.dropout.drawn_mask,

@@ -213,16 +213,10 @@ OF_GPT2: dict[str, tuple[Callable[..., Any], bool, dict[str, list[Any]]]] = {
     "GPT2Config": (gpt2.GPT2Config, False, SIZES),
     "TrainConfig": (gpt2.TrainConfig, False, TRAIN),
     "GenerateConfig": (gpt2.GenerateConfig, False, CHOICES),
-    "encode": (
-        gpt2.encode, False,
-        {"examples": [["a", "b c"]], "tokenizer": ["{tokenizer}"], "max_length": [4, 100],
-         "eos": [True], "answer_only": [False]},
-    ),
     "learning_rate": (
         gpt2.learning_rate, False,
         {"step": [1, 5], "total": [5], "config": [gpt2.TrainConfig(steps=5)]},
     ),
-    "decode": (lambda ids: gpt2.Tokenizer().decode(ids), False, {"ids": [[1, 2], (50256,), []]}),
 }  # fmt: skip
 
 
@@ -239,7 +233,6 @@ class Fuzz:
         (folder / "empty").mkdir()
         (folder / "broken").mkdir()
         (folder / "broken" / "adapter_config.json").write_text("[1")
-        self.tokenizer = gpt2.Tokenizer()
 
     def value(self, sound: list[Any], odd: float) -> Any:
         if self.rng.random() < odd:
@@ -247,8 +240,6 @@ class Fuzz:
             wrap = self.rng.random()
             return [value] if wrap < 0.1 else {"up": value} if wrap < 0.15 else value
         value = self.rng.choice(sound)
-        if value == "{tokenizer}":
-            return self.tokenizer
         return value.format(**self.places) if isinstance(value, str) and "{" in value else value
 
     def case(self) -> str | None:

@@ -12,13 +12,11 @@ from toys import randomize
 
 import lora
 from gpt2.config import GPT2Config
-from gpt2.decoder import Decoder
-from gpt2.generation import generate, stream
+from gpt2.generation import Decoder, generate, stream
 from gpt2.model import GPT2
 from gpt2.sampling import (
     GenerateConfig,
     apply_repetition_penalty,
-    apply_temperature,
     apply_top_k,
     apply_top_p,
     sample,
@@ -63,10 +61,10 @@ def logits_with_ties() -> torch.Tensor:
 @pytest.mark.parametrize("temperature", [0.1, 0.7, 1.5])
 def test_temperature_is_transformers_own(theirs, temperature):
     logits = logits_with_ties()
-    assert torch.equal(
-        apply_temperature(logits, temperature),
-        theirs.TemperatureLogitsWarper(temperature)(None, logits),
-    )
+    warped = theirs.TemperatureLogitsWarper(temperature)(None, logits)
+    uniform = torch.rand(5, 2, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    ours = sample(logits, GenerateConfig(temperature=temperature), uniform)
+    assert torch.equal(ours, sample(warped, GenerateConfig(temperature=1.0), uniform))
 
 
 @pytest.mark.parametrize("k", [1, 7, 20, 200, 1000])
@@ -293,36 +291,34 @@ def test_prompts_in_every_form_of_integers(prompts):
 
 
 @pytest.mark.parametrize(
-    ("prompts", "message"),
+    "prompts",
     [
-        ("hello", r"list of token id lists, got str.*\[tokenizer\.encode"),
-        (["hello"], "prompt 0 is text .*tokenizer.encode"),
-        ([1, 2, 3], r"One prompt .*pass \[prompt\]"),
-        (np.array([1, 2, 3]), r"One prompt .*pass \[prompt\]"),
-        (torch.tensor([1, 2, 3]), r"\(B, T\) integers, got \(3,\) torch.int64.*prompt\[None\]"),
-        (torch.tensor([[1.0]]), r"got \(1, 1\) torch.float32"),
-        (torch.tensor([[True]]), r"got \(1, 1\) torch.bool"),
-        ([[1, 2.0]], "prompt 0 holds 2.0, which is no token id"),
-        ([[1, True]], "prompt 0 holds True, which"),
-        ([[1, "2"]], "prompt 0 holds '2', which"),
-        ([[[1, 2]]], r"prompt 0 holds \[1, 2\], which"),
-        ([torch.tensor([[1]])], r"prompt 0 is a tensor \(1, 1\) torch.int64"),
-        ([[1], None], "prompt 1 is a NoneType"),
-        (None, "list of token id lists, got NoneType"),
-        (5, "list of token id lists, got int"),
+        "hello",
+        ["hello"],
+        [1, 2, 3],
+        np.array([1, 2, 3]),
+        torch.tensor([1, 2, 3]),
+        torch.tensor([[1.0]]),
+        [[1, 2.0]],
+        [[1, "2"]],
+        [[[1, 2]]],
+        [torch.tensor([[1]])],
+        [[1], None],
+        None,
+        5,
     ],
 )
-def test_other_prompts_are_told_what_to_be(prompts, message):
-    with pytest.raises(ValueError, match=message):
+def test_other_prompts_are_told_what_to_be(prompts):
+    with pytest.raises(
+        ValueError, match=r"lists of token ids .*\[tokenizer\.encode\(text\)\]"
+    ) as e:
         generate(tiny(), prompts)
+    assert "\n" not in str(e.value)
 
 
 def test_very_many_bad_prompts_make_one_short_error():
     with pytest.raises(ValueError, match=r"prompt 0 .*; and \d+ more") as caught:
         generate(tiny(), [[]] * 5_000)
-    assert len(str(caught.value)) <= 2_000
-    with pytest.raises(ValueError, match="prompt 0 holds 'xxx") as caught:
-        generate(tiny(), [["x" * 100_000]])
     assert len(str(caught.value)) <= 2_000
 
 
@@ -362,7 +358,9 @@ def spoiled(value: float, tokens: int, row: int = 1) -> GPT2:
 @pytest.mark.parametrize("options", [{}, SAMPLED, {"temperature": 1.0}])
 @pytest.mark.parametrize("burst", [1, 16])
 def test_logits_that_are_not_finite_stop_the_text(value, options, burst, monkeypatch):
-    monkeypatch.setattr("gpt2.generation.burst", lambda device: burst)  # as a GPU looks
+    monkeypatch.setattr("gpt2.fast.decoding.BURST", burst)
+    monkeypatch.setattr("gpt2.fast.decoding.on_cuda", lambda device: True)  # as a GPU looks
+    monkeypatch.setattr("gpt2.fast.decoding.GRAPHED", 10**9)
     config = GenerateConfig(max_new_tokens=12, eos=None, **options)
     with pytest.raises(RuntimeError, match="not finite: prompt 1 after its 1 tokens and 3 new"):
         generate(spoiled(value, 4), PROMPTS, config)
@@ -422,7 +420,7 @@ def test_a_decoder_makes_the_text_a_token_a_step():
     decoder = Decoder(model, PROMPTS, config)
     for made in range(1, 7):
         assert decoder.n.item() == made
-        assert decoder.fetched(made - 1, made) == [decoder.tokens.tolist()]
+        assert decoder.text[made - 1 : made].tolist() == [decoder.tokens.tolist()]
         assert decoder.cache.lengths.tolist() == [len(row) + made - 1 for row in PROMPTS]
         if made < 6:
             decoder.step()
@@ -531,7 +529,7 @@ def test_under_autocast():
         ({"temperature": 1e-40}, "temperature must be 0 .* at least 1e-20, got 1e-40"),
         ({"seed": 2**62}, "seed must be below"),
         ({"temperature": "0.5", "top_p": True}, "temperature must .* got '0.5'; top_p .* got True"),
-        ({"repetition_penalty": None}, "repetition_penalty must be above 0, got None"),
+        ({"repetition_penalty": None}, r"repetition_penalty must be in \(0, inf\), got None"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),

@@ -22,7 +22,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """`GET` and `HEAD` of `/org/repo/resolve/main/file`, out of a dict of repositories."""
+    """Listings, and `GET` and `HEAD` of files, out of a dict of repositories."""
 
     def do_HEAD(self):
         self.answer(body=False)
@@ -34,8 +34,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
     def answer(self, body):
-        name, _, file = self.path.lstrip("/").partition("/resolve/main/")
-        if file:  # the library asks for other things too, which this Hub does not have
+        path = self.path.lstrip("/").partition("?")[0]
+        if path.startswith("api/models/"):
+            return self.listing(path.removeprefix("api/models/"))
+        name, _, file = path.replace(COMMIT, "main").partition("/resolve/main/")
+        if file:
             self.server.requests.append((self.command, file))
         repo = self.server.repos.get(name)
         if repo is None or file not in repo:
@@ -44,7 +47,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.send_header("X-Repo-Commit", COMMIT)
             self.send_header("Content-Length", "0")
             self.end_headers()
-            return
+            return None
         self.send_response(200)
         self.send_header("X-Repo-Commit", COMMIT)
         self.send_header("ETag", f'"{hashlib.sha256(repo[file]).hexdigest()}"')
@@ -52,6 +55,25 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if body:
             self.wfile.write(repo[file][: self.server.cut_after])
+        return None
+
+    def listing(self, path):
+        """The commit of a repository's main branch, or the files of that commit."""
+        name, _, asked = path.replace("/revision/", "/tree/").partition("/tree/")
+        repo = self.server.repos.get(name)
+        files = [
+            {"type": "file", "path": file, "size": len(content), "oid": "0" * 40}
+            for file, content in (repo or {}).items()
+        ]
+        siblings = [{"rfilename": file} for file in repo or {}]
+        about = {"id": name, "sha": COMMIT, "siblings": siblings} if asked == "main" else files
+        text = json.dumps(about).encode()
+        self.send_response(200 if repo is not None else 404)
+        if repo is None:
+            self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
 
 
 @pytest.fixture
@@ -100,10 +122,8 @@ def weights(model: GPT2) -> list:
 def test_downloads_once_and_then_needs_no_hub(hub, files):
     hub.repos["org/small"] = files | {"pytorch_model.bin": b"pickle", "model.onnx": b"graph"}
     first = GPT2.from_pretrained("org/small")
-    assert [file for method, file in hub.requests if method == "GET"] == [
-        "config.json",
-        "model.safetensors",
-    ]
+    got = sorted(file for method, file in hub.requests if method == "GET")
+    assert got == ["config.json", "model.safetensors"]
     hub.stop()
     assert weights(GPT2.from_pretrained("org/small")) == weights(first)
 
@@ -124,14 +144,14 @@ def test_published_names_mean_the_hub_even_beside_a_folder_of_that_name(
     (tmp_path / "gpt2").mkdir()
     monkeypatch.chdir(tmp_path)
     assert GPT2.from_pretrained("gpt2").config.n_embd == 128
-    with pytest.raises(FileNotFoundError, match=r"\./gpt2 has neither"):
+    with pytest.raises(FileNotFoundError, match=r"\./gpt2 lacks config.json; model.safetensors\."):
         GPT2.from_pretrained("./gpt2")
 
 
-def test_sharded_and_without_config_also_from_the_cache(hub, files, tmp_path):
+def test_sharded_also_from_the_cache(hub, files, tmp_path):
     tensors = load_file(tmp_path / "made" / "model.safetensors")
     shards = {f"model-{i}.safetensors": dict(list(tensors.items())[i::3]) for i in range(3)}
-    repo = hub.repos["org/sharded"] = {}
+    repo = hub.repos["org/sharded"] = {"config.json": files["config.json"]}
     for name, shard in shards.items():
         save_file(shard, tmp_path / name)
         repo[name] = (tmp_path / name).read_bytes()
@@ -163,7 +183,7 @@ def test_an_index_of_very_many_missing_shards(files, tmp_path):
     (folder / "model.safetensors").unlink()
     index = {"weight_map": {f"{i}": f"{i}.safetensors" for i in range(5_000)}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(FileNotFoundError, match=r"missing: 0.*; and \d+ more") as caught:
+    with pytest.raises(FileNotFoundError, match=r"lacks 0.*; and \d+ more") as caught:
         GPT2.from_pretrained(folder)
     assert len(str(caught.value)) < 2_000
 
@@ -178,7 +198,7 @@ def test_out_of_reach(hub, files, monkeypatch, how):
     with pytest.raises(ConnectionError) as caught:
         GPT2.from_pretrained("gpt2")
     assert str(caught.value) == (
-        "openai-community/gpt2: the Hub is out of reach and config.json is not in the cache at "
+        "openai-community/gpt2: the Hub is out of reach and the files are not in the cache at "
         f"{hub.cache}. Pass the path of a local copy, or 'demo'."
     )
     assert caught.value.__suppress_context__
@@ -195,9 +215,7 @@ def test_a_download_that_breaks_off(hub, files, monkeypatch):
     hub.repos["org/small"] = files
     hub.cut_after = 10
     monkeypatch.setattr("time.sleep", lambda _: None)
-    with pytest.raises(
-        ConnectionError, match=r"download of config\.json broke off .* to resume it"
-    ):
+    with pytest.raises(ConnectionError, match=r"org/small: the download broke off .* Try again"):
         GPT2.from_pretrained("org/small")
 
 
@@ -208,7 +226,7 @@ def test_a_name_that_the_hub_cannot_have(hub):
 
 def test_a_repository_without_safetensors(hub, files):
     hub.repos["org/old"] = {"config.json": files["config.json"], "pytorch_model.bin": b"pickle"}
-    with pytest.raises(FileNotFoundError, match="org/old has neither model.safetensors nor"):
+    with pytest.raises(FileNotFoundError, match="org/old lacks model.safetensors"):
         GPT2.from_pretrained("org/old")
     assert not any(file.endswith(".bin") for _, file in hub.requests)
 

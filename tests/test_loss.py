@@ -17,7 +17,7 @@ import gpt2.fast.devices
 import gpt2.fast.head
 import lora
 from gpt2 import IGNORE, next_token_loss, summed_loss
-from gpt2.training.loss import summed
+from gpt2.loss import summed
 from tests import reference
 from tests.toys import TINY, randomize, tiny_gpt2, untie
 
@@ -128,12 +128,11 @@ def test_summed_loss_and_gradients_are_those_of_all_logits(
     if cached:
         monkeypatch.setattr(gpt2.fast.head, "CACHED", cached)  # 61 tokens in 1 to 11 slices
     else:
-        monkeypatch.setattr(gpt2.fast.devices, "slices_products", lambda _: False)
+        monkeypatch.setattr(gpt2.fast.head, "_in_slices", gpt2.fast.head._chunk)  # as on a GPU
     model = build()
     idx, labels = some(3, 8)
     want = summed(model(idx), labels, smoothing)
-    model.transformer.smoothing = smoothing
-    got = summed_loss(model, idx, labels)
+    got = summed_loss(model, idx, labels, smoothing=smoothing)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
     wanted = gradients(model, want)
     for name, gradient in gradients(model, got).items():
@@ -364,8 +363,7 @@ def test_smoothed_targets_are_torchs(smoothing, frozen):
     ours, theirs = tiny_gpt2(), tiny_gpt2()
     for model in (ours, theirs):
         model.lm_head.weight.requires_grad_(not frozen)
-    ours.transformer.smoothing = smoothing
-    got = ours(idx, labels)
+    got = ours(idx, labels, smoothing=smoothing)
     targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
     want = torch.nn.functional.cross_entropy(
         theirs(idx).flatten(0, 1), targets, reduction="sum", label_smoothing=smoothing

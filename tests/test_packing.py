@@ -13,8 +13,8 @@ from torch.nn import functional as F
 import gpt2
 import lora
 from gpt2 import GPT2, IGNORE, Dataset, GPT2Config, TrainConfig, batches, encode, train
-from gpt2.cache import KVCache
-from gpt2.fast.attention import Documents, attend
+from gpt2.cache import Documents, KVCache
+from gpt2.fast.attention import attend
 from gpt2.fast.dropout import drop
 from tests.test_data_order import Numbers
 
@@ -124,7 +124,7 @@ def test_the_mask_says_what_documents_one_by_one_say(monkeypatch):
     q, k, v = torch.randn(3, 1, 2, 10, 4, dtype=torch.float64).unbind()
     documents = Documents(torch.tensor([0, 3, 3, 9, 10], dtype=torch.int32), 10, 10)
     one_by_one = attend(q, k, v, documents, 0.0)
-    monkeypatch.setattr("gpt2.fast.attention.tells_counts", lambda device: False)
+    monkeypatch.setattr("gpt2.fast.attention.on_cpu", lambda device: False)
     torch.testing.assert_close(attend(q, k, v, documents, 0.0), one_by_one)
     assert documents.positions().tolist() == [[0, 1, 2, 0, 1, 2, 3, 4, 5, 0]]
 
@@ -206,7 +206,7 @@ def test_checkpointed_packing_learns_the_same():
 
 def test_attention_dropout_is_never_lost_in_silence(monkeypatch):
     """As on a GPU, whose kernel has none."""
-    monkeypatch.setattr("gpt2.training.packing.tells_counts", lambda device: False)
+    monkeypatch.setattr("gpt2.training.packing.on_cpu", lambda device: False)
     config = {"tokens_per_batch": 40, "packing": True}
     with pytest.warns(UserWarning, match="has no dropout, and the model's attention has 0.1"):
         found = losses(model(attn_pdrop=0.1), **config)
@@ -228,7 +228,7 @@ def test_a_copy_of_a_row_moves_whole():
     moved = batch.to(torch.device("cpu"))
     assert torch.equal(moved.documents, batch.documents)
     assert copy.copy(batch).padded(*batch.idx.shape) is not None
-    with pytest.raises(ValueError, match="has its width when it is made"):
+    with pytest.raises(ValueError, match=r"A \(1, 64\) batch does not fit into \(2, 64\)"):
         batch.padded(2, 64)
 
 
@@ -244,5 +244,4 @@ def test_a_steps_kernel_looks_no_further_than_the_longest_document(monkeypatch):
     roomy = model(block_size=1024)
     examples = encode(["1 2 3 " * 60, *["4 5 6 7"] * 100], Words())
     list(train(roomy, examples, TrainConfig(steps=1, tokens_per_batch=512, packing=True)))
-    assert set(seen) == {256}
-    assert roomy.transformer.longest is None
+    assert set(seen) == {181}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import gpt2
 import lora
 from benchmarks import device_check
-from gpt2.decoder import Decoder
+from gpt2.generation import Decoder
 from tests.devices import OnDevice, pretended_device
 from tests.toys import randomize, tiny_gpt2
 

@@ -7,7 +7,6 @@ import shutil
 import struct
 import subprocess
 import sys
-import time
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from gpt2 import pretrained, streaming
+from gpt2 import files, pretrained
 from gpt2.config import GPT2Config
 from gpt2.generation import generate
 from gpt2.model import GPT2
@@ -113,7 +112,15 @@ def test_dtype(demo, dtype):
     assert torch.equal(model.transformer.h[3].mlp.c_fc.weight, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e4m3fn])
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float64"])
+def test_a_dtype_may_be_named(name):
+    model = GPT2.from_pretrained("demo", dtype=name)
+    assert {p.dtype for p in model.parameters()} == {getattr(torch, name)}
+
+
+@pytest.mark.parametrize(
+    "dtype", ["auto", "half precision", "int8", torch.int8, torch.complex64, torch.float8_e4m3fn]
+)
 def test_a_dtype_that_is_not_for_weights(dtype):
     with pytest.raises(ValueError, match=rf"floating-point, got {dtype}"):
         GPT2.from_pretrained("demo", dtype=dtype)
@@ -158,7 +165,7 @@ def test_sharded(tiny, folder):
     shard(folder)
     assert same_weights(GPT2.from_pretrained(folder), tiny)
     (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"missing: model-00002-of-00002\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"lacks model-00002-of-00002\.safetensors"):
         GPT2.from_pretrained(folder)
 
 
@@ -178,30 +185,17 @@ def test_an_index_that_lists_nothing(folder):
         GPT2.from_pretrained(folder)
 
 
-def test_without_config_sizes_come_from_the_tensors(tiny, folder):
+def test_weights_without_a_config_are_refused(folder):
     (folder / "config.json").unlink()
-    model = GPT2.from_pretrained(folder)
-    assert same_weights(model, tiny)
-    sizes = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
-    assert [getattr(model.config, s) for s in sizes] == [getattr(TINY, s) for s in sizes]
+    with pytest.raises(FileNotFoundError, match=r"base lacks config\.json\."):
+        GPT2.from_pretrained(folder)
 
 
-def test_without_config_heads_cannot_always_be_told(tmp_path):
-    GPT2(GPT2Config(n_layer=1, n_head=2, n_embd=24, block_size=4, vocab_size=9)).save_pretrained(
-        tmp_path
-    )
-    (tmp_path / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"n_embd 24 .*put a config\.json beside"):
-        GPT2.from_pretrained(tmp_path)
-
-
-def test_one_file_with_the_config_beside_it_or_none(tiny, folder, tmp_path):
+def test_one_file_with_the_config_beside_it(tiny, folder):
     file = (folder / "model.safetensors").rename(folder / "anything.safetensors")
     model = GPT2.from_pretrained(file)
     assert same_weights(model, tiny)
     assert model.config.attn_pdrop == 0.25
-    alone = shutil.copy(file, tmp_path / "alone.safetensors")
-    assert same_weights(GPT2.from_pretrained(str(alone)), tiny)
 
 
 # --- what is refused -----------------------------------------------------------------------------
@@ -219,7 +213,7 @@ def test_all_faults_in_one_error(folder):
     with pytest.raises(ValueError, match="does not hold a GPT-2") as caught:
         GPT2.from_pretrained(folder)
     for fault in (
-        "config.json says vocab_size 51, the tensors say 50",
+        "transformer.wte.weight is (50, 128), should be (51, 128)",
         "transformer.h.1.ln_2.bias is missing",
         "transformer.wpe.weight is missing",
         "transformer.h.0.attn.c_attn.weight is (384, 128), should be (128, 384)",
@@ -231,11 +225,15 @@ def test_all_faults_in_one_error(folder):
 
 
 def test_a_config_that_contradicts_the_tensors_lists_all_of_it(folder):
-    reconfigure(folder, n_layer=3, n_embd=64, n_positions=32, vocab_size=7)
+    reconfigure(folder, n_layer=3, n_positions=32, vocab_size=7)
     with pytest.raises(ValueError, match="does not hold a GPT-2") as caught:
         GPT2.from_pretrained(folder)
-    for fault in ("n_layer 3", "n_embd 64", "block_size 32", "vocab_size 7"):
-        assert f"config.json says {fault}, the tensors say" in str(caught.value)
+    for fault in (
+        "h.2.ln_1.weight is missing",
+        "wpe.weight is (16, 128), should be (32, 128)",
+        "wte.weight is (50, 128), should be (7, 128)",
+    ):
+        assert f"transformer.{fault}" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -268,8 +266,8 @@ def test_harmless_config_entries(tiny, folder):
     [
         ("{", "is not JSON"),
         ("[]", "must hold a JSON object, found list"),
-        ('{"n_head": 5}', "n_head 5 must divide n_embd 128"),
-        ('{"n_head": "2"}', "n_head must be a positive integer"),
+        ('{"n_head": 5, "n_embd": 128}', "n_head 5 must divide n_embd 128"),
+        ('{"n_head": "2"}', "n_head must be an integer of at least 1"),
         ('{"n_head": 2, "attn_pdrop": "much"}', "base"),
         ('{"n_head": 2, "attn_pdrop": 1.5}', r"attn_pdrop must be in \[0, 1\)"),
     ],
@@ -330,6 +328,7 @@ def test_saving_over_the_file_that_is_mapped(tiny, folder):
 
 def write_zeros_of_124m(file: Path) -> int:
     """A file of the published 124M's names and sizes (masks too), without writing its zeros."""
+    file.with_name("config.json").write_text("{}")
     header, end = {}, 0
     names = {k: v.shape for k, v in pretrained._unfilled(GPT2, GPT2Config()).state_dict().items()}
     masks = {f"h.{i}.attn.bias": (1, 1, 1024, 1024) for i in range(12)}
@@ -430,25 +429,10 @@ def test_a_default_dtype_or_device_changes_nothing(tiny, folder):
 # --- files that would mislead or exhaust ---------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("key", "fault"),
-    [
-        ("h.999999999.ln_1.weight", "block transformer.h.2 is missing"),
-        (f"h.{'9' * 5000}.ln_1.weight", r"999…9+\.ln_1\.weight is left over"),
-        ("h.20000.ln_1.weight", "transformer.h.20000.ln_1.weight is left over"),
-        ("h.2.ln_1.weight", "transformer.h.2.ln_2.weight is missing"),
-    ],
-)
-def test_a_tensor_of_a_far_block_builds_nothing(folder, key, fault):
-    rewrite(folder, lambda t: t | {key: torch.zeros(1)})
-    for config in (True, False):
-        if not config:
-            (folder / "config.json").unlink()
-        start = time.perf_counter()
-        with pytest.raises(ValueError, match=fault) as caught:
-            GPT2.from_pretrained(folder)
-        assert time.perf_counter() - start < 2
-        assert len(str(caught.value)) < 2_000
+def test_a_tensor_of_a_far_block_is_named(folder):
+    rewrite(folder, lambda t: t | {"h.20000.ln_1.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"transformer.h.20000.ln_1.weight is left over"):
+        GPT2.from_pretrained(folder)
 
 
 def test_many_strange_tensors_make_one_short_error(folder):
@@ -458,30 +442,20 @@ def test_many_strange_tensors_make_one_short_error(folder):
     assert len(str(caught.value)) < 2_000
 
 
-def test_a_config_may_not_ask_for_what_the_file_has_not(folder):
-    rewrite(folder, lambda t: {"score": torch.zeros(1)})
-    reconfigure(folder, n_layer=10**9, n_embd=10**12, vocab_size=10**15)
-    with pytest.raises(ValueError, match=r"at most 2\*\*24, got 10+; vocab_size"):
-        GPT2.from_pretrained(folder)
-    reconfigure(folder, n_layer=10**6, n_embd=2**20, vocab_size=2**24)
-    with pytest.raises(ValueError, match="block transformer.h.0 is missing"):
-        GPT2.from_pretrained(folder)
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"n_head": 2, "n_head": 1}', "is not JSON: the key 'n_head' comes twice"),
-        ('{"n_head": 2, "a": {"b": 1, "c": 2, "b": 1}}', "the key 'b' comes twice"),
-        ('{"n_head": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deep|is not JSON"),
-        ('{"n_head": 2, "layer_norm_epsilon": NaN}', "NaN is no number of JSON's"),
-        ('{"n_head": 2, "layer_norm_epsilon": 1e999}', "above 0 and finite, got inf"),
-        ('{"n_head": 2, "layer_norm_epsilon": true}', "above 0 and finite, got True"),
-        ('{"n_head": 2, "n_embd": {"a": 1}}', "says n_embd {'a': 1}, the tensors say 128"),
+        ('{"n_head": 2, "layer_norm_epsilon": NaN}', r"epsilon must be in \(0, inf\), got nan"),
+        ('{"n_head": 2, "layer_norm_epsilon": 1e999}', r"epsilon must be in \(0, inf\), got inf"),
+        ('{"n_head": 2, "layer_norm_epsilon": true}', r"epsilon must be in \(0, inf\), got True"),
+        (
+            '{"n_head": 2, "n_embd": {"a": 1}}',
+            "n_embd must be an integer of at least 1, got {'a': 1}",
+        ),
         ('{"n_head": 2, "model_type": "' + "x" * 10**6 + '"}', "model_type 'xxx"),
         ('{"n_head": ' + "9" * 5_000 + "}", "is not JSON"),
     ],
-    ids=range(9),
+    ids=range(6),
 )
 def test_a_config_that_misleads(folder, text, message):
     (folder / "config.json").write_text(text)
@@ -519,6 +493,14 @@ def test_a_cast_that_overflows(folder):
 
 
 # --- saving --------------------------------------------------------------------------------------
+
+
+def test_tensors_are_saved_under_the_published_names(tiny, tmp_path):
+    """Which mlx-lm asks for, and which transformers reads as it reads its own."""
+    tiny.save_pretrained(tmp_path)
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert {"wte.weight", "h.1.attn.c_attn.weight", "ln_f.bias"} <= names
+    assert not [name for name in names if name.startswith("transformer.") or "lm_head" in name]
 
 
 @torch.no_grad()
@@ -586,27 +568,58 @@ def test_a_head_that_was_untied_is_not_saved(tiny, tmp_path):
 @pytest.mark.parametrize("error", [OSError("disk full"), RuntimeError("disk full")])
 @pytest.mark.parametrize(
     ("where", "name", "calls"),
-    [(streaming, "write", 0), (streaming, "_bytes", 2), (os, "fsync", 0), (os, "replace", 0)],
-    ids=["all", "a tensor in the midst", "the disk", "the move"],
+    [(files, "save_file", 0), (os, "fsync", 0), (os, "replace", 0), (os, "replace", 1)],
+    ids=["the weights", "the disk", "the first move", "the second"],
 )
 def test_after_a_failed_save_the_old_files_are_there(
     where, name, calls, error, tiny, tmp_path, monkeypatch
 ):
-    """Whoever fails: the disk with an OSError, or a tensor of a device with an error of its own."""
     tiny.save_pretrained(tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     real, called = getattr(where, name), itertools.count()
 
     def fail(*given):
-        if next(called) < calls:
+        if next(called) != calls:
             return real(*given)
-        if name == "write":
-            given[0].write_bytes(b"half")
+        if name == "save_file":
+            given[1].write_bytes(b"half")
         raise error
 
     monkeypatch.setattr(where, name, fail)
-    with torch.no_grad():
-        tiny.transformer.ln_f.bias.add_(1)
     with pytest.raises(type(error), match="disk full"):
-        tiny.save_pretrained(tmp_path)
+        GPT2(replace(TINY, attn_pdrop=0.5)).save_pretrained(tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+KILLED = """
+import os, signal, sys
+from dataclasses import replace
+import gpt2
+model = gpt2.GPT2.from_pretrained(sys.argv[1])
+model = gpt2.GPT2(replace(model.config, n_head=4))
+real, calls = os.replace, []
+def killed(*paths):
+    if len(calls) == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    calls.append(paths)
+    real(*paths)
+os.replace = killed
+model.save_pretrained(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("moves", range(4))
+def test_a_save_that_is_killed_leaves_no_config_beside_other_weights(tiny, tmp_path, moves):
+    """Another number of heads has weights of the same shapes: nothing else would tell."""
+    tiny.save_pretrained(tmp_path)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path, str(moves)], check=False)
+    assert done.returncode == (-9 if moves < 3 else 0)
+    old = (tmp_path / "model.safetensors").read_bytes() == weights
+    assert old == (moves < 2)
+    if (tmp_path / "config.json").exists():
+        heads = json.loads((tmp_path / "config.json").read_text())["n_head"]
+        assert heads == (TINY.n_head if old else 4)
+    else:
+        with pytest.raises(FileNotFoundError, match=r"lacks config\.json"):
+            GPT2.from_pretrained(tmp_path)

@@ -18,6 +18,7 @@ for package in ("jsonargparse", "docstring_parser", "yaml", "rich", "matplotlib"
     pytest.importorskip(package, reason="the scripts need the extra 'scripts'")
 
 from tests.test_scripts import QUICK, SCRIPTS, assert_trained, command  # noqa: E402
+from tests.toys import split  # noqa: E402
 
 ARTICLE = str(SCRIPTS / "data" / "article.jsonl")
 MANY = [f'{{"prompt": "Q{i}:", "completion": " answer {i}"}}' for i in range(12)]
@@ -69,7 +70,7 @@ def test_the_best_adapter_has_the_loss_that_is_told(script, tmp_path, many):
     assert script("train_qa").main([*arguments, "--res_path", str(out)]) == 0
     told = json.loads((out / "run.json").read_text(encoding="utf-8"))["validation"]
     examples = gpt2.read_examples(many)
-    held_out = importlib.import_module("gpt2.data.held_out").split(examples, 0.4)[1]
+    held_out = split(examples, 0.4)[1]
     model = gpt2.GPT2.from_pretrained("demo")
     lora.load(model, out / "adapter")
     found = gpt2.evaluate(model, gpt2.encode(held_out, gpt2.Tokenizer()), batch_size=2)

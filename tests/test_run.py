@@ -18,7 +18,8 @@ from torch import nn
 import gpt2
 import lora
 from gpt2 import TrainConfig, batches, learning_rate, total_steps, train
-from gpt2.training.randomness import RandomState, seed_of
+from gpt2.data.order import seed_of
+from gpt2.training.randomness import RandomState
 from gpt2.training.schedule import lr_scale
 from gpt2.training.step import Stepper
 from tests.test_train import DATA, model_of, run, weights

@@ -382,7 +382,7 @@ def test_a_full_disk_says_where_and_how_to_go_on(tiny, tmp_path, script, capsys,
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(script("wave_files").streaming, "write", full)
+    monkeypatch.setattr(script("wave_files"), "write_tensors", full)
     place = tmp_path / "run"
     assert script("search").main([*tiny, "--res_path", str(place)]) == 2
     said = capsys.readouterr().err

@@ -288,7 +288,7 @@ def test_letters_and_names_of_columns_are_no_examples():
     tokenizer = gpt2.Tokenizer()
     with pytest.raises(ValueError, match="texts is one string, 'abc'…: give a list of them"):
         gpt2.from_texts("abc")
-    with pytest.raises(ValueError, match="examples must be several, got dict"):
+    with pytest.raises(ValueError, match="examples is one dict: give a list"):
         gpt2.encode({"text": ["a b", "c d"]}, tokenizer)
 
 

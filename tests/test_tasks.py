@@ -17,6 +17,7 @@ for package in ("jsonargparse", "docstring_parser", "yaml", "rich", "matplotlib"
     pytest.importorskip(package, reason="the scripts need the extra 'scripts'")
 
 from tests.test_scripts import QUICK  # noqa: E402
+from tests.toys import split  # noqa: E402
 
 NAMES = ("sea", "land", "air")
 VALID = ["--validation", "0.4", "--eval_every", "2", "--train_batch_size", "2"]
@@ -64,9 +65,7 @@ def test_each_has_validation_its_best_and_its_last(
         assert train([*arguments, "--tasks", file, "--res_path", str(alone)]) == 0
         assert kept(alone / name) == kept(out / name)
         told = kept(out / name)["validation"]
-        held_out = importlib.import_module("gpt2.data.held_out").split(
-            gpt2.read_examples(file), 0.4
-        )[1]
+        held_out = split(gpt2.read_examples(file), 0.4)[1]
         model = gpt2.GPT2.from_pretrained(small_base)
         lora.load(model, out / name)
         found = gpt2.evaluate(model, gpt2.encode(held_out, gpt2.Tokenizer()), batch_size=2)

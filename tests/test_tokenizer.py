@@ -46,14 +46,14 @@ def test_half_a_character_decodes_to_the_replacement_character(tokenizer):
 
 
 def test_very_many_bad_ids_make_one_short_error(tokenizer):
-    with pytest.raises(ValueError, match=r"got \[-1; .*more\]") as caught:
+    with pytest.raises(ValueError, match=r"got -1; .*more") as caught:
         tokenizer.decode([-1] * 100_000)
     assert len(str(caught.value)) < 2_000
 
 
 @pytest.mark.parametrize("bad", [-1, 50257, 2**70])
 def test_ids_out_of_range(tokenizer, bad):
-    with pytest.raises(ValueError, match=rf"0\.\.50256, got \[{bad}\]"):
+    with pytest.raises(ValueError, match=rf"0\.\.50256, got {bad}"):
         tokenizer.decode([1, bad, 2])
 
 

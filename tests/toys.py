@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 import gpt2
 import lora
+from gpt2.data.held_out import sides, within
 
 TINY = gpt2.GPT2Config(n_layer=2, n_head=2, n_embd=16, block_size=32, vocab_size=61)
 
@@ -92,3 +93,9 @@ def raw(tensor: Tensor) -> bytes:
     if tensor.is_meta:
         return str(tensor.shape).encode()
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def split(examples, share: float) -> tuple[list[gpt2.Example], list[gpt2.Example]]:
+    """Examples to learn and examples that are held out, in their order."""
+    learnt, held_out = sides(share)
+    return list(within(examples, learnt)), list(within(examples, held_out))

@@ -1,11 +1,16 @@
 """Tokenised examples to batches: padded rows, or whole documents end to end in one row.
 
+Which examples make which batch is a function of seed, epoch and the batch's number. A plan holds
+a handful of numbers, whatever the number of examples, and each epoch has as many batches as any
+other. So a run is resumed from an integer.
+
 Shapes: B batch · T time · S documents of a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +19,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gpt2.data.plans import Buckets, Counted, Plan, Rows
-from gpt2.data.tokens import Array, Dataset, places
+from gpt2.data.dataset import Array, Dataset, places
+from gpt2.data.order import Integers, Order, shuffled
+from gpt2.fast.compiling import bucket
 from gpt2.fast.devices import copied
-from gpt2.fast.untyped import from_numpy
-from gpt2.training.loss import IGNORE
+from gpt2.loss import IGNORE
+
+ALIGNED = 8  # widths of buckets are multiples of this, which a GPU's matrix units like
+SHAPES = 16  # buckets at most, since each width is compiled
+ENOUGH = 0.08  # share of padding at which no further bucket is made
+RANKS = 32  # spans of a group's examples, each of which counts as its longest and its shortest
 
 
 @dataclass(frozen=True)
@@ -37,23 +47,16 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
         documents = None if self.documents is None else copied(self.documents, device)
-        return Batch(
-            copied(self.idx, device), copied(self.labels, device), self.n_tokens, documents
-        )
+        idx, labels = copied(self.idx, device), copied(self.labels, device)
+        return Batch(idx, labels, self.n_tokens, documents)
 
     def padded(self, rows: int, width: int) -> Batch:
-        """The same batch with rows and columns after its own in which nothing is learnt.
-
-        Raises:
-            ValueError: it is larger than `(rows, width)`, or a row of documents.
-        """
+        """The same batch with rows and columns after its own in which nothing is learnt."""
         B, T = self.idx.shape
-        if rows < B or width < T:
+        if (rows, width) == (B, T):
+            return self
+        if rows < B or width < T or self.documents is not None:
             raise ValueError(f"A ({B}, {T}) batch does not fit into ({rows}, {width}).")
-        if self.documents is not None:
-            if (rows, width) == (B, T):
-                return self
-            raise ValueError("A row of documents has its width when it is made.")
         more = (0, width - T, 0, rows - B)
         return Batch(F.pad(self.idx, more), F.pad(self.labels, more, value=IGNORE), self.n_tokens)
 
@@ -73,15 +76,17 @@ def batches(
     Args:
         data: the examples.
         batch_size: examples a batch, B; the last batch may have fewer.
-        seed, epoch: fix the order.
-        start: the first batch to give; it costs no more than batch 0.
+        seed, epoch, start: fix the order; and the first batch to give, at the cost of batch 0.
         tokens_per_batch: tokens a batch at most, padding included, instead of `batch_size`.
         packing: lay documents end to end in one row instead of padding them.
 
     Raises:
-        ValueError: a size below 1, both sizes or none; an example longer than `tokens_per_batch`.
+        ValueError: a size below 1, both sizes or none; an example longer than `tokens_per_batch`;
+            a start below 0.
     """
-    made = plan(data, batch_size, tokens_per_batch=tokens_per_batch, packing=packing)
+    if start < 0:
+        raise ValueError(f"start must be at least 0, got {start}.")
+    made = plan(data, batch_size, tokens_per_batch, packing)
     for k in range(start, len(made)):
         yield batch(data, made, k, seed=seed, epoch=epoch)
 
@@ -89,60 +94,182 @@ def batches(
 def plan(
     data: Dataset,
     batch_size: int | None = None,
-    *,
     tokens_per_batch: int | None = None,
     packing: bool = False,
 ) -> Plan:
     """How an epoch falls into batches; arguments and errors as `batches`."""
-    given = [size for size in (batch_size, tokens_per_batch) if size is not None]
-    if len(given) != 1:
+    if (batch_size is None) == (tokens_per_batch is None):
         raise ValueError("Give batch_size or tokens_per_batch, and not both.")
-    if given[0] < 1:
-        name = "batch_size" if tokens_per_batch is None else "tokens_per_batch"
-        raise ValueError(f"{name} must be at least 1, got {given[0]}.")
-    if tokens_per_batch is not None:
-        return (Rows if packing else Buckets)(data, tokens_per_batch)
-    if packing:
-        raise ValueError("packing=True takes tokens_per_batch, the length of a row.")
-    return Counted(len(data), given[0])
+    if batch_size is not None:
+        if packing:
+            raise ValueError("packing=True takes tokens_per_batch, the length of a row.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        return Counted(len(data), batch_size)
+    if (tokens := tokens_per_batch or 0) < max(1, data.longest):
+        raise ValueError(
+            f"tokens_per_batch is {tokens} and the longest example has {data.longest} tokens: "
+            "raise it, or cut the examples with max_length."
+        )
+    return (Rows if packing else Buckets)(data, tokens)
 
 
 def batch(data: Dataset, plan: Plan, k: int, *, seed: int, epoch: int) -> Batch:
     """Batch k of an epoch."""
     chosen = plan.examples(k, seed=seed, epoch=epoch)
-    ids, learnt, lengths = data.take(chosen)
-    labels = np.where(learnt, ids, IGNORE)
-    if isinstance(plan, Rows):
-        return _end_to_end(ids, labels, lengths, plan)
-    return _side_by_side(ids, labels, lengths)
+    return _end_to_end(data, chosen, plan) if isinstance(plan, Rows) else collate(data, chosen)
 
 
-def collate(rows: Sequence[tuple[Tensor, Tensor]]) -> Batch:
+def collate(data: Dataset, chosen: Array) -> Batch:
     """Right-pad examples to one length; what is padding is told by position, never by id."""
-    ids, labels = (torch.cat(parts).numpy() for parts in zip(*rows, strict=True))
-    return _side_by_side(ids, labels, np.array([len(ids) for ids, _ in rows]))
-
-
-def _side_by_side(ids: Array, labels: Array, lengths: Array) -> Batch:
+    ids, learnt, lengths = data.take(chosen)
     at = np.repeat(np.arange(len(lengths)), lengths), places(lengths)
     idx = torch.zeros(len(lengths), int(lengths.max()), dtype=torch.long, device="cpu")
-    wanted = torch.full_like(idx, IGNORE)
-    idx.numpy()[at], wanted.numpy()[at] = ids, labels
-    return _batch(idx, wanted)
+    labels = torch.full_like(idx, IGNORE)
+    idx.numpy()[at], labels.numpy()[at] = ids, np.where(learnt, ids, IGNORE)
+    return Batch(idx, labels, int((labels[:, 1:] != IGNORE).sum()))
 
 
-def _end_to_end(ids: Array, labels: Array, lengths: Array, plan: Rows) -> Batch:
+def _end_to_end(data: Dataset, chosen: Array, plan: Rows) -> Batch:
+    ids, learnt, lengths = data.take(chosen)
     row: Any = np.zeros((2, 1, plan.width), np.int64)
     row[1] = IGNORE
-    row[0, 0, : len(ids)], row[1, 0, : len(ids)] = ids, labels
+    row[0, 0, : len(ids)], row[1, 0, : len(ids)] = ids, np.where(learnt, ids, IGNORE)
     ends = np.cumsum(lengths)
-    row[1, 0, (ends - lengths)] = IGNORE  # no document says how the next begins
+    row[1, 0, ends - lengths] = IGNORE  # no document says how the next begins
     # What is left of the row is documents too, in which nothing is learnt.
     empty = np.arange(1, plan.slots + 1 - len(ends)) * plan.longest + len(ids)
     starts = np.concatenate([[0], ends, np.minimum(empty, plan.width)]).astype(np.int32)
-    idx, wanted = from_numpy(row)
-    return _batch(idx, wanted, from_numpy(starts))
+    idx, wanted = torch.from_numpy(row)
+    return Batch(idx, wanted, int((wanted != IGNORE).sum()), torch.from_numpy(starts))
 
 
-def _batch(idx: Tensor, labels: Tensor, documents: Tensor | None = None) -> Batch:
-    return Batch(idx, labels, int((labels[:, 1:] != IGNORE).sum()), documents)
+class Counted:
+    """Batches of so many examples each, the last of the rest."""
+
+    def __init__(self, n: int, batch_size: int) -> None:
+        self.n, self.batch_size, self.order = n, batch_size, Order(n)
+
+    def __len__(self) -> int:
+        return -(-self.n // self.batch_size)
+
+    def examples(self, k: int, *, seed: int, epoch: int) -> Integers:
+        """The examples of batch k, by number."""
+        start = k * self.batch_size
+        positions = np.arange(start, min(start + self.batch_size, self.n))
+        return self.order.at(positions, seed=seed, epoch=epoch)[0]
+
+    def shape(self, width: int, limit: int) -> tuple[int, int]:
+        """Rows and columns, at most `limit`, to pad a batch of this width to: few in all."""
+        return min(self.batch_size, self.n), bucket(width, limit)
+
+
+class Buckets:
+    """Batches of examples of about one length, padded to at most so many tokens.
+
+    Each bucket is a run of the examples by length that fills its batches, the last bucket's last
+    one left out. Within a bucket examples are shuffled, and then the batches of all buckets.
+    """
+
+    def __init__(self, data: Dataset, tokens: int) -> None:
+        self.by_length, upto = data.by_length, np.cumsum(data.histogram)
+        self.widths = _widths(data.histogram, tokens)
+        self.rows = [tokens // width for width in self.widths]
+        self.begins, self.ends = [0], [0]  # of each bucket's examples, and of its batches
+        for width, rows in zip(self.widths[:-1], self.rows[:-1], strict=True):
+            full = (int(upto[width]) - self.begins[-1]) // rows
+            self.begins.append(self.begins[-1] + full * rows)
+            self.ends.append(self.ends[-1] + full)
+        self.begins.append(len(data))
+        self.ends.append(self.ends[-1] - (self.begins[-2] - len(data)) // self.rows[-1])
+        self.order = Order(len(self))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def examples(self, k: int, *, seed: int, epoch: int) -> Integers:
+        at = int(self.order.at(np.array([k]), seed=seed, epoch=epoch)[0, 0])
+        i = bisect_right(self.ends, at) - 1
+        begin, size = self.begins[i], self.begins[i + 1] - self.begins[i]
+        first = (at - self.ends[i]) * self.rows[i]
+        positions = np.arange(first, min(first + self.rows[i], size))
+        own = shuffled(positions, size, seed=seed, epoch=epoch, stream=i + 1)
+        return self.by_length[begin + own].astype(np.int64)
+
+    def shape(self, width: int, limit: int) -> tuple[int, int]:
+        i = bisect_left(self.widths, width)
+        return self.rows[i], min(self.widths[i], limit)
+
+
+class Rows:
+    """Whole documents end to end in rows of at most so many tokens; each batch is one row.
+
+    The documents by length are cut into groups of as many as there are rows, and groups into pairs
+    of neighbours. Each row gets one of each group: for a pair it draws a rank, which counts from
+    the short end in one group and from the long end in the other. So all rows are about equally
+    long, and the longest that can be is known.
+    """
+
+    def __init__(self, data: Dataset, tokens: int) -> None:
+        self.by_length, self.n, self.longest = data.by_length, len(data), data.longest
+        ends, self.count = np.cumsum(data.histogram), -(-data.n_tokens // tokens)
+        while (needed := self._longest_row(ends)) > tokens:
+            self.count = max(self.count + 1, self.count * needed // tokens)
+        self.width = min(tokens, -(-needed // 64) * 64)
+        groups = -(-self.n // self.count)
+        self.order = Order(self.count, streams=-(-groups // 2))
+        # What a row lacks is filled with documents of nothing, none longer than the longest.
+        self.slots = groups + 1 + -(-(self.width - needed) // self.longest)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def examples(self, k: int, *, seed: int, epoch: int) -> Integers:
+        ranks = self.order.at(np.array([k]), seed=seed, epoch=epoch)  # (pairs, 1)
+        at = self._places(ranks).ravel()
+        return self.by_length[np.sort(at[at >= 0])].astype(np.int64)
+
+    def shape(self, width: int, limit: int) -> tuple[int, int]:
+        return 1, self.width
+
+    def _places(self, ranks: Integers) -> Integers:
+        """Where the examples of each pair's ranks `(pairs, N)` stand by length; below 0 for none.
+
+        It is `(2, pairs, N)`: in the group of the longer ones, and in that of the shorter.
+        """
+        tops = self.n - 2 * self.count * np.arange(len(ranks))[:, None]  # past each pair's last
+        return np.stack([tops - self.count + ranks, tops - self.count - 1 - ranks])
+
+    def _longest_row(self, ends: Integers) -> int:
+        """Tokens that no row is longer than."""
+        pairs = -(-self.n // (2 * self.count))
+        spans = np.unique(np.linspace(0, self.count, RANKS + 1).astype(np.int64))
+        firsts, lasts = np.tile(spans[:-1], (pairs, 1)), np.tile(spans[1:] - 1, (pairs, 1))
+        at = np.stack([self._places(lasts)[0], self._places(firsts)[1]])
+        return int(np.searchsorted(ends, at, "right").sum(0).max(1).sum())
+
+
+Plan = Counted | Buckets | Rows
+"""How an epoch falls into batches."""
+
+
+def _widths(counts: Integers, tokens: int) -> list[int]:
+    """The widths of the buckets that make the least padding, and no more of them than it takes."""
+    longest = len(counts) - 1
+    edges = np.append(np.arange(0, longest, ALIGNED), min(tokens, -(-longest // ALIGNED) * ALIGNED))
+    below = np.cumsum(counts)[np.minimum(edges, longest)]  # examples that an edge has room for
+    real = int((counts * np.arange(longest + 1)).sum())
+    earlier = np.tri(len(edges), k=-1).T > 0  # (edge before, edge)
+    # cost: tokens up to each edge, padding included, in the best buckets of which it ends the last
+    cost = np.where(edges == 0, 0.0, np.inf)
+    befores: list[Integers] = []
+    while cost[-1] * (1 - ENOUGH) > real and len(befores) < min(SHAPES, len(edges) - 1):
+        table = cost[:, None] + (below[None] - below[:, None]) * edges[None]
+        before = np.where(earlier, table, np.inf).argmin(0)
+        cost = np.where(edges == 0, np.inf, table[before, np.arange(len(edges))])
+        befores.append(before)
+    widths, at = list[int](), len(edges) - 1
+    for before in reversed(befores):
+        widths.append(int(edges[at]))
+        at = int(before[at])
+    return widths[::-1]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 
 import numpy as np
 
+from gpt2.data.dataset import Dataset
 from gpt2.data.examples import Example
-from gpt2.data.tokens import Dataset
 
 Range = tuple[float, float]
 ALL: Range = (0.0, 1.0)
@@ -18,9 +18,6 @@ def sides(share: float) -> tuple[Range, Range]:
     """What is learnt and what is held out, as ranges of a prompt's hash in [0, 1).
 
     What is held out of a share is held out of every larger one.
-
-    Raises:
-        ValueError: the share is out of range.
     """
     if not 0 < share < 1:
         raise ValueError(f"A share must be above 0 and below 1, got {share}.")
@@ -28,39 +25,19 @@ def sides(share: float) -> tuple[Range, Range]:
 
 
 def is_within(example: Example, side: Range) -> bool:
-    """Whether an example is on a side: a function of its prompt alone.
-
-    Args:
-        example: its prompt decides; of a text that is learnt as a whole, the text.
-        side: a range of the hash in [0, 1).
-    """
+    """Whether an example is on a side: a function of its prompt alone, or of a whole text."""
     digest = blake2b((example.prompt or example.completion).encode(), digest_size=8).digest()
     return side[0] * 2**64 <= int.from_bytes(digest, "little") < side[1] * 2**64
 
 
 def within(examples: Iterable[Example], side: Range) -> Iterator[Example]:
-    """The examples of a side, in their order.
-
-    Raises:
-        ValueError: after the last, if there is none.
-    """
+    """The examples of a side, in their order; after the last a ValueError if there is none."""
     seen = kept = 0
     for example in examples:
         seen += 1
         if side == ALL or is_within(example, side):
             kept += 1
             yield example
-    check_side(seen, kept, side)
-
-
-def split(examples: Sequence[Example], share: float) -> tuple[list[Example], list[Example]]:
-    """Examples to learn and examples that are held out, in their order; errors as the sides'."""
-    learnt, held_out = sides(share)
-    return list(within(examples, learnt)), list(within(examples, held_out))
-
-
-def check_side(seen: int, kept: int, side: Range) -> None:
-    """The error of a side that no example is on."""
     if seen and not kept:
         share, which = side[1] - side[0], "to evaluate on"
         if side[1] == 1:
@@ -72,15 +49,11 @@ def check_side(seen: int, kept: int, side: Range) -> None:
 
 
 def without_overlap(held_out: Dataset, learnt: Dataset, name: str = "validation") -> Dataset:
-    """Those examples, which are called by this name, whose prompt no learnt example has.
-
-    Raises:
-        ValueError: there are none.
-    """
+    """Those examples, which are called by this name, whose prompt no learnt example has."""
     keys = np.concatenate([*held_out.prompt_keys()])
     learnt_too = np.zeros(len(keys), bool)
-    for some in learnt.prompt_keys():
-        learnt_too |= np.isin(keys, some)
+    for part in learnt.prompt_keys():
+        learnt_too |= np.isin(keys, part)
     if learnt_too.all():
         raise ValueError(f"Every {name} example has a prompt that is learnt too.")
     return held_out.only(np.flatnonzero(~learnt_too)) if learnt_too.any() else held_out

@@ -1,30 +1,30 @@
 """Token ids on disk, mapped into memory: made once from a file, found again, never half.
 
-A store is a folder of four arrays and `header.json`, which names the version of the format, the
-tokenizer, the options, the source (its size, its time and a hash of its content) and the size of
-each array. It is written beside its place and moved there when it is whole.
+A store is a folder of four arrays and `header.json`, which names all that the store is made of and
+the size of each array. It is written beside its place and moved there when it is whole.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping
-from contextlib import closing
-from dataclasses import asdict
+import json
+import os
+import tempfile
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+from hashlib import blake2b
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
-from gpt2.data.encoding import Encoder, Options, check, encode, ignored
-from gpt2.data.examples import Fields, stream_examples
+from gpt2.data.dataset import Dataset, Encoder, Options, encoded, ignored
+from gpt2.data.examples import Fields, check, examples_in, stream_examples
 from gpt2.data.held_out import ALL, within
-from gpt2.data.parallel import Work, encoded_file
-from gpt2.data.storing import FORMAT, HEADER, made, remove_left
-from gpt2.data.tokens import Dataset
-from gpt2.files import read_json
+from gpt2.files import listed, read_json
 
+FORMAT, HEADER = 3, "header.json"
 SMALL = 2**24  # bytes of a file whose tokens are kept in memory unless a cache is named
+KNOWN = ("truncated", "fingerprint", "repeated", "unlearnable", "extremes", "histogram")
 
 
 def open_data(
@@ -33,13 +33,10 @@ def open_data(
     *,
     cache: str | Path | None = None,
     fields: Fields | None = None,
-    max_length: int = 1024,
-    eos: bool = True,
-    answer_only: bool = False,
-    separator: int | None = None,
     side: tuple[float, float] = ALL,
     tell: Callable[[str], None] | None = None,
     progress: Callable[[int, float | None], None] | None = None,
+    **how: Any,
 ) -> Dataset:
     """The examples of a file, tokenised once and mapped from disk from then on.
 
@@ -48,14 +45,14 @@ def open_data(
 
     Args:
         path, fields: as for `read_examples`.
-        tokenizer, max_length, eos, answer_only, separator: as for `encode`; the tokenizer has a
-            `fingerprint`.
+        tokenizer: as for `encode`, with a `fingerprint`.
         cache: the folder for the store; by default it lies beside the file.
         side: take only examples whose prompt's hash, in [0, 1), is in this range: (0, 0.1) is a
             tenth, and (0.1, 1) has none of its prompts.
         tell: is given a line where a store is made, and why.
         progress: is given how many more examples are encoded, now and then while a store is made,
             and the share of the file that was read, where it is known.
+        how: `max_length`, `eos`, `answer_only` and `separator`, as for `encode`.
 
     Raises:
         FileNotFoundError: no such file.
@@ -63,72 +60,101 @@ def open_data(
         RuntimeError: the file changed while it was read.
         OSError: the store cannot be written.
     """
-    path, options = Path(path), Options(max_length, eos, answer_only, separator)
-    check(tokenizer, options)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing or no file.")
+    path, options = Path(path), Options(**how)
+    check(path, fields)
     if cache is None and path.stat().st_size < SMALL:
-        examples = within(stream_examples(path, fields), side)
-        return encode(examples, tokenizer, **asdict(options))
-    part = "" if tuple(side) == ALL else f".{side[0]:g}-{side[1]:g}"
-    place = (path.parent if cache is None else Path(cache)) / f"{path.name}{part}.tokens"
-    work = Work(path, fields, tokenizer, options, side)
-    about = _about(work)
-    remove_left(place)
-    if why := _reason_to_make(place, about, path):
+        return encoded(within(stream_examples(path, fields), side), tokenizer, options)
+    if not isinstance(fingerprint := getattr(tokenizer, "fingerprint", None), str):
+        raise ValueError(
+            f"A store names its tokenizer, and {type(tokenizer).__name__} has no fingerprint: "
+            "give it a string that tells it from others."
+        )
+    about = {"tokenizer": fingerprint, **options._asdict(), "side": [*side], **_source(path)}
+    about["fields"] = None if fields is None else dict(fields)
+    place = _place(path, cache, side)
+    if why := _reason_to_make(place, about):
         if tell:
             tell(f"The tokens of {path} are written to {place}: {why}.")
-        source = _facts(path)
-        found = encoded_file(work)
-        with made(place, {**about, "source": source}) as write, closing(found):
-            for block in found:
-                write(block)
+        with path.open("rb") as file, _moved_to(place) as folder:
+
+            def shown(examples: int) -> None:
                 if progress:
-                    progress(len(block.lengths), block.reached)
-            source["sha256"] = _sha256(path)
-            if _facts(path).items() - source.items():
+                    progress(examples, file.tell() / about["bytes"] or None)
+
+            data = encoded(within(examples_in(file, fields), side), tokenizer, options, shown)
+            write(folder, data, about)
+            if {**about, **_source(path)} != about:
                 raise RuntimeError(f"{path} changed while it was read: run again.")
     return open_store(place)
 
 
 def open_store(place: str | Path) -> Dataset:
-    """The examples of a store, whatever became of its source.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is of another version, or cut short.
-    """
+    """The examples of a store, whatever became of its source; an error says why it has none."""
     place = Path(place)
     if not (place / HEADER).is_file():
         raise FileNotFoundError(f"{place} is no store of tokens: it has no {HEADER}.")
-    header = read_json(place / HEADER)
-    if faults := _faults(place, header):
-        raise ValueError(f"{place} cannot be used: {faults}. Remove it, and it is made again.")
-    arrays = {
-        name: np.memmap(place / name, dtype, mode="r")
-        for name, (dtype, _) in cast(dict[str, Any], header["arrays"]).items()
-    }
+    try:
+        header = _header(place)
+    except (ValueError, LookupError) as error:
+        raise ValueError(f"{place} cannot be used: {error}. Remove it to make it anew.") from None
+    arrays = {n: np.memmap(place / n, kind, "r") for n, (kind, _) in header["arrays"].items()}
+    known: dict[str, Any] = {name: header[name] for name in KNOWN}
+    known["histogram"] = np.array(known["histogram"], np.int64)
     unlearnt = ignored(arrays["prompts"], bool(header.get("answer_only")))
-    known = {name: header[name] for name in ("truncated", "fingerprint", "repeated")}
-    if "extremes" in header:  # else they are looked for when they are asked for
-        known["extremes"] = tuple(header["extremes"])
-    known["histogram"] = np.array(header["histogram"], np.int64)
     return Dataset(ignored=unlearnt, **arrays, **known)
 
 
-def _faults(place: Path, header: Mapping[str, Any]) -> str:
-    """Why a store cannot be read; empty if it can."""
-    if header.get("format") != FORMAT:
-        return f"it is of version {header.get('format')!r} of the format and this is {FORMAT}"
-    sizes = {name: size for name, (_, size) in header["arrays"].items()}
-    for name, size in sizes.items():
-        file = place / name
-        if (found := file.stat().st_size if file.is_file() else 0) != size:
-            return f"its {name} has {found:,} bytes and should have {size:,}"
-    return ""
+def write(folder: Path, data: Dataset, about: dict[str, Any]) -> None:
+    """Write a store's arrays, and its header."""
+    arrays = data.arrays()
+    for name, array in arrays.items():
+        array.tofile(folder / name)
+    header = {"format": FORMAT, **about, **{name: getattr(data, name) for name in KNOWN}}
+    header["histogram"] = data.histogram.tolist()
+    header["arrays"] = {name: [array.dtype.str, array.nbytes] for name, array in arrays.items()}
+    (folder / HEADER).write_text(json.dumps(header, indent=1), encoding="utf-8")
 
 
-def _reason_to_make(place: Path, about: Mapping[str, Any], path: Path) -> str:
+@contextmanager
+def _moved_to(place: Path) -> Generator[Path]:
+    """A new folder, which takes the store's place at the end; who has an old one open keeps it."""
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}-") as beside:
+            folder = Path(beside, "new")
+            folder.mkdir()
+            yield folder
+            for written in folder.iterdir():
+                with written.open("rb") as file:
+                    os.fsync(file.fileno())
+            with suppress(FileNotFoundError):
+                os.replace(place, Path(beside, "old"))
+            try:
+                os.replace(folder, place)
+            except OSError:
+                if not place.is_dir():  # else another run was faster
+                    raise
+    except OSError as error:
+        raise OSError(
+            f"The tokens cannot be written to {place.parent} ({error.strerror or error}): name "
+            "another folder as cache."
+        ) from None
+
+
+def _place(path: Path, cache: str | Path | None, side: tuple[float, float]) -> Path:
+    part = "" if tuple(side) == ALL else f".{side[0]:g}-{side[1]:g}"
+    if cache is None:
+        return path.with_name(f"{path.name}{part}.tokens")
+    # Files of one name in several folders may share a cache.
+    of = blake2b(os.fsencode(path.resolve()), digest_size=4).hexdigest()
+    return Path(cache) / f"{path.name}.{of}{part}.tokens"
+
+
+def _source(path: Path) -> dict[str, int]:
+    return {"bytes": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
+
+
+def _reason_to_make(place: Path, about: dict[str, Any]) -> str:
     """Why the store cannot be taken for these tokens; empty if it can."""
     if not place.exists():
         return "there are none yet"
@@ -137,42 +163,19 @@ def _reason_to_make(place: Path, about: Mapping[str, Any], path: Path) -> str:
             f"{place} is in the way, and no store of tokens: move it, or name another cache."
         )
     try:
-        header = read_json(place / HEADER)
-        if faults := _faults(place, header):
-            return faults
-        for name, value in about.items():
-            if (was := header[name]) != value:
-                return f"{name} was {was} and is {value}"
-        source, now = header["source"], _facts(path)
-        same = now.items() <= source.items()
-        if same or (now["bytes"] == source["bytes"] and _sha256(path) == source["sha256"]):
-            return ""
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"its {HEADER} cannot be used ({type(error).__name__}: {error})"
-    return f"{path.name} has changed"
+        header = _header(place)
+    except (ValueError, LookupError) as error:
+        return str(error)
+    changed = [(n, header.get(n), value) for n, value in about.items() if header.get(n) != value]
+    return listed([f"{name} was {before} and is {now}" for name, before, now in changed])
 
 
-def _about(work: Work) -> dict[str, Any]:
-    """What a store depends on beside its source."""
-    if not isinstance(fingerprint := getattr(work.tokenizer, "fingerprint", None), str):
-        raise ValueError(
-            f"A store names its tokenizer, and {type(work.tokenizer).__name__} has no fingerprint: "
-            "give it a string that tells it from others."
-        )
-    fields = None if work.fields is None else dict(work.fields)
-    return {
-        "tokenizer": fingerprint,
-        **asdict(work.options),
-        "fields": fields,
-        "side": list(work.side),
-    }
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    stat = path.stat()
-    return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _header(place: Path) -> dict[str, Any]:
+    """A store's header, if the store is whole."""
+    header = read_json(place / HEADER)
+    if header.get("format") != FORMAT:
+        raise ValueError(f"it has format {header.get('format')!r} and this version reads {FORMAT}")
+    for name, (_, size) in header["arrays"].items():
+        if not (place / name).is_file() or (place / name).stat().st_size != size:
+            raise ValueError(f"its {name} is cut short")
+    return header

@@ -1,1 +1,1 @@
-"""What makes it fast, equal to the plain form: each file stands for one line of `gpt2.model`."""
+"""What makes GPT-2 fast, equal to the plain form: the core asks it in six places."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, wraps
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from functools import cache, partial, wraps
 from typing import Any
 
-from torch import Tensor
-
-from gpt2.fast.untyped import checkpointed, compile_static, recompile_limit
+import torch
+from torch.utils.checkpoint import checkpoint
 
 VARIANTS = 64  # graphs that may be compiled of one function: a shape and a kind of layer each
 PADDED = 32  # lengths of compiled and captured work are multiples of this at least
@@ -26,28 +26,37 @@ def bucket(length: int, limit: int) -> int:
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function through torch.compile, one graph for each set of shapes that it meets."""
-    run = compile_static(function)
+    run = torch.compile(function, dynamic=False)
 
     @wraps(function)
     def call(*arguments: Any) -> Any:
         # Past its own limit of 8 torch would run the rest uncompiled.
-        with recompile_limit(VARIANTS):
+        with torch._dynamo.config.patch(recompile_limit=VARIANTS):
             return run(*arguments)
 
     return call
 
 
-def through(
-    module: Callable[..., Tensor], *inputs: Any, compiling: bool, checkpointing: bool = False
-) -> Tensor:
-    """`module(*inputs)`, by way of torch.compile and of checkpointing where they are asked for.
+@contextmanager
+def blocks_run(transformer: Any, *, compile: bool, checkpointing: bool) -> Generator[None]:
+    """Within, a GPT-2's blocks and embedding go through torch.compile, its blocks checkpointed.
 
-    Equal modules, such as the blocks of a model, share what is compiled.
+    Equal blocks share what is compiled, since the module is an argument of what is.
     """
-    # Around what is compiled, which would otherwise keep what checkpointing is to drop.
-    run = compiled(_call) if compiling else _call
-    return checkpointed(run, module, *inputs) if checkpointing else run(module, *inputs)
-
-
-def _call(module: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    return module(*inputs)
+    methods: list[tuple[Any, str]] = [(block, "forward") for block in transformer.h]
+    methods = [*methods * (compile or checkpointing), *[(transformer, "embed")] * compile]
+    before = [vars(module).get(name) for module, name in methods]  # a hook of the user's, or None
+    try:
+        for (module, name), own in zip(methods, before, strict=True):
+            plain = getattr(type(module), name)
+            run = own or partial(compiled(plain) if compile else plain, module)
+            if checkpointing and name == "forward":
+                # Around what is compiled, which would else keep what checkpointing is to drop.
+                run = partial(checkpoint, run, use_reentrant=False)
+            setattr(module, name, run)
+        yield
+    finally:
+        for (module, name), own in zip(methods, before, strict=True):
+            vars(module).pop(name, None)
+            if own is not None:
+                setattr(module, name, own)

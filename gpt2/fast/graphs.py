@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2.fast.untyped import forget_cublas_scratch, new_cuda_graph
-
 WARMUPS = 2  # runs before a capture, in which libraries and caches settle
 
 
@@ -32,11 +30,9 @@ class GraphedCalls:
     ) -> Tensor:
         """What the function gives for these inputs; it lasts until the next call.
 
-        Args:
-            function: of tensors, to a tensor; it must ask nothing of the device.
-            state: gives the tensors that the function changes, so that capturing can undo what its
-                trial runs did to them. Tensors that appear in the course of a trial begin as zeros.
-            inputs: what the function is given.
+        The function asks nothing of the device. `state` gives the tensors that it changes, so that
+        capturing can undo what its trial runs did to them; those that appear in the course of a
+        trial begin as zeros.
         """
         self.prepare(function, state, *inputs)
         graph, held, output = self.captured[_key(inputs)]
@@ -72,13 +68,13 @@ class GraphedCalls:
             for _ in range(WARMUPS):
                 function(*held)
         torch.cuda.current_stream().wait_stream(stream)
-        graph = new_cuda_graph()
+        graph = torch.cuda.CUDAGraph()
         # The scratch memory of cuBLAS then comes from this graph's pool, not from an earlier one's,
         # which may be gone before this graph is.
-        forget_cublas_scratch()
+        torch._C._cuda_clearCublasWorkspaces()
         with torch.cuda.graph(graph, pool=self.pool):
             output = function(*held)
-        forget_cublas_scratch()
+        torch._C._cuda_clearCublasWorkspaces()
         self.pool = graph.pool()
         after = state()
         with torch.no_grad():

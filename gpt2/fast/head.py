@@ -1,4 +1,4 @@
-"""The head's fast forms: few logits on a GPU, and a loss that never holds all logits.
+"""The loss from hidden states, in a form that never holds all logits.
 
 The loss is taken where the head computes `x Wᵀ` and nothing else; elsewhere the head is called.
 
@@ -7,8 +7,7 @@ Shapes: B batch · T time · C n_embd · V vocab · N positions, flattened.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +16,9 @@ from torch.nn import functional as F
 from gpt2.fast import devices
 from gpt2.fast.compiling import compiled
 from gpt2.fast.products import linear
-from gpt2.fast.untyped import apply, is_transforming
-from gpt2.training.loss import IGNORE, cross_entropies, shifted, summed, wide_enough
+from gpt2.loss import IGNORE, cross_entropies, shifted, summed, wide_enough
 
-# Rows between which a GPU makes logits three times as fast as (V, rows), since V is odd.
-FEW_ROWS = range(3, 65)
 CACHED = 2**21  # elements of a slice of the head's weight and of its logits, in a CPU's cache
-
-
-def logits(x: Tensor, weight: Tensor) -> Tensor:
-    """`x Wᵀ`, from `(…, C)` to `(…, V)`."""
-    if devices.wants_aligned(x.device) and x.numel() // x.shape[-1] in FEW_ROWS:
-        return (weight @ x.flatten(0, -2).t()).t().reshape(*x.shape[:-1], -1)
-    return linear(x, weight)
 
 
 def summed_loss(
@@ -37,39 +26,25 @@ def summed_loss(
 ) -> Tensor:
     """`summed(head(x), labels)`, with the head applied to supervised positions only.
 
-    A head's logits exist for a chunk of positions at a time where it takes no gradient.
-
-    Args:
-        head: from `(…, C)` to `(…, V)`.
-        x: hidden states `(B, T, C)`.
-        labels: `(B, T)`.
-        compiling: run a chunk through torch.compile, on a GPU.
-        smoothing: as for `summed`.
+    A head's logits exist for a chunk of positions at a time where it takes no gradient. The hidden
+    states `x` are `(B, T, C)`; `compiling` runs a chunk through torch.compile, on a GPU.
     """
-    if is_transforming():  # torch.func sees the formula itself
+    if torch._C._are_functorch_transforms_active():  # torch.func sees the formula itself
         return summed(head(x), labels, smoothing)
     hidden, targets = x.flatten(0, 1), shifted(labels)  # (N, C) and (N,)
-    if devices.tells_counts(x.device) and not torch.compiler.is_compiling():
+    if devices.on_cpu(x.device) and not torch.compiler.is_compiling():
         supervised = targets != IGNORE
         hidden, targets = hidden[supervised], targets[supervised]
     return _losses(head, hidden, targets, compiling, smoothing).sum()
 
 
 def losses(
-    head: nn.Module,
-    x: Tensor,
-    labels: Tensor,
-    at: Tensor,
-    *,
-    compiling: bool,
-    smoothing: float = 0.0,
+    head: nn.Module, x: Tensor, labels: Tensor, at: Tensor, *, compiling: bool, smoothing: float
 ) -> Tensor:
     """The summed loss of each of k equal blocks of rows, `(k,)`, whatever is learnt in another.
 
-    Args:
-        head, x, labels, compiling, smoothing: as for `summed_loss`.
-        at: `(k, S)`, which of a block's positions to look at: all that are supervised, and as many
-            others as give each block the same number.
+    `at` `(k, S)` are a block's positions to look at: all that are supervised, and as many others
+    as give each block the same number. The other arguments are those of `summed_loss`.
     """
     first = torch.arange(len(at), device=at.device) * (labels.numel() // len(at))
     rows = (at + first[:, None]).flatten()
@@ -81,14 +56,15 @@ def _losses(
     head: nn.Module, hidden: Tensor, targets: Tensor, compiling: bool, smoothing: float
 ) -> Tensor:
     """The loss at each position, `(N,)`, zero where nothing is learnt."""
-    weight = cast(Tensor, head.weight) if _is_plain(head) else None
-    if weight is not None and not (weight.requires_grad and torch.is_grad_enabled()):
-        chunk_loss = _in_slices if devices.slices_products(hidden.device) else _chunk
-        if compiling and devices.fuses_loss(hidden.device):
-            chunk_loss = compiled(_chunk)
-        return apply(_FrozenHeadLoss, hidden, weight, targets, smoothing, chunk_loss)
-    found = head(hidden) if weight is None else linear(hidden, weight)
-    return cross_entropies(found, targets, smoothing)
+    if not _is_plain(head):
+        return cross_entropies(head(hidden), targets, smoothing)
+    weight: Any = head.weight
+    if weight.requires_grad and torch.is_grad_enabled():
+        return cross_entropies(linear(hidden, weight), targets, smoothing)
+    chunk_loss = _in_slices if devices.on_cpu(hidden.device) else _chunk
+    if compiling and devices.on_cuda(hidden.device):
+        chunk_loss = compiled(_chunk)
+    return _FrozenHeadLoss.apply(hidden, weight, targets, smoothing, chunk_loss)
 
 
 def _is_plain(head: nn.Module) -> bool:
@@ -112,34 +88,23 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        smoothing: float,
-        chunk_loss: Callable[..., Any],
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, smoothing: float, chunk_loss: Any
     ) -> Tensor:
         n, vocab = len(hidden), weight.shape[0]
-        if devices.wants_aligned(weight.device):
+        if devices.on_cuda(weight.device):
             weight = F.pad(weight, (0, 0, 0, -vocab % 64))
         else:
             hidden = F.pad(hidden, (0, 0, 0, -n % 8))
             targets = F.pad(targets, (0, -n % 8), value=IGNORE)
-        each: list[Tensor] = []
-        gradients: list[Tensor] = []
+        pairs: list[tuple[Tensor, Tensor]] = []
         size = devices.positions_at_a_time(hidden.device)
         for start in range(0, len(hidden), size):
-            part = slice(start, start + size)
-            loss, gradient = chunk_loss(
-                hidden[part], weight, targets[part], vocab, ctx.needs_input_grad[0], smoothing
-            )
-            each.append(loss)
-            gradients.append(gradient)
-        if not each:
-            ctx.save_for_backward(hidden)
-            return hidden.new_zeros(0, dtype=wide_enough(hidden.dtype))
+            rows, few = hidden[start : start + size], targets[start : start + size]
+            pairs.append(chunk_loss(rows, weight, few, vocab, ctx.needs_input_grad[0], smoothing))
+        empty = hidden.new_zeros(0, dtype=wide_enough(hidden.dtype)), hidden
+        losses, gradients = zip(*pairs or [empty], strict=True)
         ctx.save_for_backward(torch.cat(gradients)[:n])
-        return torch.cat(each)[:n]
+        return torch.cat(losses)[:n]
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
@@ -154,31 +119,26 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
 
 def _chunk(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    vocab: int,
-    needs_gradient: bool,
-    smoothing: float = 0.0,
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab: int, learns: bool, smoothing: float = 0
 ) -> tuple[Tensor, Tensor]:
     """Losses and gradients of some positions; rows of `weight` past `vocab` are padding."""
-    found = hidden @ weight.t()  # (N, V padded)
-    found = found.to(wide_enough(found.dtype))
+    logits = hidden @ weight.t()  # (N, V padded)
+    logits = logits.to(wide_enough(logits.dtype))
     if len(weight) > vocab:
         tokens = torch.arange(len(weight), device=hidden.device)
-        found = found.masked_fill(tokens >= vocab, -torch.inf)
+        logits = logits.masked_fill(tokens >= vocab, -torch.inf)
     supervised = targets != IGNORE
     wanted = targets.where(supervised, 0)[:, None]
-    top = found.amax(-1, keepdim=True)  # subtracted: far from zero, float32 is coarse
-    at_wanted = found.gather(1, wanted) - top
+    top = logits.amax(-1, keepdim=True)  # subtracted: far from zero, float32 is coarse
+    at_wanted = logits.gather(1, wanted) - top
     sought, right = at_wanted, 1.0
     if smoothing:
-        sought = at_wanted.lerp(found[:, :vocab].mean(-1, keepdim=True) - top, smoothing)
+        sought = at_wanted.lerp(logits[:, :vocab].mean(-1, keepdim=True) - top, smoothing)
         right = 1 - smoothing + smoothing / vocab
-    scores = found.sub_(top).exp_()  # the probabilities but for a factor, which comes last
+    scores = logits.sub_(top).exp_()  # the probabilities but for a factor, which comes last
     total = scores.sum(-1, keepdim=True)  # in pairs; a softmax kernel's running sum is off by 1e-5
     loss = (total.log() - sought).squeeze(1).where(supervised, 0.0)
-    if not needs_gradient:
+    if not learns:
         return loss, hidden
     if smoothing:
         scores[:, :vocab] -= total * (smoothing / vocab)
@@ -189,12 +149,7 @@ def _chunk(
 
 
 def _in_slices(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    vocab: int,
-    needs_gradient: bool,
-    smoothing: float = 0.0,
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab: int, learns: bool, smoothing: float = 0
 ) -> tuple[Tensor, Tensor]:
     """What `_chunk` gives, from a slice of the vocabulary after the other.
 
@@ -210,14 +165,14 @@ def _in_slices(
     size = max(1, CACHED // (len(hidden) + hidden.shape[1]))
     for start in range(0, vocab, size):
         rows = weight[start : start + size]
-        found = (rows @ hidden.t()).to(kind)  # (V of the slice, N)
+        logits = (rows @ hidden.t()).to(kind)  # (V of the slice, N)
         place = wanted - start
-        there = found.gather(0, place.clamp(0, len(rows) - 1)[None])[0]
+        there = logits.gather(0, place.clamp(0, len(rows) - 1)[None])[0]
         at_wanted = there.where((place >= 0) & (place < len(rows)), at_wanted)
-        before, top = top, torch.maximum(top, found.amax(0))
-        scores, shrunk = found.sub_(top).exp_(), (before - top).exp()
+        before, top = top, torch.maximum(top, logits.amax(0))
+        scores, shrunk = logits.sub_(top).exp_(), (before - top).exp()
         total = total * shrunk + scores.sum(0)
-        if needs_gradient:
+        if learns:
             own = scores.to(weight.dtype).t() @ rows
             gradient = gradient * shrunk[:, None] + own.to(kind)  # (N, C)
     unlike = (1 - smoothing) * weight[wanted].to(kind)
@@ -226,7 +181,7 @@ def _in_slices(
         at_wanted = at_wanted.lerp(hidden.to(kind) @ mean, smoothing)
         unlike += smoothing * mean
     loss = (total.log() + (top - at_wanted)).where(supervised, 0.0)
-    if not needs_gradient:
+    if not learns:
         return loss, hidden
     gradient = (gradient / total[:, None] - unlike) * supervised[:, None]
     return loss, gradient.to(hidden.dtype)

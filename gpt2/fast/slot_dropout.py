@@ -18,7 +18,6 @@ from torch import Tensor
 
 from gpt2.fast.devices import Generator
 from gpt2.fast.dropout import drop
-from gpt2.fast.untyped import floats
 
 GOLDEN = 0x9E3779B9
 
@@ -42,7 +41,7 @@ class Streams:
     def __call__(self, x: Tensor, p: float | Tensor) -> Tensor:
         """Drop elements of `(k·b, T, …)`, or of `(k·b, H, T, T)`, each slot's at its own rate."""
         k, b = len(self.sizes), len(x) // len(self.sizes)
-        rates = floats(p) if isinstance(p, Tensor) else [p] * k
+        rates = p.tolist() if isinstance(p, Tensor) else [p] * k
         factors = torch.ones_like(x)
         for i, (rate, (rows, T)) in enumerate(zip(rates, self.sizes, strict=True)):
             if rate and rows:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from gpt2.data.tokens import Dataset
+from gpt2.data.dataset import Dataset
 from gpt2.fast import devices
 from gpt2.model import GPT2
 from gpt2.training import distributed
@@ -32,6 +32,8 @@ def check_readable(model: nn.Module, data: Dataset) -> None:
         )
     if not len(data):
         raise ValueError("There is no example in the data.")
+    if data.unlearnable:
+        raise ValueError(f"{data.unlearnable}. Leave them out.")
     network = inner(model)
     if isinstance(network, GPT2):
         longest, limit = data.longest, network.config.block_size
@@ -50,8 +52,8 @@ def check_readable(model: nn.Module, data: Dataset) -> None:
 
 def check_options(
     model: nn.Module, config: TrainConfig, groups: Groups | None
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What is set in the GPT-2 during a step, and the optimiser's groups.
+) -> tuple[dict[str, bool], list[dict[str, Any]]]:
+    """How the GPT-2's blocks are run during a step, empty for another model; and the groups.
 
     Raises:
         ValueError: groups that do not fit; options that model, device or processes cannot follow.
@@ -64,15 +66,14 @@ def check_options(
     if config.compile and not (is_gpt2 or compiled):
         faults.append("compile=True needs a GPT2; give torch.compile(model) instead")
     device = next(iter(parameters.values())).device
-    if config.cuda_graph and not devices.can_capture(device):
+    if config.cuda_graph and not devices.on_cuda(device):
         faults.append(f"cuda_graph=True needs a CUDA device, and the model is on {device}")
     faults += distributed.faults(model, config)
     if faults:
         raise ValueError(f"The model cannot be trained so: {'; '.join(faults)}.")
     compiling = config.compile and not compiled  # else torch.compile has the whole of it
-    flags: dict[str, Any] = {"compiling": compiling, "checkpointing": config.checkpointing}
-    flags["smoothing"] = config.label_smoothing
-    return flags if is_gpt2 else {}, grouped(parameters, config, groups)
+    how = {"compile": compiling, "checkpointing": config.checkpointing}
+    return how if is_gpt2 else {}, grouped(parameters, config, groups)
 
 
 def require_count(name: str, value: object) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from gpt2.config import is_number
-from gpt2.faults import listed
+from gpt2.files import listed
 
 SCHEDULES = ("linear", "cosine", "constant")
 GRAPHED_TOKENS = 4096

@@ -11,26 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpt2.fast.untyped import collectives, gather_into, named_modules, table
-from gpt2.streaming import is_sharded
+from gpt2.files import is_sharded
 from gpt2.training.config import TrainConfig
 
 
 def rank() -> int:
     """Which of the processes this one is, counted from 0."""
-    return collectives().get_rank() if _is_in_group() else 0
+    return torch.distributed.get_rank() if _is_in_group() else 0
 
 
 def size() -> int:
     """How many processes there are."""
-    return collectives().get_world_size() if _is_in_group() else 1
+    return torch.distributed.get_world_size() if _is_in_group() else 1
 
 
 def gathered(text: str) -> list[str]:
     """What each process gives, in their order."""
     found: list[Any] = [text] * size()
     if size() > 1:
-        collectives().all_gather_object(found, text)
+        torch.distributed.all_gather_object(found, text)
     return found
 
 
@@ -39,7 +38,9 @@ def gathered_rows(rows: Tensor) -> Tensor:
     if size() == 1:
         return rows
     found = rows.new_empty(size() * len(rows), *rows.shape[1:])
-    gather_into(found, rows)
+    group: Any = torch.distributed  # torch 2.13 renames the function
+    gather = getattr(group, "all_gather_single", None) or group.all_gather_into_tensor
+    gather(found, rows)
     return found
 
 
@@ -54,7 +55,7 @@ def interleaved(rows: list[list[float]], device: torch.device) -> list[list[floa
     if size() == 1:
         return rows
     found = gathered_rows(torch.tensor(rows, dtype=torch.float64, device=device))
-    return table(found.view(size(), len(rows), -1).transpose(0, 1).flatten(0, 1))
+    return found.view(size(), len(rows), -1).transpose(0, 1).flatten(0, 1).tolist()
 
 
 def first_says(what: bool) -> bool:
@@ -82,7 +83,7 @@ def faults(model: nn.Module, config: TrainConfig) -> list[str]:
             f"(accumulate): start {sizes} of them, or let {count} divide accumulate"
         )
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    kinds = {type(m) for m in named_modules(model).values()}
+    kinds = {type(m) for m in model.modules()}
     if any(issubclass(k, wrappers) or k.__name__ == "FullyShardedDataParallel" for k in kinds):
         found.append(
             "give the model itself or one of torch.distributed.fsdp.fully_shard: "
@@ -98,5 +99,41 @@ def faults(model: nn.Module, config: TrainConfig) -> list[str]:
 
 
 def _is_in_group() -> bool:
-    group = collectives()
+    group = torch.distributed
     return group.is_available() and group.is_initialized()
+
+
+def whole(tensor: Any) -> Tensor:
+    """The tensor itself, put together where several devices hold a part of it each."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def own_part(tensor: Any) -> Tensor:
+    """What this process holds of it: all, unless it is sharded."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def part_like(tensor: Tensor, other: Any) -> Tensor:
+    """What this process holds of a tensor that is sharded as the other is; all if that is whole."""
+    if not is_sharded(other):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor  # a sharded model has imported it
+
+    home, mesh = tensor.to(other.device), other.device_mesh
+    return distribute_tensor(home, mesh, other.placements, src_data_rank=None).to_local().clone()
+
+
+def as_part(part: Tensor, other: Any) -> Tensor:
+    """A tensor sharded as the other is, of which this is what the process holds."""
+    if not is_sharded(other):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        part.to(other.device, copy=True),
+        other.device_mesh,
+        other.placements,
+        run_check=False,
+        shape=other.shape,
+        stride=other.stride(),
+    )

@@ -10,15 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from gpt2.data.batches import Batch, collate
-from gpt2.data.tokens import Array, Dataset
+from gpt2.data.dataset import Array, Dataset
 from gpt2.fast.devices import positions_at_a_time
-from gpt2.fast.untyped import from_numpy
-from gpt2.model import GPT2
-from gpt2.streaming import is_sharded
+from gpt2.files import is_sharded
+from gpt2.loss import IGNORE
+from gpt2.model import GPT2, in_mode
 from gpt2.training import distributed
 from gpt2.training.checks import check_readable, require_count
-from gpt2.training.loss import IGNORE
-from gpt2.training.modes import in_mode
 from gpt2.training.randomness import RandomState
 from gpt2.training.wrapped import logits_of, summed_loss
 
@@ -78,12 +76,12 @@ def evaluate(
     with in_mode(model, training=False), RandomState(0, device), torch.no_grad():
         for start in distributed.strided(starts):
             some = order[start : start + batch_size]
-            batch = collate([data[int(i)] for i in some])
+            batch = collate(data, some)
             moved, right = batch.to(device), np.zeros(batch_size)
             with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                 loss = summed_loss(model, moved.idx, moved.labels)
                 if references:
-                    right[: len(some)] = _are_greedy(model, moved, from_numpy(asked[some]))
+                    right[: len(some)] = _are_greedy(model, moved, torch.from_numpy(asked[some]))
             found.append([float(loss), batch.n_tokens, *right])
     total, tokens = 0.0, 0
     for start, row in zip(starts, distributed.interleaved(found, device), strict=False):

@@ -9,11 +9,11 @@ from hashlib import blake2b
 import torch
 from torch import Tensor, nn
 
-from gpt2.data.tokens import Dataset
-from gpt2.fast.untyped import whole
-from gpt2.faults import listed
+from gpt2.data.dataset import Dataset
+from gpt2.files import listed
 from gpt2.model import GPT2
 from gpt2.training.config import TrainConfig
+from gpt2.training.distributed import whole
 from gpt2.training.wrapped import inner
 
 PROBED = 1024  # elements of each tensor that are read one by one, beside the sum of all

@@ -15,9 +15,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from gpt2.data.tokens import Dataset
-from gpt2.fast.untyped import as_part
-from gpt2.streaming import is_sharded
+from gpt2.data.dataset import Dataset
+from gpt2.files import is_sharded
 from gpt2.training import distributed, fingerprints, snapshots
 from gpt2.training.checks import check_readable
 from gpt2.training.config import TrainConfig
@@ -187,7 +186,9 @@ class Fit(Iterator[StepRecord]):
         if not can or (distributed.rank() and not self._sharded):
             return False
         kept, state = self._kept, run.state()
-        best = {name: as_part(t, state.parameters[name]) for name, t in kept.best.items()}
+        best = {
+            name: distributed.as_part(t, state.parameters[name]) for name, t in kept.best.items()
+        }
         found = Snapshot(made_of=self.made_of, state=state, evaluated=kept.evaluated, best=best)
         snapshots.write(Path(self.options.folder or ""), found)
         self.saved_step = state.step

@@ -65,7 +65,7 @@ class AdamW(torch.optim.AdamW):
 
 def adamw(groups: list[dict[str, Any]], device: torch.device, capturable: bool) -> AdamW:
     """Fused where it can be: one call a group, so that an interrupt comes before it or after it."""
-    capturable = capturable and devices.can_capture(device)
+    capturable = capturable and devices.on_cuda(device)
     for group in groups:
         group["initial_lr"] = group["lr"]
         if capturable:  # a tensor, so that a captured step reads the rate of the moment

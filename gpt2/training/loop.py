@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from gpt2.data.tokens import Dataset
+from gpt2.data.dataset import Dataset
 from gpt2.training.checks import check_options, check_readable, require_config
 from gpt2.training.config import TrainConfig
 from gpt2.training.groups import Groups, listed

@@ -7,7 +7,7 @@ import warnings
 
 from torch import nn
 
-from gpt2.fast.devices import tells_counts
+from gpt2.fast.devices import on_cpu
 from gpt2.model import GPT2, CausalSelfAttention
 from gpt2.training.config import TrainConfig
 
@@ -23,7 +23,7 @@ def settled(model: nn.Module, config: TrainConfig) -> TrainConfig:
     if not isinstance(model, GPT2):
         raise ValueError(f"packing takes a GPT-2, and the model is a {type(model).__name__}.")
     p, device = model.config.attn_pdrop, next(model.parameters()).device
-    if config.packing == "always" or not p or tells_counts(device):
+    if config.packing == "always" or not p or on_cpu(device):
         return config
     warnings.warn(
         f"The kernel that packing takes on {device.type} has no dropout, and the model's attention "
@@ -39,4 +39,4 @@ def undropped(model: nn.Module, config: TrainConfig) -> list[CausalSelfAttention
     if config.packing != "always" or not isinstance(model, GPT2):
         return []
     layers = [m for m in model.modules() if isinstance(m, CausalSelfAttention)]
-    return [] if tells_counts(next(model.parameters()).device) else layers
+    return [] if on_cpu(next(model.parameters()).device) else layers

@@ -17,15 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from gpt2.data.batches import collate
-from gpt2.data.order import Integers
-from gpt2.data.tokens import Dataset
+from gpt2.data.dataset import Dataset
+from gpt2.data.order import Integers, seed_of
 from gpt2.fast.compiling import bucket
-from gpt2.fast.untyped import floats, from_numpy, table
-from gpt2.model import GPT2
+from gpt2.model import GPT2, in_mode
 from gpt2.training.checks import check_readable, require_count
 from gpt2.training.config import TrainConfig
-from gpt2.training.modes import in_mode
-from gpt2.training.randomness import RandomState, seed_of
+from gpt2.training.randomness import RandomState
 from gpt2.training.run import StepRecord
 from gpt2.training.slot_adamw import IDLE, Rates
 from gpt2.training.slots import (
@@ -182,16 +180,16 @@ class PopulationTraining:
         total, tokens = torch.zeros(k, dtype=torch.float64), 0
         with in_mode(self.model, training=False), self._randomness:
             for start in range(0, len(data), batch_size):
-                batch = collate([data[int(i)] for i in order[start : start + batch_size]])
+                batch = collate(data, order[start : start + batch_size])
                 n = batch.n_tokens  # on a GPU few numbers occur, since chunks may be compiled
                 most = bucket(n, batch.labels.numel()) if self.step.graphs else n
-                at = from_numpy(learnt_at(batch.labels.numpy(), 1, most))
+                at = torch.from_numpy(learnt_at(batch.labels.numpy(), 1, most))
                 idx, labels, at = (
                     t.repeat(k, 1).to(self.step.device) for t in (batch.idx, batch.labels, at)
                 )
                 total += self.step.losses(idx, labels, at).double().cpu()
                 tokens += batch.n_tokens
-        return floats(total / tokens)
+        return (total / tokens).tolist()
 
     def _opened(
         self, slot: int, config: TrainConfig, ratios: Mapping[str, float], until: int | None
@@ -233,15 +231,17 @@ class PopulationTraining:
             own.go_on(is_last=is_last)
         idx, labels, sizes = rows_of(self.data, chosen, self.config.batch_size, self.width)
         rates = torch.tensor(numbers, dtype=self.slots.flat.dtype, device="cpu").t().contiguous()
-        at = from_numpy(learnt_at(labels, k, self._most))
-        figures = self.step(from_numpy(idx), from_numpy(labels), at, rates, seeds, sizes)
+        at = torch.from_numpy(learnt_at(labels, k, self._most))
+        figures = self.step(
+            torch.from_numpy(idx), torch.from_numpy(labels), at, rates, seeds, sizes
+        )
         self._untold.append((over, figures))
 
     def _tell(self, began: float) -> None:
         """Look at the device: the records of the steps taken, and the trainings that failed."""
         if not self._untold:
             return
-        rows = table(torch.stack([figures.flatten() for _, figures in self._untold]))
+        rows = torch.stack([figures.flatten() for _, figures in self._untold]).tolist()
         seconds, k = time.perf_counter() - began, len(self.trainings)
         untold, self._untold = self._untold, []
         for (over, _), row in zip(untold, rows, strict=True):

@@ -6,11 +6,10 @@ process takes a micro-batch. Neither side, run or caller, disturbs the other's n
 
 from __future__ import annotations
 
-from hashlib import blake2b
-
 import torch
 from torch import Tensor
 
+from gpt2.data.order import seed_of
 from gpt2.fast.devices import Generator
 
 
@@ -39,9 +38,3 @@ class RandomState:
         """Set the generators to where this micro-batch of this step begins."""
         for generator in self.generators:
             generator.seed(seed_of(self.seed, step, micro_batch))
-
-
-def seed_of(*numbers: int) -> int:
-    """64 bits that these integers fix on every machine, unlike those of any other integers."""
-    digest = blake2b(",".join(map(str, numbers)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")

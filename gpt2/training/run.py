@@ -11,15 +11,12 @@ from itertools import count, islice
 import torch
 from torch import Tensor, nn
 
-from gpt2.data.batches import Batch, batch
-from gpt2.data.plans import Plan
-from gpt2.data.tokens import Dataset
-from gpt2.fast.untyped import floats, own_part, whole
-from gpt2.model import GPT2
+from gpt2.data.batches import Batch, Plan, batch
+from gpt2.data.dataset import Dataset
+from gpt2.model import GPT2, in_mode
 from gpt2.training import distributed, fingerprints
 from gpt2.training.config import TrainConfig
 from gpt2.training.groups import Groups
-from gpt2.training.modes import in_mode
 from gpt2.training.schedule import lr_scale, planned, steps_an_epoch, total_steps
 from gpt2.training.step import Stepper
 from gpt2.training.wrapped import inner, is_compiled
@@ -125,7 +122,7 @@ class Run:
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 if p.requires_grad:
-                    own_part(p).copy_(state.parameters[name])
+                    distributed.own_part(p).copy_(state.parameters[name])
         self._resumed, self._seconds = state, state.seconds
         self._untold = [(n, tokens, torch.tensor(two)) for n, tokens, *two in state.untold]
 
@@ -173,14 +170,14 @@ class Run:
                 self._untold.append((step, tokens, stepper(micro_batches, step, scale)))
                 if step == self.total or self.pauses(step):
                     break
-            floats(self._untold[-1][2])  # here the host waits for the device
+            self._untold[-1][2].tolist()  # here the host waits for the device
         self._seconds += time.perf_counter() - began
 
     def _told(self, stepper: Stepper) -> Generator[StepRecord]:
         """The records of a burst; a step is told once the caller comes back for the next."""
         per_epoch = steps_an_epoch(self.data, self.config)
         rows = (
-            floats(torch.stack([f for _, _, f in self._untold]).flatten()) if self._untold else []
+            torch.stack([f for _, _, f in self._untold]).flatten().tolist() if self._untold else []
         )
         untold = list(self._untold)
         for (step, tokens, _), loss, norm in zip(untold, rows[::2], rows[1::2], strict=True):
@@ -203,14 +200,16 @@ class Run:
 
 
 def _two(figures: Tensor) -> tuple[float, float]:
-    loss, norm = floats(figures)
+    loss, norm = figures.tolist()
     return loss, norm
 
 
 def not_finite(stepper: Stepper) -> list[str]:
     """The names of trained parameters that hold an infinity or NaN."""
     return [
-        name for name, p in stepper.parameters.items() if not whole(p.detach()).isfinite().all()
+        name
+        for name, p in stepper.parameters.items()
+        if not distributed.whole(p.detach()).isfinite().all()
     ]
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpt2.config import is_number
-from gpt2.faults import listed
+from gpt2.files import listed
 
 
 @dataclass(frozen=True, kw_only=True)

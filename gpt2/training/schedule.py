@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from typing import cast
 
-from gpt2.data.batches import plan
-from gpt2.data.plans import Plan
-from gpt2.data.tokens import Dataset
+from gpt2.data.batches import Plan, plan
+from gpt2.data.dataset import Dataset
 from gpt2.training.config import TrainConfig
 
 
@@ -75,4 +74,4 @@ def steps_an_epoch(data: Dataset | int, config: TrainConfig) -> int:
 def planned(data: Dataset, config: TrainConfig) -> Plan:
     """How an epoch of the data falls into micro-batches."""
     size = config.batch_size if config.tokens_per_batch is None else None
-    return plan(data, size, tokens_per_batch=config.tokens_per_batch, packing=bool(config.packing))
+    return plan(data, size, config.tokens_per_batch, bool(config.packing))

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from gpt2.data.dataset import Dataset, places
 from gpt2.data.order import Integers, Order
-from gpt2.data.tokens import Dataset, places
+from gpt2.loss import IGNORE
 from gpt2.training.checks import require_count
 from gpt2.training.config import TrainConfig
-from gpt2.training.loss import IGNORE
 from gpt2.training.run import StepRecord
 from gpt2.training.schedule import lr_scale, planned, steps_an_epoch, total_steps
 

@@ -16,7 +16,7 @@ from typing import Any, cast
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gpt2 import streaming
+from gpt2.files import gathered, write_tensors
 from gpt2.training.run import RunState
 
 NAME, BEFORE = "snapshot.safetensors", "snapshot-before.safetensors"
@@ -59,17 +59,16 @@ def write(folder: Path, snapshot: Snapshot) -> None:
         "untold": state.untold,
         "evaluated": list(snapshot.evaluated.items()),
     }
-    made, here = folder / PART, streaming.is_written_here(tensors)
+    if (whole := gathered(tensors)) is None:
+        return  # another process writes
+    made = folder / PART
     try:
-        streaming.write(made, tensors, {"run": json.dumps(about)})
-        if not here:
-            return
+        write_tensors(made, whole, {"run": json.dumps(about)})
         if (folder / NAME).exists():
             os.replace(folder / NAME, folder / BEFORE)
         os.replace(made, folder / NAME)
     finally:
-        if here:
-            made.unlink(missing_ok=True)
+        made.unlink(missing_ok=True)
 
 
 def check(folder: Path) -> None:

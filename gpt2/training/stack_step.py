@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -16,14 +16,13 @@ from torch import Tensor, nn
 
 from gpt2.config import is_number
 from gpt2.fast import devices, head
-from gpt2.fast.compiling import compiled
+from gpt2.fast.compiling import blocks_run, compiled
 from gpt2.fast.graphs import GraphedCalls
 from gpt2.fast.slot_dropout import Hashes, Streams, places
-from gpt2.fast.untyped import gradients, named_modules, row_norms
+from gpt2.loss import cross_entropies, shifted
 from gpt2.model import GPT2
 from gpt2.training.checks import require_config
 from gpt2.training.config import TrainConfig
-from gpt2.training.loss import cross_entropies, shifted
 from gpt2.training.slot_adamw import update
 from gpt2.training.slots import OWN
 from gpt2.training.wrapped import logits_of
@@ -74,11 +73,11 @@ class StackStep:
         self.ratios = {name: slots.flat.new_ones(k) for name in slots.parts}
         self.failed = torch.zeros(k, dtype=torch.bool, device=self.device)
         self._loss = slots.flat.new_zeros(k)
-        self.graphs = GraphedCalls() if devices.can_capture(self.device) else None
+        self.graphs = GraphedCalls() if devices.on_cuda(self.device) else None
         self._dropping: list[Any] = [m for m in model.modules() if hasattr(m, "drops")]
         shape = (len(self._dropping), k, 2)
         self._seeds = torch.zeros(shape, dtype=torch.int32, device=self.device)
-        self._streams = Streams(k) if devices.draws_one_by_one(self.device) else None
+        self._streams = Streams(k) if devices.on_cpu(self.device) else None
         self._update = compiled(update) if config.compile else update
 
     def begin(self, slot: int, ratios: Mapping[str, float]) -> None:
@@ -131,19 +130,18 @@ class StackStep:
     @contextmanager
     def in_force(self) -> Generator[None]:
         """The model computes as the config says, and drops as the slots do; after as before."""
-        own: list[tuple[Any, str, Any]] = []
-        for i, module in enumerate(self._dropping):
-            own.append((module, "drops", self._streams or Hashes(self._seeds[i])))
-        if isinstance(self.model, GPT2):
-            own.append((self.model.transformer, "compiling", self.config.compile))
-        before = [getattr(module, name) for module, name, _ in own]
-        try:
-            for module, name, value in own:
-                setattr(module, name, value)
-            yield
-        finally:
-            for (module, name, _), value in zip(own, before, strict=True):
-                setattr(module, name, value)
+        before = [module.drops for module in self._dropping]
+        with ExitStack() as stack:
+            if isinstance(self.model, GPT2):
+                how = {"compile": self.config.compile, "checkpointing": False}
+                stack.enter_context(blocks_run(self.model.transformer, **how))
+            try:
+                for i, module in enumerate(self._dropping):
+                    module.drops = self._streams or Hashes(self._seeds[i])
+                yield
+            finally:
+                for module, drops in zip(self._dropping, before, strict=True):
+                    module.drops = drops
 
     def _micro_batch(
         self, idx: Tensor, labels: Tensor, at: Tensor, numbers: Tensor, keys: Tensor
@@ -153,12 +151,12 @@ class StackStep:
             places(keys, self._seeds)
         smoothing = self.config.label_smoothing
         loss = self.losses(idx, labels, at, smoothing) * numbers[-2]
-        found = gradients(loss.sum(), slots.parameters)
+        found = torch.autograd.grad(loss.sum(), slots.parameters, materialize_grads=True)
         with torch.no_grad():
             for sum_so_far, gradient in zip(slots.gradients, found, strict=True):
                 sum_so_far += gradient
             self._loss += loss
-        norm = row_norms(slots.grad)
+        norm = torch.linalg.vector_norm(slots.grad, dim=1)
         over = numbers[-1] > 0
         figures = torch.stack([self._loss, norm])
         self.failed |= over & ~figures.isfinite().all(0)
@@ -192,14 +190,14 @@ def check(model: nn.Module, slots: Slots, config: TrainConfig) -> None:
     ]
     dropping = [
         name
-        for name, module in named_modules(model).items()
+        for name, module in model.named_modules()
         if isinstance(module, nn.Dropout) and module.p and not hasattr(module, "drops")
     ]
     if dropping:
         faults.append(f"{dropping[0]} cannot drop for each slot apart: set its p to 0")
     if config.compile and not isinstance(model, GPT2):
         faults.append("compile=True needs a GPT2")
-    if config.cuda_graph and not devices.can_capture(device := slots.flat.device):
+    if config.cuda_graph and not devices.on_cuda(device := slots.flat.device):
         faults.append(f"cuda_graph=True needs a CUDA device, and the slots are on {device}")
     if faults:
         raise ValueError(f"The population cannot be trained so: {'; '.join(faults)}.")

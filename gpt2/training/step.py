@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from gpt2.data.batches import Batch
 from gpt2.fast import devices
+from gpt2.fast.compiling import blocks_run
 from gpt2.fast.graphs import GraphedCalls
-from gpt2.fast.untyped import as_part, backward, whole
 from gpt2.model import GPT2
 from gpt2.training import distributed, summing
 from gpt2.training.checks import check_options
@@ -58,8 +58,8 @@ class Stepper:
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.device = next(iter(self.parameters.values())).device
         self._trained = list(self.parameters.values())
-        self._flags, full = check_options(model, config, groups)
-        self._flags |= {"longest": longest} if self._flags else {}
+        self._how, full = check_options(model, config, groups)
+        self._longest = longest
         self._sums = summing.sums(self._trained, config)
         sharded = isinstance(self._sums, summing.Sharded)
         self.optimizer: Any = adamw(full, self.device, capturable=not sharded)
@@ -67,11 +67,11 @@ class Stepper:
         self.optimizer.zero_grad()  # of what the caller, or a run that was cut short, left
         self.failed = torch.zeros((), dtype=torch.float32, device=self.device)
         self.taken, self.whole = 0, True
-        capturable = devices.can_capture(self.device) and not sharded
+        capturable = devices.on_cuda(self.device) and not sharded
         self.graphs = GraphedCalls() if capturable else None
         self._updates = GraphedCalls()
         self._randomness = RandomState(config.seed, self.device)
-        self._network = inner(model)
+        self._network: Any = inner(model)
         self._undropped = undropped(self._network, config)
         self._watch = Watch(self._network, self._trained)
 
@@ -97,7 +97,7 @@ class Stepper:
         n_tokens = sum(batch.n_tokens for batch in batches)
         share = torch.full((), self._sums.scale / n_tokens, dtype=torch.float32, device=self.device)
         own = self._sums.begin(batches)
-        with self._randomness, self._flagged():
+        with self._randomness, self._in_force():
             if self.graphs is not None and self._is_graphed(batches):
                 if isinstance(self._sums, summing.Alone):
                     return self._replayed(self.graphs, batches[0], step, share)
@@ -133,7 +133,9 @@ class Stepper:
             fused = devices.has_fused_adamw(self.device)  # else the host counts the steps
             home = self.device if kind != "step" or fused else torch.device("cpu")
             p, tensor = self.parameters[name], tensor.to(home, copy=True)
-            self.optimizer.state[p][kind] = as_part(tensor, p) if tensor.dim() else tensor
+            self.optimizer.state[p][kind] = (
+                distributed.as_part(tensor, p) if tensor.dim() else tensor
+            )
         self.taken = taken
 
     @contextmanager
@@ -144,22 +146,25 @@ class Stepper:
         self.whole = True
 
     def _backward(self, share: Tensor, *inputs: Tensor) -> Tensor:
-        smoothing = self.config.label_smoothing
+        how: Any = {"smoothing": self.config.label_smoothing, "longest": self._longest}
+        how["compile"] = self._how.get("compile", False)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast):
-            loss = summed_loss(self.model, *inputs, smoothing=smoothing) * share
+            loss = summed_loss(self.model, *inputs, **how) * share
         if not loss.requires_grad:
             raise RuntimeError(
                 "No parameter that requires grad has a part in the loss. Is what you train "
                 "switched off, such as an adapter that is disabled or merged?"
             )
-        backward(loss)
+        loss.backward()
         return loss.detach()
 
     def _update(self, loss: Tensor) -> Tensor:
-        norm = whole(nn.utils.clip_grad_norm_(self._trained, self.config.clip or math.inf))
+        norm = distributed.whole(
+            nn.utils.clip_grad_norm_(self._trained, self.config.clip or math.inf)
+        )
         figures = torch.stack([loss, norm.to(loss.dtype)])
         self.failed.copy_(torch.maximum(self.failed, (~figures.isfinite().all()).float()))
-        if devices.heeds_found_inf(self.device):
+        if devices.skips_found_inf(self.device):
             # The fused optimiser reads this flag on the device and does nothing where it is 1.
             self.optimizer.found_inf = self.failed
             self.optimizer.step()
@@ -225,21 +230,19 @@ class Stepper:
                 group["lr"] = peak * scale
 
     @contextmanager
-    def _flagged(self) -> Generator[None]:
+    def _in_force(self) -> Generator[None]:
         """The GPT-2 within all wrappers computes as the config says, and after as before."""
-        if not self._flags:
-            yield
-            return
-        changes = [(vars(self._network.transformer), self._flags)]
-        changes += [(vars(attention), {"attn_pdrop": 0.0}) for attention in self._undropped]
-        before = [{name: own[name] for name in flags} for own, flags in changes]
-        try:
-            for own, flags in changes:
-                own.update(flags)
-            yield
-        finally:
-            for (own, _), was in zip(changes, before, strict=True):
-                own.update(was)
+        p = [attention.attn_pdrop for attention in self._undropped]
+        with ExitStack() as stack:
+            if self._how:
+                stack.enter_context(blocks_run(self._network.transformer, **self._how))
+            try:
+                for attention in self._undropped:
+                    attention.attn_pdrop = 0.0
+                yield
+            finally:
+                for attention, before in zip(self._undropped, p, strict=True):
+                    attention.attn_pdrop = before
 
 
 def _inputs(batch: Batch) -> list[Tensor]:

@@ -13,18 +13,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from gpt2.data.batches import Batch
-from gpt2.fast.untyped import add_each, collectives, parts
-from gpt2.streaming import is_sharded
+from gpt2.files import is_sharded
+from gpt2.loss import IGNORE
 from gpt2.training.config import TrainConfig
 from gpt2.training.distributed import gathered_rows, own, size
-from gpt2.training.loss import IGNORE
 
+_torch: Any = torch
 GATHERED_BYTES = 2**28
 """Bytes of a step's gradients up to which they are added in order by default."""
 
@@ -136,7 +136,7 @@ class InOrder:
         found = gathered_rows(self.rows[: self._used])[: self.count]  # (M, N + 1)
         added = self._gradients(found[0])
         for row in found[1:]:
-            add_each(added, self._gradients(row))
+            _torch._foreach_add_(added, self._gradients(row))
         for p, grad in zip(self.trained, added, strict=True):
             p.grad = grad
         return found[:, -1].float().contiguous().sum()
@@ -150,7 +150,7 @@ class InOrder:
         return -(-self.count // size())
 
     def _gradients(self, row: Tensor) -> list[Tensor]:
-        own_parts = parts(row[:-1], self.sizes)
+        own_parts = row[:-1].split(self.sizes)
         return [g.view_as(p).to(p.dtype) for g, p in zip(own_parts, self.trained, strict=True)]
 
 
@@ -170,7 +170,7 @@ class Reduced:
             group = list(same)
             sizes = [p.numel() for p in group]
             self.flat.append(torch.zeros(sum(sizes), dtype=group[0].dtype, device=group[0].device))
-            views = parts(self.flat[-1], sizes)
+            views = self.flat[-1].split(sizes)
             self.views += [(p, v.view_as(p)) for p, v in zip(group, views, strict=True)]
 
     def begin(self, batches: Sequence[Batch]) -> list[tuple[int, Batch]]:
@@ -189,7 +189,7 @@ class Reduced:
         self._give()
         loss = self.losses.sum()
         for tensor in (loss, *self.flat):
-            collectives().all_reduce(tensor)
+            torch.distributed.all_reduce(tensor)
         return loss
 
     def state(self) -> list[Tensor]:
@@ -226,7 +226,7 @@ class Sharded:
     def total(self) -> Tensor:
         """The step's loss."""
         loss = self.losses.sum() / self.scale
-        collectives().all_reduce(loss)
+        torch.distributed.all_reduce(loss)
         return loss
 
     def state(self) -> list[Tensor]:

@@ -12,8 +12,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from gpt2.fast.untyped import named_modules
-
 KINDS = {"_modules": "module", "_buffers": "buffer", "_parameters": "parameter"}
 
 
@@ -36,7 +34,7 @@ class Watch:
         for name in self.parameters:
             parts = name.split(".")[:-1]
             above |= {".".join(parts[: i + 1]) for i in range(len(parts))}
-        self.modules = {path: m for path, m in named_modules(model).items() if path in above}
+        self.modules = {path: m for path, m in model.named_modules() if path in above}
         self.renew()
 
     def renew(self) -> None:

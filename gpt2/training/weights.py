@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from gpt2.fast.untyped import own_part, part_like
+from gpt2.training.distributed import own_part, part_like
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:

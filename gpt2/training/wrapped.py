@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpt2.fast.untyped import children
+from gpt2.loss import summed
 from gpt2.model import GPT2
-from gpt2.training.loss import summed
 
 # The names under which wrappers hold what they wrap.
 HELD_AS = ("_orig_mod", "module", "_fsdp_wrapped_module")
@@ -30,7 +29,7 @@ def inner(model: nn.Module) -> nn.Module:
 def is_compiled(model: nn.Module) -> bool:
     """Whether torch.compile is one of the wrappers."""
     held = _held(model)
-    return held is not None and ("_orig_mod" in children(model) or is_compiled(held))
+    return held is not None and ("_orig_mod" in model._modules or is_compiled(held))
 
 
 def summed_loss(
@@ -39,7 +38,9 @@ def summed_loss(
     labels: Tensor,
     documents: Tensor | None = None,
     *,
+    longest: int | None = None,
     smoothing: float = 0.0,
+    compile: bool = False,
 ) -> Tensor:
     """The cross-entropy summed over the supervised tokens, a scalar of float32 at least.
 
@@ -50,14 +51,17 @@ def summed_loss(
         model: a GPT-2, with adapters or without; or a module from `(B, T)` ids to logits
             `(B, T, V)`, or to an object with `logits`, as transformers' models give it.
         idx, labels: `(B, T)`; a label is `IGNORE` where nothing is learnt.
-        documents: of a GPT-2's one row, as `GPT2.forward` has it.
-        smoothing: as for `gpt2.training.loss.summed`, of logits; a GPT-2 knows its own.
+        documents, longest: of a GPT-2's one row, as `GPT2.forward` has them.
+        smoothing: share of each target that is spread evenly over all tokens.
+        compile: of a GPT-2, as `GPT2.forward` has it.
 
     Raises:
         ValueError: the model gives no logits.
     """
     if isinstance(inner(model), GPT2):
-        more = {} if documents is None else {"documents": documents}
+        more: dict[str, Any] = {"smoothing": smoothing} if smoothing else {}
+        more |= {"compile": True} if compile else {}
+        more |= {} if documents is None else {"documents": documents, "longest": longest}
         return model(idx, labels, **more).sum()  # DataParallel gives a loss for each of its devices
     if documents is not None:
         raise ValueError(f"{type(model).__name__} reads a row as one text: packing takes a GPT-2.")
@@ -83,7 +87,7 @@ def logits_of(model: nn.Module, idx: Tensor) -> Tensor:
 def _held(model: nn.Module) -> nn.Module | None:
     """What a wrapper holds; None for a module that is none, or hands on no second input."""
     for name in HELD_AS:
-        if isinstance(held := children(model).get(name), nn.Module):
+        if isinstance(held := model._modules.get(name), nn.Module):
             takes_two = name == "_orig_mod" or _takes(model, torch.empty(0), torch.empty(0))
             return held if takes_two else None
     return None

@@ -1,7 +1,8 @@
 """The loss of predicting each next token.
 
 Labels lie beside the token ids: `labels[b, t]` is the token at position t, or `IGNORE` where it is
-not to be learnt; the shift by one happens here.
+not to be learnt; the shift by one happens here. `gpt2.fast.head` computes the same from hidden
+states, without ever holding all logits.
 
 Shapes: B batch · T time · V vocab.
 """
@@ -35,27 +36,18 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def summed(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     """The cross-entropy summed over the supervised tokens, a scalar of float32 at least.
 
-    Args:
-        logits, labels: as for `next_token_loss`.
-        smoothing: share of each target that is spread evenly over all tokens.
-
-    Raises:
-        ValueError: the shapes do not fit.
+    `smoothing` is the share of each target that is spread evenly over all tokens.
     """
     if logits.shape[:2] != labels.shape:
         raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} differ.")
-    targets = shifted(labels)
-    return cross_entropies(logits.flatten(0, 1), targets, smoothing).sum()
+    return cross_entropies(logits.flatten(0, 1), shifted(labels), smoothing).sum()
 
 
 def cross_entropies(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
     """The loss at each target `(N,)`, zero where it is `IGNORE`, of logits `(N, V)`."""
+    logits = logits.to(wide_enough(logits.dtype))
     return F.cross_entropy(
-        logits.to(wide_enough(logits.dtype)),
-        targets,
-        ignore_index=IGNORE,
-        reduction="none",
-        label_smoothing=smoothing,
+        logits, targets, ignore_index=IGNORE, reduction="none", label_smoothing=smoothing
     )
 
 
