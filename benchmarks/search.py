@@ -30,7 +30,6 @@ import gpt2
 from benchmarks import harness
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-sys.path.insert(0, str(SCRIPTS))
 ALL = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 GRID = {
     "lr": [5e-4, 1e-3, 2e-3, 4e-3],
@@ -166,7 +165,7 @@ def grid(a: Any, seed: int) -> dict[str, Any]:
 
 def plan() -> Any:
     """The rungs of the grid."""
-    from halving import Halving  # pyright: ignore[reportMissingImports]
+    from scripts.tuner.halving import Halving
 
     made: Any = Halving
     return made(trials=math.prod(map(len, GRID.values())), rungs=RUNGS, keep=KEEP)
@@ -174,11 +173,9 @@ def plan() -> Any:
 
 def whole_grid(a: Any, seed: int, halving: Any) -> list[list[float]]:
     """Each configuration's held-out loss where each rung ends."""
-    import recipe  # pyright: ignore[reportMissingImports]
-    import runs  # pyright: ignore[reportMissingImports]
-    import search  # pyright: ignore[reportMissingImports]
-    import space  # pyright: ignore[reportMissingImports]
-    import waves  # pyright: ignore[reportMissingImports]
+    from scripts import search
+    from scripts.runs import recipe
+    from scripts.tuner import runs, space, waves
 
     given = ["--config", str(SCRIPTS / "configs" / "search_e2e.yaml"), "--validation", a.valid]
     script: Any = search

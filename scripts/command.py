@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 SCRIPTS = {
     "train": "train_qa",
@@ -32,8 +31,6 @@ def main() -> int:
     if verb not in SCRIPTS:
         print(USAGE, file=sys.stderr)
         return 2
-    # As when Python runs a script: its folder comes first, so that scripts find one another.
-    sys.path.insert(0, str(Path(__file__).parent))
     return start(SCRIPTS[verb], sys.argv[2:])
 
 
@@ -42,7 +39,7 @@ def start(script: str, argv: Sequence[str]) -> int:
     for number in stop_signals():
         signal.signal(number, _end)
     try:
-        run = importlib.import_module(script).main
+        run = importlib.import_module(f"{__package__}.{script}").main
     except ModuleNotFoundError as error:
         if error.name not in ("jsonargparse", "yaml", "rich", "matplotlib"):
             raise

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 if __name__ == "__main__":  # on top, so that Ctrl-C during the imports below ends in one line
     import sys
+    from pathlib import Path
 
-    import command
+    sys.path[0] = str(
+        Path(__file__).resolve().parents[1]
+    )  # the rooms are in a package, by one name
+    from scripts.command import start
 
-    sys.exit(command.start("merge", sys.argv[1:]))
+    sys.exit(start("merge", sys.argv[1:]))
 
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-import cli
 import gpt2
-import guard
 import lora
-import options as opts
+
+from .cli import cli, guard
+from .cli import options as opts
 
 
 @guard.guarded

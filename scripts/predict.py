@@ -8,10 +8,14 @@ from __future__ import annotations
 
 if __name__ == "__main__":  # on top, so that Ctrl-C during the imports below ends in one line
     import sys
+    from pathlib import Path
 
-    import command
+    sys.path[0] = str(
+        Path(__file__).resolve().parents[1]
+    )  # the rooms are in a package, by one name
+    from scripts.command import start
 
-    sys.exit(command.start("predict", sys.argv[1:]))
+    sys.exit(start("predict", sys.argv[1:]))
 
 from dataclasses import fields
 from pathlib import Path
@@ -20,16 +24,13 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 
-import bars
-import cli
-import continuing
 import gpt2
-import guard
-import inputs
 import lora
-import options as opts
-import predictions
 from gpt2.training import fingerprints
+
+from .cli import bars, cli, guard
+from .cli import options as opts
+from .runs import continuing, inputs, predictions
 
 
 def parse(argv: guard.Arguments) -> Namespace:

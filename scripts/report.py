@@ -4,19 +4,21 @@ from __future__ import annotations
 
 if __name__ == "__main__":  # on top, so that Ctrl-C during the imports below ends in one line
     import sys
+    from pathlib import Path
 
-    import command
+    sys.path[0] = str(
+        Path(__file__).resolve().parents[1]
+    )  # the rooms are in a package, by one name
+    from scripts.command import start
 
-    sys.exit(command.start("report", sys.argv[1:]))
+    sys.exit(start("report", sys.argv[1:]))
 
 from pathlib import Path
 
-import cli
-import folder
-import guard
-import options as opts
-import page
-import record
+from .cli import cli, guard
+from .cli import options as opts
+from .page import page, record
+from .runs import folder
 
 COMPARED = Path("comparison.html")
 

@@ -4,39 +4,31 @@ from __future__ import annotations
 
 if __name__ == "__main__":  # on top, so that Ctrl-C during the imports below ends in one line
     import sys
+    from pathlib import Path
 
-    import command
+    sys.path[0] = str(
+        Path(__file__).resolve().parents[1]
+    )  # the rooms are in a package, by one name
+    from scripts.command import start
 
-    sys.exit(command.start("search", sys.argv[1:]))
+    sys.exit(start("search", sys.argv[1:]))
 
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
 
-import bars
-import cli
-import folder
 import gpt2
-import guard
-import inputs
-import inside
-import leaderboard
-import options as opts
-import processes
-import proposals
-import recipe
-import results
-import searching
-import shown
-import starting
-import validation
-import verdict
-from course import Course
-from plan import Plan
-from team import Team
-from validation import Apart
-from waves import Waves
+
+from .cli import bars, cli, guard
+from .cli import options as opts
+from .runs import folder, inputs, inside, processes, recipe, results, shown, starting, validation
+from .runs.validation import Apart
+from .tuner import leaderboard, proposals, searching, verdict
+from .tuner.course import Course
+from .tuner.plan import Plan
+from .tuner.team import Team
+from .tuner.waves import Waves
 
 DEMO = Path(__file__).resolve().parent / "configs" / "search_demo.yaml"
 SPACE = f"what varies: [choices], or {{low, high}} in logarithms; of {', '.join(searching.NAMES)}"

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 if __name__ == "__main__":  # on top, so that Ctrl-C during the imports below ends in one line
     import sys
+    from pathlib import Path
 
-    import command
+    sys.path[0] = str(
+        Path(__file__).resolve().parents[1]
+    )  # the rooms are in a package, by one name
+    from scripts.command import start
 
-    sys.exit(command.start("train_qa", sys.argv[1:]))
+    sys.exit(start("train_qa", sys.argv[1:]))
 
 from pathlib import Path
 
 from jsonargparse import Namespace
 
-import cli
-import folder
 import gpt2
-import guard
-import inputs
-import options as opts
-import processes
-import recipe
-import single
-import starting
-import tasks
-import validation
+
+from .cli import cli, guard
+from .cli import options as opts
+from .runs import folder, inputs, processes, recipe, single, starting, tasks, validation
 
 DEMO = Path(__file__).resolve().parent / "configs" / "demo.yaml"
 

@@ -6,7 +6,6 @@ import importlib
 import json
 import socket
 from importlib.resources import files
-from pathlib import Path
 
 import pytest
 import torch
@@ -35,10 +34,9 @@ def demo_expected() -> dict:
 
 
 @pytest.fixture
-def script(monkeypatch):
-    """Import a script by its name, as if it had been started."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
-    return importlib.import_module
+def script():
+    """Import a script, or a room of theirs, by its name."""
+    return lambda name: importlib.import_module(f"scripts.{name}")
 
 
 @pytest.fixture(scope="session")

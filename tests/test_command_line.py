@@ -29,8 +29,7 @@ LONG = "x" * 50_000
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
-    """Scripts can be imported; this folder has odd things in it."""
-    monkeypatch.syspath_prepend(SCRIPTS)
+    """This folder has odd things in it."""
     monkeypatch.chdir(tmp_path)
     Path("run", "adapter").mkdir(parents=True)
     Path("run", "run.json").write_text("{}")
@@ -50,7 +49,7 @@ def files(folder: Path) -> dict[str, int]:
 def refused(script: str, argv: list[str], here: Path, capsys) -> str:
     """The one line of stderr; nothing else was written anywhere."""
     before = files(here)
-    assert importlib.import_module(script).main(argv) == 2
+    assert importlib.import_module(f"scripts.{script}").main(argv) == 2
     out, error = capsys.readouterr()
     assert out == ""
     assert error.count("\n") == 1
@@ -235,7 +234,7 @@ def test_a_null_byte_and_half_a_character_are_one_line(here, capsys):
 
 
 def parsed(*argv: str):
-    return importlib.import_module("train_qa").parse(argv)
+    return importlib.import_module("scripts.train_qa").parse(argv)
 
 
 def test_without_a_config_the_demo_runs():
@@ -277,7 +276,7 @@ def test_fields_come_as_flags_and_in_yaml():
 def test_every_option_has_its_help(script, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit) as stop:
-        importlib.import_module(script).main(["--help"])
+        importlib.import_module(f"scripts.{script}").main(["--help"])
     assert stop.value.code == 0
     options = re.findall(r"^  (--?\w.*?|\w+) {2,}(\(type.*|.+)$", capsys.readouterr().out, re.M)
     assert len(options) > 3
@@ -292,11 +291,11 @@ def test_every_option_has_its_help(script, capsys, monkeypatch):
     [(True, True, "cuda"), (True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")],
 )
 def test_cuda_is_picked_before_mps_before_the_processor(cuda, mps, best):
-    assert importlib.import_module("cli").best_device(cuda, mps) == best
+    assert importlib.import_module("scripts.cli.cli").best_device(cuda, mps) == best
 
 
 def test_an_adapter_is_found_in_its_run():
-    find = importlib.import_module("cli").adapter_folder
+    find = importlib.import_module("scripts.cli.cli").adapter_folder
     assert find("run") == Path("run")
     Path("run", "adapter", "adapter_config.json").write_text("{}")
     assert find("run") == find("run/adapter") == Path("run", "adapter")
@@ -307,7 +306,7 @@ def test_an_adapter_is_found_in_its_run():
 
 
 def test_the_next_commands_survive_the_shell(monkeypatch):
-    folder = importlib.import_module("folder")
+    folder = importlib.import_module("scripts.runs.folder")
     place, prompt = Path("it's [b]mine[/b] $HOME"), 'Q: "Why" `ls` $(ls)?\nA:'
     lines = folder.next_commands(place, [place], "a base", prompt)
     words = shlex.split(lines)
@@ -323,7 +322,7 @@ def test_the_next_commands_survive_the_shell(monkeypatch):
 
 
 def test_a_run_takes_the_next_number_and_a_named_folder_only_if_told():
-    folder = importlib.import_module("folder")
+    folder = importlib.import_module("scripts.runs.folder")
     assert [str(folder.prepare(None)) for _ in range(3)] == ["runs/qa-1", "runs/qa-2", "runs/qa-3"]
     Path("run", "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="name another res_path, leave it out"):
@@ -460,7 +459,7 @@ def test_the_installed_command_trains_generates_and_merges_anywhere(installed, h
     ],
 )
 def test_the_base_is_the_one_that_the_adapter_names(tmp_path, config, base):
-    base_of = importlib.import_module("cli").base_of
+    base_of = importlib.import_module("scripts.cli.cli").base_of
     adapter = tmp_path / "trained" / "adapter"
     adapter.mkdir(parents=True)
     if config is not None:
@@ -474,7 +473,7 @@ def test_help_shows_the_defaults_of_the_config(capsys):
 
     def shown(*argv: str) -> str:
         with pytest.raises(SystemExit) as ended:
-            importlib.import_module("train_qa").parse([*argv, "--help"])
+            importlib.import_module("scripts.train_qa").parse([*argv, "--help"])
         assert ended.value.code == 0
         return " ".join(capsys.readouterr().out.split())
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 
 def test_the_best_of_each_rung_go_on_whatever_the_losses(script):
-    check = given(st.data())(lambda data: goes_on(script("halving").Halving, data))
+    check = given(st.data())(lambda data: goes_on(script("tuner.halving").Halving, data))
     check()
 
 
@@ -49,7 +49,7 @@ def goes_on(kind, data):
 
 
 def test_the_article_size_search_halves_as_the_issue_counts(script):
-    plan = script("halving").Halving(trials=512, rungs=4, keep=4)
+    plan = script("tuner.halving").Halving(trials=512, rungs=4, keep=4)
     assert plan.alive == [512, 128, 32, 8]
     assert [plan.step(rung, 2500) for rung in range(4)] == [39, 156, 625, 2500]
 
@@ -65,12 +65,12 @@ def test_the_article_size_search_halves_as_the_issue_counts(script):
 )
 def test_a_plan_that_cannot_be_is_refused(script, numbers, least, finalists, said):
     names = ("trials", "rungs", "keep")
-    plan = script("halving").Halving(**dict(zip(names, numbers, strict=True)))
+    plan = script("tuner.halving").Halving(**dict(zip(names, numbers, strict=True)))
     assert said in "; ".join(plan.faults(least, finalists))
 
 
 def test_seeds_tell_apart_what_differs_by_more_than_their_noise(script):
-    noise = script("noise")
+    noise = script("tuner.noise")
     base = [1.00, 1.10, 0.95, 1.05]
     assert noise.told_apart([x + 0.05 for x in base], base), "the same seeds, the same difference"
     assert not noise.told_apart([1.05, 1.02, 1.01, 1.03], base)
@@ -83,10 +83,10 @@ def test_seeds_tell_apart_what_differs_by_more_than_their_noise(script):
 
 
 def test_a_configuration_that_ended_is_told_apart_from_one_that_did_not(script):
-    assert script("noise").told_apart([1.0, math.nan], [1.0, 1.1])
+    assert script("tuner.noise").told_apart([1.0, math.nan], [1.0, 1.1])
 
 
 def test_a_configuration_of_which_a_seed_ended_has_no_spread(script):
-    spread = script("noise").spread([1.0, math.nan, 1.2])
+    spread = script("tuner.noise").spread([1.0, math.nan, 1.2])
     assert [*spread] == ["mean", "min", "max", "sd"]
     assert all(map(math.isnan, spread.values()))

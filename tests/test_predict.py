@@ -31,7 +31,6 @@ NEW = 5
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     """Twelve prompts of unequal lengths, the first of them twice; an adapter that changes all."""
-    monkeypatch.syspath_prepend(SCRIPTS)
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": f"{i}. The {TOPICS[i % 5]} is", "completion": f" {i}"} for i in range(12)]
     rows.insert(3, {"prompt": rows[0]["prompt"], "completion": " another"})
@@ -53,7 +52,7 @@ def adapter(tmp_path_factory) -> Path:
 
 
 def predict(*argv: object) -> int:
-    script = importlib.import_module("predict")
+    script = importlib.import_module("scripts.predict")
     words = ["prompts.jsonl", "--device", "cpu", "--max_new_tokens", NEW, *argv]
     return script.main([str(word) for word in words])
 
@@ -180,7 +179,7 @@ def test_a_killed_run_goes_on():
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert 0 < len(file.read_text().splitlines()) < 150
-    assert importlib.import_module("predict").main([*command[2:], "64"]) == 0
+    assert importlib.import_module("scripts.predict").main([*command[2:], "64"]) == 0
     assert [line["prompt"] for line in lines()] == [row["text"] for row in rows]
 
 

@@ -172,7 +172,7 @@ def test_a_folder_is_no_report(run, script, tmp_path, capsys):
 
 
 def test_no_spike_is_lost(script):
-    charts = script("charts")
+    charts = script("page.charts")
     points = [(i, 1.0) for i in range(100_000)]
     points[777], points[70_001], points[5] = (777, 9.0), (70_001, -3.0), (5, float("nan"))
     kept = charts.thinned(points)
@@ -182,7 +182,7 @@ def test_no_spike_is_lost(script):
 
 
 def test_choices_of_several_targets_stay_apart(script):
-    told = script("sections").told
+    told = script("page.sections").told
     assert told([["c_attn"], ["c_attn", "c_fc"]]) == "[c_attn], [c_attn, c_fc]"
     assert told(["c_attn", "c_fc"]) == "c_attn, c_fc"
 

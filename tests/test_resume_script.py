@@ -110,7 +110,7 @@ def test_a_run_that_is_stopped_and_gone_on_with_is_as_one_that_never_stopped(
 ):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     arguments = [*QUICK, "--steps", "7", *VALID, "--data", many, "--res_path"]
-    train, keeping = script("train_qa").main, script("keeping")
+    train, keeping = script("train_qa").main, script("runs.keeping")
     assert train([*arguments, str(whole)]) == 0
     capsys.readouterr()
     for i, step in enumerate((3, 5)):
@@ -148,7 +148,7 @@ def test_what_cannot_be_gone_on_with_is_one_line(script, tmp_path, capsys, many,
     assert f"{empty} holds no snapshot" in refused("--resume", str(empty))
     assert "--resume FOLDER" in refused("--resume")
     with monkeypatch.context() as patch:
-        stopped_after(2, script("keeping"), patch)
+        stopped_after(2, script("runs.keeping"), patch)
         arguments = [*QUICK, "--steps", "7", *VALID, "--data", many, "--res_path", str(out)]
         assert train(arguments) == 143
     capsys.readouterr()
@@ -156,7 +156,7 @@ def test_what_cannot_be_gone_on_with_is_one_line(script, tmp_path, capsys, many,
     assert "data was" in refused("--resume", str(out), "--data", ARTICLE)
     assert "modules was" in refused("--resume", str(out), "--lora.alpha", "3")
     assert "or go on with it by --resume" in refused(*arguments)
-    with script("lock").held(out):
+    with script("runs.lock").held(out):
         assert f"Another run works in {out}" in refused("--resume", str(out))
         assert f"Another run works in {out}" in refused(*arguments, "--overwrite")
     assert train(["--resume", str(out)]) == 0
@@ -212,7 +212,7 @@ def test_a_full_disk_in_a_snapshot_does_not_end_the_run(script, tmp_path, many, 
 
 
 def test_one_run_at_a_time_in_a_folder(script, tmp_path):
-    lock = script("lock")
+    lock = script("runs.lock")
     with lock.held(tmp_path):
         done = subprocess.run(
             command("train_qa.py", *QUICK, "--res_path", str(tmp_path)),

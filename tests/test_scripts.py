@@ -258,7 +258,7 @@ def test_ctrl_c_leaves_a_saved_adapter_and_says_so(tmp_path):
 def test_a_signal_saves_the_step_it_met_and_others_change_nothing(
     name, code, script, tmp_path, monkeypatch, capsys
 ):
-    keeping, save = script("keeping"), lora.save
+    keeping, save = script("runs.keeping"), lora.save
     recorded, kill = keeping.recorded, getattr(signal, name)
 
     def killed(run, place):
@@ -299,7 +299,7 @@ def test_a_signal_where_python_ignores_errors_ends_the_script_too(name, code, sc
         time.sleep(20)
         raise AssertionError("the signal was lost")
 
-    assert script("guard").guarded(body)([]) == code
+    assert script("cli.guard").guarded(body)([]) == code
     said = "Interrupted." if name == "SIGINT" else f"Stopped by {name}."
     assert capsys.readouterr().err == f"{said}\n"
 
@@ -346,7 +346,7 @@ def test_a_step_that_was_not_applied_is_no_step_of_the_adapter(script, tmp_path,
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
 def test_a_full_disk_in_training_leaves_a_saved_adapter(script, tmp_path, monkeypatch, capsys):
-    folder, out = script("folder"), tmp_path / "run"
+    folder, out = script("runs.folder"), tmp_path / "run"
     prepare = folder.prepare
 
     def full(*arguments) -> Path:
@@ -375,7 +375,7 @@ def test_an_adapter_that_cannot_be_saved_in_its_place_is_saved_elsewhere(
         save(model, folder, **options)
 
     monkeypatch.setattr(lora, "save", full)
-    monkeypatch.setattr(script("keeping").tempfile, "TemporaryFile", open_nothing)
+    monkeypatch.setattr(script("runs.keeping").tempfile, "TemporaryFile", open_nothing)
     assert script("train_qa").main([*QUICK, "--res_path", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1

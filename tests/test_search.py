@@ -42,7 +42,8 @@ SPACE = {
 @pytest.fixture
 def made(script):
     """A function that makes a course on a tiny model; what it is told replaces the usual."""
-    modules = {n: script(n) for n in "space course recipe waves halving wave_files".split()}
+    names = "space course waves halving wave_files"
+    modules = {n: script(f"tuner.{n}") for n in names.split()} | {"recipe": script("runs.recipe")}
 
     def make(folder=None, given=SPACE, rungs=3, keep=2, trials=8, room=None, **plan):
         space = modules["space"].read(given, trials)
@@ -180,8 +181,8 @@ def test_a_search_stopped_anywhere_goes_on_to_the_same_end(
     made, script, monkeypatch, tmp_path, seconds
 ):
     """Whether what was trained of a wave is kept or not."""
-    monkeypatch.setitem(script("waves").TICKS, "cpu", 2)
-    monkeypatch.setattr(script("wave_files"), "SAVE_EVERY", seconds)
+    monkeypatch.setitem(script("tuner.waves").TICKS, "cpu", 2)
+    monkeypatch.setattr(script("tuner.wave_files"), "SAVE_EVERY", seconds)
     monkeypatch.setattr(os, "fsync", lambda file: None)  # which takes most of the time
     wanted = made(tmp_path / "wanted", sampler="tpe")
     wanted.search(data(4))
@@ -290,7 +291,7 @@ def test_what_a_search_leaves_behind(found, script):
     assert all(f"<td>{row['state']}</td>" in report for row in board)
     assert "What the winner changed" in report
     assert not (found / "waves").exists()
-    optuna = script("proposals").optuna()
+    optuna = script("tuner.proposals").optuna()
     study = optuna.load_study(study_name=None, storage=f"sqlite:///{found / 'study.db'}")
     assert [t.state.name for t in study.trials].count("COMPLETE") == 2
     assert study.best_value == min(row["losses"]["2"] for row in board[:2])
@@ -298,9 +299,11 @@ def test_what_a_search_leaves_behind(found, script):
 
 def test_what_the_default_has_not_is_not_drawn(found, script):
     """As epochs, where the usual configuration counts steps."""
-    record = script("record").read(found)
+    record = script("page.record").read(found)
     record.run["default"]["params"]["r"] = None
-    charts = [chart for chart in script("search_charts").over_each(record) if chart.title == "r"]
+    charts = [
+        chart for chart in script("page.search_charts").over_each(record) if chart.title == "r"
+    ]
     assert [series.color for series in charts[0].series].count("2") == 0
 
 
@@ -364,7 +367,7 @@ def test_a_search_that_is_killed_goes_on_to_the_same_bytes(found, tiny, tmp_path
 
 def test_a_damaged_file_is_one_line_that_says_what_to_do(script, made, tmp_path):
     made(tmp_path).search(None)
-    files = script("wave_files").WaveFiles(tmp_path)
+    files = script("tuner.wave_files").WaveFiles(tmp_path)
     wave = tmp_path / "waves" / "rung-1-wave-1.safetensors"
     os.truncate(wave, 300)
     with pytest.raises(ValueError, match=r"rung-1-wave-1.safetensors is damaged.*remove it"):
@@ -382,7 +385,7 @@ def test_a_full_disk_says_where_and_how_to_go_on(tiny, tmp_path, script, capsys,
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(script("wave_files").streaming, "write", full)
+    monkeypatch.setattr(script("tuner.wave_files").streaming, "write", full)
     place = tmp_path / "run"
     assert script("search").main([*tiny, "--res_path", str(place)]) == 2
     said = capsys.readouterr().err
@@ -424,7 +427,7 @@ def test_bad_input_is_one_line(tiny, tmp_path, script, capsys, monkeypatch, more
 
 def test_a_search_without_a_folder_gets_a_numbered_one_of_its_own(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folder = script("folder")
+    folder = script("runs.folder")
     places = [folder.prepare(None, [folder.WINNER]), folder.prepare(None)]
     assert [str(place) for place in places] == ["runs/search-1", "runs/qa-1"]
 
@@ -449,7 +452,7 @@ def test_all_faults_of_a_space_are_told_at_once(script):
         "alpha_over_r": {"low": 1.0, "high": 1.0000000000000002},
     }  # fmt: skip
     with pytest.raises(ValueError, match="The space is contradictory") as error:
-        script("space").read(given, 3)
+        script("tuner.space").read(given, 3)
     for said in (
         "width is none of lr", "lr needs 0 < low < high", "below 1, got 1.0", "r has no choice",
         "steps and epochs exclude", "targets must be names", "weight_decay must have low and high",
@@ -462,14 +465,14 @@ def test_all_faults_of_a_space_are_told_at_once(script):
 def test_the_same_targets_in_another_order_are_no_other_choice(script, again):
     given = {"targets": [["c_attn", "c_fc"], again]}
     with pytest.raises(ValueError, match="targets has a choice twice"):
-        script("space").read(given, 2)
+        script("tuner.space").read(given, 2)
 
 
 def test_a_number_that_no_float_holds_is_told(script):
     huge = 10**400
     given = {"lr": [1, huge], "r": {"low": 1, "high": huge}}
     with pytest.raises(ValueError, match=r"lr must be .* got 1000.*; r must be an integer"):
-        script("space").read(given, 2)
+        script("tuner.space").read(given, 2)
 
 
 def test_optuna_missing_names_the_extra(tiny, script, capsys, monkeypatch):
@@ -479,11 +482,13 @@ def test_optuna_missing_names_the_extra(tiny, script, capsys, monkeypatch):
 
 
 def test_ranks_above_a_side_do_not_widen_the_room(script, made):
-    recipe = script("recipe")
+    recipe = script("runs.recipe")
     usual = made().plan.usual
-    room = recipe.room(script("space").read({"r": [4, 8, 400]}, 3), usual, 16)
+    room = recipe.room(script("tuner.space").read({"r": [4, 8, 400]}, 3), usual, 16)
     assert room.r == 8
-    assert recipe.room(script("space").read({"r": {"low": 2, "high": 99}}, 3), usual, 16).r == 16
+    assert (
+        recipe.room(script("tuner.space").read({"r": {"low": 2, "high": 99}}, 3), usual, 16).r == 16
+    )
     assert replace(room, r=2).targets == ("c_attn",)
     assert math.isfinite(room.dropout)
 
@@ -491,7 +496,7 @@ def test_ranks_above_a_side_do_not_widen_the_room(script, made):
 def test_slots_that_do_not_fit_in_memory_are_refused_with_what_fits(
     tiny, tmp_path, script, capsys, monkeypatch
 ):
-    monkeypatch.setattr(script("memory"), "available", lambda device: 25 << 20)
+    monkeypatch.setattr(script("tuner.memory"), "available", lambda device: 25 << 20)
     place = tmp_path / "run"
     assert script("search").main([*tiny, "--res_path", str(place)]) == 2
     said = capsys.readouterr().err
@@ -523,7 +528,7 @@ def test_what_a_slot_takes_is_about_what_is_told(script):
         for k in ("8", "20")
     ]  # fmt: skip
     model, parameters = gpt2.GPT2.from_pretrained("demo"), 16 * 32768
-    told = script("memory").of_slot(model, parameters, 64, gpt2.TrainConfig(steps=1))
+    told = script("tuner.memory").of_slot(model, parameters, 64, gpt2.TrainConfig(steps=1))
     measured = (peaks[1] - peaks[0]) * 1024 / 12
     assert 0.6 < measured / told < 1.4
 
@@ -564,15 +569,15 @@ def test_two_processes_find_what_one_finds(found, tiny, tmp_path):
 
 def test_other_hosts_look_once_the_first_process_has_begun(made, script, tmp_path, monkeypatch):
     """Else they might find the search that is being replaced."""
-    course, searching = made(), script("searching")
+    course, searching = made(), script("tuner.searching")
     (tmp_path / "waves").mkdir()
     (tmp_path / "waves" / "made_of.json").write_text('{"of": "another search"}')
     options = Namespace(resume=False, space=SPACE, base_dropout=None)
-    apart = script("validation").Apart(data(7), data(5), None, "")
+    apart = script("runs.validation").Apart(data(7), data(5), None, "")
     meetings = [0]
 
     def by_process(rank: int):
-        monkeypatch.setattr(script("processes"), "rank", lambda: rank)
+        monkeypatch.setattr(script("runs.processes"), "rank", lambda: rank)
         return searching.files(tmp_path, options, course.plan, course.waves.model, apart)
 
     @contextmanager
@@ -582,7 +587,7 @@ def test_other_hosts_look_once_the_first_process_has_begun(made, script, tmp_pat
         if meetings[0] == 1:  # the first process has come here too
             by_process(0)
 
-    monkeypatch.setattr(script("processes"), "agreed", agreed)
+    monkeypatch.setattr(script("runs.processes"), "agreed", agreed)
     by_process(1)
     assert "another search" not in (tmp_path / "waves" / "made_of.json").read_text()
 
@@ -595,9 +600,9 @@ def test_a_search_that_is_interrupted_says_how_to_go_on(
         raise KeyboardInterrupt
 
     if where == "in training":
-        monkeypatch.setattr(script("waves").Waves, "train", stopped)
+        monkeypatch.setattr(script("tuner.waves").Waves, "train", stopped)
     else:
-        monkeypatch.setattr(script("leaderboard"), "plot", stopped)
+        monkeypatch.setattr(script("tuner.leaderboard"), "plot", stopped)
     place = tmp_path / "run"
     assert script("search").main([*tiny, "--res_path", str(place)]) == 130
     assert capsys.readouterr().err == f"Interrupted. Go on with --resume {place}.\n"
@@ -633,26 +638,26 @@ def test_the_lowest_mean_is_said_of_finalists_and_not_of_the_default(made, scrip
     course = made()
     course.search(data(4))
     monkeypatch.setattr(type(course), "alike", [7])
-    told = script("verdict").said(course)
+    told = script("tuner.verdict").said(course)
     assert told.startswith(f"Of the finalists trial {course.winner} has the lowest mean loss; it ")
 
 
 def test_the_report_says_of_the_winner_what_the_console_says(found, script):
     """Also of one that is the best, or the only finalist."""
     run = json.loads((found / "run.json").read_text())
-    record = script("record").read(found)
+    record = script("page.record").read(found)
     for alike, finalists, said in (
         ([7], 2, "it cannot be told apart from 7 over 2 seeds."),
         ([], 2, "is the best of the finalists over 2 seeds."),
         ([], 1, "is the only finalist."),
     ):
         told = replace(record, run=run | {"not_told_apart": alike}, board=record.board[:finalists])
-        assert said in script("searched").verdict(told)
+        assert said in script("page.searched").verdict(told)
 
 
 def test_what_a_search_is_going_to_do(made, script):
     """Shares and no steps, since a trial's schedule may be longer than another's."""
     course = made()
-    apart = script("validation").Apart(data(7), data(5), None, "")
-    told = script("searching").told(course.plan, apart)
+    apart = script("runs.validation").Apart(data(7), data(5), None, "")
+    told = script("tuner.searching").told(course.plan, apart)
     assert "8/4/2 trials train to 25/50/100 % of their schedules, 3 at a time;" in told

@@ -88,7 +88,7 @@ def test_a_run_of_several_goes_on_where_it_was_stopped(
     stops, script, tmp_path, files, capsys, monkeypatch
 ):
     """A stop after so many steps of all; what is resumed is what was never stopped."""
-    train, keeping = script("train_qa").main, script("keeping")
+    train, keeping = script("train_qa").main, script("runs.keeping")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     arguments = [*QUICK, "--steps", "5", *VALID, "--tasks", *files, "--res_path"]
     assert train([*arguments, str(whole)]) == 0
@@ -132,7 +132,7 @@ def stopped(recorded, names):
 
 
 def test_another_file_or_option_is_refused(script, tmp_path, files, capsys, monkeypatch):
-    train, keeping, out = script("train_qa").main, script("keeping"), tmp_path / "out"
+    train, keeping, out = script("train_qa").main, script("runs.keeping"), tmp_path / "out"
     arguments = [*QUICK, "--steps", "5", *VALID, "--tasks", *files, "--res_path", str(out)]
     with monkeypatch.context() as patch:
         patch.setattr(keeping, "recorded", stopped(keeping.recorded, NAMES))
@@ -152,7 +152,7 @@ def test_another_file_or_option_is_refused(script, tmp_path, files, capsys, monk
     assert "data was" in capsys.readouterr().err
     assert train(arguments) == 2
     assert "or go on with it by --resume" in capsys.readouterr().err
-    with script("lock").held(out):
+    with script("runs.lock").held(out):
         assert train([*arguments, "--overwrite"]) == 2
     assert "Another run works in" in capsys.readouterr().err
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
@@ -161,7 +161,7 @@ def test_another_file_or_option_is_refused(script, tmp_path, files, capsys, monk
 def test_a_file_that_changed_after_its_adapter_was_trained_is_refused(
     script, tmp_path, files, capsys, monkeypatch
 ):
-    train, keeping, out = script("train_qa").main, script("keeping"), tmp_path / "out"
+    train, keeping, out = script("train_qa").main, script("runs.keeping"), tmp_path / "out"
     arguments = [*QUICK, "--steps", "2", *VALID, "--tasks", *files, "--res_path", str(out)]
     with monkeypatch.context() as patch:
         patch.setattr(keeping, "recorded", stopped(keeping.recorded, ["air"]))
@@ -184,7 +184,7 @@ def test_a_file_that_changed_after_its_adapter_was_trained_is_refused(
 def test_many_prompts_are_tried_in_chunks_and_shown_by_a_sample(
     script, tmp_path, files, capsys, monkeypatch
 ):
-    train, continuing, real = script("train_qa").main, script("continuing"), gpt2.generate
+    train, continuing, real = script("train_qa").main, script("runs.continuing"), gpt2.generate
     asked: list[int] = []
 
     def counted(model, ids, config):
