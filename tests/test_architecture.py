@@ -181,20 +181,47 @@ def functions(file: Path) -> Iterator[tuple[str, int]]:
             yield node.name, node.end_lineno - node.lineno + 1 - len((doc or "").splitlines())
 
 
-@pytest.mark.parametrize("file", [*SOURCES, *SCRIPTS], **ids)
+@pytest.mark.parametrize("file", SOURCES, **ids)
 def test_rooms_keep_to_their_size(file):
-    """250 lines a file, 110 a script, 40 a function: what outgrows its room is two rooms."""
-    limit = 110 if file in SCRIPTS and "if __name__" in file.read_text() else 250
-    assert len(file.read_text().splitlines()) <= limit
+    """250 lines a file, 40 a function: what outgrows its room is two rooms."""
+    assert len(file.read_text().splitlines()) <= 250
     assert not [(name, size) for name, size in functions(file) if size > 40]
 
 
-def test_a_shared_room_past_a_scripts_size_has_its_reason():
-    """Each that is longer is named with a sentence, and none that is not."""
-    large = {f.name for f in SCRIPTS if len(f.read_text().splitlines()) > 110}
-    design = (ROOT / "docs" / "design.md").read_text()
-    told = re.findall(r"^- `(\w+\.py)`: .{20,}\.$", design.partition("past 110 lines")[2], re.M)
-    assert sorted(told) == sorted(large)
+def rooms_imported(file: Path) -> set[tuple[str, ...]]:
+    """The rooms of scripts/ that a file of it imports, each as its path without the ending."""
+    here, rooms = file.relative_to(ROOT / "scripts").parts[:-1], set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            above = here[: len(here) - node.level + 1]
+            path = (*above, *(node.module or "").split(".")) if node.module else above
+            rooms |= {(*path, alias.name) for alias in node.names} | {path}
+    return {r for r in rooms if (ROOT / "scripts" / Path(*r)).with_suffix(".py").is_file()}
+
+
+def test_scripts_import_one_way():
+    """cli, then runs, then tuner; page reads folders only; no script imports another."""
+    allowed = {"cli": {"cli"}, "runs": {"cli", "runs"}, "tuner": {"cli", "runs", "tuner"}}
+    for file in SCRIPTS:
+        here = file.relative_to(ROOT / "scripts").parts
+        rooms = rooms_imported(file)
+        assert all(len(room) == 2 for room in rooms), f"{file.name} imports a script"
+        if here[0] == "page":
+            assert {room for room in rooms if room[0] != "page"} <= {("runs", "folder")}
+        elif len(here) == 2:
+            assert {room[0] for room in rooms} <= allowed[here[0]], file.name
+        assert len(file.read_text().splitlines()) <= 400
+
+
+def test_a_bare_train_qa_imports_no_search_and_little():
+    code = (
+        "import sys; import scripts.train_qa; "
+        "print(*(m.__file__ for n, m in sys.modules.items() if n.startswith('scripts')))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
+    files = [Path(name) for name in ran.stdout.decode().split()]
+    assert not [file for file in files if file.parent.name == "tuner"]
+    assert sum(len(file.read_text().splitlines()) for file in files) <= 2600
 
 
 @pytest.mark.parametrize("package", ["lora", "gpt2"])

@@ -88,7 +88,7 @@ def test_a_snapshot_cut_short_is_passed_over_and_said(script, tmp_path, many, mo
     arguments = [*QUICK, "--steps", "7", *VALID, "--save_every", "1", "--data", many, "--res_path"]
     assert train([*arguments, str(whole)]) == 0
     with monkeypatch.context() as patch:
-        stopped_after(5, script("runs.keeping"), patch)
+        stopped_after(5, script("runs.saving"), patch)
         assert train([*arguments, str(cut)]) == 143
     newest = cut / "snapshot.safetensors"
     newest.write_bytes(newest.read_bytes()[:1000])
@@ -141,8 +141,8 @@ def test_a_full_disk_in_a_run_with_validation_leaves_the_best_and_the_last(
 def test_a_full_disk_after_training_says_where_the_adapter_is(
     file, script, tmp_path, monkeypatch, capsys, many
 ):
-    real = {"loss.png": ("results", "plot_losses"), "answers.md": ("results", "answers_markdown")}
-    module, name = real.get(file, ("results", "write_record"))
+    real = {"loss.png": ("page.charts", "png"), "answers.md": ("runs.answers", "write")}
+    module, name = real.get(file, ("runs.record", "write"))
 
     def full(*_, **__) -> None:
         raise OSError(28, "No space left on device")

@@ -1,127 +1,133 @@
-"""How a script ends: bad input in one line, and a signal in one line once the work is saved."""
+"""How a script starts and ends: bad input in one line, a signal in one line once work is saved.
+
+Nothing slow is imported here, so that Ctrl-C while torch is loaded ends in one line.
+"""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import io
 import os
-import re
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from jsonargparse import ArgumentError
-
-from ..command import stop_line, stop_signals
-
 Arguments = Sequence[str] | None
+NAMES = ("train_qa", "generate", "predict", "merge", "search", "report")
+VERBS = {name.partition("_")[0]: name for name in NAMES}  # of the installed command
 LONGEST = 1000  # characters of an error line
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asks the script to end."""
+    """A signal, the first of the arguments, asks the script to end."""
 
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
+
+def start(script: str, argv: Sequence[str]) -> int:
+    """Import a script, which takes seconds, and call its `main`; returns an exit code."""
+    for number in _stop_signals():
+        signal.signal(number, _end)
+    try:
+        main = importlib.import_module(f"{__package__.rpartition('.')[0]}.{script}").main
+    except ModuleNotFoundError as error:
+        if error.name not in ("jinja2", "jsonargparse", "yaml", "rich", "matplotlib"):
+            raise
+        print(f"{error.name} is missing: pip install 'lora-gpt2[scripts]'.", file=sys.stderr)
+        return 2
+    return main(argv)
 
 
 def guarded(body: Callable[[Arguments], None]) -> Callable[[Arguments], int]:
-    """Make the body of a script its `main`, which returns an exit code.
-
-    Bad input gives one line on stderr and 2; Ctrl-C, SIGTERM and SIGHUP give one line and 130, 143
-    and 129. The notes of an error, such as where an adapter was saved, stand in the line.
-    """
+    """Make the body of a script its `main`: bad input gives one line on stderr and 2, a signal one
+    line and 130, 143 or 129. An error's notes stand in the line, its traceback with `--debug`."""
 
     @functools.wraps(body)
     def main(argv: Arguments = None) -> int:
+        words = list(sys.argv[1:] if argv is None else argv)
         try:
-            with _stoppable(), _warnings_in_a_line():
+            with _set_up():
                 if isinstance(sys.stdout, io.TextIOWrapper):  # which may know no such letter
                     sys.stdout.reconfigure(errors="backslashreplace")
-                body(argv)
+                body([word for word in words if word != "--debug"])
                 sys.stdout.flush()
         except BrokenPipeError as error:  # the reader, such as `head`, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             if getattr(error, "__notes__", None):  # in training: what is saved is not all
-                return _say(str(error), error, 2)
+                return _print(str(error), error, 2)
         except KeyboardInterrupt as stop:
-            number = getattr(stop, "number", signal.SIGINT)
-            return _say(stop_line(number), stop, 128 + number)
-        except (ArgumentError, ValueError, RuntimeError, OSError, MemoryError) as error:
-            return _say(_plain(str(error)), error, 2)
+            number = stop.args[0] if isinstance(stop, Stopped) else signal.SIGINT
+            return _print(_stop_line(number), stop, 128 + number)
+        except (ValueError, RuntimeError, OSError, MemoryError) as error:
+            if "--debug" in words:
+                traceback.print_exc()
+            return _print(str(error), error, 2)
         return 0
 
     return main
 
 
+def _stop_signals() -> list[signal.Signals]:
+    """Ctrl-C, a closed terminal and a plain kill, but for what was ignored, as nohup does."""
+    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows knows no SIGHUP
+    known = [signal.Signals[name] for name in names if name in signal.Signals.__members__]
+    return [number for number in known if signal.getsignal(number) != signal.SIG_IGN]
+
+
+def _stop_line(number: int) -> str:
+    by = f"Stopped by {signal.Signals(number).name}."
+    return "Interrupted." if number == signal.SIGINT else by
+
+
+def _end(number: int, _: object) -> None:
+    # Not by an exception: compiled code that is being imported would turn it into another one.
+    os.write(2, f"{_stop_line(number)}\n".encode())
+    os._exit(128 + number)
+
+
 @contextmanager
-def _stoppable() -> Iterator[None]:
-    """Signals raise `Stopped`, once; while what was done is being saved, others change nothing."""
-    numbers = stop_signals() if threading.current_thread() is threading.main_thread() else []
+def _set_up() -> Iterator[None]:
+    """A signal raises `Stopped`, and after it another Ctrl-C ends the process; a warning is a line.
+
+    Of several processes the first alone heeds signals: it saves, and the others end with it.
+    torchrun passes a Ctrl-C of the terminal on, so that it comes twice, and kills after a while.
+    """
+    numbers = _stop_signals() if threading.current_thread() is threading.main_thread() else []
     before = {number: signal.getsignal(number) for number in numbers}
-    other_errors = sys.unraisablehook
+    other_errors, form = sys.unraisablehook, warnings.formatwarning
+    torchrun, heeds = "TORCHELASTIC_RUN_ID" in os.environ, os.environ.get("RANK", "0") == "0"
 
     def stop(number: int, _: object) -> None:
         for other in numbers:
-            signal.signal(other, signal.SIG_IGN)
+            ends = other == number == signal.SIGINT and not torchrun
+            signal.signal(other, signal.SIG_DFL if ends else signal.SIG_IGN)
         raise Stopped(number)
 
     def again(unraisable: sys.UnraisableHookArgs) -> None:
         """Where Python ignores errors, as in a finalizer or about a fork, a stop is put off."""
         if isinstance(error := unraisable.exc_value, Stopped):
-            signal.signal(error.number, stop)
-            threading.Timer(0.01, os.kill, [os.getpid(), error.number]).start()
+            signal.signal(error.args[0], stop)
+            threading.Timer(0.01, os.kill, [os.getpid(), error.args[0]]).start()
         else:
             other_errors(unraisable)
 
     try:
         sys.unraisablehook = again
+        warnings.formatwarning = lambda message, *_, **__: f"{' '.join(str(message).split())}\n"
         for number in numbers:
-            signal.signal(number, stop)
+            signal.signal(number, stop if heeds else signal.SIG_IGN)
         yield
     finally:
-        sys.unraisablehook = other_errors
+        sys.unraisablehook, warnings.formatwarning = other_errors, form
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-@contextmanager
-def _warnings_in_a_line() -> Iterator[None]:
-    """A warning is shown as what it says, without the place in the code that says it."""
-    before = warnings.formatwarning
-
-    def plain(message: Warning | str, *_: object, **__: object) -> str:
-        return f"{' '.join(str(message).split())}\n"
-
-    warnings.formatwarning = plain
-    try:
-        yield
-    finally:
-        warnings.formatwarning = before
-
-
-def _say(message: str, error: BaseException, code: int) -> int:
+def _print(message: str, error: BaseException, code: int) -> int:
     line = " ".join(" ".join([message, *getattr(error, "__notes__", [])]).split())
     line = "".join(letter if letter.isprintable() else "?" for letter in line)
     print(line if len(line) <= LONGEST else line[:LONGEST] + "…", file=sys.stderr)
     return code
-
-
-def _plain(message: str) -> str:
-    """What jsonargparse says of a value, in a sentence; any other message as it is."""
-    key = re.match(r'Parser key "(.+?)"', message)
-    given = re.search(r"Given value: (.*)", message, re.DOTALL)
-    given = given or re.search(r"Got value: (.*)", message, re.DOTALL)
-    wanted = re.search(r"Subtypes: \[(.*)\]$", message, re.MULTILINE)
-    wanted = wanted or re.search(r"Expected an? (.+?)(?:\. Got value|$)", message, re.MULTILINE)
-    if not (key and given and wanted):
-        return message
-    if "float" in wanted[1] and re.fullmatch(r"[+-]?(nan|inf|infinity)", given[1], re.IGNORECASE):
-        return f"{key[1]} must be finite, got {given[1]}."
-    kinds = re.sub(r"<class '([\w.]+)'>", r"\1", wanted[1])
-    kinds = re.sub(r"\b(?:typing|collections\.abc)\.", "", kinds)
-    return f"{key[1]} must be {kinds.replace(', NoneType', ' or null')}, got {given[1]}."

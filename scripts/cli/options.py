@@ -1,103 +1,145 @@
-"""Options from flags and a YAML file: none is abbreviated, lost or misspelt in silence."""
+"""Options from flags and a YAML file by jsonargparse; an unknown name is told the nearest one."""
 
 from __future__ import annotations
 
-import re
+import argparse
+import glob
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Any, TypeVar
 
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
-from torch import nn
 
-import lora
+from .guard import VERBS
 
-from .config_file import read_yaml, unknown_option
-from .guard import Arguments
-
-INSTEAD = (
+INSTEAD = (  # options that exclude each other
     ("epochs", "steps"),
     ("tokens_per_batch", "train_batch_size"),
     ("warmup_ratio", "warmup_steps"),
 )
-PLACES = "adapter base cache output resume test validation".split()  # '' must be none of these
+PATHS = "adapter base cache output resume test validation".split()  # '' must be none of these
+OTHER_NAMES = {  # in the article's script and in transformers' and PEFT's
+    "strategy": "logging_steps",
+    "learning_rate": "lr",
+    "num_train_epochs": "epochs",
+    "rank": "lora.r",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "target_modules": "lora.targets",
+    "output_dir": "res_path",
+}
+Config = TypeVar("Config")
 
 
-def add_lora(to: ArgumentParser) -> None:
-    """The options of an adapter, under `lora.`."""
-    to.add_class_arguments(lora.LoRAConfig, "lora", skip={"seed", "dtype"}, as_group=False)
-    shared = "give a target whose weight is shared, such as a tied head, a weight of its own"
-    to.add_argument("--lora.untie", type=bool, default=False, help=shared)
+def parser(script: str, description: str | None) -> ArgumentParser:
+    """A script's parser, in which no option may be abbreviated."""
+    return ArgumentParser(
+        prog=program(script),
+        description=description,
+        epilog="--debug shows the traceback of an error.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
 
 
-def inject(model: nn.Module, options: Namespace, adapter: str = "default") -> None:
-    """A new adapter as the options say."""
-    lora.inject(model, adapter=adapter, seed=options.seed, **options.lora)
+def program(script: str) -> str:
+    """How the user starts a script: by the installed command, or as a file."""
+    if Path(sys.argv[0]).stem == "lora-gpt2":
+        return "lora-gpt2 " + next(verb for verb, name in VERBS.items() if name == script)
+    return f"{script}.py"
 
 
-def flags(to: ArgumentParser, argv: Arguments, *, defaults: bool = True) -> Namespace:
-    """The options that the command line gives, and the defaults of the others.
-
-    Raises:
-        ValueError: naming the options that are unknown, and the nearest that are known; or those
-            that are empty, as a variable of a shell is that was never set.
-    """
-    try:
-        found = to.parse_args(argv, defaults=defaults)
-        if empty := [name for name in PLACES if found.get(name) == ""]:
-            raise ValueError(f"{', '.join(empty)} is empty: leave it out, or name a place.")
-        return found
-    except ArgumentError as error:
-        unknown = re.match(r"unrecognized arguments: (.*)", str(error), re.IGNORECASE | re.DOTALL)
-        if not unknown:
-            raise
-        names = [word.partition("=")[0] for word in unknown[1].split() if word[:2] == "--"]
-        raise ValueError(
-            " ".join(unknown_option(name[2:], _known(to), "--") for name in names if name != "--")
-            or f"It is not clear what {unknown[1]!r:.80} is for: options begin with two dashes."
-        ) from None
+def build(kind: type[Config], options: Namespace, **renamed: Any) -> Config:
+    """A config dataclass from the options named as its fields, and those that go by other names."""
+    names = [field.name for field in fields(kind) if field.name not in renamed]  # pyright: ignore
+    return kind(**{name: options[name] for name in names}, **renamed)
 
 
-def with_config(
-    to: ArgumentParser, argv: Arguments, default: Callable[[Namespace], Path]
-) -> Namespace:
-    """Options from the YAML file that `--config` names, or the default one, and flags over them.
+def early(words: Sequence[str], *names: str) -> tuple[argparse.Namespace, list[str]]:
+    """Some options before all are parsed, "" for one without a value; and the words left over."""
+    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in names:
+        reader.add_argument(f"--{name}", nargs="?", const="")
+    return reader.parse_known_args(words)
+
+
+def parse(to: ArgumentParser, words: Sequence[str], file: Path | None = None) -> Namespace:
+    """The options of the command line, over those of a YAML file, over the defaults.
 
     Of two options that exclude each other, a flag for one takes the place of the other in the file.
-    What --help shows as defaults are the file's.
-
-    Raises:
-        ValueError: an option that is unknown, stands twice, or has a value of the wrong kind.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    if asked := {"-h", "--help"} & {*words}:
-        rest = [word for word in words if word not in asked]
-        found = with_config(to, rest, default)
-        to.set_defaults({name: found[name] for name in _known(to) if found[name] is not None})
-    given = flags(to, argv, defaults=False)
-    options = to.get_defaults()
-    file = Path(given["config"]) if "config" in given else default(given)
-    in_file = to.parse_object(read_yaml(file, _known(to)), defaults=False)
-    if null := [n for n, value in in_file.items() if value is None and not _optional(to, n)]:
-        raise ValueError(f"{file}: {', '.join(null)} cannot be null.")
-    for one, other in (*INSTEAD, *(pair[::-1] for pair in INSTEAD)):
-        if given.get(one) is not None and other not in given:
-            in_file[other] = options[other]
-    for name, value in (*in_file.items(), *given.items()):
-        options[name] = value
-    options["config"] = given.get("config") or file.name
+    defaults, words = to.get_defaults(), list(words)
+    known = [*defaults.keys(), "help", "print_config"]
+    flags = [word[2:].partition("=")[0].rstrip("+") for word in _flags(words)]
+    faults = [fault for name in flags for fault in _unknown(name, known, "--")]
+    if file is not None:
+        faults += [f"{file}: {fault}" for fault in _unknown_keys(_content(file), known)]
+        to.default_config_files = [glob.escape(str(file))]
+        for one, other in (*INSTEAD, *(pair[::-1] for pair in INSTEAD)):
+            if one in flags and other not in flags:
+                value = defaults[other]
+                words.append(f"--{other}={'null' if value is None else value}")
+    if faults:
+        raise ValueError(" ".join(faults[:10]))
+    try:
+        options = to.parse_args(words)
+    except (ArgumentError, TypeError) as error:
+        raise ValueError(str(error)) from error
+    if empty := [name for name in PATHS if options.get(name) == ""]:
+        raise ValueError(f"{', '.join(empty)} is empty: leave it out, or name a place.")
+    if file is not None:
+        options["config"] = file.name
+        del options["__default_config__"]  # jsonargparse's own note of the file
     return options
 
 
-def _known(to: ArgumentParser) -> list[str]:
-    return list(to.get_defaults().keys())
+def _flags(words: Sequence[str]) -> Iterator[str]:
+    for word in words:
+        if word == "--":
+            return
+        if word.startswith("--"):
+            yield word
 
 
-def _optional(to: ArgumentParser, name: str) -> bool:
-    """Whether an option may be null."""
-    if to.get_defaults()[name] is None:
-        return True
+def _content(file: Path) -> Mapping[Any, Any]:
+    if not file.is_file():
+        raise FileNotFoundError(f"The config {file} is missing or no file.")
     try:
-        return to.parse_args([f"--{name}=null"], defaults=False)[name] is None
-    except ArgumentError:
-        return False
+        content = yaml.safe_load(file.read_bytes())
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not YAML: {error}") from None
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{file} must hold options, such as 'seed: 42', got {content!r:.80}.")
+    return content
+
+
+def _unknown_keys(
+    content: Mapping[Any, Any], known: Sequence[str], above: str = ""
+) -> Iterator[str]:
+    for key, value in content.items():
+        name = f"{above}{key}"
+        if isinstance(value, dict) and any(option.startswith(f"{name}.") for option in known):
+            yield from _unknown_keys(value, known, f"{name}.")
+        else:
+            yield from _unknown(name, known, "")
+
+
+def _unknown(name: str, known: Sequence[str], dashes: str) -> Iterator[str]:
+    """That there is no such option, and what was probably meant; nothing if there is one."""
+    if name in known or any(name.startswith(f"{option}.") for option in known):
+        return
+    if group := [f"{dashes}{option}" for option in known if option.startswith(f"{name}.")]:
+        yield f"{dashes}{name} is a group of options: {', '.join(group)}."
+        return
+    last = name.rpartition(".")[2]
+    meant = {option.rpartition(".")[2]: option for option in known} | {n: n for n in known}
+    meant = {other: option for other, option in OTHER_NAMES.items() if option in known} | meant
+    if last in OTHER_NAMES and last in meant:
+        yield f"There is no option {dashes}{name}: {dashes}{meant[last]} takes its place."
+        return
+    (near,) = get_close_matches(name, meant, 1, 0.5) or get_close_matches(last, meant, 1, 0)
+    yield f"There is no option {dashes}{name[:80]}: did you mean {dashes}{meant[near]}?"

@@ -1,31 +1,29 @@
-"""Charts as SVG: axes, lines, dots. No spike is lost, and text keeps its size at any width.
+"""Charts: series over two axes, as SVG for the page and as a PNG beside it. No spike is lost.
 
-The drawing is stretched over its frame, strokes and dots are not; the labels beside it are HTML.
+The SVG is stretched over its frame, strokes and dots are not; the labels beside it are HTML, so
+that text keeps its size at any width.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-
-from .markup import Markup, joined, tag
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 BUCKETS = 200  # each gives two points, its lowest and its highest
 SIDE = 1000  # units of a drawing, across and down
+COLORS = {"accent": "#1c6c86", "mid": "#74a9ba", "soft": "#a5a199", "2": "#c4602a", "4": "#8a5aa8"}
 Points = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """Points of one name.
+    """Points of one name; those that are not finite are left out, and a line has a gap there.
 
-    Args:
-        name: in the legend.
-        points: x and y; those that are not finite are left out, and a line has a gap there.
-        look: `line`, `dots` or `both`, and `faint` for what stands behind.
-        color: its number, `accent` or `soft`.
-        names: what the script says of each point.
+    Its look is `line`, `dots` or `both`, and `faint` for what stands behind; its color a number,
+    `accent`, `mid` or `soft`. The page's script shows the name of each point.
     """
 
     name: str
@@ -37,11 +35,9 @@ class Series:
     def numbers(self) -> dict[str, object]:
         """The points that are drawn, each coordinate in a row of its own."""
         kept = [i for i, (_, y) in enumerate(self.points) if math.isfinite(y)]
-        found: dict[str, object] = {"name": self.name}
-        if self.names:
-            found["names"] = [self.names[i] for i in kept]
-        found["x"], found["y"] = ([self.points[i][k] for i in kept] for k in (0, 1))
-        return found
+        names = {"names": [self.names[i] for i in kept]} if self.names else {}
+        xs, ys = ([self.points[i][k] for i in kept] for k in (0, 1))
+        return {"name": self.name, **names, "x": xs, "y": ys}
 
 
 @dataclass(frozen=True)
@@ -54,20 +50,21 @@ class Axis:
 
     def at(self, value: float) -> float:
         """From 0 to 1."""
-        low, high, value = map(self._scaled, (self.low, self.high, value))
+        ends = (self.low, self.high, value)
+        low, high, value = map(math.log10, ends) if self.log else ends
         return (value - low) / (high - low) if high > low else 0.5
 
-    def ticks(self, most: int = 6) -> list[float]:
+    def ticks(self, most: int = 5) -> list[float]:
         """Round values between the ends."""
         if self.log:
             first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
-            for kinds in ((1, 2, 5), (1, 3), (1,)):
-                every = max(1, (last - first) // most) if kinds == (1,) else 1
-                found = [k * 10.0**e for e in range(first, last + 1, every) for k in kinds]
-                within = [v for v in found if self.low * 0.999 <= v <= self.high * 1.001]
+            for digits in ((1, 2, 5), (1, 3), (1,)):
+                every = max(1, (last - first) // most) if digits == (1,) else 1
+                values = [k * 10.0**e for e in range(first, last + 1, every) for k in digits]
+                within = [v for v in values if self.low * 0.999 <= v <= self.high * 1.001]
                 if 2 <= len(within) <= most:
                     return within
-            return within if len(within) > 1 else [self.low, self.high]
+            return [self.low, self.high]
         rough = (self.high - self.low) / most
         if rough <= 0:
             return [self.low]
@@ -76,22 +73,18 @@ class Axis:
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         return [round(n * step, 12) for n in range(first, last + 1)]
 
-    def _scaled(self, value: float) -> float:
-        return math.log10(value) if self.log else value
-
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
     """Series over two axes.
 
     Args:
-        name: by which the script finds its numbers.
+        name: by which the page's script finds its numbers.
         title, unit: what is drawn.
         series: those behind first.
-        marks: x and what is said of it: lines from top to bottom.
         x_label: under the axis.
-        log_x: whether x is in logarithms.
-        log_y: whether y is where its values need that.
+        marks: x and a label: lines from top to bottom.
+        log_x, log_y: whether x is in logarithms, and y where its values need that.
         x_ticks: values of x and their names, where numbers would not do.
         near: whether the script looks for the nearest point, and not for the nearest x.
     """
@@ -101,7 +94,7 @@ class Chart:
     series: Sequence[Series]
     unit: str = ""
     x_label: str = "step"
-    marks: Sequence[tuple[float, str]] = field(default_factory=tuple)
+    marks: Sequence[tuple[float, str]] = ()
     log_x: bool = False
     log_y: bool = True
     x_ticks: Sequence[tuple[float, str]] | None = None
@@ -109,89 +102,78 @@ class Chart:
 
     def axes(self) -> tuple[Axis, Axis] | None:
         """Both, or None where there is nothing to draw."""
-        points = [p for one in self.series for p in finite(one.points)]
+        points = [point for one in self.series for point in finite(one.points)]
         if not points:
             return None
-        xs, ys = ([p[i] for p in points] for i in (0, 1))
+        xs, ys = map(list, zip(*points, strict=True))
         low, high = min(ys), max(ys)
-        log = self.log_y and low > 0 and high / low > 12
-        if not log:
+        if log := self.log_y and low > 0 and high / low > 12:
+            low, high = low / 1.15, high * 1.15
+        else:
             room = 0.06 * (high - low) or abs(high) or 1.0
             low, high = (low if 0 <= low < room * 3 else low - room), high + room
             low = 0.0 if 0 <= low < 0.35 * high else low
-        else:
-            low, high = low / 1.15, high * 1.15
-        if self.x_ticks:
-            xs += [at + side * 0.35 for at, _ in self.x_ticks for side in (-1, 1)]
+        xs += [at + side * 0.35 for at, _ in self.x_ticks or () for side in (-1, 1)]
         return Axis(min(xs), max(xs), self.log_x), Axis(low, high, log)
 
     def numbers(self) -> dict[str, object]:
         """The very numbers that are drawn, for the page's script and for whoever reads on."""
+        ends = zip("xy", self.axes() or (), strict=False)
+        drawn = [one.numbers() for one in self.series if finite(one.points)]
+        axes = {name: [axis.low, axis.high, int(axis.log)] for name, axis in ends}
+        return {**axes, "near": int(self.near), "series": drawn}
+
+    def drawing(self) -> dict[str, Any] | None:
+        """Paths, ticks and marks for the page's template; places are per cent of the frame."""
         if not (axes := self.axes()):
-            return {}
+            return None
         x, y = axes
+        rows = [(SIDE - round(SIDE * y.at(v)), v) for v in y.ticks()]
+        ticks = self.x_ticks or [(v, short(v)) for v in x.ticks()]
         return {
-            "x": [x.low, x.high, int(x.log)],
-            "y": [y.low, y.high, int(y.log)],
-            "near": int(self.near),
-            "series": [one.numbers() for one in self.series if finite(one.points)],
+            "unit": ", ".join(u for u in (self.unit, "log" * y.log) if u),
+            "grid": "".join(f"M0 {at}H{SIDE}" for at, _ in rows),
+            "marks": [(round(100 * x.at(v), 2), text) for v, text in self.marks],
+            "lines": [path for one in self.series for path in _paths(one, x, y)],
+            "ys": [(at / 10, short(v)) for at, v in rows],
+            "xs": [(round(100 * x.at(v), 2), text) for v, text in ticks],
         }
 
-    def html(self) -> Markup:
-        """The figure."""
-        axes = self.axes()
-        named = [one for one in self.series if one.name]
-        keys = [tag("span", s.name, class_=f"key {s.look} c-{s.color}") for s in named]
-        unit = ", ".join(u for u in (self.unit, "log" * bool(axes and axes[1].log)) if u)
-        head = tag("figcaption", tag("b", self.title), tag("small", unit), *keys)
-        if not axes:
-            return tag("figure", head, tag("p", "There are no numbers."), class_="chart")
-        drawn = tag("div", *self._plot(*axes), class_="plot")
-        label = tag("div", self.x_label, class_="xl")
-        return tag("figure", head, drawn, label, class_="chart", data_chart=self.name)
 
-    def _plot(self, x: Axis, y: Axis) -> Iterable[Markup]:
-        rows = [(SIDE - round(SIDE * y.at(v)), v) for v in y.ticks(5)]
-        grid = [tag("path", d="".join(f"M0 {at}H{SIDE}" for at, _ in rows), class_="grid")]
-        for at, _ in self.marks:
-            grid.append(tag("path", d=f"M{round(SIDE * x.at(at))} 0V{SIDE}", class_="mark"))
-        lines = [joined(*drawn(one, x, y)) for one in self.series]
-        box = f"0 0 {SIDE} {SIDE}"
-        svg = tag("svg", *grid, *lines, viewBox=box, preserveAspectRatio="none", role="img",
-                  aria_label=self.title)  # fmt: skip
-        ys = [tag("span", short(v), class_="yt", style=f"top:{at / 10:g}%") for at, v in rows]
-        xs = [
-            tag(
-                "span",
-                said,
-                class_="xt" + " end" * (x.at(v) > 0.97),
-                style=f"left:{100 * x.at(v):.4g}%",
-            )
-            for v, said in self.x_ticks or [(v, short(v)) for v in x.ticks(5)]
-        ]
-        said = [
-            tag("span", what, class_="say" + " left" * (x.at(at) > 0.6),
-                style=f"left:{100 * x.at(at):.4g}%")
-            for at, what in self.marks
-        ]  # fmt: skip
-        return [svg, *ys, *xs, *said]
-
-
-def drawn(series: Series, x: Axis, y: Axis) -> Iterable[Markup]:
-    """A series as paths."""
-    kind = f"c-{series.color} {series.look}"
-    places: list[tuple[int, int] | None] = [
-        (round(SIDE * x.at(a)), SIDE - round(SIDE * y.at(b))) if math.isfinite(b) else None
-        for a, b in series.points
-    ]
+def _paths(series: Series, x: Axis, y: Axis) -> Iterable[tuple[str, str]]:
+    """A series as paths, each with its class."""
+    look, path, dots, pen = f"c-{series.color} {series.look}", "", "", "M"
+    for a, b in series.points:
+        if math.isfinite(b):
+            place = f"{round(SIDE * x.at(a))} {SIDE - round(SIDE * y.at(b))}"
+            path, dots = f"{path}{pen}{place}", f"{dots}M{place}h0"
+        pen = "L" if math.isfinite(b) else "M"
     if "dots" not in series.look:
-        path, pen = "", "M"
-        for place in places:
-            path += f"{pen}{place[0]} {place[1]}" if place else ""
-            pen = "L" if place else "M"
-        yield tag("path", d=path, class_=f"{kind} l")
-    if "dots" in series.look or "both" in series.look:  # a line of no length, with round ends
-        yield tag("path", d="".join(f"M{p[0]} {p[1]}h0" for p in places if p), class_=f"{kind} d")
+        yield path, f"{look} l"
+    if "dots" in series.look or "both" in series.look:  # lines of no length, with round ends
+        yield dots, f"{look} d"
+
+
+def png(charts: Sequence[Chart], file: Path) -> None:
+    """Draw charts side by side."""
+    from matplotlib.figure import Figure  # slow to import; drawn this way it needs no display
+
+    figure = Figure(figsize=(7 * len(charts), 4.5), layout="constrained")
+    for axes, chart in zip(figure.subplots(1, len(charts), squeeze=False)[0], charts, strict=True):
+        for one in chart.series:
+            points = zip(*one.points or [(math.nan, math.nan)], strict=True)
+            style = {"color": COLORS.get(one.color, "0.5"), "label": one.name or None}
+            style["alpha"] = 0.45 if "faint" in one.look else 1
+            style["linestyle"] = "" if "dots" in one.look else "-"
+            style["marker"] = "." if "dots" in one.look or "both" in one.look else ""
+            axes.plot(*points, **style)
+        scales = ["log" if axis.log else "linear" for axis in chart.axes() or ()]
+        axes.set(**dict(zip(("xscale", "yscale"), scales, strict=False)))
+        axes.set(title=chart.title, xlabel=chart.x_label, ylabel=chart.unit)
+        if chart.x_ticks:
+            axes.set_xticks(*zip(*chart.x_ticks, strict=True))
+        axes.legend()
+    figure.savefig(file, dpi=130, metadata={"Software": None})
 
 
 def thinned(points: Points, buckets: int = BUCKETS) -> Points:
@@ -203,15 +185,11 @@ def thinned(points: Points, buckets: int = BUCKETS) -> Points:
         return points
     kept = {0, len(points) - 1}
     for n in range(buckets):
-        within = range(n * len(points) // buckets, (n + 1) * len(points) // buckets)
-        values = [i for i in within if math.isfinite(points[i][1])]
-        if len(values) < len(within):
-            kept.add(next(i for i in within if not math.isfinite(points[i][1])))
+        bucket = range(n * len(points) // buckets, (n + 1) * len(points) // buckets)
+        values = [i for i in bucket if math.isfinite(points[i][1])]
+        kept |= {*[i for i in bucket if not math.isfinite(points[i][1])][:1]}
         if values:
-            kept |= {
-                min(values, key=lambda i: points[i][1]),
-                max(values, key=lambda i: points[i][1]),
-            }
+            kept |= {f(values, key=lambda i: points[i][1]) for f in (min, max)}
     return [points[i] for i in sorted(kept)]
 
 
@@ -230,5 +208,4 @@ def short(value: float) -> str:
     """A number in few letters."""
     if value == int(value) and abs(value) < 1e7 and abs(value) >= 1:
         return f"{int(value):,}"
-    said = f"{value:.3g}"
-    return said.replace("e-0", "e-").replace("e+0", "e").replace("-", "−")
+    return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e").replace("-", "−")

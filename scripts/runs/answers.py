@@ -1,120 +1,180 @@
-"""What base and tuned model answer, beside what was trained and what is the reference."""
+"""What base and adapters answer, beside what was trained on and the references."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from itertools import takewhile
-from typing import TypeVar
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
 
 import gpt2
+import lora
 
-from .inputs import Asked
+from ..cli.console import bar, table
+from . import folder
+from .data import Prompt
+from .record import write_lines
 
-T = TypeVar("T")
+Answer = dict[str, Any]
+Answers = Sequence[list[list[int]]]  # token ids: of each prompt, under each of some adapters
+Routes = Sequence[str | Mapping[str, float] | None]
+ROWS = {"cpu": 64, "mps": 64}  # rows that are continued at once, on a larger device more
 SHOWN = 12  # answers that are shown of many
+FACTS = ("prompt", "stopped", "trained", "references", "searched", "verdict")
 
 
-def sample(answers: Sequence[T]) -> Sequence[T]:
-    """All of a few answers, and of many some from everywhere."""
-    return answers[:: -(-len(answers) // SHOWN)] if answers else answers
+def rows_of(model: gpt2.GPT2) -> int:
+    """How many rows are continued at once by default."""
+    return ROWS.get(next(model.parameters()).device.type, 512)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What the base and the tuned model say to one prompt.
+@torch.no_grad()
+def continued(
+    model: gpt2.GPT2,
+    ids: Sequence[list[int]],
+    config: gpt2.GenerateConfig,
+    rows: int,
+    *,
+    first: int = 0,
+    routes: Routes = (),
+) -> Iterator[Answers]:
+    """What follows the prompts, some of them at a time, so that many take no more memory.
+
+    Prompt i draws with seed + i, in whatever batch it is.
 
     Args:
-        prompt: the prompt.
-        base, tuned: how the two continue it.
-        stopped: whether the tuned model ended its answer by itself.
-        trained: the continuations of this prompt that it was trained on.
-        references: those that the file of prompts gives.
-        searched: whether all that was trained was looked through.
+        model, ids, config: as for `gpt2.generate`.
+        rows: at a time, `num_beams` of them a prompt.
+        first: the prompt to begin with.
+        routes: adapters that each prompt is under, in one batch; by default as the model is.
     """
+    each = len(routes) or 1
+    at_once = max(1, rows // (each * config.num_beams))
+    for start in range(first, len(ids), at_once):
+        batch = [row for row in ids[start : start + at_once] for _ in range(each)]
+        own = replace(config, seed=config.seed + start * each)
+        with lora.routed(model, [*routes] * (len(batch) // each)) if routes else nullcontext():
+            made = gpt2.generate(model, batch, own)
+        yield [made[i : i + each] for i in range(0, len(made), each)]
 
-    prompt: str
-    base: str
-    tuned: str
-    stopped: bool
-    trained: tuple[str, ...]
-    references: tuple[str, ...] = ()
-    searched: bool = True
 
-    @property
-    def verdict(self) -> str:
-        """How the tuned answer compares with what was trained, or else with the reference."""
-        wanted = self.trained or self.references
-        unknown = "not trained" if self.searched else "not compared"
-        if not wanted:
-            return unknown
-        if self.tuned in wanted:
-            said = "exact" if self.stopped else "exact, cut off"
-        else:
-            goes_on = any(self.tuned.startswith(answer) for answer in wanted)
-            said = "exact, then goes on" if goes_on else "differs"
-        if self.trained:
-            return said
-        return f"not trained; reference: {said}" if self.searched else f"reference: {said}"
+def ask(
+    model: gpt2.GPT2,
+    ids: Sequence[list[int]],
+    config: gpt2.GenerateConfig,
+    console: Console,
+    routes: Routes = (),
+) -> Answers:
+    """All of `continued`, with a bar where it takes more than one batch."""
+    answers: list[list[list[int]]] = []
+    many = len(ids) * (len(routes) or 1) > rows_of(model)
+    with bar(console, "prompts", len(ids)) if many else nullcontext() as advance:
+        for batch in continued(model, ids, config, rows_of(model), routes=routes):
+            answers += batch
+            if advance:
+                advance(len(batch))
+    return answers
+
+
+def texts(
+    names: Sequence[str], answers: Answers, tokenizer: gpt2.Tokenizer
+) -> dict[str, list[str]]:
+    """The answers as text, by the names of the adapters that they are under."""
+    return {n: [tokenizer.decode(row[i]) for row in answers] for i, n in enumerate(names)}
 
 
 def compare(
-    prompts: Sequence[Asked],
-    base: Sequence[str],
-    tuned: Sequence[str],
-    stopped: Sequence[bool],
+    prompts: Sequence[Prompt],
+    columns: Mapping[str, Sequence[str]],
     examples: Iterable[gpt2.Example],
-    *,
-    searched: bool = True,
 ) -> list[Answer]:
-    """The answers beside what the examples that begin with the same prompt go on with."""
-    texts = [example.prompt + example.completion for example in examples]
-    order = sorted(range(len(texts)), key=texts.__getitem__)
-    found, n = [texts[i] for i in order], len(order)
+    """The answers by who gives them, beside what the examples that begin so go on with."""
+    whole = sorted((example.prompt + example.completion, i) for i, example in enumerate(examples))
 
-    def trained(prompt: str) -> tuple[str, ...]:
-        at = bisect_left(found, prompt)  # those that begin so stand together
-        own = takewhile(lambda i: texts[i].startswith(prompt), (order[k] for k in range(at, n)))
-        return tuple(texts[i][len(prompt) :] for i in sorted(own))
+    def trained(prompt: str) -> list[str]:
+        at = bisect_left(whole, (prompt, 0))  # those that begin so stand together
+        same = takewhile(lambda pair: pair[0].startswith(prompt), whole[at:])
+        return [text[len(prompt) :] for text, _ in sorted(same, key=lambda pair: pair[1])]
 
     return [
-        Answer(
-            prompt=asked.prompt,
-            base=before,
-            tuned=after,
-            stopped=ended,
-            trained=trained(asked.prompt),
-            references=asked.references,
-            searched=searched,
-        )
-        for asked, before, after, ended in zip(prompts, base, tuned, stopped, strict=True)
+        {
+            "prompt": prompt.text,
+            **dict(zip(columns, row, strict=True)),
+            "trained": trained(prompt.text),
+            "references": list(prompt.references),
+        }
+        for prompt, *row in zip(prompts, *columns.values(), strict=True)
     ]
 
 
-def decoded(
-    tokenizer: gpt2.Tokenizer,
-    base: Sequence[Sequence[int]],
-    tuned: Sequence[Sequence[int]],
-    sampling: gpt2.GenerateConfig,
-) -> tuple[list[str], list[str], list[bool]]:
-    """The answers of base and tuned model as text, and whether the tuned one ended each itself."""
-    before, after = ([tokenizer.decode(row) for row in rows] for rows in (base, tuned))
-    return before, after, [len(row) < sampling.max_new_tokens for row in tuned]
+def judged(answer: Answer, *, stopped: bool, searched: bool) -> Answer:
+    """The answer with a verdict on what was tuned, by what was trained or else the references.
+
+    Args:
+        answer: of `compare`.
+        stopped: whether the model ended its answer by itself.
+        searched: whether all that was trained on was looked through.
+    """
+    known, text = answer["trained"] or answer["references"], answer["tuned"]
+    verdict = "differs"
+    if text in known:
+        verdict = "exact" if stopped else "exact, cut off"
+    elif any(text.startswith(start) for start in known):
+        verdict = "exact, then goes on"
+    if not answer["trained"]:
+        unknown = "not trained" if searched else "not compared"
+        source = "not trained; reference" if searched else "reference"
+        verdict = f"{source}: {verdict}" if known else unknown
+    return {**answer, "stopped": stopped, "searched": searched, "verdict": verdict}
 
 
 def score(answers: Sequence[Answer]) -> str:
     """How many of the trained prompts were answered word for word, and of the other references."""
-    trained = [a.verdict for a in answers if a.trained]
-    others = [a.verdict for a in answers if a.references and not a.trained]
-    said: list[str] = []
+    trained = [a["verdict"] for a in answers if a["trained"]]
+    others = [a["verdict"] for a in answers if a["references"] and not a["trained"]]
+    parts: list[str] = []
     if trained or not others:
         exact = trained.count("exact")
-        said.append(f"{exact:,} of {len(trained):,} trained prompts answered word for word.")
+        parts.append(f"{exact:,} of {len(trained):,} trained prompts answered word for word.")
     if others:
         exact, which = (
             sum(v.endswith(": exact") for v in others),
             "others" if trained else "prompts",
         )
-        said.append(f"{exact:,} of {len(others):,} {which} answered as a reference.")
-    return " ".join(said)
+        parts.append(f"{exact:,} of {len(others):,} {which} answered as a reference.")
+    return " ".join(parts)
+
+
+def publish(answers: Sequence[Answer], place: Path, console: Console) -> dict[str, Any]:
+    """Show and write the answers, or a sample of many; gives what the record has of them."""
+    if not answers:
+        return {"answers": []}
+    few = answers[:: -(-len(answers) // SHOWN)]
+    columns = [name for name in few[0] if name not in FACTS]
+    verdict = {"verdict": "as trained?"} if "verdict" in few[0] else {}
+    heads = ["prompt", *columns, *verdict.values()]
+    rows = [[a["prompt"], *(a[c].strip() for c in columns), *(a[v] for v in verdict)] for a in few]
+    result = score(answers) if verdict else ""
+    of = f", {len(few)} of {len(answers):,}" if len(few) < len(answers) else ""
+    title, ratios = ("Answers", [3, 4, 4, 2]) if verdict else ("One batch, many adapters", None)
+    console.print(table(f"{title}{of}", heads, rows, ratios or [1] * len(heads)), result)
+    lines = [heads, ["---"] * len(heads), *(list(map(_markdown_cell, row)) for row in rows)]
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    many = f" {of[2:]}; all are in {folder.ALL_ANSWERS}." if of else ""
+    text = f"{result}{many}\n\n{text}" if result else text
+    (place / folder.ANSWERS).write_text(text, encoding="utf-8")
+    if of:
+        write_lines(place / folder.ALL_ANSWERS, answers)
+    return {"answers": few} | ({"score": result} if result else {})
+
+
+def _markdown_cell(text: str) -> str:
+    for plain, escaped in (("\\", "\\\\"), ("|", "\\|"), ("<", "&lt;"), ("\n", "<br>")):
+        text = text.strip().replace(plain, escaped)
+    return text

@@ -1,56 +1,39 @@
-"""A run's folder: a new one, one that is empty of runs, or one whose run is gone on with."""
+"""A run's folder: the names of its files, a place that is free, one run at a time in it."""
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
+import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import count
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from gpt2 import locks
 from gpt2.training.snapshots import NAMES as SNAPSHOTS
 
-from ..cli import cli
-from . import lock
+from ..cli.options import program
 
 ADAPTER, LAST = "adapter", "last"
 METRICS, PLOT, ANSWERS, RUN = "metrics.jsonl", "loss.png", "answers.md", "run.json"
 OPTIONS, ALL_ANSWERS, REPORT = "options.yaml", "answers.jsonl", "report.html"
 WINNER, TRAINED_BY, LEADERBOARD, CURVES = "best", "train.yaml", "leaderboard.jsonl", "curves.jsonl"
 SEARCH_PLOT, STUDY, WAVES = "search.png", "study.db", "waves"
-SEARCHED = (LEADERBOARD, CURVES, SEARCH_PLOT, STUDY)
-OURS = (*SEARCHED, METRICS, PLOT, ANSWERS, ALL_ANSWERS, RUN, OPTIONS, REPORT, *SNAPSHOTS)
+SEARCHED = (LEADERBOARD, CURVES, SEARCH_PLOT, STUDY, WAVES)
+RESULTS = (*SEARCHED, METRICS, PLOT, ANSWERS, ALL_ANSWERS, RUN, REPORT, *SNAPSHOTS)
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 NUMBERED = Path("runs")
 
 
-@dataclass(frozen=True)
-class Places:
-    """Where an adapter of this name goes: its best, and beside validation data its last.
-
-    `run` is the folder that a run of it, and perhaps of others, is gone on with.
-    """
-
-    adapter: str
-    run: Path
-    best: Path
-    last: Path
-
-
-def check(place: str | None, *, overwrite: bool, adapters: Sequence[str] = (ADAPTER,)) -> None:
-    """Find out, and write nothing, whether a run may be written here.
-
-    Raises:
-        ValueError: the folder holds a run, which nothing said to overwrite.
-        OSError: it cannot be written.
-    """
+def check(place: str | None, adapters: Sequence[str], *, overwrite: bool) -> None:
+    """Find out, and write nothing, whether a run may be written here."""
     if place is not None and (not place.strip() or "\0" in place):
         raise ValueError(f"res_path {place!r} names no folder; leave it out for a new one.")
     folder = NUMBERED if place is None else Path(place)
-    names = () if place is None else (*adapters, *OURS)
+    names = () if place is None else (*adapters, *RESULTS)
     if (held := [name for name in names if (folder / name).exists()]) and not overwrite:
         raise ValueError(
             f"{folder} holds a run ({', '.join(held)}): name another res_path, leave it out for a "
@@ -61,22 +44,19 @@ def check(place: str | None, *, overwrite: bool, adapters: Sequence[str] = (ADAP
         raise OSError(f"{folder} cannot be written: choose another res_path.")
 
 
-def prepare(place: str | None, adapters: Sequence[str] = (ADAPTER,)) -> Path:
-    """Make the folder: the one named, without an earlier run's results, or a new numbered one.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+def prepare(place: str | None, kind: str, adapters: Sequence[str]) -> Path:
+    """Make the folder: the one named, without an earlier run's results, or a new numbered one."""
     if place is None:
-        return _numbered("search" if WINNER in adapters else "qa")
+        return _numbered(kind)
     folder = Path(place)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        places = [folder / name for name in adapters]
-        both = [*places, folder / LAST, *(place / LAST for place in places)]
-        old = [place / file for place in both for file in (WEIGHTS, CONFIG)]
-        with lock.held(folder):
-            for file in (*old, *(place / name for place in (folder, *places) for name in OURS)):
+        own = [folder / name for name in adapters]
+        saved = [*own, folder / LAST, *(adapter / LAST for adapter in own)]
+        with locked(folder):
+            shutil.rmtree(folder / WAVES, ignore_errors=True)
+            old = [adapter / file for adapter in saved for file in (WEIGHTS, CONFIG, TRAINED_BY)]
+            for file in (*old, *(at / name for at in (folder, *own) for name in RESULTS)):
                 file.unlink(missing_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
@@ -84,22 +64,66 @@ def prepare(place: str | None, adapters: Sequence[str] = (ADAPTER,)) -> Path:
         raise OSError(f"{folder} cannot be written: {error}. Choose another res_path.") from None
 
 
-def is_begun(folder: Path, adapters: Sequence[str]) -> bool:
-    """Whether a run of several adapters was begun here, and has not come to its end."""
-    ended = all((folder / name / RUN).is_file() for name in adapters)
-    return (folder / OPTIONS).is_file() and not ended
-
-
 def _numbered(kind: str) -> Path:
-    NUMBERED.mkdir(exist_ok=True)
-    for number in count(1):
-        folder = NUMBERED / f"{kind}-{number}"
-        try:
-            folder.mkdir()  # of two runs that start at once, one gets the next number
+    number = 1
+    while True:
+        try:  # of two runs that start at once, one gets the next number
+            (NUMBERED / f"{kind}-{number}").mkdir(parents=True)
+            return NUMBERED / f"{kind}-{number}"
         except FileExistsError:
-            continue
-        return folder
-    raise AssertionError("count ends never")
+            number += 1
+
+
+@contextmanager
+def locked(place: Path, *, option: str = "res_path") -> Iterator[None]:
+    """No other run writes in the folder or the file meanwhile; `option` is what names another."""
+    try:
+        descriptor = locks.take(place)
+    except BlockingIOError:
+        raise ValueError(
+            f"Another run works in {place}: wait for its end, or name another {option}."
+        ) from None
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def adapter_in(place: str) -> Path:
+    """The adapter in a run's folder, or the folder itself."""
+    inside = sorted(file.parent for file in Path(place).glob(f"*/{CONFIG}"))
+    if not inside and Path(place, OPTIONS).is_file():
+        raise ValueError(f"{place} holds a run that has no adapter yet: --resume {place} goes on.")
+    if not inside or Path(place, CONFIG).is_file():
+        return Path(place)
+    if len(inside) > 1 and [file.name for file in inside] != [ADAPTER, LAST]:
+        names = ", ".join(map(str, inside))
+        raise ValueError(f"{place} holds several adapters: name one of {names}.")
+    return inside[0]  # the best, where the last is beside it
+
+
+def base_of(adapter: str | None) -> str:
+    """The base that an adapter says it was made for; the demo's where it does not say."""
+    if adapter is None:
+        return "demo"
+    try:
+        config = json.loads((adapter_in(adapter) / CONFIG).read_bytes())
+        return config["base_model_name_or_path"] or "demo"
+    except (OSError, ValueError, LookupError, TypeError):
+        return "demo"  # what is wrong with the adapter is said when it is loaded
+
+
+def command(script: str, *words: str) -> str:
+    """The command that starts a script, ready to copy into a shell."""
+    start = program(script).split()
+    if start == [f"{script}.py"]:
+        files, here = (
+            (Path(sys.executable), Path(__file__).resolve().parents[1] / start[0]),
+            Path.cwd(),
+        )
+        start = [str(f.relative_to(here) if f.is_relative_to(here) else f) for f in files]
+    return shlex.join([*start, *words])
 
 
 def commands(
@@ -107,33 +131,18 @@ def commands(
 ) -> dict[str, str]:
     """The commands that run it again, into a new folder, and those that use what it made."""
     prompt = min(prompts, key=len, default="Once upon a time")
-    again = shlex.join([*_started("train_qa"), "--config", str(place / OPTIONS)])
+    again = command("train_qa", "--config", str(place / OPTIONS))
     return {"again": again, "use": next_commands(place, adapters, base, prompt)}
 
 
-def of_winner(place: Path, base: str, prompt: str) -> dict[str, str]:
-    """The commands that train a search's winner again, and those that use it."""
-    best = place / WINNER
-    again = shlex.join([*_started("train_qa"), "--config", str(best / TRAINED_BY)])
-    return {"the winner again, alone": again, "use": next_commands(place, [best], base, prompt)}
-
-
-def next_commands(folder: Path, adapters: Iterable[Path], base: str, prompt: str) -> str:
-    """The commands that use what a run made, ready to copy into a shell."""
+def next_commands(folder: Path, adapters: Sequence[Path], base: str, prompt: str) -> str:
+    """The commands that use what a run made: a line each."""
     lines: list[str] = []
-    for place in adapters:
-        tail = ["--base", base, "--adapter", str(place)]
+    for adapter in adapters:
+        tail = ["--base", base, "--adapter", str(adapter)]
         words = [prompt, *tail] if not prompt.startswith("-") else [*tail, "--", prompt]
-        merged = folder / "merged" if place == folder else place.with_name(f"{place.name}-merged")
-        lines.append(shlex.join([*_started("generate"), *words]))
-        lines.append(shlex.join([*_started("merge"), str(place), str(merged), "--base", base]))
+        merged = adapter.with_name(f"{adapter.name}-merged")
+        merged = folder / "merged" if adapter == folder else merged
+        lines.append(command("generate", *words))
+        lines.append(command("merge", str(adapter), str(merged), "--base", base))
     return "\n".join(lines)
-
-
-def _started(script: str) -> list[str]:
-    name = cli.program(script)
-    if not name.endswith(".py"):
-        return name.split()
-    here = Path.cwd()
-    files = (Path(sys.executable), Path(__file__).resolve().parents[1] / name)
-    return [str(f.relative_to(here) if f.is_relative_to(here) else f) for f in files]

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from . import lock
-from .inputs import Asked
+from . import folder
+from .data import Prompt
 
 AGAIN = "Name another --output, or pass --overwrite true."
 
@@ -30,22 +30,11 @@ def digest(files: Iterable[Path]) -> str:
 
 @contextmanager
 def begun(
-    file: Path, made: Mapping[str, Any], wanted: Sequence[Asked], *, overwrite: bool
+    file: Path, made: Mapping[str, Any], prompts: Sequence[Prompt], *, overwrite: bool
 ) -> Iterator[int]:
     """Have the file for oneself and append to it; gives how many prompts it answers already.
 
-    A line that was cut short when its writer was stopped is taken off.
-
-    Args:
-        file: of the predictions.
-        made: all that decides what they are.
-        wanted: the prompts.
-        overwrite: what the file holds may go.
-
-    Raises:
-        ValueError: it answers other prompts or was made with something else, and nothing said to
-            overwrite it; somebody else appends to it.
-        OSError: it cannot be written.
+    A ValueError where it was made with something else, and nothing allows to overwrite it.
     """
     record = file.with_name(f"{file.name}.made.json")
     if file.exists() and not file.is_file():
@@ -53,7 +42,7 @@ def begun(
     file.parent.mkdir(parents=True, exist_ok=True)
     if not file.exists():
         file.touch()
-    with lock.held(file, instead="--output"):
+    with folder.locked(file, option="--output"):
         if overwrite or not file.stat().st_size:
             os.truncate(file, 0)
             part = record.with_suffix(".part")
@@ -61,10 +50,10 @@ def begun(
             part.replace(record)
         else:
             _check(file, record, made)
-        prompts = [line.get("prompt") for line in _lines(file)]
-        if prompts != [a.prompt for a in wanted[: len(prompts)]]:
+        texts = [line.get("prompt") for line in _lines(file)]
+        if texts != [prompt.text for prompt in prompts[: len(texts)]]:
             raise ValueError(f"{file} answers other prompts than these. {AGAIN}")
-        yield len(prompts)
+        yield len(texts)
 
 
 def _check(file: Path, record: Path, made: Mapping[str, Any]) -> None:
@@ -73,8 +62,8 @@ def _check(file: Path, record: Path, made: Mapping[str, Any]) -> None:
     before = json.loads(record.read_text(encoding="utf-8"))
     now = json.loads(json.dumps(made))  # as it is read back
     if odd := sorted(k for k in {*now, *before} if now.get(k) != before.get(k)):
-        told = ", ".join(f"{k} {before.get(k)!r:.60} (now {now.get(k)!r:.60})" for k in odd)
-        raise ValueError(f"{file} was made with other options: {told}. {AGAIN}")
+        differ = ", ".join(f"{k} {before.get(k)!r:.60} (now {now.get(k)!r:.60})" for k in odd)
+        raise ValueError(f"{file} was made with other options: {differ}. {AGAIN}")
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:
@@ -89,25 +78,25 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
 
 
 @contextmanager
-def told_where(file: Path, total: int) -> Iterator[list[int]]:
-    """Whatever ends the work says how much of it is in the file; give it the counts written."""
-    written: list[int] = []
+def counted(file: Path, total: int) -> Iterator[None]:
+    """Whatever stops the work says how much of it is in the file."""
     try:
-        yield written
+        yield
     except BaseException as stop:
+        done = sum(1 for _ in _lines(file))
         stop.add_note(
-            f"{sum(written):,} of {total:,} prompts are answered in {file}; "
+            f"{done:,} of {total:,} prompts are answered in {file}; "
             "the same command goes on from there."
         )
         raise
 
 
-def append(file: Path, answers: Iterable[tuple[Asked, str]]) -> None:
+def append(file: Path, prompts: Sequence[Prompt], texts: Sequence[str]) -> None:
     """Write some answers after those that are there."""
     lines = [
-        {"prompt": a.prompt, "prediction": said}
-        | ({"references": list(a.references)} if a.references else {})
-        for a, said in answers
+        {"prompt": prompt.text, "prediction": text}
+        | ({"references": list(prompt.references)} if prompt.references else {})
+        for prompt, text in zip(prompts, texts, strict=True)
     ]
     with file.open("a", encoding="utf-8", newline="\n") as stream:
         stream.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

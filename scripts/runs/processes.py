@@ -1,14 +1,13 @@
-"""The processes that torchrun starts: who they are, and how they begin and go on together.
+"""The processes that torchrun starts: which one this is, and faults that all of them share.
 
-The first prints and writes. `stopping` has how they end.
+The first prints and writes.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
-import time
-import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +15,6 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-
-from . import stopping
-
-_rounds: list[int] = []  # how often torchrun started them
 
 
 def rank() -> int:
@@ -34,8 +29,7 @@ def size() -> int:
 
 def is_restart() -> bool:
     """Whether torchrun started these processes in the place of others, of which one died."""
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    return again or bool(_rounds and _rounds[-1] > 1)
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def may_restart() -> bool:
@@ -43,19 +37,28 @@ def may_restart() -> bool:
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 
 
-def own_device(device: str) -> str:
-    """The device of this process: of several GPUs here, its own.
+def pick_device(name: str | None) -> str:
+    """The device asked for, else the best one here; of several GPUs this process's own."""
+    if name is None:
+        name = best_device(torch.cuda.is_available(), torch.backends.mps.is_available())
+    elif not re.fullmatch(r"cpu|mps|cuda(:\d{1,4})?", name):
+        raise ValueError(f"device must be cpu, mps, cuda or cuda:N, got {name!r}.")
+    if size() > 1 and name == "cuda":
+        number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if number >= count:
+            raise ValueError(f"{count} GPUs are here: start as many processes, or --device cpu.")
+        torch.cuda.set_device(number)
+        name = f"cuda:{number}"
+    try:
+        torch.empty(1, device=name)
+    except Exception as error:  # each backend has its own; torch asserts that it knows CUDA
+        raise ValueError(f"device {name!r} cannot be used here: {error}") from None
+    return name
 
-    Raises:
-        ValueError: there are too few.
-    """
-    if size() == 1 or device != "cuda":
-        return device
-    number, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if number >= there:
-        raise ValueError(f"{there} GPUs are here: start as many processes, or pass --device cpu.")
-    torch.cuda.set_device(number)
-    return f"cuda:{number}"
+
+def best_device(cuda: bool, mps: bool) -> str:
+    """CUDA's GPU before Apple's, and the processor where there is neither."""
+    return "cuda" if cuda else "mps" if mps else "cpu"
 
 
 @contextmanager
@@ -65,29 +68,35 @@ def joined() -> Iterator[None]:
         yield
         return
     group: Any = torch.distributed
-    shared, number, count = next(group.rendezvous("env://"))
-    _rounds.append(_numbered(shared, number, count))
-    store = group.PrefixStore(f"round {_rounds[-1]}", shared)
+    store, number, count = next(group.rendezvous("env://"))  # a restart has keys of its own
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    group.init_process_group(
-        backend, store=store, rank=number, world_size=count, timeout=timedelta(days=1)
-    )
-    with stopping.together(store, number), warnings.catch_warnings():
+    how = {"store": store, "rank": number, "world_size": count, "timeout": timedelta(days=1)}
+    group.init_process_group(backend, **how)
+    with warnings.catch_warnings():
         if number:
             warnings.simplefilter("ignore")
-        yield
-        _meet()
+        try:
+            yield
+            _meet()
+        except BaseException as error:
+            if not number:
+                store.set("ended", "")
+            elif store.check(["ended"]):  # what fails here now is no fault of its own
+                raise SystemExit(1) from None
+            elif not isinstance(error, SystemExit):
+                error.args = (f"Process {number}: {error}",)
+            raise
     if torch.cuda.is_available():  # a captured collective would keep the group from ending
         sys.stdout.flush()
         os._exit(0)
-    torch.distributed.destroy_process_group()
+    group.destroy_process_group()
 
 
 @contextmanager
 def agreed() -> Iterator[None]:
     """What is within is done by the first process of each host, then by all others.
 
-    Where it fails in one, all fail.
+    Where it fails in one, all end, and the first alone gives the reason.
     """
     if size() == 1:
         yield
@@ -105,38 +114,24 @@ def agreed() -> Iterator[None]:
     _meet()
 
 
-def gathered(own: Any) -> list[Any]:
+def gathered(value: Any) -> list[Any]:
     """What each process gives, in the order of their numbers."""
-    found: list[Any] = [own] * size()
+    values: list[Any] = [value] * size()
     if size() > 1:
-        torch.distributed.all_gather_object(found, own)
-    return found
+        torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def _meet(error: BaseException | None = None) -> None:
-    """Wait for all; raise the error of another process, unless this one has its own."""
-    found: list[Any] = [None] * size()
-    torch.distributed.all_gather_object(found, None if error is None else str(error))
-    faults = [f"Process {i}: {text}" for i, text in enumerate(found) if text is not None]
-    if faults and error is None:
-        raise ValueError(faults[0])
-
-
-def _numbered(store: Any, number: int, count: int) -> int:
-    """How often processes were started with this store: it outlives those that torchrun replaces.
-
-    What the ones before left in it must not be taken for what the others of today say.
-    """
-    if not number:
-        now = store.add("rounds", 1)
-        store.set("now", str(now))
-        for other in range(1, count):
-            store.set(f"{now} welcomes " + store.get(f"{now} is asked by {other}").decode(), "")
-        return now
-    name = f"{uuid.uuid4()}"
-    while True:
-        now = int(store.get("now"))
-        store.set(f"{now} is asked by {number}", name)
-        if store.check([f"{now} welcomes {name}"]):
-            return now
-        time.sleep(0.02)
+    """Wait for all; where one failed, or showed its help, all end."""
+    ends = error if error is None or isinstance(error, SystemExit) else str(error)
+    faults = [(n, fault) for n, fault in enumerate(gathered(ends)) if fault is not None]
+    if not faults:
+        return
+    number, fault = faults[0]
+    if isinstance(fault, SystemExit):
+        raise SystemExit(fault.code)
+    if rank():
+        raise SystemExit(1)
+    if error is None:
+        raise ValueError(f"Process {number}: {fault}")

@@ -1,9 +1,7 @@
-"""What decides a training: the options that train_qa and a search have in common."""
+"""The options that train_qa and search have in common: base, data, training, adapter, folder."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any
 
@@ -11,102 +9,25 @@ from jsonargparse import ArgumentParser, Namespace
 
 import gpt2
 import lora
-from lora.config import as_names
 
-from ..cli import cli
-from ..cli import options as opts
-from ..tuner.space import Range, Space, Values, names_of
-from . import inputs
+from ..cli.options import build
 
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """An adapter and how it is trained.
-
-    Args:
-        adapter: what is injected.
-        training: how it is trained; its seed is the adapter's too.
-        b_ratio: learning rate of B over that of A (LoRA+).
-    """
-
-    adapter: lora.LoRAConfig
-    training: gpt2.TrainConfig
-    b_ratio: float
-
-    def seeded(self, seed: int) -> Recipe:
-        """The same with another seed: of the first A, the order of the data, and dropout."""
-        return replace(
-            self,
-            adapter=replace(self.adapter, seed=seed),
-            training=replace(self.training, seed=seed),
-        )
-
-    def varied(self, values: Values) -> Recipe:
-        """The same with what a trial has of a space; where r varies, alpha / r stays."""
-        given: dict[str, Any] = dict(values)
-        r, own = given.pop("r", self.adapter.r), dict[str, Any]()
-        ratio = given.pop("alpha_over_r", self.adapter.alpha / self.adapter.r)
-        if {"r", "alpha_over_r"} & {*values}:
-            own = {"r": r, "alpha": ratio * r}
-        if "dropout" in given:
-            own["dropout"] = given.pop("dropout")
-        if "targets" in given:
-            own["targets"] = tuple(names_of(given.pop("targets")))
-        b_ratio = given.pop("b_ratio", self.b_ratio)
-        for name, other in (("steps", "epochs"), ("epochs", "steps")):
-            if name in values:
-                given[other] = None
-        return Recipe(
-            adapter=replace(self.adapter, **own),
-            training=replace(self.training, **given),
-            b_ratio=b_ratio,
-        )
-
-    def values(self, of: Sequence[str]) -> dict[str, Any]:
-        """What it has of a space, by name."""
-        adapter, training = self.adapter, self.training
-        own = {
-            "b_ratio": self.b_ratio,
-            "r": adapter.r,
-            "alpha_over_r": adapter.alpha / adapter.r,
-            "dropout": adapter.dropout,
-            "targets": list(as_names(adapter.targets)),
-        }
-        return {name: own[name] if name in own else getattr(training, name) for name in of}
+FORMATS = ".jsonl, .json, .csv, .tsv, .parquet or .txt file to train on"
+CONFIG = "YAML file of options, by default the demo's; flags win"
 
 
-def room(space: Space, usual: Recipe, side: int | None = None) -> lora.LoRAConfig:
-    """The adapter in whose place every trial's fits, and the usual one.
-
-    Args:
-        space: what varies.
-        usual: what does not.
-        side: the largest rank that fits the layers; None leaves ranks out of account.
-    """
-    adapter = usual.adapter
-    axis = space.axes.get("r", ())
-    ranks = [adapter.r, *(adapter.rank_pattern or {}).values()]
-    if isinstance(axis, Range):
-        ranks.append(int(axis.high) if side is None else min(int(axis.high), side))
-    else:
-        ranks += [rank for rank in axis if isinstance(rank, int)]
-    r = 1 if side is None else max((rank for rank in ranks if rank <= side), default=1)
-    targets = dict.fromkeys([*as_names(adapter.targets), *space.targets()])
-    dropout = max(adapter.dropout, space.ends("dropout", adapter.dropout)[1])
-    return replace(
-        adapter, r=r, targets=tuple(targets), dropout=dropout, rank_pattern=None,
-        alpha_pattern=None, seed=0,
-    )  # fmt: skip
-
-
-def add_options(to: ArgumentParser, data: str) -> None:
-    """Base, data, training and adapter, under the names and defaults that the library gives."""
+def add_options(to: ArgumentParser, data: str, kind: str) -> None:
+    """All of them, under the names and defaults that the libraries give."""
     add = to.add_argument
+    add("--config", action="config", help=CONFIG)
     add("--model_name", type=str, default="demo", help="demo, gpt2, org/repo, a folder or a file")
     add("--base_dropout", type=float | None, help="the base's own dropouts; by default as it says")
     add("--device", type=str | None, help="by default the GPU if there is one")
-    add("--data", type=str, default=data, help=inputs.FORMATS)
+    add("--data", type=str, default=data, help=FORMATS)
     add("--fields", type=dict[str, str] | None, help="--fields.question NAME: the data's own names")
+    add("--validation", type=str | None, help="file to evaluate on, or a share of the data: 0.1")
+    last = "file, or a share, that decides nothing: the result alone is evaluated on it"
+    add("--test", type=str | None, help=last)
     longest = signature(gpt2.encode).parameters["max_length"].default
     batch = gpt2.TrainConfig.batch_size
     add("--max_token_length", type=int, default=longest, help="longer examples are cut")
@@ -116,10 +37,27 @@ def add_options(to: ArgumentParser, data: str) -> None:
     )
     to.add_class_arguments(gpt2.TrainConfig, skip={"batch_size"}, as_group=False)
     add("--b_ratio", type=float, default=1.0, help="learning rate of B over that of A (LoRA+)")
-    opts.add_lora(to)
+    to.add_class_arguments(lora.LoRAConfig, "lora", skip={"seed", "dtype"}, as_group=False)
+    place = f"folder for the results, by default a new runs/{kind}-N"
+    add("--res_path", type=str | None, help=place)
+    cache = "folder for the tokens of the data, by default beside a large file and nowhere else"
+    add("--cache", type=str | None, help=cache)
+    flag: dict[str, Any] = {"nargs": "?", "const": True, "default": False}
+    add("--overwrite", type=bool, help="replace the run that res_path holds", **flag)
+    again = "go on with the run of res_path, or of the folder that is named"
+    add("--resume", type=bool | str, help=again, **flag)
 
 
-def check(options: Namespace, least: dict[str, int]) -> None:
+def add_model_options(to: ArgumentParser) -> None:
+    """A base, and perhaps an adapter, that answer prompts."""
+    add = to.add_argument
+    add("--base", type=str | None, help="demo, gpt2, org/repo, a folder; by default the adapter's")
+    add("--adapter", type=str | None, help="a folder of train_qa.py, or of an adapter, PEFT's too")
+    add("--device", type=str | None, help="by default the GPU if there is one")
+    add("--separator", type=int | None, help="the token id after each prompt in training")
+
+
+def check(options: Namespace, **least: int) -> None:
     """Raise a ValueError where a count, or the ratio, is too small."""
     for name, low in ({"max_token_length": 2} | least).items():
         if options[name] < low:
@@ -130,14 +68,4 @@ def check(options: Namespace, least: dict[str, int]) -> None:
 
 def training(options: Namespace) -> gpt2.TrainConfig:
     """How the options say to train."""
-    return cli.build(gpt2.TrainConfig, options, batch_size=options.train_batch_size)
-
-
-def of(options: Namespace) -> Recipe:
-    """What the options say."""
-    adapter = {name: value for name, value in options.lora.items() if name != "untie"}
-    return Recipe(
-        adapter=lora.LoRAConfig(seed=options.seed, **adapter),
-        training=training(options),
-        b_ratio=options.b_ratio,
-    )
+    return build(gpt2.TrainConfig, options, batch_size=options.train_batch_size)

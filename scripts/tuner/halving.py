@@ -18,13 +18,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Halving:
-    """A plan of rungs: one in `keep` of a rung's trials goes on, and trains `keep` times as far.
+    """A plan of rungs, counted from 0: one in `keep` goes on, and trains `keep` times as far.
 
-    Args:
-        trials: in the first rung.
-        rungs: how many; in the last, trainings come to the end of their schedules.
-        keep: at least 2.
-        cooldown: in one in so many of the steps so far the rate of a copy falls; 0 for no copies.
+    In one in `cooldown` of the steps so far the rate of a copy falls; 0 is for no copies.
     """
 
     trials: int
@@ -34,11 +30,11 @@ class Halving:
 
     @property
     def alive(self) -> list[int]:
-        """How many trials each rung has, where none comes to an end of its own."""
+        """How many trials each rung has, where none ends early."""
         return [max(1, self.trials // self.keep**rung) for rung in range(self.rungs)]
 
     def step(self, rung: int, total: int) -> int:
-        """The step after which a training of so many rests in a rung, counted from 0."""
+        """The step after which a training of `total` steps rests in a rung."""
         return total // self.keep ** (self.rungs - 1 - rung)
 
     def steps(self, rung: int, total: int) -> int:
@@ -55,41 +51,23 @@ class Halving:
     def going_on(self, losses: Mapping[int, float], rung: int) -> list[int]:
         """The trials that go on from a rung, the best first; of equal losses the earlier trial.
 
-        Args:
-            losses: of the rung's trials by number; of one that ended they are not finite, and it
-                never goes on.
-            rung: counted from 0.
+        A trial whose loss is not finite ended early, and never goes on.
         """
         finite = [trial for trial, loss in losses.items() if math.isfinite(loss)]
         best = sorted(finite, key=lambda trial: (losses[trial], trial))
         return best[: self.alive[rung + 1]] if rung + 1 < self.rungs else best
 
     def faults(self, least: int, finalists: int) -> list[str]:
-        """What is contradictory in the plan.
-
-        Args:
-            least: steps of the shortest schedule.
-            finalists: trials of the last rung that run again.
-        """
-        faults = [
-            f"{name} must be an integer of at least {low}, got {value!r}"
-            for name, low in (("trials", 1), ("rungs", 1), ("keep", 2))
-            if type(value := getattr(self, name)) is not int or value < low
-        ]
-        if faults:
-            return faults
-        if self.keep ** (self.rungs - 1) > least:
+        """What is contradictory in the plan, if the shortest schedule has `least` steps."""
+        if self.trials < 1 or self.rungs < 1 or self.keep < 2:
+            return ["trials and rungs must be at least 1, and keep at least 2"]
+        whole, faults = self.keep ** (self.rungs - 1), list[str]()
+        if whole > least:
             most = 1 + int(math.log(least, self.keep) + 1e-9)
-            faults.append(
-                f"{self.rungs} rungs, each {self.keep} times as long as the one before, take "
-                f"{self.keep ** (self.rungs - 1):,} steps and there are {least:,}: "
-                f"at most {most} fit"
-            )
-        if self.trials < self.keep ** (self.rungs - 1):
-            faults.append(
-                f"{self.trials} trials leave none for the last of {self.rungs} rungs, in each of "
-                f"which one in {self.keep} goes on"
-            )
+            fit = f"take {whole:,} steps and there are {least:,}: at most {most} fit"
+            faults.append(f"{self.rungs} rungs, each {self.keep} times as long, {fit}")
+        if self.trials < whole:
+            faults.append(f"{self.trials} trials leave none for the last of {self.rungs} rungs")
         elif finalists > self.alive[-1]:
             faults.append(f"there are {finalists} finalists, and {self.alive[-1]} in the last rung")
         return faults

@@ -4,29 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
+import lora
+
+from .trials import Recipe, Values, names_of
+
 INTEGERS = ("r", "steps", "epochs")
-BOUNDS = {  # the least value, and whether it is one
-    "lr": (0.0, False),
-    "b_ratio": (0.0, False),
-    "r": (1, True),
-    "alpha_over_r": (0.0, False),
-    "dropout": (0.0, True),
-    "weight_decay": (0.0, True),
-    "steps": (1, True),
-    "epochs": (1, True),
-}
-NAMES = (*BOUNDS, "targets")
-LARGEST = sys.float_info.max  # an integer may be above it, and no float is made of that
-NEAREST = 1e-6  # share by which the bounds of reals differ at least
-Value = float | int | str
-Values = Mapping[str, Value]
-"""What a trial has of the space by name; several targets stand in one text, as JSON."""
+NAMES = "lr b_ratio r alpha_over_r dropout weight_decay steps epochs targets".split()
 
 
 @dataclass(frozen=True)
@@ -41,43 +29,52 @@ class Range:
 class Space:
     """What a trial may have: by name a `Range`, or a tuple of choices; of one it is fixed."""
 
-    axes: Mapping[str, Range | tuple[Value, ...]]
+    axes: Mapping[str, Any]
 
     @property
     def size(self) -> float:
         """How many different trials there are; infinite where a range of reals varies."""
-        found = 1.0
-        for name, axis in self.axes.items():
-            if isinstance(axis, Range):
-                found *= axis.high - axis.low + 1 if name in INTEGERS else math.inf
-            else:
-                found *= len(axis)
-        return found
+        try:
+            return math.prod(map(len, self._choices()))
+        except ValueError:
+            return math.inf
 
-    def all(self) -> Iterator[dict[str, Value]]:
+    def all(self) -> Iterator[Values]:
         """All trials of a space that is finite, in order."""
-        for values in product(*(_values(axis) for axis in self.axes.values())):
+        for values in product(*self._choices()):
             yield dict(zip(self.axes, values, strict=True))
+
+    def _choices(self) -> Iterator[Any]:
+        for name, axis in self.axes.items():
+            if isinstance(axis, Range) and name not in INTEGERS:
+                raise ValueError(f"{name} is not finite")
+            yield range(int(axis.low), int(axis.high) + 1) if isinstance(axis, Range) else axis
 
     def ends(self, name: str, usual: float) -> tuple[float, float]:
         """The least and the largest number that a trial may have; `usual` where none varies."""
         axis = self.axes.get(name, (usual,))
-        numbers: Any = (axis.low, axis.high) if isinstance(axis, Range) else axis
+        numbers = (axis.low, axis.high) if isinstance(axis, Range) else axis
         return min(numbers), max(numbers)
 
-    def targets(self) -> list[str]:
-        """All targets that some trial has; none where they do not vary."""
-        axis: Any = self.axes.get("targets", ())
-        return list(dict.fromkeys(name for text in axis for name in names_of(text)))
+    def room(self, usual: Recipe, side: int = 1) -> lora.LoRAConfig:
+        """The adapter in whose place every trial's fits, of ranks up to `side`, and the usual."""
+        adapter, axis = usual.adapter, self.axes.get("r", ())
+        ranks = [adapter.r, *(adapter.rank_pattern or {}).values()]
+        ranks += [min(int(axis.high), side)] if isinstance(axis, Range) else axis
+        targets = usual.values(["targets"])["targets"]
+        targets += [name for text in self.axes.get("targets", ()) for name in names_of(text)]
+        return replace(
+            adapter,
+            r=max((rank for rank in ranks if rank <= side), default=1),
+            targets=tuple(dict.fromkeys(targets)),
+            dropout=max(adapter.dropout, self.ends("dropout", adapter.dropout)[1]),
+            rank_pattern=None,
+            alpha_pattern=None,
+            seed=0,
+        )
 
 
-def names_of(text: str) -> list[str]:
-    """The targets that a value stands for."""
-    found = json.loads(text) if text.startswith("[") else text
-    return [found] if isinstance(found, str) else found
-
-
-def read(given: object, trials: int) -> Space:
+def read(given: object, trials: int, usual: Recipe) -> Space:
     """The space that an option describes.
 
     A list is a choice, `{low: …, high: …}` a range on a logarithmic scale, all else fixed.
@@ -91,14 +88,12 @@ def read(given: object, trials: int) -> Space:
             f" r: [4, 8]}}. It may have {', '.join(NAMES)}."
         )
     faults = [f"{name} is none of {', '.join(NAMES)}" for name in given if name not in NAMES]
-    axes: dict[str, Range | tuple[Value, ...]] = {}
-    for name, value in given.items():
-        if name in NAMES:
-            found = _axis(str(name), value)
-            if isinstance(found, list):
-                faults += found
-            else:
-                axes[str(name)] = found
+    axes: dict[str, Any] = {}
+    for name in [name for name in given if name in NAMES]:
+        try:
+            axes[name] = _axis(name, given[name], usual)
+        except (ValueError, TypeError) as error:
+            faults.append(str(error).rstrip("."))
     if {"steps", "epochs"} <= {*given}:
         faults.append("steps and epochs exclude each other")
     space = Space(axes)
@@ -111,66 +106,25 @@ def read(given: object, trials: int) -> Space:
     return space
 
 
-def _axis(name: str, given: object) -> Range | tuple[Value, ...] | list[str]:
-    """What one name may be, or what is wrong with it."""
+def _axis(name: str, given: Any, usual: Recipe) -> Any:
+    """What one name may be; each end and each choice is tried in a recipe, which raises."""
     if isinstance(given, Mapping):
-        return _range(name, given)
-    choices: list[Any] = given if isinstance(given, list) else [given]
-    if not choices:
-        return [f"{name} has no choice"]
-    if name == "targets":
-        choices = [_text(choice) for choice in choices]
-        faults = [f"targets must be names or lists of names, got {given!r:.80}"]
-        faults = faults if None in choices else []
+        if {*given} != {"low", "high"} or name == "targets":
+            raise ValueError(f"{name} must have low and high and nothing else, got {given!r:.80}")
+        values = (given["low"], given["high"])
+        if not 0 < values[0] < values[1]:
+            raise ValueError(f"{name} needs 0 < low < high, got {values[0]} and {values[1]}")
     else:
-        faults = [fault for choice in choices for fault in _faults(name, choice)]
-    if not faults and len({_same(name, choice) for choice in choices}) < len(choices):
-        faults.append(f"{name} has a choice twice: {given!r:.80}")
-    return faults or tuple(choices)
-
-
-def _same(name: str, choice: Any) -> Any:
-    """What is equal for choices that make the same trial."""
-    return frozenset(names_of(choice)) if name == "targets" else choice
-
-
-def _range(name: str, given: Mapping[Any, Any]) -> Range | list[str]:
-    if name == "targets":
-        return ["targets are no range: give a list"]
-    if {*given} != {"low", "high"}:
-        return [f"{name} must have low and high and nothing else, got {dict(given)!r:.80}"]
-    low, high = given["low"], given["high"]
-    if faults := [*_faults(name, low), *_faults(name, high)]:
-        return faults
-    if not 0 < low < high:
-        return [f"{name} needs 0 < low < high, got {low} and {high}"]
-    if name not in INTEGERS and high < low * (1 + NEAREST):
-        return [f"{name} has {low} and {high} for bounds, which are as good as one: give a number"]
-    return Range(low, high)
-
-
-def _faults(name: str, value: object) -> list[str]:
-    """What is wrong with a number."""
-    low, included = BOUNDS[name]
-    kind = "an integer" if name in INTEGERS else "a finite number"
-    said = f"{name} must be {kind} {'of at least' if included else 'above'} {low:g}"
-    if name == "dropout":
-        said += " and below 1"
-    right = type(value) is int or (type(value) is float and name not in INTEGERS)
-    if right:
-        right = low <= value <= LARGEST and (included or value > low)  # pyright: ignore
-        right = right and not (name == "dropout" and value >= 1)  # pyright: ignore
-    return [] if right else [f"{said}, got {value!r:.80}"]
-
-
-def _text(targets: object) -> str | None:
-    """Targets as one text; None where they are none."""
-    if isinstance(targets, str) and targets and targets[0] != "[":
-        return targets
-    if isinstance(targets, list) and targets and all(t and isinstance(t, str) for t in targets):
-        return json.dumps(targets)
-    return None
-
-
-def _values(axis: Range | tuple[Value, ...]) -> Any:
-    return range(int(axis.low), int(axis.high) + 1) if isinstance(axis, Range) else axis
+        choices = given if isinstance(given, list) else [given]
+        if name == "targets":
+            choices = [json.dumps(c) if isinstance(c, list) else str(c) for c in choices]
+        values = tuple(choices)
+    for value in values:
+        usual.varied({name: value})
+    if isinstance(given, Mapping):
+        return Range(*values)
+    if len({frozenset(names_of(v)) if name == "targets" else v for v in values}) < len(values):
+        raise ValueError(f"{name} has a choice twice: {given!r:.80}")
+    if not values:
+        raise ValueError(f"{name} has no choice")
+    return values
