@@ -42,12 +42,9 @@ def options_of(argv: Arguments) -> Namespace:
     add("--overwrite", **flag, help="replace what the output holds")
     add("--fields", type=dict[str, str] | None, help="--fields.question NAME: the file's own names")
     rows = "rows at a time, num_beams of them a prompt; by default 64, and 512 on a GPU"
-    add("--batch_size", type=int | None, help=rows)
+    add("--batch_size", type=recipe.AtLeastOne | None, help=rows)
     to.add_class_arguments(gpt2.GenerateConfig, as_group=False)
-    options = parse(to, argv or ())
-    if options.batch_size is not None and options.batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {options.batch_size}.")
-    return options
+    return parse(to, argv or ())
 
 
 @guarded
@@ -67,7 +64,7 @@ def main(argv: Arguments = None) -> None:
     rows = options.batch_size or answers.rows_of(model)
     place = Path() if adapter is None else adapter.parent
     output = place / "predictions.jsonl" if options.output is None else Path(options.output)
-    with predictions.begun(output, made_with, prompts, overwrite=options.overwrite) as done:
+    with predictions.begun(output, made_with, overwrite=options.overwrite) as done:
         with predictions.counted(output, len(ids)), bar(console, "prompts", len(ids), done) as more:
             for batch in answers.continued(model, ids, config, rows, first=done):
                 texts = [tokenizer.decode(row) for (row,) in batch]

@@ -36,4 +36,5 @@ def main(argv: Arguments = None) -> None:
     file = Path(options.output) if options.output else usual
     if file.exists() and not (file.is_file() and page.is_ours(file)):
         raise ValueError(f"{file} is no report and is left as it is: choose another --output.")
-    print(page.put(file, page.html(records)))
+    folder.write_whole(file, page.html(records))
+    print(file)

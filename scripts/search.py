@@ -11,13 +11,10 @@ if __name__ == "__main__":  # on top, so that Ctrl-C during the imports below en
 
     sys.exit(start("search", sys.argv[1:]))
 
-import math
 import os
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import Namespace
 
@@ -25,7 +22,7 @@ import gpt2
 import lora
 from gpt2.training import fingerprints
 
-from .cli.console import Advance, Plain, bar
+from .cli.console import Plain, bar
 from .cli.guard import Arguments, guarded
 from .cli.options import parse, parser
 from .page import page
@@ -44,18 +41,18 @@ def options_of(argv: Arguments) -> Namespace:
     """The options of a search, and those of its default configuration as `train_qa.py` has them."""
     to = parser("search", __doc__)
     recipe.add_options(to, str(data.DATA / "weather.jsonl"), "search")
-    add = to.add_argument
+    add, count, two = to.add_argument, recipe.AtLeastOne, recipe.AtLeastTwo
     add("--space", type=dict[str, Any], default={}, help=SPACE)
-    add("--trials", type=int, default=64, help="configurations in the first rung")
-    add("--slots", type=int, default=16, help="trainings at a time, in one batch")
-    add("--rungs", type=int, default=3, help="how often the worse retire, plus one")
-    add("--keep", type=int, default=4, help="one in so many goes on, and so many times as far")
-    add("--sampler", type=str, default="random", help="random, or tpe, which learns by waves")
-    add("--finalists", type=int, default=4, help="trials of the last rung that run again")
-    add("--seeds", type=int, default=3, help="of each finalist and of the default, at least 2")
+    add("--trials", type=count, default=64, help="configurations in the first rung")
+    add("--slots", type=count, default=16, help="trainings at a time, in one batch")
+    add("--rungs", type=count, default=3, help="how often the worse retire, plus one")
+    add("--keep", type=two, default=4, help="one in so many goes on, and so many times as far")
+    kinds = Literal["random", "tpe"]
+    add("--sampler", type=kinds, default="random", help="random, or tpe, which learns by waves")
+    add("--finalists", type=count, default=4, help="trials of the last rung that run again")
+    add("--seeds", type=two, default=3, help="of each finalist and of the default")
     file, words = resume.config(argv or (), "search", DEMO)
     options = parse(to, words, file)
-    recipe.check(options, slots=1, finalists=1, seeds=2)
     if options.validation is None:
         raise ValueError("A search chooses by validation data: give --validation.")
     if options.trials > MOST:
@@ -65,11 +62,15 @@ def options_of(argv: Arguments) -> Namespace:
     return options
 
 
+def usual_of(options: Namespace) -> Recipe:
+    """The default configuration."""
+    adapter = lora.LoRAConfig(seed=options.seed, **options.lora)
+    return Recipe(adapter=adapter, training=recipe.training(options), b_ratio=options.b_ratio)
+
+
 def plan_of(options: Namespace, train: gpt2.Dataset) -> Plan:
     """What the options say to search."""
-    adapter = lora.LoRAConfig(seed=options.seed, **options.lora)
-    training, b_ratio = recipe.training(options), options.b_ratio
-    usual = Recipe(adapter=adapter, training=training, b_ratio=b_ratio)
+    usual = usual_of(options)
     names = ("slots", "sampler", "finalists", "seeds")
     return Plan(
         space=space.read(options.space, options.trials, usual),
@@ -83,40 +84,13 @@ def waves_of(plan: Plan, model: gpt2.GPT2, split: data.Split, console: Plain) ->
     """What trains, if the targets are there and the slots fit in memory."""
     room = plan.space.room(plan.usual, largest_rank(model, plan.space.room(plan.usual)))
     slots = min(plan.slots, -(-plan.halving.trials // processes.size()))
+    assert split.validation is not None
     splits = (split.train, split.validation)
     waves = Waves(model, *splits, plan.usual.training, room, slots, console.print)
     total = gpt2.total_steps(split.train, plan.usual.training)
     usual = Run(trial=DEFAULT, recipe=plan.usual, total=total)
     waves.check_memory(usual, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return waves
-
-
-def commands_of(reader: data.Reader, train: gpt2.Dataset, place: Path) -> dict[str, str]:
-    """The commands that train the winner again, and those that use it."""
-    best = place / folder.WINNER
-    ids, asked = train[0][0].tolist(), int(train.prompts[0])
-    prompt = reader.tokenizer.decode(ids[: asked or 8])
-    again = folder.command("train_qa", "--config", str(best / folder.TRAINED_BY))
-    use = folder.next_commands(place, [best], reader.options.model_name, prompt)
-    return {"the winner again, alone": again, "use": use}
-
-
-def shown(console: Plain, advance: Advance) -> Callable[[Search, int], None]:
-    """What shows how far a search is: a line a stage, and the bar."""
-    taken, stages, began = [0], [""], perf_counter()
-
-    def progress(search: Search, steps: int) -> None:
-        taken[0] += steps
-        best = f" · best {search.best:.4f}" if math.isfinite(search.best) else ""  # none yet
-        speed = f"{taken[0] / max(perf_counter() - began, 1e-9):,.0f} adapter-steps/s"
-        text = f"{search.alive} trials{best} · {speed}"
-        advance(steps, text, search.total)
-        stage = "finals" if search.again else f"rung {len(search.rungs)}"
-        if stage != stages[-1]:
-            stages.append(stage)
-            console.print(f"{stage} · {text}")
-
-    return progress
 
 
 @guarded
@@ -146,9 +120,10 @@ def main(argv: Arguments = None) -> None:
             with processes.agreed():
                 if not processes.rank():
                     files.begin({**made_of, "processes": processes.size()})
-            with resume.resumable(place), bar(console, "adapter-steps") as advance:
-                progress = shown(console, advance)
-                search = Search(plan=plan, waves=waves, checkpoint=files, progress=progress)
+            total = plan.steps(gpt2.total_steps(split.train, plan.usual.training))
+            with resume.resumable(place), bar(console, "adapter-steps", total) as progress:
+                how = {"checkpoint": files, "progress": progress, "tell": console.print}
+                search = Search(plan=plan, waves=waves, **how)
                 search.search(split.test)
             if processes.rank():
                 return  # the first goes on alone
@@ -156,7 +131,9 @@ def main(argv: Arguments = None) -> None:
             measure = partial(adapter_stats.measure, split=split, tokenizer=reader.tokenizer)
             splits = {"training": split.train, "selection": split.validation, "test": split.test}
             sizes = {n: s and {"examples": len(s), "tokens": s.n_tokens} for n, s in splits.items()}
-            commands = commands_of(reader, split.train, place)
+            ids, asked = split.train[0][0].tolist(), int(split.train.prompts[0])
+            prompt, best = reader.tokenizer.decode(ids[: asked or 8]), place / folder.WINNER
+            commands = folder.commands(best / folder.TRAINED_BY, [best], base, prompt)
             facts = record.about(options, model, clock) | {"data": sizes, "commands": commands}
             with resume.resumable(place):
                 claim = outcome.write(search, resume.kept(options), place, facts, measure)

@@ -36,12 +36,11 @@ def options_of(argv: Arguments) -> Namespace:
     prompts = "file to try out; answers in it are references"
     to.add_argument("--prompts", type=str | None, help=prompts)
     steps = "steps between two lines of output"
-    to.add_argument("--logging_steps", type=int, default=5, help=steps)
+    to.add_argument("--logging_steps", type=recipe.AtLeastOne, default=5, help=steps)
     to.add_class_arguments(gpt2.RunConfig, skip={"folder"}, as_group=False)
     to.add_class_arguments(gpt2.GenerateConfig, "generate", skip={"seed"}, as_group=False)
     file, words = resume.config(argv or (), "train_qa", DEMO)
     options = parse(to, words, file)
-    recipe.check(options, logging_steps=1)
     if options.validation is None and (options.patience or options.eval_every):
         raise ValueError("patience and eval_every need validation data: give --validation.")
     if options.tasks and options.generate.num_beams > 1:
@@ -102,7 +101,8 @@ def main(argv: Arguments = None) -> None:
             facts = {"parameters": counts, **record.of_data([s.train for s in splits.values()])}
             facts |= {**results.get(train.ALONE, {}), **answers.publish(rows, place, console)}
             adapters = [place / name for name in names] if options.tasks else [place]
-            commands = folder.commands(place, adapters, base, [prompt.text for prompt in prompts])
+            prompt = min((p.text for p in prompts), key=len, default="Once upon a time")
+            commands = folder.commands(place / folder.OPTIONS, adapters, base, prompt)
             record.write(
                 place, record.about(options, model, clock) | facts | {"commands": commands}
             )

@@ -141,7 +141,7 @@ def test_a_full_disk_in_a_run_with_validation_leaves_the_best_and_the_last(
 def test_a_full_disk_after_training_says_where_the_adapter_is(
     file, script, tmp_path, monkeypatch, capsys, many
 ):
-    real = {"loss.png": ("page.charts", "png"), "answers.md": ("runs.answers", "write")}
+    real = {"loss.png": ("page.charts", "png"), "answers.md": ("runs.answers", "publish")}
     module, name = real.get(file, ("runs.record", "write"))
 
     def full(*_, **__) -> None:

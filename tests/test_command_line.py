@@ -92,7 +92,7 @@ YAMLS = {
     "lr: .nan\nepochs: 1": "lr must be finite",
     "autocast: 3": "Parser key \"autocast\": Expected a <class 'bool'>",
     "overwrite: maybe": 'Parser key "overwrite"',
-    "max_token_length: 1\nepochs: 1": "max_token_length must be at least 2",
+    "max_token_length: 1": 'Parser key "max_token_length"',
     "fields: {frage: a}\nepochs: 1": "fields gives a file's names",
     "lora: {targets: []}\nepochs: 1": "targets",
     "lora: {layers: all}\nepochs: 1": "lora.layers",
@@ -124,7 +124,7 @@ LINES = {
     "--epochs 1 --steps 1": "give epochs or steps, and not both",
     "--lr ''": "Parser key \"lr\": Expected a <class 'float'>",
     "--lr nan": "Parser key \"lr\": Expected a <class 'float'>. Got value: nan",
-    "--train_batch_size 0": "batch_size must be",
+    "--train_batch_size 0": 'Parser key "train_batch_size"',
     "--config ''": "is missing or no file",
     "--config .": "is missing or no file",
     "--config binary.yaml": "binary.yaml is not YAML",
@@ -289,17 +289,21 @@ def test_an_adapter_is_found_in_its_run():
 def test_the_next_commands_survive_the_shell(monkeypatch):
     folder = importlib.import_module("scripts.runs.folder")
     place, prompt = Path("it's [b]mine[/b] $HOME"), 'Q: "Why" `ls` $(ls)?\nA:'
-    lines = folder.next_commands(place, [place], "a base", prompt)
+
+    def used(adapter, base, prompt):
+        return folder.commands(place / "options.yaml", [adapter], base, prompt)["use"]
+
+    lines = used(place, "a base", prompt)
     words = shlex.split(lines)
     assert words[1].endswith("generate.py")
     assert words[2:7] == [prompt, "--base", "a base", "--adapter", str(place)]
     assert words[8].endswith("merge.py")
     assert words[9:] == [str(place), str(place / "merged"), "--base", "a base"]
-    assert shlex.split(folder.next_commands(place, [place], "demo", "- item"))[-8:-6] != []
-    dashed = shlex.split(folder.next_commands(place, [place / "a"], "demo", "- item"))
+    assert shlex.split(used(place, "demo", "- item"))[-8:-6] != []
+    dashed = shlex.split(used(place / "a", "demo", "- item"))
     assert dashed[2:8] == ["--base", "demo", "--adapter", str(place / "a"), "--", "- item"]
     monkeypatch.setattr(sys, "argv", ["/usr/bin/lora-gpt2", "train"])
-    assert folder.next_commands(place, [place], "demo", "a").startswith("lora-gpt2 generate a ")
+    assert used(place, "demo", "a").startswith("lora-gpt2 generate a ")
 
 
 def test_a_run_takes_the_next_number_and_a_named_folder_only_if_told():

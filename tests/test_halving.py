@@ -60,7 +60,6 @@ def test_the_article_size_search_halves_as_the_issue_counts(script):
         ((16, 4, 4), 63, 1, "take 64 steps and there are 63: at most 3 fit"),
         ((7, 3, 3), 100, 1, "7 trials leave none for the last of 3 rungs"),
         ((16, 2, 4), 100, 5, "there are 5 finalists, and 4 in the last rung"),
-        ((0, 0, 1), 100, 1, "trials and rungs must be at least 1, and keep at least 2"),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(script, numbers, least, finalists, said):

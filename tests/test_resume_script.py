@@ -261,7 +261,7 @@ def test_the_metrics_of_a_killed_run_decide_nothing(
         assert train([*arguments, str(cut)]) == 143
     file = cut / "metrics.jsonl"
     lines = file.read_text().splitlines(keepends=True)
-    later = lines[4].replace('"step": 5', '"step": 6')
+    later = lines[-1].replace('"step": 4', '"step": 6')
     texts = {"torn": [*lines[:3], lines[3][:-9]], "short": lines[:2], "long": [*lines, later]}
     file.write_text("".join(texts.get(metrics, [])))
     capsys.readouterr()

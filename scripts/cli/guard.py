@@ -32,7 +32,7 @@ def start(script: str, argv: Sequence[str]) -> int:
     for number in _stop_signals():
         signal.signal(number, _end)
     try:
-        main = importlib.import_module(f"{__package__.rpartition('.')[0]}.{script}").main
+        main = importlib.import_module(f"{__name__.partition('.')[0]}.{script}").main
     except ModuleNotFoundError as error:
         if error.name not in ("jinja2", "jsonargparse", "yaml", "rich", "matplotlib"):
             raise

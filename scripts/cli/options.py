@@ -89,6 +89,9 @@ def parse(to: ArgumentParser, words: Sequence[str], file: Path | None = None) ->
         options = to.parse_args(words)
     except (ArgumentError, TypeError) as error:
         raise ValueError(str(error)) from error
+    for name, value in list(options.items()):  # a restricted number is a class of jsonargparse's
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            options[name] = int(value) if isinstance(value, int) else float(value)
     if empty := [name for name in PATHS if options.get(name) == ""]:
         raise ValueError(f"{', '.join(empty)} is empty: leave it out, or name a place.")
     if file is not None:

@@ -76,29 +76,18 @@ class Axis:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """Series over two axes.
+    """Series over two axes."""
 
-    Args:
-        name: by which the page's script finds its numbers.
-        title, unit: what is drawn.
-        series: those behind first.
-        x_label: under the axis.
-        marks: x and a label: lines from top to bottom.
-        log_x, log_y: whether x is in logarithms, and y where its values need that.
-        x_ticks: values of x and their names, where numbers would not do.
-        near: whether the script looks for the nearest point, and not for the nearest x.
-    """
-
-    name: str
+    name: str  # by which the page's script finds its numbers
     title: str
-    series: Sequence[Series]
+    series: Sequence[Series]  # those behind first
     unit: str = ""
     x_label: str = "step"
-    marks: Sequence[tuple[float, str]] = ()
+    marks: Sequence[tuple[float, str]] = ()  # x and a label: lines from top to bottom
     log_x: bool = False
-    log_y: bool = True
-    x_ticks: Sequence[tuple[float, str]] | None = None
-    near: bool = False
+    log_y: bool = True  # where its values need that
+    x_ticks: Sequence[tuple[float, str]] | None = None  # where numbers would not do
+    near: bool = False  # whether the script looks for the nearest point, and not for the nearest x
 
     def axes(self) -> tuple[Axis, Axis] | None:
         """Both, or None where there is nothing to draw."""

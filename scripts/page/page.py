@@ -6,12 +6,13 @@ from base64 import b64encode
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from ..runs import folder
-from . import charts, searched, sections
+from . import charts, sections
 from .read import Record, read
 
 HERE = Path(__file__).resolve().parent
@@ -22,23 +23,14 @@ SCALE = {"−4": -4.0, "−2": -2.0, "0": 0.0, "+2": 2.0, "+4": 4.0}  # nats, as
 def write(place: Path) -> None:
     """Write the report of a run's folder into it, and its losses as a picture beside it."""
     record = read(place)
-    put(place / folder.REPORT, html([record]))
+    folder.write_whole(place / folder.REPORT, html([record]))
     if record.board:
+        from . import searched  # which most runs do not need
+
         rates = [chart for chart in searched.over_each(record) if chart.title == "lr"]
         charts.png([searched.by_rung(record), *rates], place / folder.SEARCH_PLOT)
     elif record.steps:
         charts.png([sections.loss(record)], place / folder.PLOT)
-
-
-def put(file: Path, page: str) -> Path:
-    """Write a page, whole."""
-    part = file.with_suffix(".part")
-    try:
-        part.write_text(page, encoding="utf-8", errors="backslashreplace")  # such as a surrogate
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
-    return file
 
 
 def is_ours(file: Path) -> bool:
@@ -49,42 +41,32 @@ def is_ours(file: Path) -> bool:
 
 def html(records: Sequence[Record]) -> str:
     """The page of one run, or of several side by side."""
-    if len(records) > 1:
-        shown = list(sections.of_several(records))
-    else:
-        shown = [*searched.of_search(records[0]), *sections.of_run(records[0])]
     drawn: list[charts.Chart] = []
-    for kind, value in (part for _, _, parts in shown for part in parts):
-        drawn += {"chart": [value], "charts": value}.get(kind, [])
+
+    def draw(chart: charts.Chart) -> dict[str, Any] | None:
+        drawn.append(chart)
+        return chart.drawing()
+
     style, script = ((HERE / f"report.{kind}").read_text("utf-8") for kind in ("css", "js"))
-    return (
-        _environment()
-        .get_template("page.html.j2")
-        .render(
-            records=records,
-            described=sections.described,
-            figures=sections.figures,
-            sections=shown,
-            scale={text: sections.colour(nats) for text, nats in SCALE.items()},
-            numbers={chart.name: chart.numbers() for chart in drawn},
-            generator=GENERATOR,
-            digest=b64encode(sha256(script.encode()).digest()).decode(),
-            style=Markup(style),
-            script=Markup(script),
-        )
-    )
+    values: dict[str, Any] = {**vars(sections)}
+    if any(record.board for record in records):
+        from . import searched
 
-
-def _environment() -> Environment:
-    made = Environment(
-        loader=FileSystemLoader(HERE),
-        autoescape=True,
-        finalize=_visible,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+        values |= vars(searched)
+    values |= {
+        "records": records,
+        "draw": draw,
+        "numbers": lambda: {chart.name: chart.numbers() for chart in drawn},
+        "scale": {name: sections.colour(nats) for name, nats in SCALE.items()},
+        "generator": GENERATOR,
+        "digest": b64encode(sha256(script.encode()).digest()).decode(),
+        "style": Markup(style),
+        "script": Markup(script),
+    }
+    how = {"trim_blocks": True, "lstrip_blocks": True, "finalize": _visible}
+    made = Environment(loader=FileSystemLoader(HERE), autoescape=True, **how)
     made.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False}
-    return made
+    return made.get_template("page.html.j2").render(values)
 
 
 def _visible(value: object) -> object:

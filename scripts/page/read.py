@@ -22,24 +22,15 @@ KEYS = {  # what the report needs of each row of a file
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """A run.
+    """A run, or a search with its trials and their curves."""
 
-    Args:
-        name: the folder's.
-        options: the options.
-        run: what was recorded at its end; of a run that was killed nothing.
-        steps: a row a step.
-        tasks: of a run with `--tasks` the records of its adapters.
-        board, curves: of a search its trials, and their losses by step.
-    """
-
-    name: str
+    name: str  # the folder's
     options: Row
-    run: Row
+    run: Row  # what was recorded at its end; of a run that was killed nothing
     steps: list[Row]
     board: list[Row]
     curves: list[Row]
-    tasks: list[Record] = field(default_factory=list["Record"])
+    tasks: list[Record] = field(default_factory=list["Record"])  # one an adapter
 
     @property
     def validation(self) -> dict[int, float]:
@@ -55,6 +46,17 @@ class Record:
             return self.run["validation"]["best_step"]
         finite = {step: loss for step, loss in self.validation.items() if loss == loss}
         return min(finite, key=finite.__getitem__, default=None)
+
+    @property
+    def best_loss(self) -> float | None:
+        """The validation loss of that step."""
+        return self.validation.get(self.best_step or 0)
+
+    @property
+    def tokens_a_second(self) -> float:
+        """Of training; 0 where it is not known."""
+        seconds = self.steps[-1]["seconds"] if self.steps else 0
+        return sum(step["tokens"] for step in self.steps) / seconds if seconds else 0
 
 
 def read(place: Path) -> Record:

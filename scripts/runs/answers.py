@@ -44,15 +44,10 @@ def continued(
     first: int = 0,
     routes: Routes = (),
 ) -> Iterator[Answers]:
-    """What follows the prompts, some of them at a time, so that many take no more memory.
+    """What follows the prompts from the first one on, so many rows at a time for lack of memory.
 
-    Prompt i draws with seed + i, in whatever batch it is.
-
-    Args:
-        model, ids, config: as for `gpt2.generate`.
-        rows: at a time, `num_beams` of them a prompt.
-        first: the prompt to begin with.
-        routes: adapters that each prompt is under, in one batch; by default as the model is.
+    Prompt i draws with seed + i, in whatever batch it is. Each prompt is under each of the routes,
+    in one batch; by default under what is active in the model.
     """
     each = len(routes) or 1
     at_once = max(1, rows // (each * config.num_beams))
@@ -116,10 +111,7 @@ def compare(
 def judged(answer: Answer, *, stopped: bool, searched: bool) -> Answer:
     """The answer with a verdict on what was tuned, by what was trained or else the references.
 
-    Args:
-        answer: of `compare`.
-        stopped: whether the model ended its answer by itself.
-        searched: whether all that was trained on was looked through.
+    The model may have stopped by itself; all that was trained on may have been searched.
     """
     known, text = answer["trained"] or answer["references"], answer["tuned"]
     verdict = "differs"

@@ -7,20 +7,20 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import Namespace
 from rich.console import Console
 
 import gpt2
-from gpt2.data import store
-from gpt2.data.held_out import ALL, Range, is_within, sides, within, without_overlap
+from gpt2.data.held_out import ALL, Range, is_within, sides, without_overlap
 
 from ..cli.console import Advance, bar
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 ARTICLE, ARTICLE_PROMPTS = DATA / "article.jsonl", DATA / "article_prompts.jsonl"
 TRIED = 6  # prompts that are taken from the examples where no file of prompts is given
-FIRST = 1000  # examples of a large file that are looked at
+FIRST = 20_000  # examples of a file that are looked at, beside its tokens
 SPLITS = ("validation", "test")
 
 
@@ -34,7 +34,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Source:
-    """A data file, and its examples; of a large one the first, its tokens being kept on disk."""
+    """A data file, and its first examples: the whole of it, if there are no more."""
 
     file: str
     examples: list[gpt2.Example]
@@ -66,14 +66,14 @@ class Reader:
     options: Namespace
     console: Console
 
-    def encode(self, source: Source, side: Range = ALL) -> gpt2.Dataset:
+    def encode(self, file: str, side: Range = ALL) -> gpt2.Dataset:
         """The tokens of a side's examples, in memory or in a store that is made if need be."""
-        options = self.options
-        how = {name: options[name] for name in ("eos", "answer_only", "separator")}
-        how["max_length"] = min(options.max_token_length, self.model.config.block_size)
-        if source.whole and options.cache is None:
-            return gpt2.encode(within(source.examples, side), self.tokenizer, **how)
-        how |= {"cache": options.cache, "fields": options.fields, "side": side}
+        names = ("eos", "answer_only", "separator", "cache", "fields")
+        how: dict[str, Any] = {name: self.options[name] for name in names}
+        how["side"], how["max_length"] = (
+            side,
+            min(self.options.max_token_length, self.model.config.block_size),
+        )
         with ExitStack() as shown:
             advances, done = list[Advance](), [0]
 
@@ -85,19 +85,19 @@ class Reader:
                 done[0] += more
                 advances[0](more, total=round(done[0] / share) if share else None)
 
-            return gpt2.open_data(source.file, self.tokenizer, **how, tell=tell, progress=progress)
+            return gpt2.open_data(file, self.tokenizer, **how, tell=tell, progress=progress)
 
     def split(self, source: Source, config: gpt2.TrainConfig) -> Split:
         """A source's data to train on, and what it is validated and tested on."""
         options, ranges = self.options, shares(self.options)
-        sets = {name: self.encode(source, side) for name, side in ranges.items()}
+        sets = {name: self.encode(source.file, side) for name, side in ranges.items()}
         n, repeated = sum(map(len, sets.values())), sum(data.repeated for data in sets.values())
         message, left_out = "", 0
         for name in SPLITS:
             if options[name] is None:
                 continue
             if name not in sets:
-                whole = data = self.encode(read(options[name], options))
+                whole = data = self.encode(options[name])
                 for other in sets.values():
                     data = without_overlap(data, other, name)
                 sets[name], left_out = data, left_out + len(whole) - len(data)
@@ -128,11 +128,9 @@ def shares(options: Namespace) -> dict[str, Range]:
 
 
 def read(file: str, options: Namespace) -> Source:
-    """A data file, read whole unless it is large."""
-    if Path(file).is_file() and Path(file).stat().st_size >= store.SMALL:
-        first = islice(gpt2.stream_examples(file, options.fields), FIRST)
-        return Source(file, list(first), whole=False)
-    return Source(file, gpt2.read_examples(file, options.fields), whole=True)
+    """A data file, and as many of its examples as are looked at."""
+    examples = list(islice(gpt2.stream_examples(file, options.fields), FIRST))
+    return Source(file, examples, whole=len(examples) < FIRST)
 
 
 def trained(sources: Sequence[Source], options: Namespace) -> list[gpt2.Example]:

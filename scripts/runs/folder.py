@@ -74,6 +74,16 @@ def _numbered(kind: str) -> Path:
             number += 1
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Write a file whole or not at all; what is no text, such as half a character, as its code."""
+    part = file.with_name(f".{file.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 @contextmanager
 def locked(place: Path, *, option: str = "res_path") -> Iterator[None]:
     """No other run writes in the folder or the file meanwhile; `option` is what names another."""
@@ -126,18 +136,9 @@ def command(script: str, *words: str) -> str:
     return shlex.join([*start, *words])
 
 
-def commands(
-    place: Path, adapters: Sequence[Path], base: str, prompts: Sequence[str]
-) -> dict[str, str]:
-    """The commands that run it again, into a new folder, and those that use what it made."""
-    prompt = min(prompts, key=len, default="Once upon a time")
-    again = command("train_qa", "--config", str(place / OPTIONS))
-    return {"again": again, "use": next_commands(place, adapters, base, prompt)}
-
-
-def next_commands(folder: Path, adapters: Sequence[Path], base: str, prompt: str) -> str:
-    """The commands that use what a run made: a line each."""
-    lines: list[str] = []
+def commands(config: Path, adapters: Sequence[Path], base: str, prompt: str) -> dict[str, str]:
+    """The commands that train again as a config has it, and those that use the adapters."""
+    lines, folder = list[str](), config.parent
     for adapter in adapters:
         tail = ["--base", base, "--adapter", str(adapter)]
         words = [prompt, *tail] if not prompt.startswith("-") else [*tail, "--", prompt]
@@ -145,4 +146,4 @@ def next_commands(folder: Path, adapters: Sequence[Path], base: str, prompt: str
         merged = folder / "merged" if adapter == folder else merged
         lines.append(command("generate", *words))
         lines.append(command("merge", str(adapter), str(merged), "--base", base))
-    return "\n".join(lines)
+    return {"again": command("train_qa", "--config", str(config)), "use": "\n".join(lines)}

@@ -6,6 +6,7 @@ from inspect import signature
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import PositiveFloat, PositiveInt, restricted_number_type
 
 import gpt2
 import lora
@@ -13,6 +14,8 @@ import lora
 from ..cli.options import build
 
 FORMATS = ".jsonl, .json, .csv, .tsv, .parquet or .txt file to train on"
+AtLeastOne: Any = PositiveInt
+AtLeastTwo: Any = restricted_number_type("AtLeastTwo", int, (">=", 2))
 CONFIG = "YAML file of options, by default the demo's; flags win"
 
 
@@ -30,13 +33,18 @@ def add_options(to: ArgumentParser, data: str, kind: str) -> None:
     add("--test", type=str | None, help=last)
     longest = signature(gpt2.encode).parameters["max_length"].default
     batch = gpt2.TrainConfig.batch_size
-    add("--max_token_length", type=int, default=longest, help="longer examples are cut")
-    add("--train_batch_size", type=int, default=batch, help="examples a batch")
+    add("--max_token_length", type=AtLeastTwo, default=longest, help="longer examples are cut")
+    add("--train_batch_size", type=AtLeastOne, default=batch, help="examples a batch")
     to.add_function_arguments(
         gpt2.encode, skip={"examples", "tokenizer", "max_length"}, as_group=False
     )
     to.add_class_arguments(gpt2.TrainConfig, skip={"batch_size"}, as_group=False)
-    add("--b_ratio", type=float, default=1.0, help="learning rate of B over that of A (LoRA+)")
+    add(
+        "--b_ratio",
+        type=PositiveFloat,
+        default=1.0,
+        help="learning rate of B over that of A (LoRA+)",
+    )
     to.add_class_arguments(lora.LoRAConfig, "lora", skip={"seed", "dtype"}, as_group=False)
     place = f"folder for the results, by default a new runs/{kind}-N"
     add("--res_path", type=str | None, help=place)
@@ -55,15 +63,6 @@ def add_model_options(to: ArgumentParser) -> None:
     add("--adapter", type=str | None, help="a folder of train_qa.py, or of an adapter, PEFT's too")
     add("--device", type=str | None, help="by default the GPU if there is one")
     add("--separator", type=int | None, help="the token id after each prompt in training")
-
-
-def check(options: Namespace, **least: int) -> None:
-    """Raise a ValueError where a count, or the ratio, is too small."""
-    for name, low in ({"max_token_length": 2} | least).items():
-        if options[name] < low:
-            raise ValueError(f"{name} must be at least {low}, got {options[name]}.")
-    if options.b_ratio <= 0:
-        raise ValueError(f"b_ratio must be above 0, got {options.b_ratio}.")
 
 
 def training(options: Namespace) -> gpt2.TrainConfig:

@@ -60,12 +60,7 @@ def of_data(data: Sequence[gpt2.Dataset]) -> dict[str, dict[str, int]]:
 def write(place: Path, record: Mapping[str, Any]) -> None:
     """Write the record of a run, whole or not at all, since it means that the run has ended."""
     text = json.dumps(record, indent=2, ensure_ascii=False, default=asdict)
-    part = place / f".{folder.RUN}.part"
-    try:  # a path may hold bytes that are no text
-        part.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
-        os.replace(part, place / folder.RUN)
-    finally:
-        part.unlink(missing_ok=True)
+    folder.write_whole(place / folder.RUN, f"{text}\n")
 
 
 def write_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:

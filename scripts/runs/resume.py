@@ -72,17 +72,9 @@ def decide_training(options: Namespace, names: Sequence[str]) -> Start:
 def decide(
     options: Namespace, kind: str, adapters: Sequence[str], check: Callable[[Path], None]
 ) -> Start:
-    """How a run starts; nothing is written.
+    """How a run starts; nothing is written, and what is contradictory raises.
 
-    Args:
-        options: of the run.
-        kind, adapters: of the start.
-        check: raises where a folder holds nothing to go on from, or another run.
-
-    Raises:
-        FileNotFoundError: there is nothing to go on from.
-        ValueError: options that contradict one another; the folder holds a run; another one works
-            there.
+    `check` raises a FileNotFoundError where a folder holds nothing to go on from.
     """
     resume, overwrite = bool(options.resume), bool(options.overwrite)
     named = options.resume if isinstance(options.resume, str) else options.res_path

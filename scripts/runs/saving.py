@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -142,7 +141,5 @@ def _earlier_losses(fit: gpt2.Fit, directory: Path) -> list[float]:
             row = json.loads(line)
             rows[int(row["step"])] = (line, float(row["loss"]))
     kept = [row for step, row in sorted(rows.items()) if step <= fit.told]
-    part = file.with_suffix(".part")
-    part.write_text("".join(f"{line}\n" for line, _ in kept), encoding="utf-8")
-    os.replace(part, file)
+    folder.write_whole(file, "".join(f"{line}\n" for line, _ in kept))
     return [loss for _, loss in kept]

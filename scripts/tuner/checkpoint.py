@@ -19,8 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..runs import resume
-from ..runs.folder import WAVES
+from ..runs import folder, resume
 from .trials import Run, Values
 
 MADE_OF = "made_of.json"
@@ -30,7 +29,7 @@ PARTS = ("flat", "first", "second")
 
 def check(place: Path) -> None:
     """The error of a folder without a search to go on with."""
-    if not (place / WAVES / MADE_OF).is_file():
+    if not (place / folder.WAVES / MADE_OF).is_file():
         raise FileNotFoundError(
             f"{place} holds no search to go on with: none was begun there, or it came to its end."
         )
@@ -40,7 +39,7 @@ class Checkpoint:
     """The files of a search, in its folder."""
 
     def __init__(self, place: Path) -> None:
-        self.folder, self._saved = place / WAVES, time.monotonic()
+        self.folder, self._saved = place / folder.WAVES, time.monotonic()
 
     def begin(self, made_of: Mapping[str, Any]) -> None:
         """Begin a search, or raise a ValueError where the one that was begun is another."""
@@ -52,9 +51,7 @@ class Checkpoint:
             return
         self.remove()
         self.folder.mkdir(parents=True)
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(made_of, indent=1), encoding="utf-8")
-        os.replace(part, file)
+        folder.write_whole(file, json.dumps(made_of, indent=1))
 
     def write(self, name: str, runs: Sequence[Run], values: Sequence[Values] | None) -> None:
         """Keep what a wave has come to, and the values that its trials have of the space."""

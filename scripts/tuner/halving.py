@@ -59,8 +59,6 @@ class Halving:
 
     def faults(self, least: int, finalists: int) -> list[str]:
         """What is contradictory in the plan, if the shortest schedule has `least` steps."""
-        if self.trials < 1 or self.rungs < 1 or self.keep < 2:
-            return ["trials and rungs must be at least 1, and keep at least 2"]
         whole, faults = self.keep ** (self.rungs - 1), list[str]()
         if whole > least:
             most = 1 + int(math.log(least, self.keep) + 1e-9)

@@ -41,15 +41,8 @@ def write(
 ) -> str:
     """Write all that stays, the record last, since it means that the search has ended.
 
-    Args:
-        search: that came to its end.
-        options: of the search.
-        place: its folder.
-        facts: what is known of it beside its results.
-        measure: gives what the winner's adapter does to the model that carries it.
-
-    Returns:
-        What may be claimed of the winner.
+    `facts` go into the record, as what `measure` finds in the model that carries the winner.
+    Gives what may be claimed of the winner.
     """
     best, stats = place / folder.WINNER, dict[str, Any]()
 
@@ -62,8 +55,7 @@ def write(
     (best / folder.TRAINED_BY).write_text(text, encoding="utf-8")
     record.write_lines(place / folder.LEADERBOARD, leaderboard(search))
     record.write_lines(place / folder.CURVES, curves(search))
-    known = search.known(search.plan.halving.rungs)
-    sampler.write_study(place / folder.STUDY, search.plan.space, known)
+    sampler.write_study(place / folder.STUDY, search.plan.space, search.known())
     outcome = results(search)
     record.write(place, {"kind": "search", **facts, **outcome, **stats})
     return outcome["verdict"]
@@ -97,13 +89,9 @@ def spread(losses: Sequence[float]) -> dict[str, float]:
 def verdict(
     winner: int, others: Sequence[int], finalists: int, seeds: int, test: str | None
 ) -> str:
-    """What may be claimed of the winner, and what may not.
+    """What may be claimed of the finalist with the lowest mean loss, and what may not.
 
-    Args:
-        winner: the finalist with the lowest mean loss.
-        others: the finalists that cannot be told apart from it.
-        finalists, seeds: how many there are.
-        test: how it is on the test data, a key of `ON_TEST`.
+    The others cannot be told apart from it; `test`, a key of `ON_TEST`, is how it is on test data.
     """
     claim = f"Trial {winner} is the only finalist."
     if others:

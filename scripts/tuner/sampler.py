@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 from .space import INTEGERS, Range, Space
 from .trials import Values
 
-SAMPLERS = ("random", "tpe")
 TRIES = 100  # proposals for a trial that stands in no earlier one
 
 

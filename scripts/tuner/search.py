@@ -26,25 +26,15 @@ MOST = 100_000  # trials, which all are held in memory
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is searched, and how.
+    """What is searched, and how."""
 
-    Args:
-        space: what varies.
-        usual: what does not; it is trained too, and takes no part.
-        halving: the rungs.
-        slots: trainings at a time.
-        sampler: "random" or "tpe".
-        finalists: trials of the last rung that run again.
-        seeds: of each finalist, the first being that of all trials.
-    """
-
-    space: Space
-    usual: Recipe
+    space: Space  # what varies
+    usual: Recipe  # what does not; it is trained too, and takes no part
     halving: Halving
-    slots: int
-    sampler: str
-    finalists: int
-    seeds: int
+    slots: int  # trainings at a time
+    sampler: str  # "random" or "tpe"
+    finalists: int  # trials of the last rung that run again
+    seeds: int  # of each finalist, the first being that of all trials
 
     @property
     def seed(self) -> int:
@@ -59,9 +49,6 @@ class Plan:
 
     def checked(self, train: gpt2.Dataset) -> Plan:
         """The plan, whose copies do not cool down where no rate falls; or a ValueError."""
-        if self.sampler not in sampler.SAMPLERS:
-            names = ", ".join(sampler.SAMPLERS)
-            raise ValueError(f"sampler must be one of {names}, got {self.sampler!r}.")
         trials, training = self.halving.trials, self.usual.training
         if self.sampler == "tpe" and trials <= self.slots:
             raise ValueError(
@@ -82,6 +69,12 @@ class Plan:
             raise ValueError(f"The rungs do not fit: {'; '.join(faults)}.")
         return replace(self, halving=halving)
 
+    def steps(self, total: int) -> int:
+        """Adapter-steps of all, if each training has so many."""
+        again = self.finalists * (self.seeds - 1) + self.seeds
+        rungs = enumerate(self.halving.alive)
+        return again * total + sum(n * self.halving.steps(rung, total) for rung, n in rungs)
+
     def message(self) -> str:
         """What the search is going to do."""
         alive = "/".join(map(str, self.halving.alive))
@@ -95,29 +88,19 @@ class Plan:
 
 @dataclass(kw_only=True)
 class Search:
-    """A search and how far it is.
-
-    Attributes:
-        values: of each trial.
-        runs: of each trial under the first seed.
-        rungs: the numbers of the trials that began each rung.
-        again: runs under other seeds, by trial; all of the default configuration's.
-        tested: losses on the test data by trial, seed by seed.
-        alive, best, total: trials left, the lowest loss, adapter-steps of all; as far as is known.
-    """
+    """A search and how far it is."""
 
     plan: Plan
     waves: Waves
     checkpoint: Checkpoint | None = None
-    progress: Callable[[Search, int], None] = lambda search, steps: None
-    values: list[Values] = field(default_factory=list[Values])
-    runs: list[Run] = field(default_factory=list[Run])
-    rungs: list[list[int]] = field(default_factory=list[list[int]])
+    progress: Callable[[int], None] = lambda steps: None  # gets the adapter-steps that were taken
+    tell: Callable[[str], None] = lambda line: None  # gets a line where a stage begins
+    values: list[Values] = field(default_factory=list[Values])  # of each trial
+    runs: list[Run] = field(default_factory=list[Run])  # of each trial under the first seed
+    rungs: list[list[int]] = field(default_factory=list[list[int]])  # the trials that began each
+    # Runs under other seeds, and losses on the test data seed by seed; of the default too.
     again: dict[int | str, list[Run]] = field(default_factory=dict[int | str, list[Run]])
     tested: dict[int | str, list[float]] = field(default_factory=dict[int | str, list[float]])
-    alive: int = 0
-    best: float = math.nan
-    total: int = 0
 
     def search(self, test: gpt2.Dataset | None) -> None:
         """Run it to its end; a RuntimeError where every trial ended early."""
@@ -133,8 +116,8 @@ class Search:
         """Train the trials of a rung, wave by wave; those that are not among the best retire."""
         plan, first = self.plan, rung == 0
         numbers = [*range(plan.halving.trials)] if first else self.going_on(rung - 1)
+        self._begin(f"rung {rung + 1}", len(numbers))
         self.rungs.append([] if first else numbers)
-        self.alive = len(numbers)
         k, waves = self._waves(numbers)
         for wave, some in enumerate(waves):
             name = f"rung-{rung + 1}-wave-{wave + 1}"
@@ -148,6 +131,11 @@ class Search:
                 self._share(runs)
         self._share({n: self.runs[n] for n in numbers})
         self._retire(rung)
+
+    def _begin(self, stage: str, trials: int) -> None:
+        losses = [run.loss for run in self.runs if math.isfinite(run.loss)]
+        best = f" · best {min(losses):.4f}" if losses else ""  # none yet
+        self.tell(f"{stage} · {trials} trials{best}")
 
     def _retire(self, rung: int) -> None:
         """Let go of the positions of those that are not among the best so far of a rung."""
@@ -171,7 +159,7 @@ class Search:
         elif values is None:
             seed = plan.seed * 1_000_003 + wave
             how = {"sampler": plan.sampler, "seed": seed}
-            values = sampler.propose(plan.space, n, self.known(rungs=1), **how)
+            values = sampler.propose(plan.space, n, self.known(), **how)
         for number, own in enumerate(values, len(self.runs)):
             self.runs.append(self._run(number, plan.usual.varied(own), plan.seed))
             self.values.append(own)
@@ -184,7 +172,7 @@ class Search:
             self.again[n] = [self._run(n, self.runs[n].recipe, seed) for seed in seeds[1:]]
         self.again[DEFAULT] = [self._run(DEFAULT, plan.usual, seed) for seed in seeds]
         runs = [run for own in self.again.values() for run in own]
-        self.alive = len(finalists)
+        self._begin("finals", len(finalists))
         k, waves = self._waves(range(len(runs)))
         for wave, some in enumerate(waves):
             own, last = {i: runs[i] for i in some}, plan.halving.rungs - 1
@@ -198,9 +186,10 @@ class Search:
         for positions in processes.gathered([run.position for run in runs]):
             for run, position in zip(runs, positions, strict=True):
                 run.position = run.position or position
-        for trial, own in both.items() if data is not None and not processes.rank() else ():
-            if all(run.position for run in own):
-                self.tested[trial] = self.waves.evaluate(own, data)
+        if data is not None and not processes.rank():
+            for trial, own in both.items():
+                if all(run.position for run in own):
+                    self.tested[trial] = self.waves.evaluate(own, data)
 
     def _waves(self, numbers: Sequence[int]) -> tuple[int, list[list[int]]]:
         """How many slots are needed, and the numbers wave by wave; each stays with its process."""
@@ -223,19 +212,16 @@ class Search:
         kept, name, runs = self.checkpoint, _own(name), [*_mine(all_runs).values()]
         if kept:
             kept.read(name, runs)
-        self.total = self._total()
-        self.progress(self, 0)
 
         def progress(steps: int) -> None:
             if kept:
                 kept.write_if_due(name, lambda: self.waves.so_far(runs), values)
-            self.progress(self, steps * processes.size())  # the others take as many
+            self.progress(steps * processes.size())  # the others take as many
 
         self.waves.train(k, runs, self.plan.halving, rung, progress)
         judge(rung)
         if kept:
             kept.write(name, runs, values)
-        self.best = min([r.loss for r in self.runs if r.loss == r.loss], default=math.nan)
 
     def _share(self, runs: Mapping[int, Run]) -> None:
         """Each process learns what the runs of the others came to."""
@@ -269,14 +255,12 @@ class Search:
         losses = {r + 1: self._at(trial, r) for r in range(len(self.rungs))}
         return {rung: loss for rung, loss in losses.items() if math.isfinite(loss)}
 
-    def known(self, rungs: int) -> list[sampler.Known]:
-        """All trials as Optuna's study has them, with their losses in the first rungs."""
-        trials: list[sampler.Known] = []
-        for n, values in enumerate(self.values):
-            reached = {} if self.runs[n].ended else self.by_rung(n)
-            losses = {rung: loss for rung, loss in reached.items() if rung <= rungs}
-            trials.append(sampler.Known(values, losses, self.plan.halving.rungs in losses))
-        return trials
+    def known(self) -> list[sampler.Known]:
+        """All trials as Optuna's study has them."""
+        rungs, ended = self.plan.halving.rungs, [run.ended for run in self.runs]
+        losses = [{} if ended[n] else self.by_rung(n) for n in range(len(self.runs))]
+        pairs = zip(self.values, losses, strict=True)
+        return [sampler.Known(values, own, rungs in own) for values, own in pairs]
 
     def _at(self, trial: int, rung: int) -> float:
         """The loss with which a trial came to the end of a rung."""
@@ -286,18 +270,6 @@ class Search:
     def _run(self, trial: int | str, recipe: Recipe, seed: int) -> Run:
         total = gpt2.total_steps(self.waves.data, recipe.training)
         return Run(trial=trial, recipe=recipe.seeded(seed), total=total)
-
-    def _total(self) -> int:
-        """Adapter-steps of all; a trial that is not proposed yet counts as the mean of the rest."""
-        plan, again = self.plan, [run.total for own in self.again.values() for run in own]
-        usual = gpt2.total_steps(self.waves.data, plan.usual.training)
-        mean = fmean([run.total for run in self.runs] or [usual])
-        total = sum(again) or plan.finalists * (plan.seeds - 1) * mean + plan.seeds * usual
-        for rung, alive in enumerate(plan.halving.alive):
-            known = self.rungs[rung] if rung < len(self.rungs) else []
-            total += sum(plan.halving.steps(rung, self.runs[n].total) for n in known)
-            total += max(0, alive - len(known)) * plan.halving.steps(rung, int(mean))
-        return int(total)
 
     @property
     def done(self) -> int:

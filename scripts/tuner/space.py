@@ -108,6 +108,7 @@ def read(given: object, trials: int, usual: Recipe) -> Space:
 
 def _axis(name: str, given: Any, usual: Recipe) -> Any:
     """What one name may be; each end and each choice is tried in a recipe, which raises."""
+    values: tuple[Any, ...]
     if isinstance(given, Mapping):
         if {*given} != {"low", "high"} or name == "targets":
             raise ValueError(f"{name} must have low and high and nothing else, got {given!r:.80}")

@@ -75,21 +75,16 @@ def names_of(text: str) -> list[str]:
 class Run:
     """A trial's training under a seed.
 
-    Args:
-        trial: its number, or `DEFAULT`.
-        total: steps of its whole schedule.
-        curve: the training loss of each step.
-        losses: on the validation data, by step; before the last step, of a copy that cooled down.
-        ended: why it ended early, if it did.
-        position: parameters and AdamW's two moments, if it goes on; no moments at its end.
+    Its losses are on the validation data, by step; before the last step, of a copy that cooled
+    down. Its position, if it goes on, is parameters and AdamW's moments; at its end without those.
     """
 
-    trial: int | str
+    trial: int | str  # its number, or `DEFAULT`
     recipe: Recipe
-    total: int
-    curve: list[float] = field(default_factory=list[float])
+    total: int  # steps of its whole schedule
+    curve: list[float] = field(default_factory=list[float])  # the training loss of each step
     losses: dict[int, float] = field(default_factory=dict[int, float])
-    ended: str | None = None
+    ended: str | None = None  # why it ended early, if it did
     position: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property

@@ -27,15 +27,10 @@ SPARE = 0.9  # share of what is free that may be taken
 
 
 class Waves:
-    """Populations in which each trial of a space has room.
+    """Populations of one room, the adapter in whose place each trial's fits.
 
-    Args:
-        model: the base, without adapters.
-        train, validation: the data.
-        common: what all trainings have in common.
-        room: the adapter in whose place each one's fits.
-        slots: trainings at a time, at most.
-        tell: is given a line where the slots become fewer.
+    The trainings, at most `slots` at a time, have `common` in common; `tell` is given a line where
+    the slots become fewer.
     """
 
     def __init__(
@@ -70,12 +65,12 @@ class Waves:
         Each is judged by a copy that cools down. `progress` is called with the steps taken. Where a
         GPU has too little memory the slots are halved, which changes no result.
         """
-        k = min(k, self.slots)
-        for some in (runs[i : i + k] for i in range(0, len(runs), k)):
-            if all(r.ended or halving.step(rung, r.total) in r.losses for r in some):
-                continue
+        todo = [run for run in runs if halving.step(rung, run.total) not in run.losses]
+        while not all(run.ended for run in todo):
+            k = min(k, self.slots)
             try:
-                self._train(k, some, halving, rung, progress)
+                self._train(k, todo[:k], halving, rung, progress)
+                todo = todo[k:]
             except torch.OutOfMemoryError:
                 if k == 1:
                     raise
@@ -83,7 +78,6 @@ class Waves:
                 torch.cuda.empty_cache()
                 self.slots = k // 2
                 self.tell(f"Memory ran out with {k} slots: {self.slots} are trained at a time now.")
-                self.train(self.slots, some, halving, rung, progress)
 
     def _train(
         self, k: int, runs: Sequence[Run], halving: Halving, rung: int, progress: Progress
@@ -158,15 +152,8 @@ class Waves:
             save(self.model)
 
     def check_memory(self, usual: Run, processes: int) -> None:
-        """Measure a training step of one slot, and refuse slots that do not fit; on a CPU.
-
-        Args:
-            usual: what is measured.
-            processes: of this machine, which all have as many slots.
-
-        Raises:
-            ValueError: they do not fit; saying how many do. Also what a population lacks.
-        """
+        """Measure a step of one slot, and refuse with a ValueError what does not fit, on a CPU, for
+        all processes of this machine; elsewhere find out what a population lacks."""
         self._put(1, [usual], [1])
         if (free := available(self.device)) is None:
             return
