@@ -111,7 +111,11 @@ def main(argv: Arguments = None) -> None:
             split = reader.split(source, recipe.training(options))
             plan = plan_of(options, split.train)
             waves = waves_of(plan, model, split, console)
-            made_of = {**resume.kept(options), **split.made_of, "base": fingerprints.of_base(model)}
+            made_of = {
+                **resume.kept(options),
+                "data": split.made_of,
+                "base": fingerprints.of_base(model),
+            }
         line = f"{record.examples_line(split.train)}{split.message} {plan.message()}"
         console.print(line, soft_wrap=True)
         clock.lap("load")
@@ -119,7 +123,7 @@ def main(argv: Arguments = None) -> None:
             files = checkpoint.Checkpoint(place)
             with processes.agreed():
                 if not processes.rank():
-                    files.begin({**made_of, "processes": processes.size()})
+                    files.begin(made_of)
             total = plan.steps(gpt2.total_steps(split.train, plan.usual.training))
             with resume.resumable(place), bar(console, "adapter-steps", total) as progress:
                 how = {"checkpoint": files, "progress": progress, "tell": console.print}

@@ -12,6 +12,7 @@ if __name__ == "__main__":  # on top, so that Ctrl-C during the imports below en
     sys.exit(start("train_qa", sys.argv[1:]))
 
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import Namespace
 
@@ -89,16 +90,19 @@ def main(argv: Arguments = None) -> None:
             routes = [*names, dict.fromkeys(names, 1 / len(names))] if options.tasks else []
             tuned = answers.ask(model, ids, sampling, console, routes)
             clock.lap("tuned answers")
-            columns = answers.texts(["base"], baseline, reader.tokenizer)
-            heads = [*names, "mixture"] if options.tasks else ["tuned"]
-            columns |= answers.texts(heads, tuned, reader.tokenizer)
-            rows = answers.compare(prompts, columns, data.trained(sources, options))
+            heads = ["base", *names, "mixture"] if options.tasks else ["base", "tuned"]
+            ids_of = [[*before, *after] for before, after in zip(baseline, tuned, strict=True)]
+            texts = [[*map(reader.tokenizer.decode, row)] for row in ids_of]
+            rows = answers.compare(prompts, heads, texts, data.trained(sources, options))
             if not options.tasks:
                 whole, most = sources[0].whole, sampling.max_new_tokens
                 stops = [len(ids) < most for (ids,) in tuned]
                 pairs = zip(rows, stops, strict=True)
                 rows = [answers.judged(a, stopped=s, searched=whole) for a, s in pairs]
-            facts = {"parameters": counts, **record.of_data([s.train for s in splits.values()])}
+            sets = [split.train for split in splits.values()]
+            tokens, cut = sum(s.n_tokens for s in sets), sum(s.truncated for s in sets)
+            size = {"examples": sum(map(len, sets)), "tokens": tokens, "truncated": cut}
+            facts: dict[str, Any] = {"parameters": counts, "data": size}
             facts |= {**results.get(train.ALONE, {}), **answers.publish(rows, place, console)}
             adapters = [place / name for name in names] if options.tasks else [place]
             prompt = min((p.text for p in prompts), key=len, default="Once upon a time")

@@ -113,7 +113,7 @@ LINES = {
     "--strategy steps": "--logging_steps takes its place",
     "--lora null": "--lora is a group of options: --lora.r,",
     "--lora.q 1": "There is no option --lora.q",
-    "--lora.lora_alpha 1": "There is no option --lora.lora_alpha: --lora.alpha takes its place.",
+    "--lora.lora_alpha 1": "There is no option --lora.lora_alpha: did you mean --lora.alpha?",
     "--use_dora true": "There is no option --use_dora",
     "stray": "unrecognized arguments: stray",
     "-x": "unrecognized arguments: -x",

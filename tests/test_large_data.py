@@ -215,6 +215,6 @@ def test_what_was_trained_is_found_for_every_prompt(script):
     texts = [("a b", " c"), ("a", " b d"), ("", "a b e"), ("z", " y"), ("a b", " c")]
     examples = [gpt2.Example(*two) for two in texts]
     prompts = [script("runs.data").Prompt(p, ()) for p in ("a b", "a", "z y", "none", "")]
-    found = answers.compare(prompts, {"base": [""] * len(prompts)}, examples)
+    found = answers.compare(prompts, ["base"], [[""]] * len(prompts), examples)
     slow = [[p + c for p, c in texts if (p + c).startswith(prompt.text)] for prompt in prompts]
     assert [[a["prompt"] + t for t in a["trained"]] for a in found] == slow

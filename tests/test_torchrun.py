@@ -162,6 +162,12 @@ def test_what_one_process_cannot_read_ends_all_with_one_line(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_help_is_shown_once_and_is_no_fault():
+    code, out, err = ended(started(TRAIN, "--help"))
+    assert (code, out.count("usage: train_qa.py")) == (0, 1)
+    assert "Process" not in err
+
+
 def test_a_port_that_is_taken_is_said_by_torchrun(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

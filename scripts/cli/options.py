@@ -27,8 +27,6 @@ OTHER_NAMES = {  # in the article's script and in transformers' and PEFT's
     "learning_rate": "lr",
     "num_train_epochs": "epochs",
     "rank": "lora.r",
-    "lora_alpha": "lora.alpha",
-    "lora_dropout": "lora.dropout",
     "target_modules": "lora.targets",
     "output_dir": "res_path",
 }
@@ -74,7 +72,8 @@ def parse(to: ArgumentParser, words: Sequence[str], file: Path | None = None) ->
     """
     defaults, words = to.get_defaults(), list(words)
     known = [*defaults.keys(), "help", "print_config"]
-    flags = [word[2:].partition("=")[0].rstrip("+") for word in _flags(words)]
+    before = words[: words.index("--")] if "--" in words else words
+    flags = [w[2:].partition("=")[0].rstrip("+") for w in before if w.startswith("--")]
     faults = [fault for name in flags for fault in _unknown(name, known, "--")]
     if file is not None:
         faults += [f"{file}: {fault}" for fault in _unknown_keys(_content(file), known)]
@@ -98,14 +97,6 @@ def parse(to: ArgumentParser, words: Sequence[str], file: Path | None = None) ->
         options["config"] = file.name
         del options["__default_config__"]  # jsonargparse's own note of the file
     return options
-
-
-def _flags(words: Sequence[str]) -> Iterator[str]:
-    for word in words:
-        if word == "--":
-            return
-        if word.startswith("--"):
-            yield word
 
 
 def _content(file: Path) -> Mapping[Any, Any]:

@@ -77,35 +77,25 @@ def ask(
     return answers
 
 
-def texts(
-    names: Sequence[str], answers: Answers, tokenizer: gpt2.Tokenizer
-) -> dict[str, list[str]]:
-    """The answers as text, by the names of the adapters that they are under."""
-    return {n: [tokenizer.decode(row[i]) for row in answers] for i, n in enumerate(names)}
-
-
 def compare(
     prompts: Sequence[Prompt],
-    columns: Mapping[str, Sequence[str]],
+    heads: Sequence[str],
+    texts: Sequence[Sequence[str]],
     examples: Iterable[gpt2.Example],
 ) -> list[Answer]:
-    """The answers by who gives them, beside what the examples that begin so go on with."""
-    whole = sorted((example.prompt + example.completion, i) for i, example in enumerate(examples))
+    """Each prompt's answers, beside what the examples that begin so go on with."""
+    whole = sorted((e.prompt + e.completion, i) for i, e in enumerate(examples))
 
     def trained(prompt: str) -> list[str]:
         at = bisect_left(whole, (prompt, 0))  # those that begin so stand together
         same = takewhile(lambda pair: pair[0].startswith(prompt), whole[at:])
         return [text[len(prompt) :] for text, _ in sorted(same, key=lambda pair: pair[1])]
 
-    return [
-        {
-            "prompt": prompt.text,
-            **dict(zip(columns, row, strict=True)),
-            "trained": trained(prompt.text),
-            "references": list(prompt.references),
-        }
-        for prompt, *row in zip(prompts, *columns.values(), strict=True)
-    ]
+    answers: list[Answer] = []
+    for prompt, row in zip(prompts, texts, strict=True):
+        known = {"trained": trained(prompt.text), "references": list(prompt.references)}
+        answers.append({"prompt": prompt.text, **dict(zip(heads, row, strict=True)), **known})
+    return answers
 
 
 def judged(answer: Answer, *, stopped: bool, searched: bool) -> Answer:

@@ -51,10 +51,9 @@ class Split:
     message: str
 
     @property
-    def made_of(self) -> dict[str, str | None]:
-        """What an adapter is trained on and judged by, in short."""
-        sets = {"train": self.train, "validation": self.validation}
-        return {name: data and data.fingerprint[:16] for name, data in sets.items()}
+    def made_of(self) -> list[str]:
+        """Fingerprints of what an adapter is trained on and judged by."""
+        return [data.fingerprint[:16] for data in (self.train, self.validation, self.test) if data]
 
 
 @dataclass(frozen=True)

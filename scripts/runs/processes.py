@@ -27,14 +27,9 @@ def size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def is_restart() -> bool:
-    """Whether torchrun started these processes in the place of others, of which one died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
-def may_restart() -> bool:
-    """Whether torchrun will start others where one dies."""
-    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+def restarts(kind: str = "RESTART_COUNT") -> int:
+    """How often torchrun started these processes anew; "MAX_RESTARTS" is how often it would."""
+    return int(os.environ.get(f"TORCHELASTIC_{kind}", "0"))
 
 
 def pick_device(name: str | None) -> str:
@@ -68,7 +63,8 @@ def joined() -> Iterator[None]:
         yield
         return
     group: Any = torch.distributed
-    store, number, count = next(group.rendezvous("env://"))  # a restart has keys of its own
+    shared, number, count = next(group.rendezvous("env://"))
+    store = group.PrefixStore(f"start {restarts()}", shared)  # which outlives a restart
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     how = {"store": store, "rank": number, "world_size": count, "timeout": timedelta(days=1)}
     group.init_process_group(backend, **how)

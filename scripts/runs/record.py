@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -49,12 +49,6 @@ def about(options: Namespace, model: gpt2.GPT2, clock: Clock) -> dict[str, Any]:
     config = {name: value for name, value in options.as_dict().items() if name != "config"}
     facts = {"config": config, "device": str(device), "machine": machine}
     return {**facts, "versions": versions, "seconds": clock.laps}
-
-
-def of_data(data: Sequence[gpt2.Dataset]) -> dict[str, dict[str, int]]:
-    """How much was trained on."""
-    tokens, truncated = sum(own.n_tokens for own in data), sum(own.truncated for own in data)
-    return {"data": {"examples": sum(map(len, data)), "tokens": tokens, "truncated": truncated}}
 
 
 def write(place: Path, record: Mapping[str, Any]) -> None:

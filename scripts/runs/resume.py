@@ -60,7 +60,7 @@ def config(words: Sequence[str], script: str, default: Path) -> tuple[Path, list
 
 def decide_training(options: Namespace, names: Sequence[str]) -> Start:
     """How the training of one adapter, or of several, starts; errors as those of `decide`."""
-    if processes.may_restart() and options.res_path is None and not options.resume:
+    if processes.restarts("MAX_RESTARTS") and options.res_path is None and not options.resume:
         raise ValueError("torchrun's --max_restarts needs --res_path, where a restart looks.")
     shares(options)
     build(gpt2.RunConfig, options, folder=Path(options.res_path or folder.NUMBERED))
@@ -88,7 +88,7 @@ def decide(
     if resume and named is None:
         raise ValueError(f"Name the folder of the {what} that is to go on: --resume FOLDER.")
     place = Path(named or "")
-    if resume or processes.is_restart():
+    if resume or processes.restarts():
         try:
             check(place)
             resume = True
