@@ -28,9 +28,13 @@ import yaml
 
 import gpt2
 from benchmarks import harness
+from scripts import search
+from scripts.tuner import space
+from scripts.tuner.halving import Halving
+from scripts.tuner.trials import Run
+from scripts.tuner.waves import Waves
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-sys.path.insert(0, str(SCRIPTS))
 ALL = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 GRID = {
     "lr": [5e-4, 1e-3, 2e-3, 4e-3],
@@ -164,29 +168,19 @@ def grid(a: Any, seed: int) -> dict[str, Any]:
     }
 
 
-def plan() -> Any:
+def plan() -> Halving:
     """The rungs of the grid."""
-    from halving import Halving  # pyright: ignore[reportMissingImports]
-
-    made: Any = Halving
-    return made(trials=math.prod(map(len, GRID.values())), rungs=RUNGS, keep=KEEP)
+    return Halving(trials=math.prod(map(len, GRID.values())), rungs=RUNGS, keep=KEEP)
 
 
-def whole_grid(a: Any, seed: int, halving: Any) -> list[list[float]]:
+def whole_grid(a: Any, seed: int, halving: Halving) -> list[list[float]]:
     """Each configuration's held-out loss where each rung ends."""
-    import recipe  # pyright: ignore[reportMissingImports]
-    import runs  # pyright: ignore[reportMissingImports]
-    import search  # pyright: ignore[reportMissingImports]
-    import space  # pyright: ignore[reportMissingImports]
-    import waves  # pyright: ignore[reportMissingImports]
-
     given = ["--config", str(SCRIPTS / "configs" / "search_e2e.yaml"), "--validation", a.valid]
-    script: Any = search
-    options = script.parse(given)
+    options = search.options_of(given)
     options.epochs, options.warmup_steps = 1, a.examples // options.train_batch_size // 32
     options.autocast = options.compile = a.device != "cpu"
-    usual: Any = recipe.of(options)
-    dimensions: Any = space.read(GRID, 1)
+    usual = search.usual_of(options)
+    dimensions = space.read(GRID, 1, usual)
     grid = list(dimensions.all())
     model = gpt2.GPT2.from_pretrained("demo", device=a.device, dropout=0.0)
     how = {"max_length": 128, "answer_only": True}
@@ -194,14 +188,15 @@ def whole_grid(a: Any, seed: int, halving: Any) -> list[list[float]]:
         gpt2.encode(list(itertools.islice(gpt2.stream_examples(f), n)), gpt2.Tokenizer(), **how)
         for f, n in ((a.data, a.examples), (a.valid, a.held_out))
     )
-    total = gpt2.total_steps(learnt, usual.training)
-    side = model.config.n_embd
-    room: Any = recipe.room(dimensions, usual, side)
+    total, room = (
+        gpt2.total_steps(learnt, usual.training),
+        dimensions.room(usual, model.config.n_embd),
+    )
     some = [
-        runs.Run(trial=i, recipe=usual.varied(values).seeded(seed), total=total)
+        Run(trial=i, recipe=usual.varied(values).seeded(seed), total=total)
         for i, values in enumerate(grid)
     ]
-    with waves.Waves(model, learnt, held_out, usual.training, room) as work:
+    with Waves(model, learnt, held_out, usual.training, room, len(some)) as work:
         for rung in range(RUNGS):
             work.train(len(some), some, halving, rung, lambda steps: None)
     return [

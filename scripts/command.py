@@ -1,81 +1,26 @@
-"""`lora-gpt2 train|generate|predict|merge|search|report`: the scripts beside this file, anywhere.
-
-Nothing slow is imported here, so that Ctrl-C while torch is loaded ends in one line.
-"""
+"""`lora-gpt2 train|generate|predict|merge|search|report`: the scripts, anywhere."""
 
 from __future__ import annotations
 
-import importlib
-import os
-import signal
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-SCRIPTS = {
-    "train": "train_qa",
-    "generate": "generate",
-    "predict": "predict",
-    "merge": "merge",
-    "search": "search",
-    "report": "report",
-}
-USAGE = f"usage: lora-gpt2 {{{','.join(SCRIPTS)}}} ... (each has its own --help), or --version"
+from .cli.guard import VERBS, start
+
+USAGE = f"usage: lora-gpt2 {{{','.join(VERBS)}}} ... (each has its own --help), or --version"
 
 
 def main() -> int:
     """The command that the wheel installs; returns an exit code."""
     verb = "".join(sys.argv[1:2])
-    if verb in ("-h", "--help", "--version"):
-        print(_version() if verb == "--version" else USAGE)
-        return 0
-    if verb not in SCRIPTS:
+    if verb == "--version":
+        from importlib.metadata import version  # not at the top: few ask
+
+        print(version("lora-gpt2"))
+    elif verb in ("-h", "--help"):
+        print(USAGE)
+    elif verb in VERBS:
+        return start(VERBS[verb], sys.argv[2:])
+    else:
         print(USAGE, file=sys.stderr)
         return 2
-    # As when Python runs a script: its folder comes first, so that scripts find one another.
-    sys.path.insert(0, str(Path(__file__).parent))
-    return start(SCRIPTS[verb], sys.argv[2:])
-
-
-def start(script: str, argv: Sequence[str]) -> int:
-    """Import a script, which takes seconds, and call its `main`."""
-    # torch reads it when it is loaded. A thread that waits for another soon sleeps, so that other
-    # work can run; at once would cost a quiet machine a fifth of its speed.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
-    for number in stop_signals():
-        signal.signal(number, _end)
-    try:
-        run = importlib.import_module(script).main
-    except ModuleNotFoundError as error:
-        if error.name not in ("jsonargparse", "yaml", "rich", "matplotlib"):
-            raise
-        print(f"{error.name} is missing: pip install 'lora-gpt2[scripts]'.", file=sys.stderr)
-        return 2
-    return run(argv)
-
-
-def stop_signals() -> list[signal.Signals]:
-    """Ctrl-C, a closed terminal and a plain kill, but for what was ignored, as nohup does."""
-    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows knows no SIGHUP
-    known = [signal.Signals[name] for name in names if name in signal.Signals.__members__]
-    return [number for number in known if signal.getsignal(number) != signal.SIG_IGN]
-
-
-def stop_line(number: int) -> str:
-    """What is said when a signal ends a script."""
-    return (
-        "Interrupted." if number == signal.SIGINT else f"Stopped by {signal.Signals(number).name}."
-    )
-
-
-def _end(number: int, _: object) -> None:
-    # Not by an exception: compiled code that is being imported would turn it into another one.
-    os.write(2, f"{stop_line(number)}\n".encode())
-    os._exit(128 + number)
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("lora-gpt2")
+    return 0

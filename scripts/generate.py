@@ -4,39 +4,38 @@ from __future__ import annotations
 
 if __name__ == "__main__":  # on top, so that Ctrl-C during the imports below ends in one line
     import sys
+    from pathlib import Path
 
-    import command
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # rooms are known by their package alone
+    from scripts.cli.guard import start
 
-    sys.exit(command.start("generate", sys.argv[1:]))
+    sys.exit(start("generate", sys.argv[1:]))
 
 from collections.abc import Iterable, Iterator
 
-import cli
 import gpt2
-import guard
 import lora
-import options as opts
+
+from .cli.guard import Arguments, guarded
+from .cli.options import build, parse, parser
+from .runs import folder, processes, recipe
 
 
-@guard.guarded
-def main(argv: guard.Arguments = None) -> None:
+@guarded
+def main(argv: Arguments = None) -> None:
     """Parse, build, stream to stdout."""
-    parser = cli.parser("generate", __doc__)
-    add = parser.add_argument
-    add(
-        "prompt", type=str, help=r"text to continue, such as $'Q: What is overfitting?\nA:' in bash"
-    )
-    add("--base", type=str | None, help="demo, gpt2, org/repo, a folder; by default the adapter's")
-    add("--adapter", type=str | None, help="a folder of train_qa.py, or of an adapter, PEFT's too")
-    add("--device", type=str | None, help="by default the GPU if there is one")
-    add("--separator", type=int | None, help="the token id after each prompt in training")
-    parser.add_class_arguments(gpt2.GenerateConfig, as_group=False)
-    options = opts.flags(parser, argv)
-    config = cli.build(gpt2.GenerateConfig, options)
-    tokenizer, device = gpt2.Tokenizer(), cli.pick_device(options.device)
-    model = gpt2.GPT2.from_pretrained(options.base or cli.base_of(options.adapter), device=device)
+    to = parser("generate", __doc__)
+    prompt = r"text to continue, such as $'Q: What is overfitting?\nA:' in bash"
+    to.add_argument("prompt", type=str, help=prompt)
+    recipe.add_model_options(to)
+    to.add_class_arguments(gpt2.GenerateConfig, as_group=False)
+    options = parse(to, argv or ())
+    config = build(gpt2.GenerateConfig, options)
+    tokenizer, device = gpt2.Tokenizer(), processes.pick_device(options.device)
+    base = options.base or folder.base_of(options.adapter)
+    model = gpt2.GPT2.from_pretrained(base, device=device)
     if options.adapter is not None:
-        lora.load(model, cli.adapter_folder(options.adapter))
+        lora.load(model, folder.adapter_in(options.adapter))
     last = [] if options.separator is None else [options.separator]
     ids = [tokenizer.encode(options.prompt) + last]
     if config.num_beams > 1:  # known when the search has ended, and not before

@@ -4,43 +4,46 @@ from __future__ import annotations
 
 if __name__ == "__main__":  # on top, so that Ctrl-C during the imports below ends in one line
     import sys
+    from pathlib import Path
 
-    import command
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # rooms are known by their package alone
+    from scripts.cli.guard import start
 
-    sys.exit(command.start("merge", sys.argv[1:]))
+    sys.exit(start("merge", sys.argv[1:]))
 
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-import cli
 import gpt2
-import guard
 import lora
-import options as opts
+
+from .cli.guard import Arguments, guarded
+from .cli.options import parse, parser
+from .runs import folder
 
 
-@guard.guarded
-def main(argv: guard.Arguments = None) -> None:
+@guarded
+def main(argv: Arguments = None) -> None:
     """Parse, load, merge, save."""
-    parser = cli.parser("merge", __doc__)
-    add = parser.add_argument
+    to = parser("merge", __doc__)
+    add = to.add_argument
     add("adapter", type=str, help="a folder of train_qa.py, or of an adapter, PEFT's too")
     add("out", type=str, help="a new or empty folder for the merged model")
     add("--base", type=str | None, help="demo, gpt2, org/repo, a folder; by default the adapter's")
     dtypes = Literal["float32", "bfloat16", "float16"]
     add("--dtype", type=dtypes, default="float32", help="of the merged weights")
-    options = opts.flags(parser, argv)
+    options = parse(to, argv or ())
     out = Path(options.out)
     if not options.out or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
         raise ValueError(
             f"{options.out or repr('')} is not an empty folder; merge.py overwrites nothing. "
             "Name a new one."
         )
-    base = options.base or cli.base_of(options.adapter)
+    base = options.base or folder.base_of(options.adapter)
     model = gpt2.GPT2.from_pretrained(base, dtype=getattr(torch, options.dtype))
-    paths = lora.load(model, cli.adapter_folder(options.adapter))
+    paths = lora.load(model, folder.adapter_in(options.adapter))
     lora.eject(model, merge=True)
     model.save_pretrained(str(out))
     gpt2.Tokenizer().save_pretrained(out)

@@ -4,35 +4,37 @@ from __future__ import annotations
 
 if __name__ == "__main__":  # on top, so that Ctrl-C during the imports below ends in one line
     import sys
+    from pathlib import Path
 
-    import command
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # rooms are known by their package alone
+    from scripts.cli.guard import start
 
-    sys.exit(command.start("report", sys.argv[1:]))
+    sys.exit(start("report", sys.argv[1:]))
 
 from pathlib import Path
 
-import cli
-import folder
-import guard
-import options as opts
-import page
-import record
+from .cli.guard import Arguments, guarded
+from .cli.options import parse, parser
+from .page import page
+from .page.read import read
+from .runs import folder
 
 COMPARED = Path("comparison.html")
 
 
-@guard.guarded
-def main(argv: guard.Arguments = None) -> None:
-    """Parse, read, write, say where."""
-    parser = cli.parser("report", __doc__)
-    parser.add_argument("runs", type=str, nargs="+", help="folders of train_qa.py or search.py")
+@guarded
+def main(argv: Arguments = None) -> None:
+    """Parse, read, write, print where."""
+    to = parser("report", __doc__)
+    to.add_argument("runs", type=str, nargs="+", help="folders of train_qa.py or search.py")
     place = f"by default {folder.REPORT} in the run's folder; of several {COMPARED} here"
-    parser.add_argument("--output", type=str | None, help=place)
-    options = opts.flags(parser, argv)
+    to.add_argument("--output", type=str | None, help=place)
+    options = parse(to, argv or ())
     places = [Path(run) for run in options.runs]
-    pages = [record.read(place) for place in places]
+    records = [read(place) for place in places]
     usual = COMPARED if len(places) > 1 else places[0] / folder.REPORT
     file = Path(options.output) if options.output else usual
     if file.exists() and not (file.is_file() and page.is_ours(file)):
         raise ValueError(f"{file} is no report and is left as it is: choose another --output.")
-    print(page.put(file, page.html(pages)))
+    folder.write_whole(file, page.html(records))
+    print(file)

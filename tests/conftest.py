@@ -76,10 +76,9 @@ def demo_expected() -> dict:
 
 
 @pytest.fixture
-def script(monkeypatch):
-    """Import a script by its name, as if it had been started."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
-    return importlib.import_module
+def script():
+    """Import a script, or a room of theirs, by its name."""
+    return lambda name: importlib.import_module(f"scripts.{name}")
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("lora", "gpt2")
 SOURCES = [file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py"))]
-SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
+SCRIPTS = sorted((ROOT / "scripts").rglob("*.py"))
 # The core of lora reads as if its wings were not there; these ask one, in one place each.
 SEAMS = {
     ("lora.layer", "lora.fast"),
@@ -51,6 +51,10 @@ def imported(file: Path) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
+            if (
+                file in SCRIPTS and node.level
+            ):  # they are a package of one name here, another installed
+                continue
             assert node.level == 0, f"{file}: relative import"
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
@@ -214,11 +218,11 @@ def test_importing_touches_no_random_state_and_little_else():
 
 # Lines of Python as `wc -l` counts them: they only fall, but for what a new capability is given.
 BUDGET = {
-    "lora": 3946,
+    "lora": 3_946,
     "gpt2": 6_934,
-    "scripts": 6_048,
-    "tests": 20_190,
-    "benchmarks": 2_701,
+    "scripts": 4_213,
+    "tests": 20_352,
+    "benchmarks": 2_696,
 }
 MOST_LINES = {"lora": 400, "gpt2": 400, "scripts": 400, "tests": 700, "benchmarks": 400}
 # Characters a line, and the share of blank lines, when the budget began. Lines do not go by
@@ -250,6 +254,42 @@ CORE = ["layer", "config", "layout", "tree", "targets", "injection", "bank", "me
 def test_the_core_of_lora_is_read_in_an_afternoon():
     sizes = {name: (ROOT / "lora" / f"{name}.py").read_text().count("\n") for name in CORE}
     assert sum(sizes.values()) <= 1_750
+
+
+def rooms_imported(file: Path) -> set[tuple[str, ...]]:
+    """The rooms of scripts/ that a file of it imports, each as its path without the ending."""
+    here, rooms = file.relative_to(ROOT / "scripts").parts[:-1], set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            above = here[: len(here) - node.level + 1]
+            path = (*above, *(node.module or "").split(".")) if node.module else above
+            rooms |= {(*path, alias.name) for alias in node.names} | {path}
+    return {r for r in rooms if (ROOT / "scripts" / Path(*r)).with_suffix(".py").is_file()}
+
+
+def test_scripts_import_one_way():
+    """cli, then runs, then tuner; page reads folders only; no script imports another."""
+    allowed = {"cli": {"cli"}, "runs": {"cli", "runs"}, "tuner": {"cli", "runs", "tuner"}}
+    for file in SCRIPTS:
+        here = file.relative_to(ROOT / "scripts").parts
+        rooms = rooms_imported(file)
+        assert all(len(room) == 2 for room in rooms), f"{file.name} imports a script"
+        if here[0] == "page":
+            assert {room for room in rooms if room[0] != "page"} <= {("runs", "folder")}
+        elif len(here) == 2:
+            assert {room[0] for room in rooms} <= allowed[here[0]], file.name
+        assert len(file.read_text().splitlines()) <= 400
+
+
+def test_a_bare_train_qa_imports_no_search_and_little():
+    code = (
+        "import sys; import scripts.train_qa; "
+        "print(*(m.__file__ for n, m in sys.modules.items() if n.startswith('scripts')))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
+    files = [Path(name) for name in ran.stdout.decode().split()]
+    assert not [file for file in files if file.parent.name == "tuner"]
+    assert sum(len(file.read_text().splitlines()) for file in files) <= 2600
 
 
 @pytest.mark.parametrize("package", ["lora", "gpt2"])

@@ -88,7 +88,7 @@ def test_a_snapshot_cut_short_is_passed_over_and_said(script, tmp_path, many, mo
     arguments = [*QUICK, "--steps", "7", *VALID, "--save_every", "1", "--data", many, "--res_path"]
     assert train([*arguments, str(whole)]) == 0
     with monkeypatch.context() as patch:
-        stopped_after(5, script("keeping"), patch)
+        stopped_after(5, script("runs.saving"), patch)
         assert train([*arguments, str(cut)]) == 143
     newest = cut / "snapshot.safetensors"
     newest.write_bytes(newest.read_bytes()[:1000])
@@ -106,7 +106,7 @@ def test_a_warning_is_a_line_without_its_place(script, capsys):
         print(warnings.formatwarning("so  it\nis", UserWarning, "file.py", 3), file=sys.stderr)
 
     before = warnings.formatwarning
-    assert script("guard").guarded(body)([]) == 0
+    assert script("cli.guard").guarded(body)([]) == 0
     assert capsys.readouterr().err == "so it is\n\n"
     assert warnings.formatwarning is before
 
@@ -115,7 +115,7 @@ def test_a_warning_is_a_line_without_its_place(script, capsys):
 def test_a_full_disk_in_a_run_with_validation_leaves_the_best_and_the_last(
     script, tmp_path, monkeypatch, capsys, many
 ):
-    folder, out = script("folder"), tmp_path / "run"
+    folder, out = script("runs.folder"), tmp_path / "run"
     prepare = folder.prepare
 
     def full(*arguments) -> Path:
@@ -141,8 +141,8 @@ def test_a_full_disk_in_a_run_with_validation_leaves_the_best_and_the_last(
 def test_a_full_disk_after_training_says_where_the_adapter_is(
     file, script, tmp_path, monkeypatch, capsys, many
 ):
-    real = {"loss.png": ("results", "plot_losses"), "answers.md": ("results", "answers_markdown")}
-    module, name = real.get(file, ("results", "write_record"))
+    real = {"loss.png": ("page.charts", "png"), "answers.md": ("runs.answers", "publish")}
+    module, name = real.get(file, ("runs.record", "write"))
 
     def full(*_, **__) -> None:
         raise OSError(28, "No space left on device")

@@ -161,7 +161,7 @@ def test_prompts_of_a_large_file_are_taken_from_its_beginning(
     script, short, tmp_path, data, monkeypatch, capsys
 ):
     monkeypatch.setattr("gpt2.data.store.SMALL", 10)
-    monkeypatch.setattr(script("inputs"), "FIRST", 3)
+    monkeypatch.setattr(script("runs.data"), "FIRST", 3)
     assert (
         script("train_qa").main([*short, "--data", str(data), "--res_path", str(tmp_path / "r")])
         == 0
@@ -191,7 +191,7 @@ def test_many_prompts_are_tried_in_chunks_and_shown_by_a_sample(
         return real(model, ids, config)
 
     arguments = [*short, "--data", str(data), "--prompts", str(data), "--generate.temperature", "1"]
-    train, continuing = script("train_qa").main, script("continuing")
+    train, continuing = script("train_qa").main, script("runs.answers")
     assert train([*arguments, "--res_path", str(tmp_path / "one")]) == 0
     monkeypatch.setattr(gpt2, "generate", counted)
     monkeypatch.setattr(continuing, "ROWS", {"cpu": 8})
@@ -216,13 +216,10 @@ def test_many_prompts_are_tried_in_chunks_and_shown_by_a_sample(
 
 
 def test_what_was_trained_is_found_for_every_prompt(script):
-    answers = script("answers")
+    answers = script("runs.answers")
     texts = [("a b", " c"), ("a", " b d"), ("", "a b e"), ("z", " y"), ("a b", " c")]
     examples = [gpt2.Example(*two) for two in texts]
-    prompts = [script("inputs").Asked(p, ()) for p in ("a b", "a", "z y", "none", "")]
-    said = [""] * len(prompts)
-    found = answers.compare(prompts, said, said, [True] * len(prompts), examples)
-    slow = [
-        tuple(p + c for p, c in texts if (p + c).startswith(prompt.prompt)) for prompt in prompts
-    ]
-    assert [tuple(a.prompt + t for t in a.trained) for a in found] == slow
+    prompts = [script("runs.data").Prompt(p, ()) for p in ("a b", "a", "z y", "none", "")]
+    found = answers.compare(prompts, ["base"], [[""]] * len(prompts), examples)
+    slow = [[p + c for p, c in texts if (p + c).startswith(prompt.text)] for prompt in prompts]
+    assert [[a["prompt"] + t for t in a["trained"]] for a in found] == slow

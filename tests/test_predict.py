@@ -31,7 +31,6 @@ NEW = 5
 @pytest.fixture(autouse=True)
 def here(small_base, tmp_path, monkeypatch):
     """Twelve prompts of unequal lengths, the first of them twice; an adapter that changes all."""
-    monkeypatch.syspath_prepend(SCRIPTS)
     monkeypatch.chdir(tmp_path)
     Path("small").symlink_to(small_base)
     rows = [{"prompt": f"{i}. The {TOPICS[i % 5]} is", "completion": f" {i}"} for i in range(12)]
@@ -54,7 +53,7 @@ def adapter(small_base, tmp_path_factory) -> Path:
 
 
 def predict(*argv: object) -> int:
-    script = importlib.import_module("predict")
+    script = importlib.import_module("scripts.predict")
     words = ["prompts.jsonl", "--device", "cpu", "--max_new_tokens", NEW, "--base", "small", *argv]
     return script.main([str(word) for word in words])
 
@@ -181,7 +180,7 @@ def test_a_killed_run_goes_on():
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert 0 < len(file.read_text().splitlines()) < 150
-    assert importlib.import_module("predict").main([*command[2:], "64"]) == 0
+    assert importlib.import_module("scripts.predict").main([*command[2:], "64"]) == 0
     assert [line["prompt"] for line in lines()] == [row["text"] for row in rows]
 
 
@@ -263,7 +262,7 @@ def test_a_file_of_somebody_else_is_not_touched(capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--batch_size", 0], "batch_size must be at least 1, got 0"),
+        (["--batch_size", 0], 'Parser key "batch_size"'),
         (["--num_beams", 2, "--temperature", 0.5], "temperature takes num_beams of 1"),
         (["--adapter", "nowhere"], "nowhere"),
         (["--max_new_tokens", 1024], "max_new_tokens 1024 does not fit"),

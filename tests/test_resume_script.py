@@ -94,8 +94,8 @@ def test_patience_ends_a_run_early(script, tmp_path, capsys, many, monkeypatch):
     assert_trained(out / "last")
 
 
-def stopped_after(step: int, keeping, monkeypatch, number: int = signal.SIGTERM) -> None:
-    recorded = keeping.recorded
+def stopped_after(step: int, saving, monkeypatch, number: int = signal.SIGTERM) -> None:
+    recorded = saving.recorded
 
     def killed(run, place):
         for record in recorded(run, place):
@@ -103,7 +103,7 @@ def stopped_after(step: int, keeping, monkeypatch, number: int = signal.SIGTERM)
             if record.step == step:
                 os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(keeping, "recorded", killed)
+    monkeypatch.setattr(saving, "recorded", killed)
 
 
 def test_a_run_that_is_stopped_and_gone_on_with_is_as_one_that_never_stopped(
@@ -111,12 +111,12 @@ def test_a_run_that_is_stopped_and_gone_on_with_is_as_one_that_never_stopped(
 ):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     arguments = [*QUICK, "--steps", "7", *VALID, "--data", many, "--res_path"]
-    train, keeping = script("train_qa").main, script("keeping")
+    train, saving = script("train_qa").main, script("runs.saving")
     assert train([*arguments, str(whole)]) == 0
     capsys.readouterr()
     for i, step in enumerate((3, 5)):
         with monkeypatch.context() as patch:
-            stopped_after(step, keeping, patch)
+            stopped_after(step, saving, patch)
             assert train(["--resume", str(cut)] if i else [*arguments, str(cut)]) == 143
         error = capsys.readouterr().err
         assert error.count("\n") == 1
@@ -149,7 +149,7 @@ def test_what_cannot_be_gone_on_with_is_one_line(script, tmp_path, capsys, many,
     assert f"{empty} holds no snapshot" in refused("--resume", str(empty))
     assert "--resume FOLDER" in refused("--resume")
     with monkeypatch.context() as patch:
-        stopped_after(2, script("keeping"), patch)
+        stopped_after(2, script("runs.saving"), patch)
         arguments = [*QUICK, "--steps", "7", *VALID, "--data", many, "--res_path", str(out)]
         assert train(arguments) == 143
     capsys.readouterr()
@@ -157,7 +157,7 @@ def test_what_cannot_be_gone_on_with_is_one_line(script, tmp_path, capsys, many,
     assert "data was" in refused("--resume", str(out), "--data", ARTICLE)
     assert "modules was" in refused("--resume", str(out), "--lora.alpha", "3")
     assert "or go on with it by --resume" in refused(*arguments)
-    with script("lock").held(out):
+    with script("runs.folder").locked(out):
         assert f"Another run works in {out}" in refused("--resume", str(out))
         assert f"Another run works in {out}" in refused(*arguments, "--overwrite")
     assert train(["--resume", str(out)]) == 0
@@ -213,8 +213,8 @@ def test_a_full_disk_in_a_snapshot_does_not_end_the_run(script, tmp_path, many, 
 
 
 def test_one_run_at_a_time_in_a_folder(script, tmp_path):
-    lock = script("lock")
-    with lock.held(tmp_path):
+    folder = script("runs.folder")
+    with folder.locked(tmp_path):
         done = subprocess.run(
             command("train_qa.py", *QUICK, "--res_path", str(tmp_path)),
             capture_output=True,
@@ -222,7 +222,7 @@ def test_one_run_at_a_time_in_a_folder(script, tmp_path):
         )
         assert done.returncode == 2
         assert done.stderr.startswith(f"Another run works in {tmp_path}: ")
-    with lock.held(tmp_path):
+    with folder.locked(tmp_path):
         pass
 
 
@@ -243,3 +243,70 @@ def test_a_run_that_was_killed_before_it_kept_an_adapter_says_how_to_go_on(
     told = f"{place} holds a run that has no adapter yet: --resume {place} goes on.\n"
     assert capsys.readouterr().err == told
     assert not (tmp_path / "out").exists()
+
+
+# What was wrong once
+
+
+@pytest.mark.parametrize("metrics", ["torn", "short", "long", "none"])
+def test_the_metrics_of_a_killed_run_decide_nothing(
+    metrics, script, tmp_path, capsys, many, monkeypatch
+):
+    """They are not flushed as the snapshot is, and a power cut leaves any part of them."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    arguments = [*QUICK, "--steps", "7", "--logging_steps", "2", "--data", many, "--res_path"]
+    train = script("train_qa").main
+    assert train([*arguments, str(whole)]) == 0
+    with monkeypatch.context() as patch:
+        stopped_after(5, script("runs.saving"), patch)
+        assert train([*arguments, str(cut)]) == 143
+    file = cut / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    later = lines[-1].replace('"step": 4', '"step": 6')
+    texts = {"torn": [*lines[:3], lines[3][:-9]], "short": lines[:2], "long": [*lines, later]}
+    file.write_text("".join(texts.get(metrics, [])))
+    capsys.readouterr()
+    assert train(["--resume", str(cut)]) == 0
+    said = capsys.readouterr().out
+    assert "fell no more" not in said
+    assert "step     7 · loss" in said
+    one, other = (json.loads((place / "run.json").read_text()) for place in (whole, cut))
+    assert one["steps"] == other["steps"] == 7
+    assert one["answers"] == other["answers"]
+    assert files_of(cut, "adapter") == files_of(whole, "adapter")
+    steps = [json.loads(line)["step"] for line in file.read_text().splitlines()]
+    assert steps == sorted({*steps})
+    assert steps[-2:] == [6, 7]
+
+
+def test_options_that_resume_would_drop_are_refused(script, tmp_path, capsys, many, monkeypatch):
+    train, cut = script("train_qa").main, tmp_path / "cut"
+    arguments = [*QUICK, "--steps", "7", "--data", many, "--res_path", str(cut)]
+    with monkeypatch.context() as patch:
+        stopped_after(2, script("runs.saving"), patch)
+        assert train(arguments) == 143
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    capsys.readouterr()
+    for more, said in (
+        (["--res_path", str(tmp_path / "other")], f"--res_path names {tmp_path / 'other'}: give"),
+        (["--overwrite"], "--resume goes on with a run and --overwrite replaces it: give one."),
+    ):
+        assert train(["--resume", str(cut), *more]) == 2
+        assert said in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
+def test_a_file_called_as_a_searchs_winner_names_no_search(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("best.jsonl").write_text("\n".join(MANY))
+    assert script("train_qa").main([*QUICK, "--tasks", "best.jsonl"]) == 0
+    assert [place.name for place in Path("runs").iterdir()] == ["qa-1"]
+
+
+def test_bundled_data_is_asked_its_own_prompts(script):
+    """But for the article's, whose prompts lie beside it."""
+    data, train = script("runs.data"), script("train_qa")
+    for name, first in (("weather", "Q: Tunis"), ("article", "Q: How do transformers work?")):
+        options = train.options_of(["--data", str(data.DATA / f"{name}.jsonl")])
+        prompts = data.prompts_of([data.read(options.data, options)], options)
+        assert prompts[0].text.startswith(first)

@@ -246,8 +246,8 @@ def test_ctrl_c_leaves_a_saved_adapter_and_says_so(heeded, tmp_path):
 def test_a_signal_saves_the_step_it_met_and_others_change_nothing(
     name, code, heeded, script, tmp_path, monkeypatch, capsys
 ):
-    keeping, save = script("keeping"), lora.save
-    recorded, kill = keeping.recorded, getattr(signal, name)
+    saving, save = script("runs.saving"), lora.save
+    recorded, kill = saving.recorded, getattr(signal, name)
 
     def killed(run, place):
         for step in recorded(run, place):
@@ -256,11 +256,11 @@ def test_a_signal_saves_the_step_it_met_and_others_change_nothing(
                 os.kill(os.getpid(), kill)
 
     def impatient(*arguments, **options):
-        for other in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for other in (signal.SIGTERM, signal.SIGHUP):
             os.kill(os.getpid(), other)
         save(*arguments, **options)
 
-    monkeypatch.setattr(keeping, "recorded", killed)
+    monkeypatch.setattr(saving, "recorded", killed)
     monkeypatch.setattr(lora, "save", impatient)
     before = signal.getsignal(kill)
     out = tmp_path / "cut"
@@ -271,6 +271,40 @@ def test_a_signal_saves_the_step_it_met_and_others_change_nothing(
     assert error == f"{said} {saved} Go on with --resume {out}.\n"
     assert_trained(out / "adapter")
     assert signal.getsignal(kill) == before
+
+
+def test_a_second_ctrl_c_ends_a_script_whose_saving_hangs(tmp_path):
+    hangs = tmp_path / "hangs.py"
+    hangs.write_text(
+        "import sys, time\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from scripts.cli.guard import guarded\n"
+        "@guarded\n"
+        "def main(argv):\n"
+        "    try:\n"
+        "        print('works', flush=True)\n"
+        "        time.sleep(60)\n"
+        "    finally:\n"
+        "        print('saves', flush=True)\n"
+        "        time.sleep(60)\n"
+        "main([])\n"
+    )
+    started = subprocess.Popen([sys.executable, hangs], stdout=subprocess.PIPE, encoding="utf-8")
+    assert started.stdout is not None
+    for line in ("works\n", "saves\n"):
+        assert started.stdout.readline() == line
+        started.send_signal(signal.SIGINT)
+    assert started.wait(20) == -signal.SIGINT
+
+
+def test_debug_shows_the_traceback_before_the_line(script, capsys):
+    arguments = ["nowhere", "--debug"]
+    assert script("report").main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("Traceback (most recent call last):")
+    assert error.splitlines()[-1].startswith("nowhere holds no run")
+    assert script("report").main(arguments[:1]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
@@ -289,7 +323,7 @@ def test_a_signal_where_python_ignores_errors_ends_the_script_too(
         time.sleep(20)
         raise AssertionError("the signal was lost")
 
-    assert script("guard").guarded(body)([]) == code
+    assert script("cli.guard").guarded(body)([]) == code
     said = "Interrupted." if name == "SIGINT" else f"Stopped by {name}."
     assert capsys.readouterr().err == f"{said}\n"
 
@@ -336,7 +370,7 @@ def test_a_step_that_was_not_applied_is_no_step_of_the_adapter(script, tmp_path,
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
 def test_a_full_disk_in_training_leaves_a_saved_adapter(script, tmp_path, monkeypatch, capsys):
-    folder, out = script("folder"), tmp_path / "run"
+    folder, out = script("runs.folder"), tmp_path / "run"
     prepare = folder.prepare
 
     def full(*arguments) -> Path:
@@ -353,30 +387,17 @@ def test_a_full_disk_in_training_leaves_a_saved_adapter(script, tmp_path, monkey
     assert_trained(out / "adapter")
 
 
-def test_an_adapter_that_cannot_be_saved_in_its_place_is_saved_elsewhere(
-    script, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "elsewhere"))
-    save = lora.save
-
-    def full(model, folder, **options) -> None:
-        if (tmp_path / "run") in Path(folder).parents:
-            raise OSError("No space left on device")
-        save(model, folder, **options)
+def test_an_adapter_that_cannot_be_saved_is_one_line(script, tmp_path, monkeypatch, capsys):
+    def full(*_, **__) -> None:
+        raise OSError("No space left on device")
 
     monkeypatch.setattr(lora, "save", full)
-    monkeypatch.setattr(script("keeping").tempfile, "TemporaryFile", open_nothing)
-    assert script("train_qa").main([*QUICK, "--res_path", str(tmp_path / "run")]) == 2
+    out = tmp_path / "run"
+    assert script("train_qa").main([*QUICK, "--res_path", str(out)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "No space left on device" in error
-    (weights,) = (tmp_path / "elsewhere").rglob("adapter_model.safetensors")
-    assert f"is saved in {weights.parent}." in error
-    assert_trained(weights.parent)
-
-
-def open_nothing(**_):
-    return (Path(__file__)).open("rb")
+    assert "The adapter cannot be saved either: No space left on device." in error
+    assert f"Go on with --resume {out}." in error
 
 
 def test_a_run_is_left_alone_unless_told(run, script, tmp_path, capsys, monkeypatch):
@@ -478,7 +499,7 @@ def test_a_process_ends_with_the_exit_code():
 
 
 def test_the_articles_config_is_the_articles_run(script):
-    options = script("train_qa").parse(["--config", str(SCRIPTS / "configs" / "article.yaml")])
+    options = script("train_qa").options_of(["--config", str(SCRIPTS / "configs" / "article.yaml")])
     article = {
         "model_name": "gpt2",
         "seed": 42,
@@ -528,7 +549,7 @@ def test_tasks_are_all_checked_before_the_first_is_trained(script, tmp_path, cap
     assert sorted(p.name for p in out.iterdir()) == made
     capsys.readouterr()
     assert train([*QUICK, "--res_path", str(out), "--tasks", str(good)]) == 2
-    assert "holds a run (good, run.json, options.yaml, report.html)" in capsys.readouterr().err
+    assert "holds a run (good, run.json, report.html)" in capsys.readouterr().err
 
 
 def test_tasks_train_each_adapter_as_alone(script, tmp_path):
@@ -585,7 +606,7 @@ def test_a_separator_is_between_prompt_and_completion_wherever_prompts_are_read(
 
 
 def test_the_e2e_config_is_read_as_the_benchmark_reads_it(script):
-    options = script("train_qa").parse(["--config", str(SCRIPTS / "configs" / "e2e.yaml")])
+    options = script("train_qa").options_of(["--config", str(SCRIPTS / "configs" / "e2e.yaml")])
     assert (options.base_dropout, options.answer_only, options.eos) == (0.0, True, True)
     assert options.lora["targets"] == ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
     beams = {"num_beams": 10, "length_penalty": 0.8, "no_repeat_ngram": 4}  # the paper's
@@ -601,7 +622,7 @@ def test_the_e2e_config_is_read_as_the_benchmark_reads_it(script):
         )
     assert options.label_smoothing == 0.0
     given = ["--config", str(SCRIPTS / "configs" / "e2e.yaml"), "--warmup_ratio", "0.5"]
-    assert script("train_qa").parse(given).warmup_steps is None  # which would win
+    assert script("train_qa").options_of(given).warmup_steps is None  # which would win
 
 
 def test_tasks_of_one_name_are_refused(script, tmp_path, capsys):

@@ -94,11 +94,11 @@ def test_a_run_of_several_goes_on_where_it_was_stopped(
     stops, script, quick, tmp_path, files, capsys, monkeypatch
 ):
     """A stop after so many steps of all; what is resumed is what was never stopped."""
-    train, keeping = script("train_qa").main, script("keeping")
+    train, saving = script("train_qa").main, script("runs.saving")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     arguments = [*quick, "--steps", "5", *VALID, "--tasks", *files, "--res_path"]
     assert train([*arguments, str(whole)]) == 0
-    recorded, taken = keeping.recorded, 0
+    recorded, taken = saving.recorded, 0
     for i, stop in enumerate(stops):
 
         def stopped(run, place, stop=stop):
@@ -110,7 +110,7 @@ def test_a_run_of_several_goes_on_where_it_was_stopped(
                     os.kill(os.getpid(), signal.SIGTERM)
 
         with monkeypatch.context() as patch:
-            patch.setattr(keeping, "recorded", stopped)
+            patch.setattr(saving, "recorded", stopped)
             capsys.readouterr()
             assert train(["--resume", str(cut)] if i else [*arguments, str(cut)]) == 143
         error = capsys.readouterr().err
@@ -126,7 +126,7 @@ def test_a_run_of_several_goes_on_where_it_was_stopped(
 
 
 def stopped(recorded, names):
-    """`keeping.recorded`, with a SIGTERM after a step of one of these adapters."""
+    """`saving.recorded`, with a SIGTERM after a step of one of these adapters."""
 
     def until(run, place):
         for record in recorded(run, place):
@@ -138,10 +138,10 @@ def stopped(recorded, names):
 
 
 def test_another_file_or_option_is_refused(script, quick, tmp_path, files, capsys, monkeypatch):
-    train, keeping, out = script("train_qa").main, script("keeping"), tmp_path / "out"
+    train, saving, out = script("train_qa").main, script("runs.saving"), tmp_path / "out"
     arguments = [*quick, "--steps", "5", *VALID, "--tasks", *files, "--res_path", str(out)]
     with monkeypatch.context() as patch:
-        patch.setattr(keeping, "recorded", stopped(keeping.recorded, NAMES))
+        patch.setattr(saving, "recorded", stopped(saving.recorded, NAMES))
         assert train(arguments) == 143
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     capsys.readouterr()
@@ -158,7 +158,7 @@ def test_another_file_or_option_is_refused(script, quick, tmp_path, files, capsy
     assert "data was" in capsys.readouterr().err
     assert train(arguments) == 2
     assert "or go on with it by --resume" in capsys.readouterr().err
-    with script("lock").held(out):
+    with script("runs.folder").locked(out):
         assert train([*arguments, "--overwrite"]) == 2
     assert "Another run works in" in capsys.readouterr().err
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
@@ -167,10 +167,10 @@ def test_another_file_or_option_is_refused(script, quick, tmp_path, files, capsy
 def test_a_file_that_changed_after_its_adapter_was_trained_is_refused(
     script, quick, tmp_path, files, capsys, monkeypatch
 ):
-    train, keeping, out = script("train_qa").main, script("keeping"), tmp_path / "out"
+    train, saving, out = script("train_qa").main, script("runs.saving"), tmp_path / "out"
     arguments = [*quick, "--steps", "2", *VALID, "--tasks", *files, "--res_path", str(out)]
     with monkeypatch.context() as patch:
-        patch.setattr(keeping, "recorded", stopped(keeping.recorded, ["air"]))
+        patch.setattr(saving, "recorded", stopped(saving.recorded, ["air"]))
         assert train(arguments) == 143
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     was = {file: Path(file).read_bytes() for file in files}
@@ -190,7 +190,7 @@ def test_a_file_that_changed_after_its_adapter_was_trained_is_refused(
 def test_many_prompts_are_tried_in_chunks_and_shown_by_a_sample(
     script, quick, tmp_path, files, capsys, monkeypatch
 ):
-    train, continuing, real = script("train_qa").main, script("continuing"), gpt2.generate
+    train, answering, real = script("train_qa").main, script("runs.answers"), gpt2.generate
     asked: list[int] = []
 
     def counted(model, ids, config):
@@ -203,14 +203,14 @@ def test_many_prompts_are_tried_in_chunks_and_shown_by_a_sample(
     arguments += ["--generate.temperature", "1", "--res_path"]
     assert train([*arguments, str(tmp_path / "one")]) == 0
     monkeypatch.setattr(gpt2, "generate", counted)
-    monkeypatch.setattr(continuing, "ROWS", {"cpu": 16})
+    monkeypatch.setattr(answering, "ROWS", {"cpu": 16})
     capsys.readouterr()
     assert train([*arguments, str(tmp_path / "chunks")]) == 0
     assert "One batch, many adapters, 10 of 30" in capsys.readouterr().out
-    assert asked == [15] * 10  # three prompts of base, three adapters and their mixture
+    assert asked == [16, 14] + [16] * 7 + [8]  # the base; three adapters and their mixture
     for file in ("answers.md", "answers.jsonl"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "chunks" / file).read_bytes()
     lines = (tmp_path / "one" / "answers.jsonl").read_text().splitlines()
-    assert [list(json.loads(line)) for line in lines] == [
+    assert [list(json.loads(line))[:6] for line in lines] == [
         ["prompt", "base", *NAMES, "mixture"]
     ] * 30

@@ -69,9 +69,7 @@ def outcome(folder: Path) -> Any:
 
 def trained(*argv: str) -> int:
     """The script in this process alone."""
-    if str(SCRIPTS) not in sys.path:
-        sys.path.insert(0, str(SCRIPTS))
-    return importlib.import_module("train_qa").main(argv)
+    return importlib.import_module("scripts.train_qa").main(argv)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +151,6 @@ def test_what_one_process_cannot_read_ends_all_with_one_line(tmp_path):
         "import os, runpy, sys\n"
         "if os.environ['RANK'] == '1':\n"
         "    sys.argv[sys.argv.index('--data') + 1] += '.missing'\n"
-        f"sys.path.insert(0, {str(SCRIPTS)!r})\n"
         f"runpy.run_path({TRAIN!r}, run_name='__main__')\n"
     )
     data = str(SCRIPTS / "data" / "article.jsonl")
@@ -165,6 +162,12 @@ def test_what_one_process_cannot_read_ends_all_with_one_line(tmp_path):
     assert len(lines) == 1
     assert lines[0].startswith("Process 1: ")
     assert not (tmp_path / "run").exists()
+
+
+def test_help_is_shown_once_and_is_no_fault():
+    code, out, err = ended(started(TRAIN, "--help"))
+    assert (code, out.count("usage: train_qa.py")) == (0, 1)
+    assert "Process" not in err
 
 
 def test_a_port_that_is_taken_is_said_by_torchrun(tmp_path):

@@ -1,0 +1,1 @@
+"""The commands of README, and the rooms that they share: cli, runs, tuner, page."""

@@ -1,0 +1,1 @@
+"""The command line: options and configs, errors and signals, what is shown."""

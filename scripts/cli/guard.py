@@ -1,0 +1,137 @@
+"""How a script starts and ends: bad input in one line, a signal in one line once work is saved.
+
+Nothing slow is imported here, so that Ctrl-C while torch is loaded ends in one line.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import io
+import os
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+Arguments = Sequence[str] | None
+NAMES = ("train_qa", "generate", "predict", "merge", "search", "report")
+VERBS = {name.partition("_")[0]: name for name in NAMES}  # of the installed command
+LONGEST = 1000  # characters of an error line
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal, the first of the arguments, asks the script to end."""
+
+
+def start(script: str, argv: Sequence[str]) -> int:
+    """Import a script, which takes seconds, and call its `main`; returns an exit code."""
+    # torch reads it when it is loaded. A thread that waits for another soon sleeps, so that other
+    # work can run; at once would cost a quiet machine a fifth of its speed.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
+    for number in _stop_signals():
+        signal.signal(number, _end)
+    try:
+        main = importlib.import_module(f"{__name__.partition('.')[0]}.{script}").main
+    except ModuleNotFoundError as error:
+        if error.name not in ("jinja2", "jsonargparse", "yaml", "rich", "matplotlib"):
+            raise
+        print(f"{error.name} is missing: pip install 'lora-gpt2[scripts]'.", file=sys.stderr)
+        return 2
+    return main(argv)
+
+
+def guarded(body: Callable[[Arguments], None]) -> Callable[[Arguments], int]:
+    """Make the body of a script its `main`: bad input gives one line on stderr and 2, a signal one
+    line and 130, 143 or 129. An error's notes stand in the line, its traceback with `--debug`."""
+
+    @functools.wraps(body)
+    def main(argv: Arguments = None) -> int:
+        words = list(sys.argv[1:] if argv is None else argv)
+        try:
+            with _set_up():
+                if isinstance(sys.stdout, io.TextIOWrapper):  # which may know no such letter
+                    sys.stdout.reconfigure(errors="backslashreplace")
+                body([word for word in words if word != "--debug"])
+                sys.stdout.flush()
+        except BrokenPipeError as error:  # the reader, such as `head`, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if getattr(error, "__notes__", None):  # in training: what is saved is not all
+                return _print(str(error), error, 2)
+        except KeyboardInterrupt as stop:
+            number = stop.args[0] if isinstance(stop, Stopped) else signal.SIGINT
+            return _print(_stop_line(number), stop, 128 + number)
+        except (ValueError, RuntimeError, OSError, MemoryError) as error:
+            if "--debug" in words:
+                traceback.print_exc()
+            return _print(str(error), error, 2)
+        return 0
+
+    return main
+
+
+def _stop_signals() -> list[signal.Signals]:
+    """Ctrl-C, a closed terminal and a plain kill, but for what was ignored, as nohup does."""
+    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows knows no SIGHUP
+    known = [signal.Signals[name] for name in names if name in signal.Signals.__members__]
+    return [number for number in known if signal.getsignal(number) != signal.SIG_IGN]
+
+
+def _stop_line(number: int) -> str:
+    by = f"Stopped by {signal.Signals(number).name}."
+    return "Interrupted." if number == signal.SIGINT else by
+
+
+def _end(number: int, _: object) -> None:
+    # Not by an exception: compiled code that is being imported would turn it into another one.
+    os.write(2, f"{_stop_line(number)}\n".encode())
+    os._exit(128 + number)
+
+
+@contextmanager
+def _set_up() -> Iterator[None]:
+    """A signal raises `Stopped`, and after it another Ctrl-C ends the process; a warning is a line.
+
+    Of several processes the first alone heeds signals: it saves, and the others end with it.
+    torchrun passes a Ctrl-C of the terminal on, so that it comes twice, and kills after a while.
+    """
+    numbers = _stop_signals() if threading.current_thread() is threading.main_thread() else []
+    before = {number: signal.getsignal(number) for number in numbers}
+    other_errors, form = sys.unraisablehook, warnings.formatwarning
+    torchrun, heeds = "TORCHELASTIC_RUN_ID" in os.environ, os.environ.get("RANK", "0") == "0"
+
+    def stop(number: int, _: object) -> None:
+        for other in numbers:
+            ends = other == number == signal.SIGINT and not torchrun
+            signal.signal(other, signal.SIG_DFL if ends else signal.SIG_IGN)
+        raise Stopped(number)
+
+    def again(unraisable: sys.UnraisableHookArgs) -> None:
+        """Where Python ignores errors, as in a finalizer or about a fork, a stop is put off."""
+        if isinstance(error := unraisable.exc_value, Stopped):
+            signal.signal(error.args[0], stop)
+            threading.Timer(0.01, os.kill, [os.getpid(), error.args[0]]).start()
+        else:
+            other_errors(unraisable)
+
+    try:
+        sys.unraisablehook = again
+        warnings.formatwarning = lambda message, *_, **__: f"{' '.join(str(message).split())}\n"
+        for number in numbers:
+            signal.signal(number, stop if heeds else signal.SIG_IGN)
+        yield
+    finally:
+        sys.unraisablehook, warnings.formatwarning = other_errors, form
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _print(message: str, error: BaseException, code: int) -> int:
+    line = " ".join(" ".join([message, *getattr(error, "__notes__", [])]).split())
+    line = "".join(letter if letter.isprintable() else "?" for letter in line)
+    print(line if len(line) <= LONGEST else line[:LONGEST] + "…", file=sys.stderr)
+    return code
