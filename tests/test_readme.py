@@ -102,6 +102,12 @@ def test_the_errors_are_those_of_the_code():
         assert any(piece.strip() in text for text in said), piece
 
 
+def test_the_finalists_in_prose_are_those_of_the_config():
+    config = (ROOT / "scripts" / "configs" / "search_e2e.yaml").read_text()
+    number = {"2": "two", "4": "four"}[re.search(r"^finalists: (\d)$", config, re.MULTILINE)[1]]
+    assert re.findall(r"Its (\w+)\s+finalists", TEXT) in ([], [number])
+
+
 def test_pefts_names_are_told_as_the_table_tells_them():
     section = TEXT[TEXT.index("## Coming from PEFT") :]
     table = section[: section.index("\n\n- **Ours")]
