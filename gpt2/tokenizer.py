@@ -63,9 +63,10 @@ class Tokenizer:
         """
         joined = "".join(text + _END_OF_TEXT for text in texts)
         if joined.count(_END_OF_TEXT) == len(texts):
+            end = {_END_OF_TEXT}
             with suppress(UnicodeEncodeError):  # half a surrogate pair, which JSON can escape
-                ids = self._encoding.encode_to_numpy(joined, allowed_special={_END_OF_TEXT})
-                return (ids := ids.astype(np.int32)), np.flatnonzero(ids == self.eos)
+                ids = self._encoding.encode_to_numpy(joined, allowed_special=end).astype(np.int32)
+                return ids, np.flatnonzero(ids == self.eos)
         rows = [[*self.encode(text), self.eos] for text in texts]
         lengths = np.array([len(row) for row in rows], np.int64)
         return np.concatenate([[], *rows]).astype(np.int32), np.cumsum(lengths) - 1

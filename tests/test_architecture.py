@@ -111,7 +111,7 @@ def test_packages_of_gpt2_import_one_way():
                 assert above in packages[package], f"{module_name(file)} imports {name}"
 
 
-LINES = {"gpt2": 6934, "gpt2 core": 1706, "gpt2/data": 1193}
+LINES = {"gpt2": 6935, "gpt2 core": 1707, "gpt2/data": 1193}
 
 
 def test_gpt2_keeps_to_its_budget():
