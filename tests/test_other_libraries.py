@@ -81,6 +81,29 @@ def test_a_model_that_is_offloaded_with_its_adapter(how, tmp_path):
         torch.testing.assert_close(model(X), want)
 
 
+# Quantised weights
+
+
+def test_an_adapter_of_a_quantised_base_is_saved_and_not_merged(tmp_path):
+    torchao = pytest.importorskip("torchao.quantization")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    lora.inject(model, targets=("0", "2"), r=4)
+    x = torch.randn(3, 64)
+    optimizer = torch.optim.SGD(lora.trainable_parameters(model), 0.1)
+    for _ in range(2):
+        model(x).square().mean().backward()
+        optimizer.step()
+    want = model(x)
+    with pytest.raises(ValueError, match="0: its weight is quantised"):
+        lora.merge(model)
+    lora.save(model, tmp_path)
+    lora.eject(model)
+    lora.load(model, tmp_path)
+    assert torch.equal(model(x), want)
+
+
 # Names and wrappers
 
 
