@@ -219,9 +219,9 @@ def test_importing_touches_no_random_state_and_little_else():
 # Lines of Python as `wc -l` counts them: they only fall, but for what a new capability is given.
 BUDGET = {
     "lora": 3_946,
-    "gpt2": 6_934,
+    "gpt2": 6_935,
     "scripts": 4_213,
-    "tests": 20_352,
+    "tests": 20_487,
     "benchmarks": 2_696,
 }
 MOST_LINES = {"lora": 400, "gpt2": 400, "scripts": 400, "tests": 700, "benchmarks": 400}
@@ -245,7 +245,13 @@ def test_the_house_keeps_its_budget(package):
         assert sum(not line.strip() for line in whole.splitlines()) / total >= 0.95 * blank
         assert package == "scripts" or "fmt: off" not in whole
         assert package == "scripts" or "fmt: skip" not in whole
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 399
+
+
+def test_the_readme_prints_the_budget():
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= 399
+    shown = [f"{package} {BUDGET[package]:,}" for package in ("lora", "gpt2", "scripts")]
+    assert f"Lines of\nPython: {', '.join(shown)};" in readme
 
 
 CORE = ["layer", "config", "layout", "tree", "targets", "injection", "bank", "merging"]
@@ -253,7 +259,7 @@ CORE = ["layer", "config", "layout", "tree", "targets", "injection", "bank", "me
 
 def test_the_core_of_lora_is_read_in_an_afternoon():
     sizes = {name: (ROOT / "lora" / f"{name}.py").read_text().count("\n") for name in CORE}
-    assert sum(sizes.values()) <= 1_750
+    assert sum(sizes.values()) <= 1_743
 
 
 def rooms_imported(file: Path) -> set[tuple[str, ...]]:
