@@ -21,7 +21,7 @@ search: $(VENV)/.search
 	$(BIN)/python scripts/search.py
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.check
 	$(BIN)/ruff check .

@@ -273,7 +273,7 @@ def test_a_signal_saves_the_step_it_met_and_others_change_nothing(
     assert signal.getsignal(kill) == before
 
 
-def test_a_second_ctrl_c_ends_a_script_whose_saving_hangs(tmp_path):
+def test_a_second_ctrl_c_ends_a_script_whose_saving_hangs(heeded, tmp_path):
     hangs = tmp_path / "hangs.py"
     hangs.write_text(
         "import sys, time\n"

@@ -491,7 +491,7 @@ def test_ranks_above_a_side_do_not_widen_the_room(script, made):
 def test_slots_that_do_not_fit_in_memory_are_refused_with_what_fits(
     tiny, tmp_path, script, capsys, monkeypatch
 ):
-    monkeypatch.setattr(script("tuner.waves"), "available", lambda device: 600 << 10)
+    monkeypatch.setattr(script("tuner.waves"), "available", lambda device: 400 << 10)
     place = tmp_path / "run"
     assert script("search").main([*tiny, "--res_path", str(place)]) == 2
     said = capsys.readouterr().err

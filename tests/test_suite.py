@@ -19,7 +19,7 @@ def test_of_a_script(script):
     def body(_):
         print("started", file=sys.__stdout__, flush=True)
         time.sleep(60)
-    assert script("guard").guarded(body)([]) in (130, 143)
+    assert script("cli.guard").guarded(body)([]) in (130, 143)
 
 def test_that_comes_next():
     print("next", file=sys.__stdout__, flush=True)

@@ -39,7 +39,7 @@ def locate(name: str | Path) -> tuple[Path, Path]:
 
         return Path(hf_hub_download(name, CONFIG)), Path(hf_hub_download(name, WEIGHTS))
     if missing := [file for file in (CONFIG, WEIGHTS) if not (folder / file).is_file()]:
-        message = f"{folder / missing[-1]} is missing."
+        message = f"{folder / missing[0]} is missing."
         for file, reason in _OTHER_FORMATS.items():
             if (folder / file).exists():
                 message = f"{message} There is {file}: {reason}."
