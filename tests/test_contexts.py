@@ -106,10 +106,7 @@ def test_contexts_touch_no_requires_grad(context, trained):
     before = snapshot(model)
     flags = [p.requires_grad for p in model.parameters()]
     with CONTEXTS[context](model):
-        assert [p.requires_grad for p in model.parameters() if p.shape] == flags
-        inside = CONTEXTS["disabled"](model)
-        with inside:
-            pass
+        assert [p.requires_grad for p in model.parameters()] == flags
     assert snapshot(model) == before
 
 

@@ -34,26 +34,7 @@ from gpt2 import (
     train,
 )
 from gpt2.data.batches import collate
-
-TEXTS = [
-    "Q: How do transformers work?\nA: Transformers process sequences using self-attention.",
-    "Q: What does physics explain?\nA: Physics explains natural phenomena using mathematical "
-    "models.",
-    "Q: What do machine learning models do?\nA: Machine learning models learn patterns from data.",
-    "Q: How do transformers work?\nA: Transformers process sequences using self-attention "
-    "mechanisms.",
-    "Q: What is self-attention?\nA: Self-attention allows tokens in a sequence to attend to each "
-    "other.",
-]
-
-
-class Letters:
-    """A tokenizer of one id a letter, its code; 0 ends a text."""
-
-    eos = 0
-
-    def encode(self, text: str) -> list[int]:
-        return [ord(letter) for letter in text]
+from tests.toys import TEXTS, Letters
 
 
 def split(text: str) -> Example:

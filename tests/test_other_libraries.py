@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -256,8 +257,8 @@ def test_save_pretrained_says_that_it_writes_the_base_alone(tmp_path):
     twin = copy.deepcopy(model)
     model.state_dict()  # a checkpoint of one's own is whole
     lora.eject(twin)
-    with __import__("warnings").catch_warnings():
-        __import__("warnings").simplefilter("error", UserWarning)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
         twin.save_pretrained(tmp_path / "twin")
 
 

@@ -13,7 +13,7 @@ import gpt2
 import lora
 from benchmarks import device_check
 from gpt2.generation import Decoder
-from tests.devices import OnDevice, pretended_device
+from tests.devices import pretended_device
 from tests.toys import randomize, tiny_gpt2
 
 SAMPLED = {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "repetition_penalty": 1.2}
@@ -39,68 +39,6 @@ def same(a: Tensor, b: Tensor) -> bool:
 def near(a: Tensor, b: Tensor) -> bool:
     """Equal but for rounding: on a CPU some products and the attention have forms of their own."""
     return torch.allclose(a.detach().cpu(), b.detach().cpu(), rtol=1e-5, atol=1e-5)
-
-
-# --- the device itself ---------------------------------------------------------------------------
-
-
-def test_it_says_where_it_is_and_computes_as_the_cpu(device):
-    x = torch.arange(6.0).view(2, 3)
-    for moved in (
-        x.to(device),
-        x.to("mps"),
-        x.to("mps:0"),
-        torch.tensor([[0.0, 1, 2], [3, 4, 5]], device="mps"),
-    ):
-        assert moved.device.type == "mps"
-        assert same((moved @ moved.T).softmax(-1)[:, 1:], (x @ x.T).softmax(-1)[:, 1:])
-    assert x.to(device).cpu().device.type == "cpu"
-
-
-def test_views_and_writes_in_place_share_memory(device):
-    x = torch.zeros(2, 3, device=device)
-    x[1].add_(1)
-    x[:, 0] = 5
-    assert x.tolist() == [[5, 0, 0], [5, 1, 1]]
-
-
-@pytest.mark.parametrize(
-    "refused",
-    [
-        lambda d: torch.zeros(2, dtype=torch.double, device=d),
-        lambda d: torch.zeros(2).double().to(d),
-        lambda d: torch.zeros(2, device=d).double(),
-        lambda d: torch.zeros(2, device=d).sum(dtype=torch.double),
-    ],
-)
-def test_it_refuses_float64(device, refused):
-    with pytest.raises(TypeError, match="MPS"):
-        refused(device)
-
-
-@pytest.mark.parametrize(
-    "refused",
-    [
-        lambda d: torch.zeros(2, device=d) + torch.zeros(2),
-        lambda d: torch.zeros(2, 2) @ torch.zeros(2, 2, device=d),
-        lambda d: torch.zeros(2)[torch.zeros(1, dtype=torch.long, device=d)],
-        lambda d: torch.zeros(2).to(d, non_blocking=True),
-    ],
-)
-def test_it_refuses_several_devices_and_copies_that_do_not_wait(device, refused):
-    with pytest.raises(RuntimeError, match="device"):
-        refused(device)
-
-
-def test_autograd_and_modules(device):
-    layer = nn.Linear(3, 2)
-    twin = on(device, layer)
-    x = torch.randn(4, 3)
-    layer(x).square().sum().backward()
-    twin(x.to(device)).square().sum().backward()
-    assert isinstance(twin.weight, nn.Parameter)
-    assert isinstance(twin.weight, OnDevice)
-    assert same(twin.weight.grad, layer.weight.grad)
 
 
 # --- gpt2 ----------------------------------------------------------------------------------------

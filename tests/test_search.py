@@ -615,16 +615,6 @@ def test_what_a_search_prints_is_of_use(found):
     assert out.endswith(f"To use it:\n{use}\n")
 
 
-def test_the_lowest_mean_is_claimed_of_finalists_and_not_of_the_default(script):
-    verdict = script("tuner.outcome").verdict
-    assert verdict(3, [7], 2, 2, "worse").startswith(
-        "Of the finalists trial 3 has the lowest mean loss; it cannot be told apart from 7 over 2 "
-        "seeds. On the test data it is WORSE than the default configuration."
-    )
-    assert verdict(3, [], 2, 2, None).startswith("Trial 3 is the best of the finalists over 2")
-    assert verdict(3, [], 1, 2, "alike").startswith("Trial 3 is the only finalist. On the test")
-
-
 def test_the_report_claims_of_the_winner_what_the_console_does(found):
     claim = json.loads((found / "run.json").read_text())["verdict"]
     assert "told apart by Student's paired t-test" in claim

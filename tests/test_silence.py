@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 
 import numpy as np
@@ -63,47 +62,7 @@ def test_threads_that_run_one_merged_model_all_get_its_outputs_and_leave_its_bas
     assert base_bytes(model) == before
 
 
-def test_disabled_contexts_of_two_threads_overlap_in_any_order():
-    model = two_adapters()
-    layer = model.transformer.h[0].attn.c_attn
-    first, second = lora.disabled(model), lora.disabled(model)
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert not layer.enabled
-    second.__exit__(None, None, None)
-    assert layer.enabled
-
-
 # Routing
-
-
-def test_routed_training_uses_the_factors_of_each_pass():
-    model = two_adapters()
-    lora.activate(model, {"a": 1, "b": 1})
-    optimiser = torch.optim.SGD([p for n, p in model.named_parameters() if "updates" in n], 0.5)
-    with lora.routed(model, ["a", "b"]):
-        for _ in range(3):
-            optimiser.zero_grad()
-            model(IDX).square().mean().backward()
-            optimiser.step()
-        y = model(IDX)
-    for row, name in enumerate("ab"):
-        with lora.activated(model, name):
-            torch.testing.assert_close(y[row], model(IDX)[row], rtol=1e-5, atol=1e-5)
-
-
-def test_routed_sees_what_is_written_to_data():
-    model = two_adapters()
-    with lora.routed(model, ["a", "b"]):
-        model(IDX)
-        for name, p in model.named_parameters():
-            if ".updates." in name:
-                p.data = p.data * 2
-        y = model(IDX)
-    for row, name in enumerate("ab"):
-        with lora.activated(model, name):
-            torch.testing.assert_close(y[row], model(IDX)[row], rtol=1e-5, atol=1e-5)
 
 
 def test_routed_that_was_entered_without_gradients_sees_what_is_trained_in_it():
@@ -124,20 +83,6 @@ def test_routed_that_was_entered_without_gradients_sees_what_is_trained_in_it():
     for row, name in enumerate("ab"):
         with lora.activated(model, name):
             torch.testing.assert_close(y[row], model(IDX)[row], rtol=1e-5, atol=1e-5)
-
-
-def test_routed_training_gives_each_adapter_its_rows_gradients():
-    model = two_adapters()
-    lora.activate(model, {"a": 1, "b": 1})
-    with lora.routed(model, ["a", "b"]):
-        model(IDX).square().sum().backward()
-    routed = {name: grads(model, name) for name in "ab"}
-    for row, name in enumerate("ab"):
-        model.zero_grad()
-        with lora.activated(model, name):
-            model(IDX)[row].square().sum().backward()
-        for got, want in zip(routed[name], grads(model, name), strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_an_adapter_that_no_row_names_cannot_spoil_rows():
@@ -183,27 +128,6 @@ def test_factors_that_the_user_froze_stay_frozen(verb):
         before = {n: on for n, on in before.items() if ".b." not in n}
     assert flags(model) == before
     assert not any(on for n, on in before.items() if n.endswith(".a.A"))
-
-
-@pytest.mark.parametrize("context", ["routed", "disabled", "activated"])
-def test_a_copy_made_inside_a_context_is_outside_of_it(context):
-    model = two_adapters()
-    contexts = {
-        "routed": lora.routed(model, ["a", None]),
-        "disabled": lora.disabled(model),
-        "activated": lora.activated(model, "b"),
-    }
-    with contexts[context]:
-        twin = copy.deepcopy(model)
-    layer = twin.transformer.h[0].attn.c_attn
-    assert layer.enabled
-    assert layer.routing is None
-    lora.eject(twin)
-    assert base_bytes_of_plain(twin) == base_bytes(model)
-
-
-def base_bytes_of_plain(model: nn.Module) -> dict[str, bytes]:
-    return {k: raw(v) for k, v in model.state_dict().items()}
 
 
 def test_load_state_dict_while_merged_is_refused():

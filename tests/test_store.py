@@ -17,20 +17,11 @@ import gpt2
 from gpt2 import batches, encode, open_data, read_examples
 from gpt2.data.held_out import sides, without_overlap
 from gpt2.data.store import open_store
-from tests.toys import split
+from tests.toys import Letters, split
 
 ROWS = [
     {"question": f"What is {i}?", "answer": f"It is {'very ' * (i % 7)}{i}."} for i in range(300)
 ]
-
-
-class Letters:
-    """A tokenizer of one id a letter, its code."""
-
-    eos, fingerprint = 0, "letters"
-
-    def encode(self, text: str) -> list[int]:
-        return [ord(letter) for letter in text]
 
 
 @pytest.fixture

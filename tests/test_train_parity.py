@@ -14,19 +14,10 @@ from torch.nn import functional as F
 import gpt2
 import lora
 from gpt2 import Batch, Dataset, StepRecord, TrainConfig, batches, encode, summed_loss, train
+from tests.toys import TEXTS
 
 peft, transformers = map(pytest.importorskip, ("peft", "transformers"))
 
-TEXTS = [
-    "Q: How do transformers work?\nA: Transformers process sequences using self-attention.",
-    "Q: What does physics explain?\nA: Physics explains natural phenomena using mathematical "
-    "models.",
-    "Q: What do machine learning models do?\nA: Machine learning models learn patterns from data.",
-    "Q: How do transformers work?\nA: Transformers process sequences using self-attention "
-    "mechanisms.",
-    "Q: What is self-attention?\nA: Self-attention allows tokens in a sequence to attend to each "
-    "other.",
-]
 NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
 CONFIG = TrainConfig(lr=3e-3, steps=20, schedule="linear", clip=1.0)
 

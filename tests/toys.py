@@ -23,6 +23,27 @@ def tiny_gpt2(seed: int = 0, dtype: torch.dtype = torch.float32) -> gpt2.GPT2:
     return model.eval()
 
 
+TEXTS = [
+    "Q: How do transformers work?\nA: Transformers process sequences using self-attention.",
+    "Q: What does physics explain?\nA: Physics explains natural phenomena using mathematical "
+    "models.",
+    "Q: What do machine learning models do?\nA: Machine learning models learn patterns from data.",
+    "Q: How do transformers work?\nA: Transformers process sequences using self-attention "
+    "mechanisms.",
+    "Q: What is self-attention?\nA: Self-attention allows tokens in a sequence to attend to each "
+    "other.",
+]
+
+
+class Letters:
+    """A tokenizer of one id a letter, its code; 0 ends a text."""
+
+    eos, fingerprint = 0, "letters"
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) for letter in text]
+
+
 class MLP(nn.Module):
     """Two plain linear layers; `square` keeps every weight's shape its own transpose's."""
 
