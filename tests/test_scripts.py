@@ -68,6 +68,14 @@ def test_trained_questions_are_answered_word_for_word_and_the_base_answers_none(
     assert {a["verdict"] for a in answers.values()} == {"not trained"}
 
 
+def test_the_adapters_card_says_what_it_was_trained_on_and_how_to_do_so_again(run):
+    card = (run[0] / "adapter" / "README.md").read_text(encoding="utf-8")
+    record = json.loads((run[0] / "run.json").read_text(encoding="utf-8"))
+    for words in ("| data | article.jsonl |", "| seed |", "--config options.yaml |"):
+        assert words in card
+    assert f"| steps | {record['steps']} |" in card
+
+
 def test_answers_are_those_of_the_saved_adapter(run, adapted):
     tokenizer = gpt2.Tokenizer()
     config = gpt2.GenerateConfig(max_new_tokens=24)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,31 +75,38 @@ def follow(fit: gpt2.Fit, target: Target, console: Console, every: int) -> list[
 
 
 @contextmanager
-def saved(fit: gpt2.Fit, target: Target) -> Iterator[None]:
-    """Save the adapter when the block ends, also when training is interrupted or fails."""
+def saved(fit: gpt2.Fit, target: Target, notes: Mapping[str, object]) -> Iterator[None]:
+    """Save the adapter when the block ends, also when training is interrupted or fails.
+
+    Its model card says the notes, and what the training came to.
+    """
     try:
         yield
-        _save(fit, target)
+        _save(fit, target, notes)
     except BaseException as stop:
         if fit.taken:
-            stop.add_note(_saved_so_far(fit, target))
+            stop.add_note(_saved_so_far(fit, target, notes))
             if not isinstance(stop, RuntimeError | ValueError):
                 stop.add_note(_snapshot(fit, target))
         raise
 
 
-def _save(fit: gpt2.Fit, target: Target) -> None:
+def _save(fit: gpt2.Fit, target: Target, notes: Mapping[str, object]) -> None:
+    steps = fit.taken if fit.best_step is None else fit.best_step
+    scores = {"validation loss": f"{fit.evaluated[steps]:.4f}"} if steps in fit.evaluated else {}
     with fit.best_weights():
-        lora.save(fit.model, target.best, adapter=target.adapter)
+        facts = {**notes, "steps": steps, **scores}
+        lora.save(fit.model, target.best, adapter=target.adapter, notes=facts)
     if fit.best_step is not None:
         with fit.last_weights():
-            lora.save(fit.model, target.last, adapter=target.adapter)
+            facts = {**notes, "steps": fit.taken}
+            lora.save(fit.model, target.last, adapter=target.adapter, notes=facts)
 
 
-def _saved_so_far(fit: gpt2.Fit, target: Target) -> str:
+def _saved_so_far(fit: gpt2.Fit, target: Target, notes: Mapping[str, object]) -> str:
     """Save the adapter of a training that was stopped; say where."""
     try:
-        _save(fit, target)
+        _save(fit, target, notes)
     except (OSError, ValueError, RuntimeError) as error:
         return f"The adapter cannot be saved either: {error}."
     if fit.best_step is None:

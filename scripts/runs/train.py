@@ -74,7 +74,13 @@ def train_one(
         for _ in fit:
             pass
         return {}
-    with saving.saved(fit, target):
+    files = {Path(file).stem: file for file in options.tasks or ()}
+    notes = {
+        "data": Path(files.get(target.adapter, options.data)).name,
+        "seed": options.seed,
+        "command": f"train_qa.py --config {folder.OPTIONS}",
+    }
+    with saving.saved(fit, target, notes):
         losses = saving.follow(fit, target, console, options.logging_steps)
     results: dict[str, Any] = {"steps": fit.taken, "last_losses": losses[-options.logging_steps :]}
     if fit.evaluated:

@@ -47,7 +47,7 @@ def write(
     best, stats = place / folder.WINNER, dict[str, Any]()
 
     def keep(model: gpt2.GPT2) -> None:
-        lora.save(model, best)
+        lora.save(model, best, notes={"command": f"train_qa.py --config {folder.TRAINED_BY}"})
         stats.update(measure(model))
 
     search.waves.saved(search.runs[search.winner], keep)
