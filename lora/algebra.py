@@ -1,8 +1,8 @@
 """Arithmetic on adapters as values: exact sums, and lower ranks with the error that they cost.
 
-An adapter here is a value: for each layer's path a pair of factors, in float64 and with the scaling
-folded into B, so that the layer's delta is `B A` and nothing else. Values come from `factors` (a
-model), `read` (a folder) or `extract` (a tuned model); `implant` puts one on a model.
+An adapter here is a value: for each layer's path a pair of factors in float64, with the scaling
+folded into B. Values come from `factors` (a model), `read` (a folder) or `extract` (a tuned model);
+`implant` puts one on a model.
 
 Shapes: A `(r, in)`, B `(out, r)`, delta `(out, in)`.
 """
@@ -10,9 +10,10 @@ Shapes: A `(r, in)`, B `(out, r)`, delta `(out, in)`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,25 +21,13 @@ from torch import Tensor, nn
 from lora.config import LoRAConfig, Names, UpdateConfig
 from lora.disk import checkpoint
 from lora.injection import attach, build, generator, require_rank
-from lora.layout import out_in_view, why_not_adaptable
+from lora.layout import out_in_view
 from lora.targets import find_targets
 from lora.tree import listed, survey, survey_adapted
 
-__all__ = [
-    "Approximation",
-    "Factors",
-    "add",
-    "approximate",
-    "compress",
-    "dare",
-    "extract",
-    "factors",
-    "implant",
-    "read",
-    "scale",
-    "subtract",
-    "ties",
-]
+T = TypeVar("T")
+Triplets = tuple[Tensor, Tensor, Tensor]
+"""An SVD: `(out, n)`, `(n,)`, `(n, in)`."""
 
 
 @dataclass(frozen=True)
@@ -94,15 +83,15 @@ def read(folder: str | Path) -> dict[str, Factors]:
     Raises:
         FileNotFoundError, ValueError: as `lora.load`, as far as the folder alone can tell.
     """
-    saved = checkpoint.read(folder)
-    if more := [*saved.tensors.copies, *saved.tensors.beside]:
+    config, tensors, _ = checkpoint.read(folder)
+    if more := [*tensors.copies, *tensors.beside]:
         raise ValueError(f"{folder} holds more than factors: {listed(more)}.")
     values: dict[str, Factors] = {}
-    for path, pair in saved.tensors.factors.items():
+    for path, pair in tensors.factors.items():
         if missing := {"A", "B"} - pair.keys():
             raise ValueError(f"{folder}: {path} has no lora_{missing.pop()}.")
         a, b = pair["A"].double(), pair["B"].double()
-        values[path] = Factors(a, b * saved.config.update_config(path, len(a)).scaling)
+        values[path] = Factors(a, b * config.update_config(path, len(a)).scaling)
     return values
 
 
@@ -127,13 +116,12 @@ def implant(model: nn.Module, value: Adapter, adapter: str = "default") -> list[
     updates: dict[str, nn.Module] = {}
     faults: list[str] = [] if value else ["the adapter is empty"]
     for path, pair in value.items():
-        base = tree.bases.get(path)
         try:
-            if reason := "no such layer here" if base is None else why_not_adaptable(base):
-                raise ValueError(reason)
-            require_rank(tree.bases[path], pair.r)
             config = UpdateConfig(r=pair.r, alpha=pair.r, dropout=0.0)
+            if path not in tree.bases:
+                raise ValueError("no such layer here")
             updates[path] = build(tree.bases[path], config, pair.A, pair.B)
+            require_rank(tree.bases[path], pair.r)
         except ValueError as error:
             faults.append(f"{path}: {error}")
     if faults:
@@ -177,13 +165,14 @@ def compress(value: Adapter, r: int) -> Approximation:
     Raises:
         ValueError: `r` is below 1. torch.linalg.LinAlgError: values that are not finite.
     """
-    pairs: dict[str, tuple[Factors, float]] = {}
-    for path, pair in value.items():
+
+    def svd(pair: Factors) -> Triplets:
         q_out, r_out = torch.linalg.qr(pair.B.double())  # (out, r)(r, r)
         q_in, r_in = torch.linalg.qr(pair.A.double().T)  # (in, r)(r, r)
         u, s, vt = torch.linalg.svd(r_out @ r_in.T, full_matrices=False)
-        pairs[path] = _truncate(q_out @ u, s, vt @ q_in.T, r)
-    return _approximation(pairs)
+        return q_out @ u, s, vt @ q_in.T
+
+    return _truncated(value, svd, r)
 
 
 def approximate(changes: Mapping[str, Tensor], r: int) -> Approximation:
@@ -196,11 +185,11 @@ def approximate(changes: Mapping[str, Tensor], r: int) -> Approximation:
     Raises:
         ValueError: `r` is below 1. torch.linalg.LinAlgError: values that are not finite.
     """
-    pairs: dict[str, tuple[Factors, float]] = {}
-    for path, delta in changes.items():
-        u, s, vt = torch.linalg.svd(delta.cpu().double(), full_matrices=False)
-        pairs[path] = _truncate(u, s, vt, r)
-    return _approximation(pairs)
+
+    def svd(delta: Tensor) -> Triplets:
+        return torch.linalg.svd(delta.cpu().double(), full_matrices=False)
+
+    return _truncated(changes, svd, r)
 
 
 def extract(
@@ -245,13 +234,12 @@ def ties(
 
     Source: Yadav et al. 2023, "TIES-Merging: Resolving Interference When Merging Models".
     """
-
-    def merge(_: str, changes: list[Tensor]) -> Tensor:
+    merged: dict[str, Tensor] = {}
+    for path, changes in _deltas(values, density, weights):
         trimmed = torch.stack([_largest(change, density) for change in changes])
         agreeing = trimmed * (trimmed.sign() == trimmed.sum(0).sign())
-        return agreeing.sum(0) / agreeing.count_nonzero(0).clamp(min=1)
-
-    return _merged(values, density, weights, merge)
+        merged[path] = agreeing.sum(0) / agreeing.count_nonzero(0).clamp(min=1)
+    return merged
 
 
 def dare(
@@ -267,31 +255,26 @@ def dare(
 
     Source: Yu et al. 2024, "Language Models are Super Mario", section 3.
     """
-
-    def merge(path: str, changes: list[Tensor]) -> Tensor:
+    merged: dict[str, Tensor] = {}
+    for path, changes in _deltas(values, density, weights):
         draws = generator(seed, path)  # so that the order of layers does not matter
         kept = [torch.rand(c.shape, generator=draws, device="cpu") < density for c in changes]
-        return torch.stack([c * k / density for c, k in zip(changes, kept, strict=True)]).sum(0)
+        merged[path] = (torch.stack(changes) * torch.stack(kept) / density).sum(0)
+    return merged
 
-    return _merged(values, density, weights, merge)
 
-
-def _merged(
-    values: Sequence[Adapter],
-    density: float,
-    weights: Sequence[float] | None,
-    merge: Callable[[str, list[Tensor]], Tensor],
-) -> dict[str, Tensor]:
-    """Apply `merge` to the weighted deltas of each layer."""
+def _deltas(
+    values: Sequence[Adapter], density: float, weights: Sequence[float] | None
+) -> Iterator[tuple[str, list[Tensor]]]:
+    """The weighted deltas of each layer."""
     if not 0 < density <= 1:
         raise ValueError(f"density must be in (0, 1], got {density}.")
     weights = [1.0] * len(values) if weights is None else weights
     if len(weights) != len(values):
         raise ValueError(f"Give as many weights as adapters: {len(weights)} for {len(values)}.")
     scaled = [scale(value, weight) for value, weight in zip(values, weights, strict=True)]
-    return {
-        path: merge(path, [q.delta() for q in pairs]) for path, pairs in _by_path(scaled).items()
-    }
+    for path, pairs in _by_path(scaled).items():
+        yield path, [pair.delta() for pair in pairs]
 
 
 def _by_path(values: Sequence[Adapter]) -> dict[str, list[Factors]]:
@@ -315,21 +298,17 @@ def _largest(change: Tensor, density: float) -> Tensor:
     return torch.zeros_like(flat).index_copy(0, kept, flat[kept]).view_as(change)
 
 
-def _truncate(u: Tensor, s: Tensor, vt: Tensor, r: int) -> tuple[Factors, float]:
-    """The `r` largest singular triplets, shared evenly between A and B, and what is lost."""
+def _truncated(values: Mapping[str, T], svd: Callable[[T], Triplets], r: int) -> Approximation:
+    """The `r` largest singular triplets of each, shared evenly between A and B."""
     if r < 1:
         raise ValueError(f"r must be at least 1, got {r}.")
-    root = s[:r].sqrt()
-    total = float(s.square().sum())
-    error = math.sqrt(float(s[r:].square().sum()) / total) if total else 0.0
-    return Factors(root[:, None] * vt[:r], u[:, :r] * root), error
-
-
-def _approximation(pairs: Mapping[str, tuple[Factors, float]]) -> Approximation:
-    return Approximation(
-        {path: pair for path, (pair, _) in pairs.items()},
-        {path: error for path, (_, error) in pairs.items()},
-    )
+    kept = Approximation({}, {})
+    for path, value in values.items():
+        u, s, vt = svd(value)
+        root, total = s[:r].sqrt(), float(s.square().sum())
+        kept.adapter[path] = Factors(root[:, None] * vt[:r], u[:, :r] * root)
+        kept.errors[path] = math.sqrt(float(s[r:].square().sum()) / total) if total else 0.0
+    return kept
 
 
 def _weight(base: nn.Module) -> Tensor:

@@ -20,19 +20,17 @@ Mixture = str | Mapping[str, float]
 def adapters(model: nn.Module) -> dict[str, dict[str, UpdateConfig]]:
     """Every adapter by name, with the config of each of its layers by dotted path."""
     tree = survey_adapted(model)
-    return {
-        name: {
-            path: layer.update(name).config
-            for path, layer in tree.layers.items()
-            if name in layer.updates
-        }
-        for name in tree.adapters
-    }
+    configs: dict[str, dict[str, UpdateConfig]] = {name: {} for name in tree.adapters}
+    for path, layer in tree.layers.items():
+        for name in layer.updates:
+            configs[name][path] = layer.update(name).config
+    return configs
 
 
 def active(model: nn.Module) -> dict[str, float]:
     """The adapters in force, each with the weight of its updates in the sum."""
-    return active_in(survey_adapted(model))
+    modules = survey_adapted(model).adapted.values()
+    return {name: weight for module in modules for name, weight in module.active.items()}
 
 
 def activate(model: nn.Module, mixture: Mixture) -> None:
@@ -70,7 +68,7 @@ def activated(model: nn.Module, mixture: Mixture) -> Generator[None]:
     """
     tree = survey_adapted(model)
     tree.require_settled()
-    weights, before = as_mixture(mixture, tree), active_in(tree)
+    weights, before = as_mixture(mixture, tree), active(model)
     for module in tree.adapted.values():
         module.activate(weights)
     try:
@@ -101,7 +99,9 @@ def remove(model: nn.Module, adapter: str) -> list[str]:
     tree.require_settled()
     carrying = tree.carrying(adapter)
     for module in carrying.values():
-        module.drop(adapter)
+        module.activate({n: w for n, w in module.active.items() if n != adapter})
+        module.resting.pop(adapter, None)
+        del module.updates[adapter]
     detach(tree, {p: module for p, module in carrying.items() if not len(module.updates)})
     return list(carrying)
 
@@ -117,40 +117,26 @@ def disabled(model: nn.Module) -> Generator[None]:
     """
     modules = list(survey_adapted(model).adapted.values())
     for module in modules:
-        module.pause(1)
+        module.pauses += 1
     try:
         yield
     finally:
         for module in modules:
-            module.pause(-1)
-
-
-def active_in(tree: Tree) -> dict[str, float]:
-    """As `active`, of a model that has been surveyed."""
-    return {n: w for module in tree.adapted.values() for n, w in module.active.items()}
+            module.pauses -= 1
 
 
 def as_mixture(mixture: Mixture, tree: Tree) -> dict[str, float]:
-    """The mixture as names with weights.
-
-    Raises:
-        ValueError: listing each name that the model does not carry, and each weight that is not a
-            finite number.
-    """
+    """The mixture as names with weights."""
     if not isinstance(mixture, str | Mapping):
         raise ValueError(f"Give an adapter's name, or names with weights, not {mixture!r:.80}.")
     given = {mixture: 1.0} if isinstance(mixture, str) else mixture
     weights = {name: as_number(weight) for name, weight in given.items()}
-    faults = [
-        f"no adapter {name!r} here ({tree.named()})"
-        for name in weights
-        if name not in tree.adapters
-    ]
-    faults += [
-        f"the weight of {name!r} must be a finite number, got {weight}"
-        for name, weight in weights.items()
-        if not math.isfinite(weight)
-    ]
+    faults: list[str] = []
+    for name, weight in weights.items():
+        if name not in tree.adapters:
+            faults.append(f"no adapter {name!r} here ({tree.named()})")
+        if not math.isfinite(weight):
+            faults.append(f"the weight of {name!r} must be a finite number, got {weight}")
     for path, module in tree.copies.items():
         mixed = [name for name in weights if name in module.updates]
         if len(mixed) > 1 or any(weights[name] != 1 for name in mixed):

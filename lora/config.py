@@ -80,7 +80,7 @@ class UpdateConfig:
     rslora: bool = False
 
     def __post_init__(self) -> None:
-        _check_sizes(self)
+        _settle(self)
 
     @property
     def scaling(self) -> float:
@@ -140,13 +140,7 @@ class LoRAConfig:
     dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        _check_sizes(self)
-        _convert(self, "a name or several", as_names, "targets", "exclude", "modules_to_save")
-        _convert(self, "block numbers", as_numbers, "layers")
-        _convert(self, "ranks by suffix", _mapped(operator.index), "rank_pattern")
-        _convert(self, "numbers by suffix", _mapped(as_number), "alpha_pattern")
-        _convert(self, "names, or sizes by name", _as_slices, "slices")
-        _convert(self, "an integer", operator.index, "seed")
+        _settle(self)
         if not self.targets and not self.modules_to_save:
             raise ValueError("targets must name at least one layer.")
 
@@ -169,30 +163,35 @@ def as_numbers(numbers: int | Iterable[int]) -> tuple[int, ...]:
     return tuple(map(operator.index, numbers if isinstance(numbers, Iterable) else (numbers,)))
 
 
-def _as_slices(slices: Slices) -> Slices:
-    return dict(slices) if isinstance(slices, Mapping) else as_names(slices)
+_INTEGER, _NUMBER = ("an integer", operator.index), ("a number", as_number)
+_NAMES = ("a name or several", as_names)
+_MEANINGS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "r": _INTEGER,
+    "alpha": _NUMBER,
+    "dropout": _NUMBER,
+    "rslora": ("true or false", bool),
+    "targets": _NAMES,
+    "exclude": _NAMES,
+    "modules_to_save": _NAMES,
+    "layers": ("block numbers", as_numbers),
+    "rank_pattern": ("ranks by suffix", lambda p: {k: operator.index(v) for k, v in p.items()}),
+    "alpha_pattern": ("numbers by suffix", lambda p: {k: as_number(v) for k, v in p.items()}),
+    "slices": ("names or sizes", lambda s: dict(s) if isinstance(s, Mapping) else as_names(s)),
+    "seed": _INTEGER,
+}
 
 
-def _mapped(convert: Callable[[Any], Any]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    return lambda pattern: {key: convert(value) for key, value in pattern.items()}
-
-
-def _convert(config: Any, wanted: str, convert: Callable[[Any], Any], *names: str) -> None:
-    """Convert fields to the type that they mean; None stays None where it is the default."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None or getattr(type(config), name, 0) is not None:
-            try:
-                object.__setattr__(config, name, convert(value))
-            except (TypeError, ValueError, AttributeError):
-                raise ValueError(f"{name} must be {wanted}, got {value!r:.120}.") from None
-
-
-def _check_sizes(config: UpdateConfig | LoRAConfig) -> None:
-    """Convert and check the fields that both configs have."""
-    _convert(config, "an integer", operator.index, "r")
-    _convert(config, "a number", as_number, "alpha", "dropout")
-    _convert(config, "true or false", bool, "rslora")
+def _settle(config: UpdateConfig | LoRAConfig) -> None:
+    """Convert each field to the type that it means, and check the sizes."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if f.name not in _MEANINGS or (value is None and f.default is None):
+            continue
+        wanted, convert = _MEANINGS[f.name]
+        try:
+            object.__setattr__(config, f.name, convert(value))
+        except (TypeError, ValueError, AttributeError):
+            raise ValueError(f"{f.name} must be {wanted}, got {value!r:.120}.") from None
     faults: list[str] = []
     if config.r < 1:
         faults.append(f"r must be at least 1, got {config.r}")

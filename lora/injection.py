@@ -1,4 +1,4 @@
-"""Adapters onto a model and off it: inject and eject; draw, build, attach and detach below them."""
+"""Adapters onto a model and off it: inject and eject."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lora.config import LoRAConfig, UpdateConfig
 from lora.copies import ModuleCopy, whole_copy
-from lora.layer import Adapted, EmbeddingUpdate, LoRALinear, LowRankUpdate
-from lora.layout import is_hooked, out_in_view
+from lora.layer import Adapted, EmbeddingUpdate, LoRALinear, LowRankUpdate, why_not_usable
+from lora.layout import is_hooked, out_in_view, why_not_adaptable
 from lora.merging import fold, keep_folded
 from lora.slices import SlicedUpdate, spans_of
 from lora.targets import by_pattern, find_targets, fits
@@ -41,21 +41,18 @@ def inject(
     Args:
         model: any module that holds `nn.Linear`, Conv1D or `nn.Embedding` layers below it.
         config: what the adapter is made of; or its fields as keywords, as in
-            `inject(model, r=8, alpha=16)`. See `lora.LoRAConfig` for them and their defaults.
+            `inject(model, r=8, alpha=16)`.
         adapter: the new adapter's name; a model can carry several.
-        settings: r, alpha, dropout, targets, exclude, layers, rank_pattern, alpha_pattern, slices,
-            rslora, modules_to_save, seed, dtype; see `lora.LoRAConfig`.
+        settings: fields of `lora.LoRAConfig`.
 
     Returns:
-        The dotted paths of the adapted layers. A module that stands under several paths is
-        adapted once, and each of its paths is given.
+        The dotted paths of the adapted layers; of a module with several paths, each of them.
 
     Raises:
         TypeError: a keyword that is no field of `lora.LoRAConfig`.
         ValueError: an argument out of range, a target that matches no layer, a rank too large, a
             name that is taken, a shared weight.
         RuntimeError: the model is merged, routed, sharded, or wrapped in DDP.
-        The model is as it was after any error.
     """
     if str(settings.get("task_type")).endswith(("_CLS", "QUESTION_ANS")):
         heads = [name for name in HEADS if hasattr(model, name)] or ["the head's name"]
@@ -80,7 +77,6 @@ def eject(model: nn.Module, *, merge: bool = False) -> list[str]:
     Raises:
         RuntimeError: no adapter here, or the model is merged (unmerge it, or pass `merge=True`).
         ValueError: with `merge=True`, as `lora.merge`.
-        The model is as it was after any error.
     """
     tree = survey_adapted(model)
     if not tree.is_merged:
@@ -92,18 +88,13 @@ def eject(model: nn.Module, *, merge: bool = False) -> list[str]:
     if merge:
         keep_folded(tree)
     detach(tree, tree.adapted)
-    return tree.paths(tree.adapted.values())
+    return tree.paths(tree.adapted)
 
 
 def config_of(
     config: LoRAConfig | None, settings: Mapping[str, Any], default: LoRAConfig | None = None
 ) -> LoRAConfig:
-    """The config given as one, or as keywords that replace fields of a default.
-
-    Raises:
-        TypeError: both are given, or a keyword that `LoRAConfig` does not have.
-        ValueError: as `LoRAConfig`.
-    """
+    """The config given as one, or as keywords that replace fields of a default."""
     if config is None:
         defaults = {} if default is None else {**vars(default), "seed": None}
         return LoRAConfig(**{**defaults, **settings})
@@ -120,11 +111,7 @@ def config_of(
 
 
 def draw(tree: Tree, config: LoRAConfig) -> dict[str, nn.Module]:
-    """All that a config asks for, by path: new updates, and copies of modules.
-
-    Raises:
-        ValueError: listing what does not fit the model.
-    """
+    """All that a config asks for, by path: new updates, and copies of modules."""
     layers = find_targets(tree, config) if config.targets else {}
     if config.slices is not None and not any(layers.values()):
         raise ValueError("slices are given, but no target names any, such as 'c_attn[q,v]'.")
@@ -134,14 +121,14 @@ def draw(tree: Tree, config: LoRAConfig) -> dict[str, nn.Module]:
     updates: dict[str, nn.Module] = {}
     faults: list[str] = []
     for path, names in layers.items():
-        base = tree.bases[path]
+        base, r = tree.bases[path], ranks[path]
         try:
             one = UpdateConfig(
-                r=ranks[path], alpha=alphas[path], dropout=config.dropout, rslora=config.rslora
+                r=r, alpha=alphas[path], dropout=config.dropout, rslora=config.rslora
             )
             spans = spans_of(base, names, config.slices)
-            require_rank(base, one.r, spans)
-            update = _empty(base, one.stacked(max(1, len(spans))), spans, config.dtype)
+            require_rank(base, r, spans)
+            update = _zero_update(base, one.stacked(max(1, len(spans))), spans, config.dtype)
         except ValueError as error:
             faults.append(f"{path}: {str(error).removesuffix('.')}")
         else:
@@ -161,19 +148,22 @@ def build(
     spans: Spans | None = None,
     dtype: torch.dtype | None = None,
 ) -> LowRankUpdate:
-    """An update of `base` with these factors.
+    """An update of `base` with the factors `a` `(r, in)` and `b` `(out, r)`.
 
-    Args:
-        base: the layer that it is for.
-        config: what describes the factors.
-        a, b: `(r, in)` and `(out, r)`.
-        spans: `(start, stop)` of each slice of the output that it adapts, by name; None for all.
-        dtype: of A and B; by default as `lora.inject` chooses it.
-
-    Raises:
-        ValueError: listing what does not fit.
+    `spans` are the slices of the output that it adapts, by name; None stands for all of it.
     """
-    update = _empty(base, config, spans, dtype)
+    if reason := why_not_adaptable(base):
+        raise ValueError(reason)
+    update = _zero_update(base, config, spans, dtype)
+    faults: list[str] = []
+    for name, given, mine in zip("AB", (a, b), update.factors(), strict=True):
+        if given.shape != mine.shape:
+            shapes = f"{tuple(given.shape)}, this layer takes {tuple(mine.shape)}"
+            faults.append(f"lora_{name} is {shapes}")
+        elif reason := why_not_usable(given, mine.dtype):
+            faults.append(f"lora_{name} {reason}")
+    if faults:
+        raise ValueError(", ".join(faults))
     update.set_factors(a, b)
     return update
 
@@ -191,16 +181,7 @@ def require_rank(base: nn.Module, r: int, spans: Spans | None = None) -> None:
 def attach(tree: Tree, adapter: str, updates: Mapping[str, nn.Module]) -> list[str]:
     """Freeze the model, commit the updates to the modules at their paths, and activate them.
 
-    Anything but a `LowRankUpdate` is a copy of the module at its path.
-
-    Returns:
-        Every path of the modules.
-
-    Raises:
-        ValueError: a name that is taken or cannot be one, a layer that cannot carry its update, or
-            a weight that is shared.
-        RuntimeError: the model is merged, routed, disabled or wrapped in DDP.
-        Nothing is changed then.
+    Anything but a `LowRankUpdate` is a copy of the module at its path. Returns all their paths.
     """
     if adapter in tree.adapters:
         raise ValueError(
@@ -213,9 +194,17 @@ def attach(tree: Tree, adapter: str, updates: Mapping[str, nn.Module]) -> list[s
     tree.refuse_ddp()
     if not all(module.enabled for module in tree.adapted.values()):
         raise RuntimeError("The model is disabled. Leave the lora.disabled context first.")
-    wrapped = {path: _wrapped(tree, path, update) for path, update in updates.items()}
-    new = [path for path in updates if path not in tree.adapted]
-    layers = [path for path in new if isinstance(wrapped[path], LoRALinear)]
+    new: dict[str, Adapted] = {}
+    for path, update in updates.items():
+        wrapper = LoRALinear if isinstance(update, LowRankUpdate) else ModuleCopy
+        if path not in tree.adapted:
+            try:
+                new[path] = wrapper(tree.bases[path])
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error.__cause__
+        elif not isinstance(tree.adapted[path], wrapper):
+            raise ValueError(f"{path} carries another kind of update: low-rank, or a whole copy.")
+    layers = [path for path, module in new.items() if isinstance(module, LoRALinear)]
     if shared := tree.shared_weights(layers):
         raise ValueError(
             f"{listed(shared)} are one tensor. Leave the layer out (exclude=), or give it one of "
@@ -223,32 +212,41 @@ def attach(tree: Tree, adapter: str, updates: Mapping[str, nn.Module]) -> list[s
         )
     if shared := tree.shared_weights(path for path in new if path not in layers):
         warnings.warn(f"{listed(shared)} are one tensor, of which a copy is trained.", stacklevel=3)
-    _freeze(tree)
-    if _warn_of_the_base_alone not in tree.root._state_dict_hooks.values():
-        tree.root.register_state_dict_post_hook(_warn_of_the_base_alone)
-    tree.replace({tree.bases[path]: wrapped[path] for path in new})
+    if "frozen_by_lora" not in vars(tree.root):
+        updated = {p for a in tree.adapted.values() for p in a.updates.parameters()}
+        frozen = {
+            name: parameter
+            for name, parameter in tree.root.named_parameters(remove_duplicate=False)
+            if parameter.requires_grad and parameter not in updated
+        }
+        hook = tree.root.register_state_dict_post_hook(_warn_of_the_base_alone)
+        vars(tree.root)["frozen_by_lora"] = tuple(frozen), hook  # for `detach`
+        for parameter in frozen.values():
+            parameter.requires_grad_(False)
+    tree.replace(new)
+    adapted = tree.adapted | new
     for path, update in updates.items():
-        wrapped[path].updates[adapter] = update
-    for module in {**tree.adapted, **wrapped}.values():
+        adapted[path].updates[adapter] = update
+    for module in adapted.values():
         module.activate({adapter: 1.0})
         module.train_only([adapter])
-    return tree.paths([wrapped[p] if p in tree.adapted else tree.bases[p] for p in updates])
+    return tree.paths(updates)
 
 
 def detach(tree: Tree, which: Mapping[str, Adapted]) -> None:
-    """Put the bases of these modules back in their places; after the last one, thaw the model."""
+    """Put the bases of these modules back; after the last one, thaw the model."""
     if "" in which:
         raise RuntimeError("The model is itself an adapted layer: its base is model.base.")
-    tree.replace({module: module.base for module in which.values()})
-    if len(which) == len(tree.adapted):
-        for module in tree.root.modules():
-            hooks = module._state_dict_hooks
-            for key in [key for key, hook in hooks.items() if hook is _warn_of_the_base_alone]:
-                del hooks[key]
-            if frozen := vars(module).pop("frozen_by_lora", ()):
-                parameters = dict(module.named_parameters(remove_duplicate=False))
-                for name in parameters.keys() & {*frozen}:
-                    parameters[name].requires_grad_(True)
+    tree.replace({path: module.base for path, module in which.items()})
+    if len(which) < len(tree.adapted):
+        return
+    for module in tree.root.modules():
+        if frozen := vars(module).pop("frozen_by_lora", None):
+            names, hook = frozen
+            hook.remove()
+            for name, parameter in module.named_parameters(remove_duplicate=False):
+                if name in names:
+                    parameter.requires_grad_(True)
 
 
 def generator(seed: int, path: str) -> torch.Generator:
@@ -257,7 +255,7 @@ def generator(seed: int, path: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
 
 
-def _empty(
+def _zero_update(
     base: nn.Module, config: UpdateConfig, spans: Spans | None, dtype: torch.dtype | None
 ) -> LowRankUpdate:
     """An update that fits `base`, or the given slices of its output; its A is not drawn yet."""
@@ -272,13 +270,14 @@ def _empty(
         dtype = weight.dtype if weight.dtype.itemsize > 2 else torch.float32
     if not config.scaling <= torch.finfo(dtype).max:
         raise ValueError(f"its scaling {config.scaling:.3g} is more than {dtype} holds")
-    kind: Any = LowRankUpdate
+    create: Any = LowRankUpdate
     if isinstance(base, nn.Embedding):
-        kind = partial(EmbeddingUpdate, padding_idx=base.padding_idx)
+        create = partial(EmbeddingUpdate, padding_idx=base.padding_idx)
     elif spans:
-        kind = partial(SlicedUpdate, slices=spans)
+        create = partial(SlicedUpdate, slices=spans)
     out_features, in_features = weight.shape
-    return kind(in_features, out_features, config, dtype=dtype, device=device).train(base.training)
+    update = create(in_features, out_features, config, dtype=dtype, device=device)
+    return update.train(base.training)
 
 
 def _copies(tree: Tree, config: LoRAConfig, adapted: Collection[str]) -> dict[str, nn.Module]:
@@ -288,10 +287,10 @@ def _copies(tree: Tree, config: LoRAConfig, adapted: Collection[str]) -> dict[st
         paths = [path for path in tree.bases if path and fits(path, name)]
         if not paths:
             raise ValueError(f"No module matches modules_to_save {name!r}.")
-        for path in paths:
-            if type(tree.bases[path]).forward is nn.Module.forward:
-                raise ValueError(f"{path} in modules_to_save has no forward: name what it holds.")
         whole += paths
+    for path in whole:
+        if type(tree.bases[path]).forward is nn.Module.forward:
+            raise ValueError(f"{path} in modules_to_save has no forward: name what it holds.")
     inside = tuple(f"{path}." for path in (*whole, *tree.copies))
     if clash := [p for p in adapted if p in whole or p.startswith(inside)]:
         raise ValueError(
@@ -300,36 +299,9 @@ def _copies(tree: Tree, config: LoRAConfig, adapted: Collection[str]) -> dict[st
     return {path: whole_copy(tree.bases[path]) for path in whole if not path.startswith(inside)}
 
 
-def _wrapped(tree: Tree, path: str, update: nn.Module) -> Adapted:
-    """The adapted module at a path that takes this update: the one that is there, or a new one."""
-    kind = LoRALinear if isinstance(update, LowRankUpdate) else ModuleCopy
-    present = tree.adapted.get(path)
-    if present is not None and not isinstance(present, kind):
-        raise ValueError(f"{path} carries another kind of update: low-rank, or a whole copy.")
-    try:
-        return present or kind(tree.bases[path])
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error.__cause__
-
-
 def _warn_of_the_base_alone(*_: object) -> None:
     """After `state_dict` of the model: where transformers asks for it, to write it."""
     if sys._getframe(2).f_code.co_name == "save_pretrained":
         warnings.warn(
             "save_pretrained writes the base. Write the adapter with lora.save.", stacklevel=4
         )
-
-
-def _freeze(tree: Tree) -> None:
-    """Freeze the model at its first adapter, and note on its root what `eject` is to thaw."""
-    if "frozen_by_lora" in vars(tree.root):
-        return
-    updates = {p for a in tree.adapted.values() for p in a.updates.parameters()}
-    trainable = {
-        name: parameter
-        for name, parameter in tree.root.named_parameters(remove_duplicate=False)
-        if parameter.requires_grad and parameter not in updates
-    }
-    vars(tree.root)["frozen_by_lora"] = tuple(trainable)
-    for parameter in trainable.values():
-        parameter.requires_grad_(False)

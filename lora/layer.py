@@ -23,7 +23,7 @@ import copy
 import math
 import zlib
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +38,7 @@ from lora.layout import gain_of, is_hooked, out_in_view, why_not_adaptable, wide
 class LowRankUpdate(nn.Module):
     """`s · drop(x) Aᵀ Bᵀ`: A is `(r, in)`, B is `(out, r)`, whatever the base layer's layout.
 
-    A and B are used in the dtype of `x`, so float32 factors beside a 16-bit base cost no 32-bit
-    copy of the activations.
+    A and B are used in the dtype of `x`.
 
     Args:
         in_features, out_features: of the base layer.
@@ -79,23 +78,7 @@ class LowRankUpdate(nn.Module):
 
     @torch.no_grad()
     def set_factors(self, a: Tensor, b: Tensor) -> None:
-        """Take over values of the shapes of `factors()`.
-
-        Raises:
-            ValueError: listing what does not fit: a shape, values that are not finite floats.
-        """
-        faults: list[str] = []
-        for name, given, mine in zip("AB", (a, b), self.factors(), strict=True):
-            if given.shape != mine.shape:
-                shapes = tuple(given.shape), tuple(mine.shape)
-                faults.append("lora_{} is {}, this layer takes {}".format(name, *shapes))
-            elif reason := why_not_usable(given, mine.dtype):
-                faults.append(f"lora_{name} {reason}")
-        if faults:
-            raise ValueError(", ".join(faults))
-        self._set(a, b)
-
-    def _set(self, a: Tensor, b: Tensor) -> None:
+        """Copy values of the shapes of `factors()`."""
         self.A.copy_(a)
         self.B.copy_(b)
 
@@ -131,10 +114,7 @@ class EmbeddingUpdate(LowRankUpdate):
     """The update of an `nn.Embedding`: its input is a token id, so `x Aᵀ` is a row of Aᵀ.
 
     Here A starts at zero and B is drawn, since a looked-up row of a small A would learn slowly.
-
-    Args:
-        in_features, out_features, config, dtype, device: as for `LowRankUpdate`.
-        padding_idx: the id whose row the base never trains; the update does not either.
+    `padding_idx` is the id whose row neither the base nor the update trains.
 
     Source: loralib's `Embedding`, which PEFT follows too.
     """
@@ -161,9 +141,6 @@ class Adapted(nn.Module):
     The base is the very module that stood here. It is no child: its parameters and buffers are
     registered here in the same dictionaries, so that they keep their names, and whoever replaces
     one (`functional_call`, `fully_shard`, accelerate) replaces the base's.
-
-    Args:
-        base: the module.
     """
 
     def __init__(self, base: nn.Module) -> None:
@@ -176,9 +153,13 @@ class Adapted(nn.Module):
         self.updates = nn.ModuleDict()  # by the adapter's name
         self.active: Mapping[str, float] = {}  # by name: the weight in the sum. `activate` writes
         self.resting: dict[str, list[str]] = {}  # what trains again. `train_only` writes
-        self.pauses = 0  # open contexts of `lora.disabled`. `pause` writes
-        self.enabled = True  # whether there is none
+        self.pauses = 0  # open contexts of `lora.disabled`, which writes
         self.train(base.training)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether no context of `lora.disabled` is open."""
+        return not self.pauses
 
     def activate(self, weights: Mapping[str, float]) -> None:
         """Put those of the named adapters that this module has in force."""
@@ -198,17 +179,6 @@ class Adapted(nn.Module):
                 self.resting[name] = [k for k, p in update.named_parameters() if p.requires_grad]
                 update.requires_grad_(False)
 
-    def pause(self, step: int) -> None:
-        """Begin (1) or end (-1) a context of `lora.disabled`; they may overlap in any order."""
-        self.pauses += step
-        self.enabled = not self.pauses
-
-    def drop(self, name: str) -> None:
-        """Forget an adapter."""
-        self.activate({n: w for n, w in self.active.items() if n != name})
-        self.resting.pop(name, None)
-        del self.updates[name]
-
     def train(self, mode: bool = True) -> Adapted:
         """As of any module; the base, which is no child, goes along."""
         self.base.training = mode
@@ -216,17 +186,7 @@ class Adapted(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies are outside of the contexts that this module is in."""
-        return {**vars(self), "pauses": 0, "enabled": True}
-
-
-class Routing(Protocol):
-    """What the updates of each row's own adapters add; see `lora.routing`."""
-
-    rows: object  # what each row is under
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Map `(B, …, in)` to `(B, …, out)`."""
-        ...
+        return {**vars(self), "pauses": 0}
 
 
 class LoRALinear(Adapted):
@@ -250,7 +210,7 @@ class LoRALinear(Adapted):
             raise ValueError(f"{type(base).__name__} cannot carry an update: {reason}.")
         super().__init__(base)
         self.gain = gain_of(base)  # base(x) is so many times its class's formula
-        self.routing: Routing | None = None  # `lora.routed` writes
+        self.routing: Any = None  # a routing.BankRouting. `lora.routed` writes
         self.merged: nn.Module | None = None  # the base's double with a folded weight
         self.register_load_state_dict_pre_hook(_refuse_merged)
         for name in ("in_features", "out_features", "num_embeddings", "embedding_dim", "slices"):
@@ -354,7 +314,7 @@ def _refuse_merged(layer: LoRALinear, *_: object) -> None:
 
 
 def _watched(y: Tensor, layer: LoRALinear) -> Tensor:
-    """`y`, whose backward pass raises where the adapters of its forward pass are gone."""
+    """`y`, whose backward pass raises where an adapter was switched off in between."""
     if not y.requires_grad or torch.compiler.is_compiling() or forms.in_transform():
         return y
     state = layer.active if layer.routing is None else layer.routing.rows
@@ -373,9 +333,7 @@ class _Watch(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, state: int, trained: list[nn.Parameter]) -> Tensor:
         ctx.save_for_backward(y.new_empty(state, 0))
         ctx.trained = trained
-        return torch.ops.aten._unsafe_view(
-            y, y.shape
-        )  # no view, so that it may be changed in place
+        return torch.ops.aten._unsafe_view(y, y.shape)  # a view could not be changed in place
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

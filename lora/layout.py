@@ -1,8 +1,4 @@
-"""How base layers store their weights and compute with them, so that nothing else has to ask.
-
-An update always speaks of `(out, in)`. `nn.Linear` stores that; Conv1D and `nn.Embedding` (a linear
-map of one-hot rows) store `(in, out)`.
-"""
+"""How base layers store their weights and compute with them, so that nothing else has to ask."""
 
 from __future__ import annotations
 
@@ -23,8 +19,8 @@ def is_fan_in_fan_out(base: nn.Module) -> bool:
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether this is GPT-2's Conv1D, ours or transformers' (not `nn.Conv1d`)."""
-    named_so = any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)
-    return named_so and not isinstance(module, nn.Linear | nn.Embedding)
+    names = {cls.__name__ for cls in type(module).__mro__}
+    return "Conv1D" in names and not isinstance(module, nn.Linear | nn.Embedding)
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -44,20 +40,15 @@ def is_plain(base: nn.Module) -> bool:
     A subclass of `nn.Linear` whose forward computes the same in another way says so by
     `computes_linear = True`.
     """
-    kind = type(base)
-    formulas = (nn.Linear.forward, nn.Embedding.forward)
-    return bool(
-        vars(kind).get("computes_linear") or kind.__name__ == "Conv1D" or kind.forward in formulas
-    )
+    cls = type(base)
+    if cls.__name__ == "Conv1D" or vars(cls).get("computes_linear"):
+        return True
+    return cls.forward in (nn.Linear.forward, nn.Embedding.forward)
 
 
 @torch.no_grad()
 def gain_of(base: nn.Module) -> float:
-    """By how much a forward of the class's own scales the formula: 1, or an `embed_scale`.
-
-    Raises:
-        ValueError: the forward computes something else, so that nothing can be added to it.
-    """
+    """By how much a forward of the class's own scales the formula: 1, or an `embed_scale`."""
     if is_plain(base) or is_hooked(base):
         return 1.0
     weight, bias = base.get_parameter("weight"), getattr(base, "bias", None)

@@ -1,8 +1,6 @@
 """Fold the active updates into the base weights, and back: merge, unmerge, merged().
 
 A merged weight is computed from the pristine base in the widest float there is and rounded once.
-The base itself is never written: a double of it, with the merged weight, takes its place, so
-`unmerge` only has to drop the double.
 """
 
 from __future__ import annotations
@@ -35,13 +33,12 @@ def merge(model: nn.Module) -> dict[str, float]:
         RuntimeError: no adapter here, merged or routed already, or in training mode with dropout.
         ValueError: listing each layer whose weight another module shares, is moved by a hook, or
             would not be finite.
-        The model is as it was after any error.
     """
     return fold(survey_adapted(model))
 
 
 def unmerge(model: nn.Module) -> None:
-    """Go back to the base weights and the updates beside them; the base's bytes were never touched.
+    """Go back to the base weights and the updates beside them, to the byte.
 
     Raises:
         RuntimeError: no adapter here, or the model is not merged.
@@ -49,8 +46,7 @@ def unmerge(model: nn.Module) -> None:
     tree = survey_adapted(model)
     if not tree.is_merged:
         raise RuntimeError("The model is not merged.")
-    for layer in tree.layers.values():
-        layer.merge(None)
+    unfold(tree)
 
 
 def is_merged(model: nn.Module) -> bool:
@@ -76,20 +72,18 @@ def merged(model: nn.Module) -> Generator[None]:
         yield
     finally:
         tree = survey(model)  # the body may have ejected all
-        if before:
-            refold(tree)
-        else:
-            for layer in tree.layers.values():
-                layer.merge(None)
+        (refold if before else unfold)(tree)
+
+
+def unfold(tree: Tree) -> None:
+    """Go back to the updates beside the base weights."""
+    for layer in tree.layers.values():
+        layer.merge(None)
 
 
 @torch.no_grad()
 def fold(tree: Tree) -> dict[str, float]:
-    """Merge a model that has been surveyed: by layer, what it cost.
-
-    Raises:
-        RuntimeError, ValueError: as `merge`; nothing is changed then.
-    """
+    """As `merge`, of a model that has been surveyed."""
     tree.require_settled()
     faults = [
         f"{names} are one tensor, and merging would change both"
@@ -112,7 +106,11 @@ def fold(tree: Tree) -> dict[str, float]:
     for path, layer in tree.layers.items():
         weights[path], errors[path] = _folded(layer)
         if not torch.isfinite(weights[path]).all():
-            faults.append(_why_not_finite(path, layer))
+            overflown = torch.isfinite(layer.ideal()).all()
+            reason = (
+                f"overflows {weights[path].dtype}" if overflown else "has NaN or infinite values"
+            )
+            faults.append(f"the merged weight of {path} {reason}")
     if faults:
         raise ValueError(f"{listed(faults)}.")
     for path, layer in tree.layers.items():
@@ -122,18 +120,14 @@ def fold(tree: Tree) -> dict[str, float]:
 
 @torch.no_grad()
 def refold(tree: Tree) -> None:
-    """Fold what is in force, whatever was folded before and without looking at it."""
+    """Fold what is in force, whatever was folded before."""
     for layer in tree.layers.values():
         layer.merge(_folded(layer)[0])
 
 
 @torch.no_grad()
 def keep_folded(tree: Tree) -> None:
-    """Make the merged weights, and the copies in force, the bases' own.
-
-    Raises:
-        ValueError: a copied module shares a weight with another.
-    """
+    """Make the merged weights, and the copies in force, the bases' own."""
     if shared := tree.shared_weights(tree.copies):
         raise ValueError(f"{listed(shared)} are one tensor. Keeping a copy would change both.")
     for layer in tree.layers.values():
@@ -150,14 +144,3 @@ def _folded(layer: LoRALinear) -> tuple[Tensor, float]:
     rounded = ideal.to(layer.weight_out_in.dtype, copy=True)
     error = float((rounded.to(ideal.dtype) - ideal).abs().max())
     return out_in_view(layer.base, rounded).contiguous(), error
-
-
-def _why_not_finite(path: str, layer: LoRALinear) -> str:
-    tensors = {f"{path}.weight": layer.weight_out_in}
-    for name in layer.active:
-        for key, parameter in layer.updates[name].named_parameters():
-            tensors[f"{path} adapter {name!r} {key}"] = parameter
-    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if bad:
-        return f"{' and '.join(bad)} has NaN or infinite values"
-    return f"the merged weight of {path} overflows {layer.weight_out_in.dtype}"

@@ -1,9 +1,8 @@
 """Many adapters of one model that run in one batch: each in a slot, all in one stacked tensor.
 
-A slot's parameters are one row of `flat`, in the same layout for all: the A's of every layer, then
-the B's. A layer sees its columns of it as `(k, r, in)` and `(k, out, r)`, so nothing is stacked or
-gathered in a step, and the number of kernels does not depend on k. Ranks are padded to the
-largest; padding, and a layer that a slot leaves out, is zero, has a zero gradient and stays zero.
+A slot's parameters are one row of `flat`: the A's of every layer, then the B's. A layer sees its
+columns of it as `(k, r, in)` and `(k, out, r)`, so nothing is stacked in a step. Ranks are padded
+to the largest; the padding is zero, has a zero gradient and stays zero.
 
 Shapes: k slots · b rows of a slot · r rank, padded · in, out of a layer · P parameters of a slot ·
 … any axes between.
@@ -34,16 +33,13 @@ class StackedLinear(nn.Module):
 
     Args:
         base: the frozen layer, which computes `x W + b`.
-        a: `(k, r, in)`; where a slot's rank is smaller, the rest is zero and stays so.
-        b: `(k, out, r)`, likewise.
+        a, b: `(k, r, in)` and `(k, out, r)`.
         dropping: whether any slot may have dropout.
 
     Attributes:
         scales: `(k,)`, each slot's factor, zero at first.
         rates: `(k,)`, each slot's probability of dropping an input feature in training.
-
-    `drops` drops a slot's input: from the tensor and the rates to the tensor. Who trains sets it;
-    without it nothing is dropped.
+        drops: maps the input and the rates to what is kept; without it nothing is dropped.
     """
 
     is_stacked = True
@@ -91,8 +87,8 @@ class StackedLinear(nn.Module):
 class Population:
     """k adapters of one model, each under its own equal block of a batch's rows.
 
-    From here to `eject` the model is frozen and runs under all of them: block i of the rows, the
-    batch's first axis, under slot i. A slot begins empty, as the base.
+    Until `eject` the model is frozen, and block i of the rows, the batch's first axis, runs under
+    slot i. A slot begins empty, as the base.
 
     Args:
         model: a model without adapters, on its device and in its dtype.
@@ -111,7 +107,7 @@ class Population:
 
     Raises:
         ValueError: what has no room: an embedding, slices, copies of modules; and as `lora.inject`.
-        RuntimeError: the model carries adapters. It is as it was after any error.
+        RuntimeError: the model carries adapters.
     """
 
     def __init__(
@@ -132,13 +128,10 @@ class Population:
         if other := [p for p, base in bases.items() if is_hooked(base) or not is_plain(base)]:
             raise ValueError(f"{other[0]} has a forward of its own: leave it out of the targets.")
         self._shapes = {path: (u.A.shape, u.B.shape) for path, u in drawn.items()}
-        sizes = [sum(pair[which].numel() for pair in self._shapes.values()) for which in (0, 1)]
-        self.parts: Mapping[str, slice] = {
-            "A": slice(0, sizes[0]),
-            "B": slice(sizes[0], sum(sizes)),
-        }
+        n_a, n_b = (sum(pair[i].numel() for pair in self._shapes.values()) for i in (0, 1))
+        self.parts: Mapping[str, slice] = {"A": slice(0, n_a), "B": slice(n_a, n_a + n_b)}
         like = next(iter(drawn.values())).A
-        self.flat = like.new_zeros(slots, sum(sizes)).detach()
+        self.flat = like.new_zeros(slots, n_a + n_b).detach()
         self.grad = torch.zeros_like(self.flat)
         views, gradients = self._views(self.flat), self._views(self.grad)
         self.layers = {
@@ -177,20 +170,26 @@ class Population:
             ValueError: there is no such slot, or listing what has no room in one.
         """
         self._check_slot(slot)
-        if faults := [f for path, update in updates.items() for f in self._misfits(path, update)]:
-            raise ValueError(f"There is no room in the population: {listed(faults)}.")
-        row = torch.zeros(self.flat.shape[1], dtype=self.flat.dtype)
-        views = self._views(row)
+        faults: list[str] = []
         for path, update in updates.items():
-            for view, factor in zip(views[path], update.factors(), strict=True):
-                view[: factor.shape[0], : factor.shape[1]] = factor
-        self.flat[slot] = row.to(self.flat.device)
-        self.grad[slot] = 0
+            if path not in self.layers:
+                faults.append(f"{path} is no target of it")
+            elif update.config.r > (most := self.layers[path].A.shape[1]):
+                faults.append(f"{path} has rank {update.config.r}, at most {most} fits")
+            elif update.config.dropout and not self.room.dropout:
+                why = "for which the population was not made (dropout=)"
+                faults.append(f"{path} has dropout, {why}")
+        if faults:
+            raise ValueError(f"There is no room in the population: {listed(faults)}.")
         self._configs[slot] = {path: update.config for path, update in updates.items()}
+        self.flat[slot], self.grad[slot] = 0, 0
         for path, layer in self.layers.items():
             config = self._configs[slot].get(path)
             layer.scales[slot] = config.scaling if config else 0.0
             layer.rates[slot] = config.dropout if config else 0.0
+            if config:
+                a, b = updates[path].factors()
+                layer.A[slot, : config.r], layer.B[slot, :, : config.r] = a, b
 
     def take(self, slot: int) -> dict[str, LowRankUpdate]:
         """A copy of a slot's adapter, as updates off the model.
@@ -201,12 +200,11 @@ class Population:
         self._check_slot(slot)
         if not self._configs[slot]:
             raise ValueError(f"Slot {slot} is empty.")
-        row = self.flat[slot].detach()
-        views, updates = self._views(row), dict[str, LowRankUpdate]()
+        updates: dict[str, LowRankUpdate] = {}
         for path, config in self._configs[slot].items():
-            a, b = views[path]
-            factors = a[: config.r], b[:, : config.r]
-            updates[path] = build(self._tree.bases[path], config, *factors, dtype=row.dtype)
+            base, layer = self._tree.bases[path], self.layers[path]
+            a, b = layer.A[slot, : config.r], layer.B[slot, :, : config.r]
+            updates[path] = build(base, config, a, b, dtype=self.flat.dtype)
         return updates
 
     def clear(self, slot: int) -> None:
@@ -247,7 +245,7 @@ class Population:
         self.put(slot, _low_rank(updates))
 
     def eject(self) -> None:
-        """Take the population off: the model is, object for object, the one it was; once only."""
+        """Take the population off, for good: the model is, object for object, the one it was."""
         self._take_off()
         for parameter in self._thawed:
             parameter.requires_grad_(True)
@@ -258,10 +256,9 @@ class Population:
         start = 0
         for which in (0, 1):
             for path, pair in self._shapes.items():
-                shape = pair[which]
-                columns = rows[..., start : start + shape.numel()]
-                views[path].append(columns.unflatten(-1, shape))
-                start += shape.numel()
+                stop = start + pair[which].numel()
+                views[path].append(rows[..., start:stop].unflatten(-1, pair[which]))
+                start = stop
         return views
 
     @contextmanager
@@ -278,29 +275,18 @@ class Population:
     def _take_off(self) -> None:
         if not {*self.model.modules()} & {*self.layers.values()}:
             raise RuntimeError("The population is not on the model: it was taken off before.")
-        self._tree.replace({layer.base: layer.base for layer in self.layers.values()})
+        self._tree.replace({path: layer.base for path, layer in self.layers.items()})
 
     def _install(self) -> None:
         for parameter in self._tree.root.parameters():
             parameter.requires_grad_(False)
-        self._tree.replace({layer.base: layer for layer in self.layers.values()})
+        self._tree.replace(self.layers)
         for factor in self.parameters:
             factor.requires_grad_(True)
 
     def _check_slot(self, slot: int) -> None:
         if not 0 <= slot < len(self):
             raise ValueError(f"slot must be in 0..{len(self) - 1}, got {slot!r}.")
-
-    def _misfits(self, path: str, update: LowRankUpdate) -> list[str]:
-        """What keeps an update out of the room at its path."""
-        if path not in self.layers:
-            return [f"{path} is no target of it"]
-        faults: list[str] = []
-        if update.config.r > (most := self.layers[path].A.shape[1]):
-            faults.append(f"{path} has rank {update.config.r}, at most {most} fits")
-        if update.config.dropout and not self.room.dropout:
-            faults.append(f"{path} has dropout, for which the population was not made (dropout=)")
-        return faults
 
 
 def _low_rank(modules: Mapping[str, nn.Module]) -> dict[str, LowRankUpdate]:

@@ -2,8 +2,7 @@
 
 A target is a dotted suffix of a module's path, matched on whole segments: `"c_attn"` fits
 `transformer.h.0.attn.c_attn`, and `"attn.c_proj"` does not fit `transformer.h.0.mlp.c_proj`.
-`"c_attn[q,v]"` names two slices of such a layer, `"all-linear"` every linear layer but the head.
-An entry with one of the characters `*+?()|^$\\` is a regular expression for the whole path.
+`LoRAConfig` has the other forms.
 """
 
 from __future__ import annotations
@@ -28,10 +27,6 @@ def find_targets(tree: Tree, config: LoRAConfig) -> dict[str, tuple[str, ...]]:
     """The base layers that the config's targets name, by dotted path, each with its slices.
 
     A shared layer stands under its first path.
-
-    Raises:
-        ValueError: listing each target that matches nothing, or something that cannot be adapted,
-            and each exclusion and layer number that matches no target.
     """
     layers, faults = _matches(tree, as_names(config.targets))
     for name in as_names(config.exclude):
@@ -46,7 +41,7 @@ def find_targets(tree: Tree, config: LoRAConfig) -> dict[str, tuple[str, ...]]:
             blocks = f"{numbers[0]} to {numbers[-1]}" if numbers else "not numbered"
             faults.append(f"layers={missing} match no target; blocks here are {blocks}.")
         layers = {path: slices for path, slices in layers.items() if _block(path) in wanted}
-    if not layers and not faults and config.targets:
+    if not layers and not faults:
         faults.append("Nothing is left of the targets.")
     if faults:
         raise ValueError(f"{listed(faults)} {_hint(tree)}")
@@ -54,11 +49,7 @@ def find_targets(tree: Tree, config: LoRAConfig) -> dict[str, tuple[str, ...]]:
 
 
 def fits(path: str, entry: str) -> bool:
-    """Whether a dotted suffix fits the path on whole segments, or a regular expression all of it.
-
-    Raises:
-        ValueError: a regular expression that is none.
-    """
+    """Whether a suffix fits the path on whole segments, or a regular expression all of it."""
     if not is_regex(entry):
         return f".{path}".endswith(f".{entry}")
     try:
@@ -75,11 +66,7 @@ def is_regex(entry: str) -> bool:
 def by_pattern(
     pattern: Mapping[str, T] | None, paths: Collection[str], default: T, name: str
 ) -> dict[str, T]:
-    """The value for each path: that of the first entry in `pattern` that fits, or the default.
-
-    Raises:
-        ValueError: listing each entry that fits no path.
-    """
+    """The value for each path: that of the first entry in `pattern` that fits, or the default."""
     pattern = pattern or {}
     if idle := [entry for entry in pattern if not any(fits(path, entry) for path in paths)]:
         raise ValueError(f"{name} names {', '.join(idle)}, which match no target.")
@@ -125,15 +112,16 @@ def _all_linear(tree: Tree) -> list[str]:
         more = f" (and {n} more)" if n else ""
         # The caller of lora.inject or Population: the verb, draw and find_targets lie between.
         warnings.warn(f"{ALL_LINEAR} leaves out {path}{more}: {reason}.", stacklevel=6)
+    layers = ((path, tree.bases[path]) for path in _linear(tree) if not fits(path, "lm_head"))
+    return [path for path, m in layers if m is not head and id(m.weight) not in embeddings]
+
+
+def _linear(tree: Tree) -> list[str]:
+    """Every linear layer that can be adapted."""
     return [
         path
         for path, module in tree.bases.items()
-        if path
-        and not why_not_adaptable(module)
-        and not isinstance(module, nn.Embedding)
-        and module is not head
-        and not fits(path, "lm_head")
-        and id(module.weight) not in embeddings
+        if path and not isinstance(module, nn.Embedding) and not why_not_adaptable(module)
     ]
 
 
@@ -153,15 +141,13 @@ def _block(path: str) -> int | None:
 
 def _hint(tree: Tree) -> str:
     """What could have been asked for."""
-    linear = [
-        path
-        for path, module in tree.bases.items()
-        if path and not why_not_adaptable(module) and not isinstance(module, nn.Embedding)
-    ]
     # Names without block numbers; of a plain nn.Sequential the numbers are all that there is.
-    if suffixes := sorted({_last_words(path) for path in linear}):
+    words = {
+        path: [part for part in path.split(".") if not part.isdecimal()] for path in _linear(tree)
+    }
+    if ends := sorted({".".join(parts[-2:]) or path for path, parts in words.items()}):
         return (
-            f"Linear modules here end in: {listed(suffixes).replace(';', ',')}. "
+            f"Linear modules here end in: {listed(ends).replace(';', ',')}. "
             "Pass targets=(...) using these."
         )
     if why_not_adaptable(tree.root) is None:
@@ -170,8 +156,3 @@ def _hint(tree: Tree) -> str:
             "torch.nn.Sequential(layer), and pass targets='0'."
         )
     return "There are no linear modules here."
-
-
-def _last_words(path: str) -> str:
-    words = [part for part in path.split(".") if not part.isdecimal()]
-    return ".".join(words[-2:]) or path

@@ -6,23 +6,15 @@ A verb surveys the model once and hands the `Tree` on; nothing asks the model ag
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from lora.copies import ModuleCopy
 from lora.layer import Adapted, LoRALinear
-
-
-class Place(NamedTuple):
-    """Where a module stands: as the child `name` of `parent`, at the dotted `path`."""
-
-    path: str
-    parent: nn.Module
-    name: str
 
 
 @dataclass(frozen=True)
@@ -34,14 +26,14 @@ class Tree:
         root: the model without the wrappers around it.
         bases: every module as if the model had never been injected, by its first path.
         adapted: the adapted modules by their first path.
-        places: every place of each module, by the module's id.
+        uses: by a module's first path, each of its paths with the parent and its name there.
     """
 
     model: nn.Module
     root: nn.Module
     bases: dict[str, nn.Module]
     adapted: dict[str, Adapted]
-    places: dict[int, list[Place]]
+    uses: dict[str, list[tuple[str, nn.Module, str]]]
 
     @cached_property
     def layers(self) -> dict[str, LoRALinear]:
@@ -59,11 +51,7 @@ class Tree:
         return list(dict.fromkeys(name for a in self.adapted.values() for name in a.updates))
 
     def carrying(self, adapter: str) -> dict[str, Adapted]:
-        """The adapted modules that carry this adapter.
-
-        Raises:
-            ValueError: there is none.
-        """
+        """The adapted modules that carry this adapter."""
         if adapter not in self.adapters:
             raise ValueError(f"There is no adapter {adapter!r} here ({self.named()}).")
         return {path: a for path, a in self.adapted.items() if adapter in a.updates}
@@ -72,35 +60,32 @@ class Tree:
         """The adapters that are there, for a message."""
         return f"there are: {', '.join(self.adapters)}" if self.adapters else "there is none"
 
-    def paths(self, modules: Iterable[nn.Module]) -> list[str]:
-        """Every path of these modules, in the order of the model."""
-        wanted = {id(module) for module in modules}
-        return [
-            place.path for key, places in self.places.items() if key in wanted for place in places
-        ]
+    def paths(self, first: Collection[str]) -> list[str]:
+        """Every path of the modules at these first paths, in the order of the model."""
+        return [path for key in self.uses if key in first for path, _, _ in self.uses[key]]
 
-    def replace(self, new: Mapping[nn.Module, nn.Module]) -> None:
-        """Put each value of `new` wherever its key stands."""
-        for old, module in new.items():
-            for place in self.places[id(old)]:
-                place.parent.register_module(place.name, module)
+    def replace(self, new: Mapping[str, nn.Module]) -> None:
+        """Put each module wherever the one of that first path stands."""
+        for path, module in new.items():
+            for _, parent, name in self.uses[path]:
+                parent.register_module(name, module)
 
     def require_settled(self) -> None:
         """Raise where a change would leave a merged weight, a routing or a shard stale."""
         self.require_whole()
-        self.refuse_merged()
+        self.require_unmerged()
         if any(layer.routing is not None for layer in self.layers.values()):
             raise RuntimeError("The model is routed. Leave the lora.routed context first.")
 
     def require_whole(self) -> None:
         """Raise where several processes hold a part of the model each."""
-        if any(hasattr(parameter, "full_tensor") for parameter in self.root.parameters()):
+        if self.is_sharded:
             raise RuntimeError(
                 "The model is sharded, and can only be run, trained and saved: inject, load, merge "
                 "and eject before fully_shard."
             )
 
-    def refuse_merged(self) -> None:
+    def require_unmerged(self) -> None:
         """Raise where a merged weight would go stale."""
         if self.is_merged:
             raise RuntimeError("The model is merged. Call lora.unmerge first.")
@@ -109,6 +94,11 @@ class Tree:
         """Raise where DDP, which has looked up what is trained, would leave processes apart."""
         if isinstance(self.model, nn.parallel.DistributedDataParallel):
             raise RuntimeError("The model is wrapped in DDP. Inject and activate before wrapping.")
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a part of the parameters."""
+        return any(hasattr(parameter, "full_tensor") for parameter in self.root.parameters())
 
     @property
     def is_merged(self) -> bool:
@@ -124,30 +114,20 @@ class Tree:
         shared: list[str] = []
         for path in paths:
             for parameter in self.bases[path].parameters():
-                alike = names[_address(parameter)]
-                if not all(f"{name}.".startswith(f"{path}.") for name in alike):
-                    shared.append(" and ".join(alike))
+                uses = names[_address(parameter)]
+                if not all(name.startswith(f"{path}.") for name in uses):
+                    shared.append(" and ".join(uses))
         return list(dict.fromkeys(shared))
 
 
 def survey(model: nn.Module) -> Tree:
-    """Walk a model once; the walk stops at an adapted module, whatever hangs below it.
+    """Walk a model once; the walk stops at an adapted module, whatever hangs below it."""
+    tree = Tree(model, unwrap(model), {}, {}, {})
+    first: dict[nn.Module, str] = {}
 
-    Raises:
-        ValueError: it is no module.
-        RuntimeError: the model runs under a population, or FSDP1 has flattened its weights.
-    """
-    root = unwrap(model)
-    modules = dict(root.named_modules(remove_duplicate=False))
-    bases: dict[str, nn.Module] = {}
-    adapted: dict[str, Adapted] = {}
-    places: dict[int, list[Place]] = defaultdict(list[Place])
-    below: set[str] = set()
-    for full, module in modules.items():
-        above, _, name = full.rpartition(".")
-        if full and (above in below or isinstance(modules[above], Adapted)):
-            below.add(full)
-            continue
+    def visit(module: nn.Module, path: str, parent: nn.Module | None, name: str) -> None:
+        if "_orig_mod" in module._modules:  # compiled in its place: what it wraps keeps the path
+            module, parent, name = module.get_submodule("_orig_mod"), module, "_orig_mod"
         if getattr(type(module), "is_stacked", False):
             raise RuntimeError(
                 "The model runs under a population. Call its eject(), or work within its adapter()."
@@ -156,17 +136,20 @@ def survey(model: nn.Module) -> Tree:
             raise RuntimeError(
                 "FSDP1 flattens weights. Use torch's fully_shard, after lora.inject."
             )
-        # A module that is compiled in its place keeps its path: keys are those of the plain model.
-        path = full.replace("_orig_mod.", "").removesuffix("._orig_mod")
-        first = id(module) not in places and module is not root
-        if full:
-            places[id(module)].append(Place(path, modules[above], name))
-        if first or not full:
+        if module not in first:
+            first[module], tree.uses[path] = path, []
+            tree.bases[path] = module.base if isinstance(module, Adapted) else module
             if isinstance(module, Adapted):
-                adapted[path] = module
-                module = module.base
-            bases[path] = module
-    return Tree(model, root, bases, adapted, places)
+                tree.adapted[path] = module
+        if parent is not None:
+            tree.uses[first[module]].append((path, parent, name))
+        if not isinstance(module, Adapted):
+            for key, child in module._modules.items():
+                if child is not None:
+                    visit(child, f"{path}.{key}".removeprefix("."), module, key)
+
+    visit(tree.root, "", None, "")
+    return tree
 
 
 def survey_adapted(model: nn.Module) -> Tree:
@@ -182,13 +165,13 @@ def unwrap(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ValueError(f"The model must be a torch.nn.Module, got {type(model).__name__}.")
     while True:
-        kinds = {cls.__name__ for cls in type(model).__mro__}
+        classes = {cls.__name__ for cls in type(model).__mro__}
         inner: Sequence[Any] = ()
-        if kinds & {"DataParallel", "DistributedDataParallel", "AveragedModel"}:
+        if classes & {"DataParallel", "DistributedDataParallel", "AveragedModel"}:
             inner = (model.module,)
-        elif "OptimizedModule" in kinds:
+        elif "OptimizedModule" in classes:
             inner = (model._orig_mod,)
-        elif "LightningModule" in kinds:
+        elif "LightningModule" in classes:
             inner = [child for child in model.children() if any(True for _ in child.parameters())]
         if len(inner) != 1:
             return model

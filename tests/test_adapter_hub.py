@@ -59,9 +59,9 @@ def test_a_folder_here_comes_first_and_a_path_never_means_the_hub(
     model = tiny_gpt2()
     lora.load(model, "org/adapter")
     assert torch.equal(model(IDX), want)
-    with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors is missing"):
+    with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors are missing"):
         lora.load(tiny_gpt2(), Path("org/none"))
-    with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors is missing"):
+    with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors are missing"):
         lora.load(tiny_gpt2(), "./org/none")
     assert not hub.requests
 

@@ -262,7 +262,7 @@ def test_files_without_our_metadata_load(saved):
 
 def test_broken_files(saved, tmp_path):
     folder, _ = saved
-    refuses(tiny_gpt2(), tmp_path / "nowhere", "is missing", FileNotFoundError)
+    refuses(tiny_gpt2(), tmp_path / "nowhere", "are missing", FileNotFoundError)
     config = (folder / checkpoint.CONFIG).read_bytes()
     for content in (b"\xff{", b"[]", b"", b"{"):
         (folder / checkpoint.CONFIG).write_bytes(content)

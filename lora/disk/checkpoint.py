@@ -1,7 +1,7 @@
 """Adapters on disk, in PEFT's format: a folder with a config and a safetensors file.
 
-The metadata of our own files adds a digest of the config, some entries of the base's weights
-(`lora.disk.fingerprint`) and the names of slices; other readers see a plain PEFT adapter.
+The metadata of our own files adds a digest of the config, some entries of the base's weights and
+the names of slices.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ from lora.copies import ModuleCopy, whole_copy
 from lora.disk import files, fingerprint, peft
 from lora.disk.files import CONFIG, SAVING, WEIGHTS
 from lora.injection import HEADS, attach, build
-from lora.layer import EmbeddingUpdate, LowRankUpdate, why_not_usable
-from lora.layout import is_fan_in_fan_out, why_not_adaptable
+from lora.layer import EmbeddingUpdate, why_not_usable
+from lora.layout import is_fan_in_fan_out
 from lora.slices import SlicedUpdate
 from lora.tree import Tree, listed, survey, survey_adapted
 
@@ -30,15 +29,6 @@ DIGEST = "lora_config_sha256"  # key in the metadata: of the config that was sav
 SLICES = "lora_slices"  # key in the metadata: which slices' blocks a plain B holds
 CARD = "README.md"
 _MARK = "<!-- Written by lora.save, which writes it anew. -->"
-
-
-@dataclass(frozen=True, kw_only=True)
-class SavedAdapter:
-    """What an adapter's folder holds."""
-
-    config: peft.PeftConfig
-    tensors: peft.Tensors
-    metadata: Mapping[str, str]
 
 
 def save(
@@ -74,7 +64,7 @@ def save(
     updates = {path: tree.layers[path].update(adapter) for path in carrying if path in tree.layers}
     if not updates:
         raise ValueError(f"{adapter!r} has no low-rank update, and PEFT's format needs one.")
-    factors = {path: _factors(update) for path, update in updates.items()}
+    factors = {path: [*map(_on_cpu, update.factors())] for path, update in updates.items()}
     if faults := [
         f"{name} of {path} {reason}"
         for path, pair in factors.items()
@@ -87,10 +77,9 @@ def save(
         for path, module in carrying.items()
         if isinstance(module, ModuleCopy)
     }
-    configs = {path: update.config for path, update in updates.items()}
     base_name: str | None = getattr(tree.root, "name_or_path", None) or None
     config = peft.to_config(
-        configs,
+        {path: update.config for path, update in updates.items()},
         tree.bases.keys(),
         copies,
         fan_in_fan_out=any(is_fan_in_fan_out(tree.bases[path]) for path in updates),
@@ -107,13 +96,13 @@ def save(
     embeddings = {path for path, u in updates.items() if isinstance(u, EmbeddingUpdate)}
     tensors = peft.to_tensors(factors, embeddings, copies)
     content = {WEIGHTS: files.to_bytes(tensors, metadata), CONFIG: config.encode()}
-    if notes is not None and _is_free(folder / CARD):
-        targets, ranks = json.loads(config)["target_modules"], {c.r for c in configs.values()}
-        content[CARD] = _card(base_name, {"targets": targets, "r": sorted(ranks), **notes}).encode()
-    elif notes is not None:
+    if notes is not None and (folder / CARD).exists() and _MARK not in (folder / CARD).read_text():
         warnings.warn(f"{CARD} was not written by lora.save, and is kept as it is.", stacklevel=2)
-    sharded = any(hasattr(parameter, "full_tensor") for parameter in tree.root.parameters())
-    if not sharded or torch.distributed.get_rank() == 0:
+    elif notes is not None:
+        targets = json.loads(config)["target_modules"]
+        ranks = sorted({update.config.r for update in updates.values()})
+        content[CARD] = _card(base_name, {"targets": targets, "r": ranks, **notes}).encode()
+    if not tree.is_sharded or torch.distributed.get_rank() == 0:
         files.write(folder, content)
     _warn_of_others(tree)
 
@@ -149,39 +138,47 @@ def load(
         ValueError: listing all faults: tensors missing, left over, mis-shaped or not finite,
             another base, an unreadable file, features of PEFT that are not supported.
         RuntimeError: the model is merged or routed.
-        The model is as it was after any error.
 
     Warns:
         UserWarning: the config was edited, the file's paths have another prefix than the model's,
             or weights of the base in it differ.
     """
-    saved, tree = read(folder), survey(model)
+    tree = survey(model)
     tree.require_whole()
-    factors, copies = saved.tensors.factors, saved.tensors.copies
-    drop, add = _prefixes([*factors, *copies], tree.bases)
-    slices = json.loads(saved.metadata.get(SLICES, "{}"))
+    config, tensors, metadata = read(folder)
+    drop, add = _prefixes([*tensors.factors, *tensors.copies], tree.bases)
+    slices = json.loads(metadata.get(SLICES, "{}"))
     updates: dict[str, nn.Module] = {}
-    faults = _lacking(saved, tree)
     bases: dict[str, nn.Module] = {}  # by their paths in the file
-    for path, pair in factors.items():
-        place = add + path.removeprefix(drop)
+    faults = [] if tensors.factors else [f"no LoRA tensors in {WEIGHTS}"]
+    for end in config.copies:
+        # PEFT names every head that a task's models may have, and the model has one of them.
+        expected = any(path.endswith(end) for path in tree.bases)
+        if expected and not any(path.endswith(end) for path in tensors.copies):
+            faults.append(f"modules_to_save names {end}, of which the file has no tensors")
+    for path, pair in tensors.factors.items():
+        here = add + path.removeprefix(drop)
         try:
-            bases[path] = base = _base(tree, place, pair)
-            config = saved.config.update_config(path, len(pair["A"]))
-            spans = slices.get(path)
-            updates[place] = build(base, config, pair["A"], pair["B"], spans=spans, dtype=dtype)
+            if here not in tree.bases:
+                raise ValueError("no such layer here")
+            if missing := [f"lora_{name} is missing" for name in "AB" if name not in pair]:
+                raise ValueError(", ".join(missing))
+            a, b = pair["A"], pair["B"]
+            one, spans = config.update_config(path, len(a)), slices.get(path)
+            updates[here] = build(tree.bases[here], one, a, b, spans=spans, dtype=dtype)
+            bases[path] = tree.bases[here]
         except ValueError as error:
             faults.append(f"{path}: {str(error).removesuffix('.')}")
-    for path, tensors in copies.items():
-        place = add + path.removeprefix(drop)
+    for path, values in tensors.copies.items():
+        here = add + path.removeprefix(drop)
         try:
-            updates[place] = whole_copy(tree.bases[place])
-            updates[place].load_state_dict(dict(tensors))
+            updates[here] = whole_copy(tree.bases[here])
+            updates[here].load_state_dict(dict(values))
         except (KeyError, RuntimeError) as error:
             faults.append(f"{path}, trained whole: {' '.join(str(error).split())}")
-    beside = {add + name.removeprefix(drop): t for name, t in saved.tensors.beside.items()}
-    faults += _strangers(beside, tree)
-    other = [] if allow_base_mismatch else fingerprint.differing(saved.metadata, bases)
+    beside = {add + name.removeprefix(drop): t for name, t in tensors.beside.items()}
+    faults += _misfits(beside, tree)
+    other = [] if allow_base_mismatch else fingerprint.differing(metadata, bases)
     if other and not faults:
         faults.append(
             f"it was made for another base, whose weights differ in {', '.join(other[:3])} "
@@ -195,12 +192,8 @@ def load(
     return attach(tree, adapter, {p: updates[p] for p in tree.bases if p in updates})
 
 
-def read(folder: str | Path) -> SavedAdapter:
-    """Read an adapter's folder, or a repository on the Hub, without a model to put it on.
-
-    Raises:
-        FileNotFoundError, ValueError: as `load`.
-    """
+def read(folder: str | Path) -> tuple[peft.PeftConfig, peft.Tensors, dict[str, str]]:
+    """The config, tensors and metadata of an adapter's folder, or of a repository on the Hub."""
     config_file, weights_file = files.locate(folder)
     try:
         config = peft.parse(config_file.read_bytes())
@@ -213,37 +206,13 @@ def read(folder: str | Path) -> SavedAdapter:
                 f"{folder}: a save was interrupted between {WEIGHTS} and {CONFIG}. Save again."
             )
         warnings.warn(f"{config_file} was edited after {WEIGHTS} was saved.", stacklevel=3)
-    return SavedAdapter(
-        config=config, tensors=peft.sort_tensors(tensors, config), metadata=metadata
-    )
+    return config, peft.sort_tensors(tensors, config), metadata
 
 
 def _is_torn(folder: Path, digest: str) -> bool:
     """Whether a save was killed after the weights took their name: their config still waits."""
     waiting = [f for f in folder.glob(f"{SAVING}*/{CONFIG}") if not (f.parent / WEIGHTS).exists()]
     return any(peft.parse(file.read_bytes()).digest == digest for file in waiting)
-
-
-def _base(tree: Tree, path: str, pair: Mapping[str, Tensor]) -> nn.Module:
-    """The layer at a path, if it can take this pair of factors."""
-    if path not in tree.bases:
-        raise ValueError("no such layer here")
-    if missing := [f"lora_{name} is missing" for name in "AB" if name not in pair]:
-        raise ValueError(", ".join(missing))
-    if reason := why_not_adaptable(tree.bases[path]):
-        raise ValueError(reason)
-    return tree.bases[path]
-
-
-def _lacking(saved: SavedAdapter, tree: Tree) -> list[str]:
-    """What must be in the file and is not."""
-    faults = [] if saved.tensors.factors else [f"no LoRA tensors in {WEIGHTS}"]
-    for end in saved.config.copies:
-        # PEFT names every head that a task's models may have, and the model has one of them.
-        here = any(path.endswith(end) for path in tree.bases)
-        if here and not any(path.endswith(end) for path in saved.tensors.copies):
-            faults.append(f"modules_to_save names {end}, of which the file has no tensors")
-    return faults
 
 
 def _prefixes(paths: Sequence[str], modules: Collection[str]) -> tuple[str, str]:
@@ -256,10 +225,10 @@ def _prefixes(paths: Sequence[str], modules: Collection[str]) -> tuple[str, str]
         for module in modules:
             add = module.removesuffix(end)
             if f".{module}".endswith(f".{end}") and all(path.startswith(drop) for path in paths):
-                places = tuple(add + path.removeprefix(drop) for path in paths)
-                other_block = re.findall(r"\d+", drop) != re.findall(r"\d+", add)
-                if not other_block and all(place in modules for place in places):
-                    choices[places] = drop, add
+                renamed = tuple(add + path.removeprefix(drop) for path in paths)
+                same_block = re.findall(r"\d+", drop) == re.findall(r"\d+", add)
+                if same_block and all(path in modules for path in renamed):
+                    choices[renamed] = drop, add
     if len(choices) != 1:
         return "", ""
     drop, add = next(iter(choices.values()))
@@ -267,29 +236,22 @@ def _prefixes(paths: Sequence[str], modules: Collection[str]) -> tuple[str, str]
     return drop, add
 
 
-def _strangers(beside: Mapping[str, Tensor], tree: Tree) -> list[str]:
-    """What is wrong with the tensors of a file that are neither factors nor copies.
-
-    PEFT writes embeddings of the base beside them; those are not loaded.
-    """
-    mine = {
-        f"{path}.{name}": tensor.detach()
-        for path, module in tree.bases.items()
-        for name, tensor in (
-            *module.named_parameters(recurse=False),
-            *module.named_buffers(recurse=False),
-        )
-    }
-    faults = [f"{name}: left over" for name in beside if name not in mine]
+def _misfits(beside: Mapping[str, Tensor], tree: Tree) -> list[str]:
+    """What is wrong with other tensors of a file: PEFT writes the base's embeddings there."""
+    faults: list[str] = []
     other: list[str] = []
-    for name, tensor in beside.items():
-        if name in mine and tensor.shape != mine[name].shape:
-            shapes = f"{tuple(tensor.shape)}, this model's is {tuple(mine[name].shape)}"
-            faults.append(f"{name} is {shapes}: resize the model first (resize_token_embeddings)")
-        elif name in mine:
-            coarser = min(tensor.dtype, mine[name].dtype, key=lambda dtype: dtype.itemsize)
-            if not torch.equal(tensor.to(coarser), mine[name].cpu().to(coarser)):
-                other.append(name)
+    for key, tensor in beside.items():
+        path, _, name = key.rpartition(".")
+        mine = getattr(tree.bases.get(path), name, None)
+        if not isinstance(mine, Tensor):
+            faults.append(f"{key}: left over")
+        elif tensor.shape != mine.shape:
+            shapes = f"{tuple(tensor.shape)}, this model's is {tuple(mine.shape)}"
+            faults.append(f"{key} is {shapes}: resize the model first (resize_token_embeddings)")
+        else:
+            coarser = min(tensor.dtype, mine.dtype, key=lambda dtype: dtype.itemsize)
+            if not torch.equal(tensor.to(coarser), mine.detach().cpu().to(coarser)):
+                other.append(key)
     if other and not faults:
         warnings.warn(
             f"Not loaded: {', '.join(other[:3])} in the file, which differ from the model's. If "
@@ -299,18 +261,9 @@ def _strangers(beside: Mapping[str, Tensor], tree: Tree) -> list[str]:
     return faults
 
 
-def _factors(update: LowRankUpdate) -> tuple[Tensor, Tensor]:
-    a, b = update.factors()
-    return _on_cpu(a), _on_cpu(b)
-
-
 def _on_cpu(tensor: Any) -> Tensor:
     tensor = tensor.detach()
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu().contiguous()
-
-
-def _is_free(file: Path) -> bool:
-    return not file.exists() or _MARK in file.read_text(encoding="utf-8", errors="replace")
 
 
 def _card(base: str | None, notes: Mapping[str, object]) -> str:
@@ -334,11 +287,11 @@ def _warn_of_others(tree: Tree) -> None:
             f"lora.inject(modules_to_save={heads[0]!r}).",
             stacklevel=3,
         )
-    ours = {id(p) for module in tree.adapted.values() for p in module.updates.parameters()}
+    ours = {p for module in tree.adapted.values() for p in module.updates.parameters()}
     others = [
         name
         for name, parameter in tree.root.named_parameters()
-        if parameter.requires_grad and id(parameter) not in ours
+        if parameter.requires_grad and parameter not in ours
     ]
     if others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""

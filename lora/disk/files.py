@@ -28,18 +28,15 @@ _OTHER_FORMATS = {
 
 
 def locate(name: str | Path) -> tuple[Path, Path]:
-    """The config and the weights of a folder, or of "org/repo" on the Hub.
-
-    Raises:
-        FileNotFoundError: they are not there. Of the Hub: as huggingface_hub.
-    """
+    """The config and the weights of a folder, or of "org/repo" on the Hub."""
     folder = Path(name)
     if isinstance(name, str) and not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         from huggingface_hub import hf_hub_download  # not at the top: it takes longer than the rest
 
         return Path(hf_hub_download(name, CONFIG)), Path(hf_hub_download(name, WEIGHTS))
     if missing := [file for file in (CONFIG, WEIGHTS) if not (folder / file).is_file()]:
-        message = f"{folder / missing[0]} is missing."
+        verb = "are" if len(missing) > 1 else "is"
+        message = f"{folder}: {' and '.join(missing)} {verb} missing."
         for file, reason in _OTHER_FORMATS.items():
             if (folder / file).exists():
                 message = f"{message} There is {file}: {reason}."
@@ -60,11 +57,7 @@ def to_bytes(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> bytes:
 
 
 def read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file, copied, and its metadata.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
+    """The tensors of a safetensors file, copied, and its metadata."""
     data = file.read_bytes()
     try:
         tensors = load(data)

@@ -16,7 +16,7 @@ import hashlib
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -48,21 +48,14 @@ ByPath = Mapping[str, Mapping[str, Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class PeftConfig:
-    """The part of the file that is read.
-
-    Args:
-        alpha, dropout, rslora: of layers that no pattern names.
-        alpha_pattern: other alphas, by regular expressions for a whole path.
-        copies: ends of the paths of modules that were trained whole.
-        digest: of all fields that change what the adapter computes.
-    """
+    """The part of the file that is read."""
 
     alpha: float
     dropout: float
     rslora: bool
-    alpha_pattern: Mapping[re.Pattern[str], float]
-    copies: tuple[str, ...]
-    digest: str
+    alpha_pattern: Mapping[re.Pattern[str], float]  # other alphas, by a pattern for a whole path
+    copies: tuple[str, ...]  # ends of the paths of modules that were trained whole
+    digest: str  # of all fields that change what the adapter computes
 
     def update_config(self, path: str, r: int) -> UpdateConfig:
         """The config of an update of this rank at this path."""
@@ -73,25 +66,15 @@ class PeftConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Tensors:
-    """The tensors of a file.
+    """The tensors of a file."""
 
-    Args:
-        factors: by the path of their layer, `{"A": (r, in), "B": (out, r)}`.
-        copies: of modules that were trained whole.
-        beside: all other tensors by their names in the model: the base's own, or left over.
-    """
-
-    factors: ByPath
-    copies: ByPath
-    beside: Mapping[str, Tensor]
+    factors: ByPath  # A `(r, in)` and B `(out, r)` of each layer
+    copies: ByPath  # of modules that were trained whole
+    beside: Mapping[str, Tensor]  # all others, by their names in the model
 
 
 def parse(text: bytes | str) -> PeftConfig:
-    """A config from its text.
-
-    Raises:
-        ValueError: listing all that is malformed, or that this library cannot do.
-    """
+    """A config from its text."""
     try:
         fields: dict[str, Any] = json.loads(text)
         kind = fields.get("peft_type")
@@ -144,15 +127,9 @@ def sort_tensors(tensors: Mapping[str, Tensor], config: PeftConfig) -> Tensors:
 
 
 def to_tensors(
-    factors: Mapping[str, tuple[Tensor, Tensor]], embeddings: Collection[str], copies: ByPath
+    factors: Mapping[str, Sequence[Tensor]], embeddings: Collection[str], copies: ByPath
 ) -> dict[str, Tensor]:
-    """The tensors of a file, by PEFT's keys.
-
-    Args:
-        factors: A `(r, in)` and B `(out, r)` by the path of their layer.
-        embeddings: those paths whose layer is an `nn.Embedding`.
-        copies: modules that were trained whole.
-    """
+    """The tensors of a file by PEFT's keys: each layer's A and B, and what was trained whole."""
     tensors: dict[str, Tensor] = {}
     for path, pair in factors.items():
         for name, factor in zip("AB", pair, strict=True):
@@ -171,14 +148,7 @@ def to_config(
 ) -> str:
     """The config of an adapter, which fits exactly its layers; the same adapter, the same text.
 
-    Args:
-        updates: the config of each update, by the path of its layer.
-        paths: of all modules of the base, whether they can be adapted or not.
-        copies: paths of modules that were trained whole.
-        notes: other fields, that change nothing of what the adapter computes.
-
-    Raises:
-        ValueError: PEFT would take another module for one that was trained whole.
+    `paths` are those of all modules of the base, `copies` those of modules that were trained whole.
     """
     first = next(iter(updates.values()))  # dropout and rsLoRA are one choice an adapter
     r = _most_common(u.r for u in updates.values())
@@ -235,15 +205,11 @@ def _targets(adapted: set[str], paths: Collection[str]) -> list[str] | str:
 
     A path that ends another module's, as `up` ends `block.up`, takes a regular expression.
     """
-    alike: dict[str, list[str]] = defaultdict(list)  # modules by the last segment of their path
-    for path in paths:
-        alike[_last(path)].append(path)
-    targets = {_last(path) if adapted.issuperset(alike[_last(path)]) else path for path in adapted}
-    for target in targets & adapted:
-        if any(p.endswith(f".{target}") for p in alike[_last(target)] if p not in adapted):
-            return "|".join(map(re.escape, sorted(adapted)))
+    other = [path for path in paths if path not in adapted]
+    others = {path.rpartition(".")[2] for path in other}
+    ends = {path: path.rpartition(".")[2] for path in adapted}
+    targets = {path if end in others else end for path, end in ends.items()}
+    endings = tuple(f".{target}" for target in targets)
+    if any(path.endswith(endings) for path in other):
+        return "|".join(map(re.escape, sorted(adapted)))
     return sorted(targets)
-
-
-def _last(path: str) -> str:
-    return path.rpartition(".")[2]

@@ -1,9 +1,7 @@
 """The formula as single differentiable functions: the fast forms of `LoRALinear`.
 
-`lora.layer` asks here once a call. The forms keep the input once, in its own dtype, and of dropout
-a byte an element at most. `add_update` serves any base layer; in large steps on a GPU `wide_linear`
-computes base and update in the same matrix products. Their backward passes are differentiable
-themselves, so that second derivatives are right.
+The forms keep the input once, in its own dtype, and of dropout a byte an element at most. Their
+backward passes are differentiable themselves, so that second derivatives are right.
 
 Shapes: N rows of the input, all leading axes flattened · in, out · r rank.
 """
@@ -24,18 +22,12 @@ WIDE = 2048  # rows from which widening the weight by B costs less than products
 
 
 class Term(NamedTuple):
-    """What one update adds: `scaling · drop(x) Aᵀ Bᵀ`.
+    """What one update adds: `scaling · drop(x) Aᵀ Bᵀ`."""
 
-    Args:
-        a, b: `(r, in)` and `(out, r)`, used in the dtype of the input.
-        scaling: factor of the update, its weight in the sum included.
-        p: probability of dropout in [0, 1), for this call.
-    """
-
-    a: Tensor
-    b: Tensor
-    scaling: float
-    p: float
+    a: Tensor  # (r, in), used in the dtype of the input
+    b: Tensor  # (out, r), likewise
+    scaling: float  # its weight in the sum included
+    p: float  # probability of dropout in this call
 
 
 def applies(layer: nn.Module, x: Tensor) -> bool:
@@ -56,14 +48,7 @@ def in_transform() -> bool:
 
 
 def linear(base: nn.Module, x: Tensor, weight: Tensor, terms: Sequence[Term]) -> Tensor:
-    """`base(x)` and the terms.
-
-    Args:
-        base: a layer that computes `x Wᵀ + bias`.
-        x: `(…, in)`.
-        weight: of the base, seen as `(out, in)`.
-        terms: at most one for each adapter in force.
-    """
+    """`base(x)` and the terms, for `x` `(…, in)` and the base's weight seen as `(out, in)`."""
     if len(terms) == 1 and _widens(base, x, weight, terms[0]):
         return wide_linear(x, weight, cast(Tensor | None, base.bias), terms[0])
     y = base(x)
@@ -135,10 +120,7 @@ def pays_wide(x: Tensor, rank: int) -> bool:
 def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None, term: Term) -> Tensor:
     """`x Wᵀ + bias` and the term, as one product `[x | h] [W | sB]ᵀ`.
 
-    Args:
-        x: `(…, in)`, in the dtype of `weight`.
-        weight, bias: `(out, in)`, of any strides, and `(out,)`, both frozen.
-        term: what the update adds.
+    `x` `(…, in)` has the dtype of `weight` `(out, in)`, which may have any strides.
     """
     return _WideLinear.apply(x, weight, bias, *term)
 
@@ -215,7 +197,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _scaled(b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    """`s B`: scaled in B's own dtype, so that a B of zeros stays zero whatever the scaling."""
+    """`s B`, scaled in B's own dtype."""
     return (b * scaling).to(dtype)
 
 
