@@ -193,7 +193,7 @@ class LoRALinear(Adapted):
     """A frozen linear layer with the updates of any number of adapters beside it.
 
     The base's weight is never written: merging puts a double of the base beside it that has another
-    weight and takes its place in the forward pass, so unmerging is forgetting.
+    weight, so unmerging is forgetting.
 
     Args:
         base: an `nn.Linear`, an `nn.Embedding`, or a Conv1D that stores its weight `(in, out)`.
@@ -323,14 +323,11 @@ def _watched(y: Tensor, layer: LoRALinear) -> Tensor:
 
 
 class _Watch(torch.autograd.Function):
-    """The identity; in its backward pass an error where a factor that trained does no more.
-
-    When a checkpointed layer runs again, torch compares the shapes of what is saved: that of an
-    empty tensor says which adapters were in force.
-    """
+    """The identity; in its backward pass an error where a factor that trained does no more."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, state: int, trained: list[nn.Parameter]) -> Tensor:
+        # Where a checkpointed layer runs again, torch compares the shapes of what was saved.
         ctx.save_for_backward(y.new_empty(state, 0))
         ctx.trained = trained
         return torch.ops.aten._unsafe_view(y, y.shape)  # a view could not be changed in place

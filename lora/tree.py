@@ -88,7 +88,9 @@ class Tree:
     def require_unmerged(self) -> None:
         """Raise where a merged weight would go stale."""
         if self.is_merged:
-            raise RuntimeError("The model is merged. Call lora.unmerge first.")
+            raise RuntimeError(
+                "The model is merged. Call lora.unmerge first (or eject with merge=True)."
+            )
 
     def refuse_ddp(self) -> None:
         """Raise where DDP, which has looked up what is trained, would leave processes apart."""
