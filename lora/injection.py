@@ -56,9 +56,7 @@ def inject(
     if str(settings.get("task_type")).endswith(("_CLS", "QUESTION_ANS")):
         heads = [name for name in HEADS if hasattr(model, name)] or ["the head's name"]
         raise TypeError(f"Instead of 'task_type' pass modules_to_save={tuple(heads)}.")
-    config = config_of(config, settings)
-    tree = survey(model)
-    tree.require_whole()
+    config, tree = config_of(config, settings), survey(model)
     return attach(tree, adapter, draw(tree, config))
 
 

@@ -212,7 +212,6 @@ class LoRALinear(Adapted):
         self.gain = gain_of(base)  # base(x) is so many times its class's formula
         self.routing: Any = None  # a routing.BankRouting. `lora.routed` writes
         self.merged: nn.Module | None = None  # the base's double with a folded weight
-        self.register_load_state_dict_pre_hook(_refuse_merged)
         for name in ("in_features", "out_features", "num_embeddings", "embedding_dim", "slices"):
             if hasattr(base, name):
                 setattr(self, name, getattr(base, name))
@@ -300,17 +299,16 @@ class LoRALinear(Adapted):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "routing": None}
 
+    def _load_from_state_dict(self, *arguments: Any, **named: Any) -> None:
+        if self.merged is not None:  # its weight would be stale
+            raise RuntimeError("The model is merged. Call lora.unmerge before load_state_dict.")
+        super()._load_from_state_dict(*arguments, **named)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALinear:
         super()._apply(fn, recurse)
         if self.merged is not None:
             self.merged._apply(fn)
         return self
-
-
-def _refuse_merged(layer: LoRALinear, *_: object) -> None:
-    """Before `load_state_dict`, which would leave the merged weight stale."""
-    if layer.merged is not None:
-        raise RuntimeError("The model is merged. Call lora.unmerge before load_state_dict.")
 
 
 def _watched(y: Tensor, layer: LoRALinear) -> Tensor:

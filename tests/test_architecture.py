@@ -218,7 +218,7 @@ def test_importing_touches_no_random_state_and_little_else():
 
 # Lines of Python as `wc -l` counts them: they only fall, but for what a new capability is given.
 BUDGET = {
-    "lora": 3_596,
+    "lora": 3_572,
     "gpt2": 6_935,
     "scripts": 4_213,
     "tests": 20_487,
@@ -259,7 +259,7 @@ CORE = ["layer", "config", "layout", "tree", "targets", "injection", "bank", "me
 
 def test_the_core_of_lora_is_read_in_an_afternoon():
     sizes = {name: (ROOT / "lora" / f"{name}.py").read_text().count("\n") for name in CORE}
-    assert sum(sizes.values()) <= 1_596
+    assert sum(sizes.values()) <= 1_578
 
 
 def rooms_imported(file: Path) -> set[tuple[str, ...]]:

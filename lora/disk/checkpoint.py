@@ -141,7 +141,6 @@ def load(
             or weights of the base in it differ.
     """
     tree = survey(model)
-    tree.require_whole()
     config, tensors, metadata = read(folder)
     drop, add = _prefixes([*tensors.factors, *tensors.copies], tree.bases)
     slices = json.loads(metadata.get(SLICES, "{}"))
