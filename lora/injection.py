@@ -6,17 +6,16 @@ import hashlib
 import sys
 import warnings
 from collections.abc import Collection, Mapping
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora import merging
 from lora.config import LoRAConfig, UpdateConfig
 from lora.copies import ModuleCopy, whole_copy
 from lora.layer import Adapted, EmbeddingUpdate, LoRALinear, LowRankUpdate, why_not_usable
 from lora.layout import is_hooked, out_in_view, why_not_adaptable
-from lora.merging import fold, keep_folded
 from lora.slices import SlicedUpdate, spans_of
 from lora.targets import by_pattern, find_targets, fits
 from lora.tree import Tree, listed, survey, survey_adapted
@@ -57,9 +56,7 @@ def inject(
     if str(settings.get("task_type")).endswith(("_CLS", "QUESTION_ANS")):
         heads = [name for name in HEADS if hasattr(model, name)] or ["the head's name"]
         raise TypeError(f"Instead of 'task_type' pass modules_to_save={tuple(heads)}.")
-    config = config_of(config, settings)
-    tree = survey(model)
-    tree.require_whole()
+    config, tree = config_of(config, settings), survey(model)
     return attach(tree, adapter, draw(tree, config))
 
 
@@ -79,14 +76,12 @@ def eject(model: nn.Module, *, merge: bool = False) -> list[str]:
         ValueError: with `merge=True`, as `lora.merge`.
     """
     tree = survey_adapted(model)
-    if not tree.is_merged:
-        tree.require_settled()
-        if merge:
-            fold(tree)
-    elif not merge:
-        raise RuntimeError("The model is merged. Unmerge it first, or keep it with merge=True.")
     if merge:
-        keep_folded(tree)
+        if not tree.is_merged:
+            merging.merge(model)
+        merging.keep_folded(tree)
+    else:
+        tree.require_settled()
     detach(tree, tree.adapted)
     return tree.paths(tree.adapted)
 
@@ -156,11 +151,11 @@ def build(
         raise ValueError(reason)
     update = _zero_update(base, config, spans, dtype)
     faults: list[str] = []
-    for name, given, mine in zip("AB", (a, b), update.factors(), strict=True):
-        if given.shape != mine.shape:
-            shapes = f"{tuple(given.shape)}, this layer takes {tuple(mine.shape)}"
+    for name, value, factor in zip("AB", (a, b), update.factors(), strict=True):
+        if value.shape != factor.shape:
+            shapes = f"{tuple(value.shape)}, this layer takes {tuple(factor.shape)}"
             faults.append(f"lora_{name} is {shapes}")
-        elif reason := why_not_usable(given, mine.dtype):
+        elif reason := why_not_usable(value, factor.dtype):
             faults.append(f"lora_{name} {reason}")
     if faults:
         raise ValueError(", ".join(faults))
@@ -270,13 +265,14 @@ def _zero_update(
         dtype = weight.dtype if weight.dtype.itemsize > 2 else torch.float32
     if not config.scaling <= torch.finfo(dtype).max:
         raise ValueError(f"its scaling {config.scaling:.3g} is more than {dtype} holds")
-    create: Any = LowRankUpdate
+    n_out, n_in = weight.shape
+    options: dict[str, Any] = {"dtype": dtype, "device": device}
     if isinstance(base, nn.Embedding):
-        create = partial(EmbeddingUpdate, padding_idx=base.padding_idx)
+        update = EmbeddingUpdate(n_in, n_out, config, padding_idx=base.padding_idx, **options)
     elif spans:
-        create = partial(SlicedUpdate, slices=spans)
-    out_features, in_features = weight.shape
-    update = create(in_features, out_features, config, dtype=dtype, device=device)
+        update = SlicedUpdate(n_in, n_out, config, slices=spans, **options)
+    else:
+        update = LowRankUpdate(n_in, n_out, config, **options)
     return update.train(base.training)
 
 

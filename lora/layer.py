@@ -193,7 +193,7 @@ class LoRALinear(Adapted):
     """A frozen linear layer with the updates of any number of adapters beside it.
 
     The base's weight is never written: merging puts a double of the base beside it that has another
-    weight and takes its place in the forward pass, so unmerging is forgetting.
+    weight, so unmerging is forgetting.
 
     Args:
         base: an `nn.Linear`, an `nn.Embedding`, or a Conv1D that stores its weight `(in, out)`.
@@ -212,7 +212,6 @@ class LoRALinear(Adapted):
         self.gain = gain_of(base)  # base(x) is so many times its class's formula
         self.routing: Any = None  # a routing.BankRouting. `lora.routed` writes
         self.merged: nn.Module | None = None  # the base's double with a folded weight
-        self.register_load_state_dict_pre_hook(_refuse_merged)
         for name in ("in_features", "out_features", "num_embeddings", "embedding_dim", "slices"):
             if hasattr(base, name):
                 setattr(self, name, getattr(base, name))
@@ -300,17 +299,16 @@ class LoRALinear(Adapted):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "routing": None}
 
+    def _load_from_state_dict(self, *arguments: Any, **named: Any) -> None:
+        if self.merged is not None:  # its weight would be stale
+            raise RuntimeError("The model is merged. Call lora.unmerge before load_state_dict.")
+        super()._load_from_state_dict(*arguments, **named)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALinear:
         super()._apply(fn, recurse)
         if self.merged is not None:
             self.merged._apply(fn)
         return self
-
-
-def _refuse_merged(layer: LoRALinear, *_: object) -> None:
-    """Before `load_state_dict`, which would leave the merged weight stale."""
-    if layer.merged is not None:
-        raise RuntimeError("The model is merged. Call lora.unmerge before load_state_dict.")
 
 
 def _watched(y: Tensor, layer: LoRALinear) -> Tensor:
@@ -323,14 +321,11 @@ def _watched(y: Tensor, layer: LoRALinear) -> Tensor:
 
 
 class _Watch(torch.autograd.Function):
-    """The identity; in its backward pass an error where a factor that trained does no more.
-
-    When a checkpointed layer runs again, torch compares the shapes of what is saved: that of an
-    empty tensor says which adapters were in force.
-    """
+    """The identity; in its backward pass an error where a factor that trained does no more."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, state: int, trained: list[nn.Parameter]) -> Tensor:
+        # Where a checkpointed layer runs again, torch compares the shapes of what was saved.
         ctx.save_for_backward(y.new_empty(state, 0))
         ctx.trained = trained
         return torch.ops.aten._unsafe_view(y, y.shape)  # a view could not be changed in place

@@ -5,6 +5,7 @@ A merged weight is computed from the pristine base in the widest float there is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from contextlib import contextmanager
 
@@ -17,6 +18,7 @@ from lora.layout import is_hooked, out_in_view
 from lora.tree import Tree, listed, survey, survey_adapted
 
 
+@torch.no_grad()
 def merge(model: nn.Module) -> dict[str, float]:
     """Fold the active updates into the weights, so that a forward pass costs what the base's does.
 
@@ -34,7 +36,36 @@ def merge(model: nn.Module) -> dict[str, float]:
         ValueError: listing each layer whose weight another module shares, is moved by a hook, or
             would not be finite.
     """
-    return fold(survey_adapted(model))
+    tree = survey_adapted(model)
+    tree.require_settled()
+    faults = [
+        f"{names} are one tensor, and merging would change both"
+        for names in tree.shared_weights(tree.layers)
+    ]
+    weights: dict[str, Tensor] = {}
+    errors: dict[str, float] = {}
+    for path, layer in tree.layers.items():
+        if any(update.drop_rate for update, _ in layer.active_updates()):
+            raise RuntimeError(
+                f"{path} is in training mode with dropout on, which a merged weight cannot show. "
+                "Call model.eval() first."
+            )
+        if is_hooked(layer.base):
+            faults.append(f"{path}: a hook moves its weight, so that it cannot be merged")
+            continue
+        if is_traceable_wrapper_subclass(layer.weight_out_in):
+            faults.append(f"{path}: its weight is quantised, and cannot be merged")
+            continue
+        weights[path], errors[path] = _folded(layer)
+        if math.isnan(errors[path]):
+            faults.append(f"the merged weight of {path} has NaN or infinite values")
+        elif math.isinf(errors[path]):
+            faults.append(f"the merged weight of {path} overflows {weights[path].dtype}")
+    if faults:
+        raise ValueError(f"{listed(faults)}.")
+    for path, layer in tree.layers.items():
+        layer.merge(weights[path])
+    return errors
 
 
 def unmerge(model: nn.Module) -> None:
@@ -79,43 +110,6 @@ def unfold(tree: Tree) -> None:
     """Go back to the updates beside the base weights."""
     for layer in tree.layers.values():
         layer.merge(None)
-
-
-@torch.no_grad()
-def fold(tree: Tree) -> dict[str, float]:
-    """As `merge`, of a model that has been surveyed."""
-    tree.require_settled()
-    faults = [
-        f"{names} are one tensor, and merging would change both"
-        for names in tree.shared_weights(tree.layers)
-    ]
-    for path, layer in tree.layers.items():
-        if any(update.drop_rate for update, _ in layer.active_updates()):
-            raise RuntimeError(
-                f"{path} is in training mode with dropout on, which a merged weight cannot show. "
-                "Call model.eval() first."
-            )
-        if is_hooked(layer.base):
-            faults.append(f"{path}: a hook moves its weight, so that it cannot be merged")
-        elif is_traceable_wrapper_subclass(layer.weight_out_in):
-            faults.append(f"{path}: its weight is quantised, and cannot be merged")
-    if faults:
-        raise ValueError(f"{listed(faults)}.")
-    weights: dict[str, Tensor] = {}
-    errors: dict[str, float] = {}
-    for path, layer in tree.layers.items():
-        weights[path], errors[path] = _folded(layer)
-        if not torch.isfinite(weights[path]).all():
-            overflown = torch.isfinite(layer.ideal()).all()
-            reason = (
-                f"overflows {weights[path].dtype}" if overflown else "has NaN or infinite values"
-            )
-            faults.append(f"the merged weight of {path} {reason}")
-    if faults:
-        raise ValueError(f"{listed(faults)}.")
-    for path, layer in tree.layers.items():
-        layer.merge(weights[path])
-    return errors
 
 
 @torch.no_grad()

@@ -38,11 +38,11 @@ def parameter_groups(model: nn.Module, lr: float, *, b_ratio: float = 16.0) -> l
     if not (0 < lr < math.inf and 0 < b_ratio < math.inf):
         raise ValueError(f"lr and b_ratio must be finite and above 0, got {lr} and {b_ratio}.")
     updates = [u for layer in survey_adapted(model).layers.values() for u in layer.updates.values()]
-    late = {id(u.A if isinstance(u, EmbeddingUpdate) else u.B) for u in updates}
+    faster = {id(u.A if isinstance(u, EmbeddingUpdate) else u.B) for u in updates}
     trainable = trainable_parameters(model)
     return [
-        {"params": [p for p in trainable if id(p) not in late], "lr": lr},
-        {"params": [p for p in trainable if id(p) in late], "lr": lr * b_ratio},
+        {"params": [p for p in trainable if id(p) not in faster], "lr": lr},
+        {"params": [p for p in trainable if id(p) in faster], "lr": lr * b_ratio},
     ]
 
 
@@ -75,5 +75,5 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     root = unwrap(model)
     modules = root.named_modules(remove_duplicate=False)
     adapted = [path for path, module in modules if isinstance(module, Adapted)]
-    own = tuple(f"{path}.updates." if path else "updates." for path in adapted)
-    return {key: t for key, t in root.state_dict().items() if not key.startswith(own)}
+    prefixes = tuple(f"{path}.updates." if path else "updates." for path in adapted)
+    return {key: t for key, t in root.state_dict().items() if not key.startswith(prefixes)}

@@ -294,7 +294,7 @@ def _low_rank(modules: Mapping[str, nn.Module]) -> dict[str, LowRankUpdate]:
     updates: dict[str, LowRankUpdate] = {}
     for path, module in modules.items():
         if type(module) is not LowRankUpdate:
-            kind = type(module).__name__
-            raise ValueError(f"{path}: a population takes whole linear layers only, not {kind}.")
+            name = type(module).__name__
+            raise ValueError(f"{path}: a population takes whole linear layers only, not {name}.")
         updates[path] = module
     return updates

@@ -85,16 +85,18 @@ class BankRouting:
         self.bank = [layer.update(name) for name in names]
         self.rank = max(layer.update(name).config.r for name in layer.updates)
         self.dropout = max((update.config.dropout for update in self.bank), default=0.0)
-        shape, device = (len(rows), max(1, *map(len, rows))), self.like.A.device
+        k = max(1, *map(len, rows))
         # Number n, after the last update, is a zero update, to which empty entries point.
-        index = torch.full(shape, len(names), device="cpu")
-        scales = torch.zeros(shape, dtype=widest_float(device), device="cpu")
+        index = [[len(names)] * k for _ in rows]
+        scales = [[0.0] * k for _ in rows]
         for b, row in enumerate(rows):
             for i, (name, weight) in enumerate(row.items()):
                 if name in names:
-                    index[b, i] = names.index(name)
-                    scales[b, i] = weight * layer.gain * layer.update(name).config.scaling
-        self.index, self.scales = index.to(device), scales.to(device)
+                    index[b][i] = names.index(name)
+                    scales[b][i] = weight * layer.gain * layer.update(name).config.scaling
+        device = self.like.A.device
+        self.index = torch.tensor(index, device=device)  # (B, k)
+        self.scales = torch.tensor(scales, device=device, dtype=widest_float(device))  # (B, k)
         self.kept = None if torch.is_grad_enabled() else self._picked()
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
 """Which layers a target names.
 
-A target is a dotted suffix of a module's path, matched on whole segments: `"c_attn"` fits
-`transformer.h.0.attn.c_attn`, and `"attn.c_proj"` does not fit `transformer.h.0.mlp.c_proj`.
-`LoRAConfig` has the other forms.
+`"c_attn"` fits `transformer.h.0.attn.c_attn`, and `"attn.c_proj"` does not fit
+`transformer.h.0.mlp.c_proj`; `LoRAConfig` has the other forms.
 """
 
 from __future__ import annotations

@@ -72,23 +72,21 @@ class Tree:
 
     def require_settled(self) -> None:
         """Raise where a change would leave a merged weight, a routing or a shard stale."""
-        self.require_whole()
-        self.require_unmerged()
-        if any(layer.routing is not None for layer in self.layers.values()):
-            raise RuntimeError("The model is routed. Leave the lora.routed context first.")
-
-    def require_whole(self) -> None:
-        """Raise where several processes hold a part of the model each."""
         if self.is_sharded:
             raise RuntimeError(
                 "The model is sharded, and can only be run, trained and saved: inject, load, merge "
                 "and eject before fully_shard."
             )
+        self.require_unmerged()
+        if any(layer.routing is not None for layer in self.layers.values()):
+            raise RuntimeError("The model is routed. Leave the lora.routed context first.")
 
     def require_unmerged(self) -> None:
         """Raise where a merged weight would go stale."""
         if self.is_merged:
-            raise RuntimeError("The model is merged. Call lora.unmerge first.")
+            raise RuntimeError(
+                "The model is merged. Call lora.unmerge first (or eject with merge=True)."
+            )
 
     def refuse_ddp(self) -> None:
         """Raise where DDP, which has looked up what is trained, would leave processes apart."""

@@ -40,15 +40,12 @@ def save(
 ) -> None:
     """Write an adapter as PEFT does; the same adapter gives the same bytes.
 
-    After a failure, such as a full disk, the adapter that was in the folder before still is.
-
     Args:
-        model: a model that carries the adapter, merged or not. Of a sharded one call this in each
-            process: they put the adapter together, and the first writes.
+        model: a model that carries the adapter. Of a sharded one call this in each process.
         folder: created if missing.
         adapter: the adapter's name.
-        notes: what a model card should say, such as `{"data": "legal.jsonl", "loss": 2.31}`: with
-            them a README.md is written, unless there is one that `save` did not write.
+        notes: what a model card should say, such as `{"data": "legal.jsonl"}`: it is written to
+            README.md.
 
     Raises:
         RuntimeError: the model carries no adapter.
@@ -96,7 +93,8 @@ def save(
     embeddings = {path for path, u in updates.items() if isinstance(u, EmbeddingUpdate)}
     tensors = peft.to_tensors(factors, embeddings, copies)
     content = {WEIGHTS: files.to_bytes(tensors, metadata), CONFIG: config.encode()}
-    if notes is not None and (folder / CARD).exists() and _MARK not in (folder / CARD).read_text():
+    card = folder / CARD
+    if notes is not None and card.exists() and _MARK.encode() not in card.read_bytes():
         warnings.warn(f"{CARD} was not written by lora.save, and is kept as it is.", stacklevel=2)
     elif notes is not None:
         targets = json.loads(config)["target_modules"]
@@ -116,10 +114,9 @@ def load(
     dtype: torch.dtype | None = None,
     trainable: bool = True,
 ) -> list[str]:
-    """Put a saved adapter, ours or PEFT's, on the model and make it the active one.
+    """Put a saved adapter, updated or PEFT's, on the model and make it the active one.
 
-    The base is frozen, as by `lora.inject`. The updates are in the mode, training or eval, of their
-    layers, and have the saved dropout, which acts in training mode.
+    The base is frozen, as by `lora.inject`. Updates are in the mode, training or eval, of the base.
 
     Args:
         model: the base that the adapter was made for.
@@ -144,7 +141,6 @@ def load(
             or weights of the base in it differ.
     """
     tree = survey(model)
-    tree.require_whole()
     config, tensors, metadata = read(folder)
     drop, add = _prefixes([*tensors.factors, *tensors.copies], tree.bases)
     slices = json.loads(metadata.get(SLICES, "{}"))
@@ -242,15 +238,15 @@ def _misfits(beside: Mapping[str, Tensor], tree: Tree) -> list[str]:
     other: list[str] = []
     for key, tensor in beside.items():
         path, _, name = key.rpartition(".")
-        mine = getattr(tree.bases.get(path), name, None)
-        if not isinstance(mine, Tensor):
+        weight = getattr(tree.bases.get(path), name, None)
+        if not isinstance(weight, Tensor):
             faults.append(f"{key}: left over")
-        elif tensor.shape != mine.shape:
-            shapes = f"{tuple(tensor.shape)}, this model's is {tuple(mine.shape)}"
+        elif tensor.shape != weight.shape:
+            shapes = f"{tuple(tensor.shape)}, this model's is {tuple(weight.shape)}"
             faults.append(f"{key} is {shapes}: resize the model first (resize_token_embeddings)")
         else:
-            coarser = min(tensor.dtype, mine.dtype, key=lambda dtype: dtype.itemsize)
-            if not torch.equal(tensor.to(coarser), mine.detach().cpu().to(coarser)):
+            coarser = min(tensor.dtype, weight.dtype, key=lambda dtype: dtype.itemsize)
+            if not torch.equal(tensor.to(coarser), weight.detach().cpu().to(coarser)):
                 other.append(key)
     if other and not faults:
         warnings.warn(
@@ -287,11 +283,11 @@ def _warn_of_others(tree: Tree) -> None:
             f"lora.inject(modules_to_save={heads[0]!r}).",
             stacklevel=3,
         )
-    ours = {p for module in tree.adapted.values() for p in module.updates.parameters()}
+    updated = {p for module in tree.adapted.values() for p in module.updates.parameters()}
     others = [
         name
         for name, parameter in tree.root.named_parameters()
-        if parameter.requires_grad and parameter not in ours
+        if parameter.requires_grad and parameter not in updated
     ]
     if others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""

@@ -1,4 +1,4 @@
-"""An adapter's two files: found in a folder or on the Hub, read as bytes, written together."""
+"""An adapter's two files: located in a folder or on the Hub, read as bytes, written together."""
 
 from __future__ import annotations
 
@@ -68,10 +68,9 @@ def read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def write(folder: Path, content: Mapping[str, bytes]) -> None:
-    """Write files into a folder, created if missing.
+    """Write files into a folder, which an error, such as a full disk, leaves as it was.
 
-    All are complete on the disk before the first takes its name, so that an error, such as a full
-    disk, leaves the folder as it was. A kill between two names leaves a `.saving-` folder.
+    A kill between two names leaves a `.saving-` folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=SAVING) as beside:

@@ -29,7 +29,7 @@ def differing(metadata: Mapping[str, str], bases: Mapping[str, nn.Module]) -> li
     """The paths of layers that are not those of the metadata, to the rounding of their dtypes."""
     saved: dict[str, Fingerprint] = json.loads(metadata.get(BASE, "{}"))
     here = {path: _fingerprint(base) for path, base in bases.items() if path in saved}
-    return [path for path, mine in here.items() if mine and not _close(mine, saved[path])]
+    return [path for path, entries in here.items() if entries and not _close(entries, saved[path])]
 
 
 def _fingerprint(base: nn.Module) -> Fingerprint | None:
@@ -50,6 +50,6 @@ def _fingerprint(base: nn.Module) -> Fingerprint | None:
 
 
 def _close(a: Fingerprint, b: Fingerprint) -> bool:
-    limits = max((torch.finfo(getattr(torch, str(p[0]))) for p in (a, b)), key=lambda f: f.eps)
+    coarser = max((torch.finfo(getattr(torch, str(p[0]))) for p in (a, b)), key=lambda f: f.eps)
     x, y = (torch.tensor(p[1:], dtype=torch.float64) for p in (a, b))
-    return bool(((x - y).abs() <= limits.eps * (y.abs() + limits.smallest_normal)).all())
+    return torch.allclose(x, y, rtol=coarser.eps, atol=coarser.eps * coarser.smallest_normal)

@@ -77,12 +77,12 @@ def parse(text: bytes | str) -> PeftConfig:
     """A config from its text."""
     try:
         fields: dict[str, Any] = json.loads(text)
-        kind = fields.get("peft_type")
+        method = fields.get("peft_type")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"it is not a JSON object: {error}") from None
     faults: list[str] = []
-    if kind != "LORA":
-        faults.append(f"peft_type is {kind!r}, only LORA can be loaded")
+    if method != "LORA":
+        faults.append(f"peft_type is {method!r}, only LORA can be loaded")
     if (bias := fields.get("bias") or "none") != "none":
         faults.append(f"bias is {bias!r}: trained biases are not supported")
     if (init := fields.get("init_lora_weights")) not in _INITS:
@@ -153,9 +153,9 @@ def to_config(
     first = next(iter(updates.values()))  # dropout and rsLoRA are one choice an adapter
     r = _most_common(u.r for u in updates.values())
     alpha = _most_common(u.alpha for u in updates.values())
-    if alike := [p for p in paths if p not in copies and any(p.endswith(c) for c in copies)]:
+    if clashes := [p for p in paths if p not in copies and any(p.endswith(c) for c in copies)]:
         raise ValueError(
-            f"PEFT would take {', '.join(alike[:3])} for a module in modules_to_save, since its "
+            f"PEFT would take {', '.join(clashes[:3])} for a module in modules_to_save, since its "
             f"path ends like one of {', '.join(copies)}; rename one."
         )
     fields: dict[str, object] = {

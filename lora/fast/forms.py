@@ -66,10 +66,7 @@ def add_update(y: Tensor, x: Tensor, term: Term) -> Tensor:
 
 
 def _add_in_one_kernel(y: Tensor, x: Tensor, term: Term) -> Tensor:
-    """The products as sums, which a compiler fuses with what is around them.
-
-    On few rows, starting a kernel takes longer than running it.
-    """
+    """The products as sums, which a compiler fuses with what is around them."""
     h = (_rows(x)[:, None] * term.a).sum(-1) * term.scaling  # (N, r), in A's dtype if wider
     return y + (h[:, None] * term.b).sum(-1).view(y.shape).to(y.dtype)
 
