@@ -315,8 +315,9 @@ def _watched(y: Tensor, layer: LoRALinear) -> Tensor:
     """`y`, whose backward pass raises where an adapter was switched off in between."""
     if not y.requires_grad or torch.compiler.is_compiling() or forms.in_transform():
         return y
-    state = layer.active if layer.routing is None else layer.routing.rows
-    trained = [p for p in layer.updates.parameters() if p.requires_grad]
+    state: Any = layer.active if layer.routing is None else layer.routing.rows
+    names = layer.active if layer.routing is None else layer.updates
+    trained = [p for n in names for p in layer.updates[n].parameters() if p.requires_grad]
     return _Watch.apply(y, zlib.crc32(repr(state).encode()), trained) if trained else y
 
 

@@ -57,6 +57,15 @@ def test_a_switch_between_forward_and_backward_raises_and_gives_no_gradient(run,
     assert all(g is None for name in "ab" for g in grads(model, name))
 
 
+def test_switching_off_what_had_no_part_in_a_loss_is_no_fault():
+    model = two_adapters({"a": 1.0, "b": 1.0})
+    with lora.activated(model, "b"):
+        loss = model(X).square().sum()
+    lora.activate(model, "b")
+    loss.backward()
+    assert all(g is not None for g in grads(model, "b"))
+
+
 @pytest.mark.parametrize("context", ["activated", "routed"])
 def test_a_checkpointed_pass_that_runs_again_under_another_adapter_raises(context):
     model = two_adapters({"a": 1.0, "b": 1.0})
