@@ -68,8 +68,11 @@ def test_a_mixture_is_the_weighted_sum_merged_or_not(mixture):
     lora.activate(model, mixture)
     want = dense(parts)
     torch.testing.assert_close(model(IDX), want, rtol=1e-11, atol=1e-11)
+    layer = model.transformer.h[0].attn.c_attn
+    weight = layer.weight
     with lora.merged(model):
         torch.testing.assert_close(model(IDX), want, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(weight, layer.weight, rtol=1e-11, atol=1e-11)
 
 
 def test_switching_walks_no_adapter(monkeypatch):

@@ -311,6 +311,8 @@ def test_dare_keeps_the_mean_and_follows_its_seed():
     assert share == pytest.approx(0.25, abs=0.02)
     torch.testing.assert_close(drawn.mean(0), want, rtol=0.2, atol=0)  # 2000 draws: sd 4 %
     assert torch.equal(algebra.dare([value], 0.25, seed=7)["x"], drawn[7])
+    two = algebra.dare([value | {"y": value["x"]}], 0.25, seed=7)
+    assert not torch.equal(two["x"], two["y"])  # each layer has a draw of its own
     before = torch.get_rng_state()
     algebra.dare([value], 0.25, seed=7)
     assert torch.equal(torch.get_rng_state(), before)

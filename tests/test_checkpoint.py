@@ -364,13 +364,18 @@ def tiny_with_adapter() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_disk_that_fills_up_leaves_the_previous_adapter(saved, monkeypatch, call):
+@pytest.mark.parametrize(("call", "spared"), [("fsync", 0), ("fsync", 1), ("replace", 0)])
+def test_a_disk_that_fills_up_leaves_the_previous_adapter(saved, monkeypatch, call, spared):
+    """At the first file, or at the second."""
     folder, _ = saved
     before = contents(folder)
+    original, calls = getattr(os, call), []
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    def full(*arguments):
+        calls.append(arguments)
+        if len(calls) > spared:
+            raise OSError(28, "No space left on device")
+        original(*arguments)
 
     monkeypatch.setattr(os, call, full)
     with pytest.raises(OSError, match="No space left"):

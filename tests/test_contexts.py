@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -72,6 +74,27 @@ def test_a_checkpointed_pass_that_runs_again_under_another_adapter_raises(contex
     with CONTEXTS[context](model):
         loss = non_reentrant(model, X.clone().requires_grad_()).square().sum()
     with pytest.raises(RuntimeError, match="different metadata|different number of tensors"):
+        loss.backward()
+    assert all(g is None for name in "ab" for g in grads(model, name))
+
+
+@pytest.mark.parametrize(
+    ("at_forward", "at_backward"),
+    [
+        (lambda model: lora.activated(model, {"a": 2.0, "b": 1.0}), lambda _: nullcontext()),
+        (
+            lambda model: lora.routed(model, ["a", "b"]),
+            lambda model: lora.routed(model, ["b", "a"]),
+        ),
+    ],
+    ids=["activated", "routed"],
+)
+def test_a_checkpointed_pass_that_runs_again_under_another_mixture_raises(at_forward, at_backward):
+    """As many tensors are saved then, of the same shapes."""
+    model = two_adapters({"a": 1.0, "b": 1.0})
+    with at_forward(model):
+        loss = non_reentrant(model, X.clone().requires_grad_()).square().sum()
+    with at_backward(model), pytest.raises(RuntimeError, match="different metadata"):
         loss.backward()
     assert all(g is None for name in "ab" for g in grads(model, name))
 

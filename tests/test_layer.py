@@ -147,7 +147,13 @@ def test_config_lists_all_faults_at_once():
 
 
 @pytest.mark.parametrize(
-    "module", [nn.LayerNorm(4), nn.Conv1d(2, 2, 1), nn.MultiheadAttention(4, 2).out_proj]
+    "module",
+    [
+        nn.LayerNorm(4),
+        nn.Conv1d(2, 2, 1),
+        nn.MultiheadAttention(4, 2).out_proj,
+        nn.Embedding(4, 2, max_norm=1.0),
+    ],
 )
 def test_what_is_no_linear_layer_is_refused(module):
     with pytest.raises(ValueError, match="cannot carry an update"):

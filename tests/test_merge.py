@@ -105,6 +105,13 @@ def test_a_merged_model_multiplies_by_no_factor(monkeypatch):
     model(IDX)
 
 
+def test_a_merged_model_that_is_cast_takes_its_merged_weights_along():
+    model = adapted_gpt2()
+    lora.merge(model)
+    want = model(IDX).double()
+    torch.testing.assert_close(model.double()(IDX), want, rtol=1e-3, atol=1e-3)
+
+
 def test_merging_again_after_a_change_is_computed_from_the_pristine_base():
     model = adapted_gpt2(torch.bfloat16)
     for seed in range(5):

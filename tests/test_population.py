@@ -235,6 +235,13 @@ def test_what_a_rank_or_a_layer_leaves_out_stays_zero():
             assert not there or layer.B[i].any()
 
 
+def test_a_new_adapter_in_a_slot_has_no_gradient_of_the_last_one():
+    slots = lora.Population(nn.Sequential(nn.Linear(3, 4)), 2, r=2, targets="0")
+    slots.grad.fill_(1)
+    slots.draw(0, seed=0)
+    assert slots.grad.any(1).tolist() == [False, True]
+
+
 def test_gradients_are_right_with_dropout_replayed():
     """Of a layer's input and factors, against finite differences under the very same masks."""
     model = nn.Sequential(nn.Linear(3, 4)).double()

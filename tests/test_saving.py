@@ -72,6 +72,22 @@ def test_of_two_writers_one_wins_whole(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [checkpoint.CONFIG, checkpoint.WEIGHTS]
 
 
+def test_a_second_writer_waits_until_the_first_has_moved_both_files(tmp_path, monkeypatch):
+    replace = os.replace
+    second = threading.Thread(target=lora.save, args=(adapted(50), tmp_path))
+
+    def between(*arguments):
+        replace(*arguments)
+        if second.ident is None:
+            second.start()
+            second.join(0.5)
+
+    monkeypatch.setattr(os, "replace", between)
+    lora.save(adapted(1), tmp_path)
+    second.join()
+    assert loaded(tmp_path) == {50.0}
+
+
 KILLED = """
 import os, signal, sys
 import lora

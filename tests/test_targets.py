@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from contextlib import nullcontext
 
 import peft
 import pytest
@@ -121,6 +122,29 @@ def test_all_linear_leaves_the_head_and_the_embeddings():
     assert lora.inject(llama_like, r=1, targets="all-linear") == ["up"]
 
 
+def test_all_linear_leaves_a_head_with_a_weight_of_its_own():
+    """Known by its name, or because the model says which it is."""
+    model = tiny_gpt2()
+    untie(model.lm_head)
+    assert set(lora.inject(model, r=2, targets="all-linear")) == EVERY
+    other = nn.ModuleDict({"up": nn.Linear(4, 4), "out": nn.Linear(4, 9)})
+    other.get_output_embeddings = lambda: other["out"]
+    assert lora.inject(other, r=1, targets="all-linear") == ["up"]
+
+
+@pytest.mark.parametrize("target", ["fc", "ttn.c_attn", r"h\.\d\.attn\.c_attn"])
+def test_a_part_of_a_segment_and_a_part_of_a_path_are_no_target(target):
+    """A suffix fits whole segments, a regular expression the whole path."""
+    with pytest.raises(ValueError, match="No module matches target"):
+        lora.inject(tiny_gpt2(), r=2, targets=target)
+
+
+def test_the_first_number_of_a_path_is_its_block():
+    blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(2))
+    model = nn.ModuleDict({"h": blocks})
+    assert lora.inject(model, r=2, targets="all-linear", layers=1) == ["h.1.0", "h.1.1"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -215,6 +239,16 @@ def test_an_embedding_starts_as_the_base_and_follows_the_formula():
     torch.testing.assert_close(wte(IDX), expected[IDX], rtol=1e-12, atol=1e-12)
     with lora.merged(model):
         torch.testing.assert_close(wte(IDX), expected[IDX], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("routed", [False, True])
+def test_the_row_of_padding_is_not_trained(routed):
+    model = nn.Sequential(nn.Embedding(4, 3, padding_idx=1))
+    lora.inject(model, r=2, targets="0")
+    with lora.routed(model, ["default"] * 2) if routed else nullcontext():
+        model(torch.tensor([[0, 1], [1, 3]])).sum().backward()
+    grad = model[0].updates["default"].A.grad  # (r, ids)
+    assert grad.any(0).tolist() == [True, False, False, True]
 
 
 def test_embeddings_go_to_peft_and_come_back(tmp_path):
