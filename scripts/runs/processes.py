@@ -77,9 +77,9 @@ def joined() -> Iterator[None]:
         except BaseException as error:
             if not number:
                 store.set("ended", "")
-            elif store.check(["ended"]):  # what fails here now is no fault of its own
-                raise SystemExit(1) from None
             elif not isinstance(error, SystemExit):
+                if store.check(["ended"]):  # what fails here now is no fault of its own
+                    raise SystemExit(1) from None
                 error.args = (f"Process {number}: {error}",)
             raise
     if torch.cuda.is_available():  # a captured collective would keep the group from ending
