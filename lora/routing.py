@@ -20,7 +20,7 @@ from lora.bank import Mixture, as_mixture
 from lora.fast.dropout import drop
 from lora.layer import EmbeddingUpdate, LoRALinear
 from lora.layout import widest_float
-from lora.tree import survey_adapted
+from lora.tree import listed, survey_adapted
 
 
 @contextmanager
@@ -46,6 +46,9 @@ def routed(model: nn.Module, rows: Sequence[Mixture | None]) -> Generator[None]:
     tree.require_unmerged()
     if isinstance(rows, str | Mapping) or not rows:
         raise ValueError("rows must give an adapter (or None) for each row of the batch.")
+    named = [name for row in rows for name in ([row] if isinstance(row, str) else row or ())]
+    if missing := [repr(name) for name in dict.fromkeys(named) if name not in tree.adapters]:
+        raise ValueError(f"There is no adapter {listed(missing)} here ({tree.named()}).")
     mixtures = [as_mixture({} if row is None else row, tree) for row in rows]
     names = list(dict.fromkeys(name for mixture in mixtures for name in mixture))
     if tree.copies:

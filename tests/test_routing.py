@@ -143,6 +143,8 @@ def test_rows_that_are_refused(rows):
     before = snapshot(model)
     with pytest.raises(ValueError, match="rows must|no adapter|Give an adapter"):
         lora.routed(model, rows).__enter__()
+    with pytest.raises(ValueError, match="no adapter 'one'; 'two' here"):
+        lora.routed(model, ["one", {"a": 1.0, "two": 0.5}, "one"]).__enter__()
     assert snapshot(model) == before
 
 
