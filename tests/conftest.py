@@ -19,6 +19,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 
 from gpt2.config import GPT2Config
@@ -53,20 +54,25 @@ def small_base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def demo_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The demo's run: its folder, and what it printed."""
-    folder = tmp_path_factory.mktemp("runs") / "demo"
+    """The demo's run: its folder, and what it printed. Processes of one suite share it."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, printed = shared / "runs" / "demo", shared / "demo.txt"
     script = Path(__file__).parents[1] / "scripts" / "train_qa.py"
-    done = subprocess.run(
-        [sys.executable, str(script), "--device", "cpu", "--res_path", str(folder)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        encoding="utf-8",
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    return folder, done.stdout
+    with FileLock(shared / "demo.lock"):
+        if not printed.exists():
+            done = subprocess.run(
+                [sys.executable, str(script), "--device", "cpu", "--res_path", str(folder)],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                encoding="utf-8",
+                env={**os.environ, "HF_HUB_OFFLINE": "1"},
+                timeout=600,
+            )
+            assert done.returncode == 0, done.stderr
+            assert done.stderr == ""
+            printed.write_text(done.stdout, encoding="utf-8")
+    return folder, printed.read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="session")
