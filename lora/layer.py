@@ -139,8 +139,8 @@ class Adapted(nn.Module):
     """A frozen base module, and beside it what any number of adapters add.
 
     The base is the very module that stood here. It is no child: its parameters and buffers are
-    registered here in the same dictionaries, so that they keep their names, and whoever replaces
-    one (`functional_call`, `fully_shard`, accelerate) replaces the base's.
+    registered here in the same dictionaries, under their names, so that whoever replaces one
+    (`functional_call`, `fully_shard`, accelerate) replaces the base's.
     """
 
     def __init__(self, base: nn.Module) -> None:
@@ -192,8 +192,7 @@ class Adapted(nn.Module):
 class LoRALinear(Adapted):
     """A frozen linear layer with the updates of any number of adapters beside it.
 
-    The base's weight is never written: merging puts a double of the base beside it that has another
-    weight, so unmerging is forgetting.
+    The base's weight is never written: merging puts a double of the base beside it.
 
     Args:
         base: an `nn.Linear`, an `nn.Embedding`, or a Conv1D that stores its weight `(in, out)`.

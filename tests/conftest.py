@@ -17,6 +17,8 @@ from pathlib import Path
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes of the suite share two cores
+
 import pytest
 import torch
 from filelock import FileLock
