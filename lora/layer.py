@@ -4,7 +4,7 @@
 it; `LowRankUpdate` is one adapter's `s · drop(x) Aᵀ Bᵀ`. Everything else in this package is
 bookkeeping around these two.
 
-The formula is computed in seven forms, which tests hold equal:
+Seven forms of the formula, which tests hold equal:
 
     LowRankUpdate.forward        as written above: for embeddings, autocast, torch.func
     LoRALinear.weight            `W + s·B A` in the base's dtype, for whoever reads the weight
@@ -259,7 +259,7 @@ class LoRALinear(Adapted):
     def weight(self) -> Tensor:
         """The weight in force, in the base's layout: whoever reads it computes the adapted layer.
 
-        It is computed anew at each reading, in the base's dtype.
+        Computed at each reading, in the base's dtype.
 
         Raises:
             RuntimeError: the model is routed, so that each row has a weight of its own.
@@ -311,7 +311,7 @@ class LoRALinear(Adapted):
 
 
 def _watched(y: Tensor, layer: LoRALinear) -> Tensor:
-    """`y`, whose backward pass raises where an adapter was switched off in between."""
+    """`y`, whose backward pass raises where an adapter was switched off."""
     if not y.requires_grad or torch.compiler.is_compiling() or forms.in_transform():
         return y
     state: Any = layer.active if layer.routing is None else layer.routing.rows
@@ -321,7 +321,7 @@ def _watched(y: Tensor, layer: LoRALinear) -> Tensor:
 
 
 class _Watch(torch.autograd.Function):
-    """The identity; in its backward pass an error where a factor that trained does no more."""
+    """The identity, whose backward pass raises where a factor trains no more."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, state: int, trained: list[nn.Parameter]) -> Tensor:
