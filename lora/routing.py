@@ -47,10 +47,10 @@ def routed(model: nn.Module, rows: Sequence[Mixture | None]) -> Generator[None]:
     if isinstance(rows, str | Mapping) or not rows:
         raise ValueError("rows must give an adapter (or None) for each row of the batch.")
     named = [name for row in rows for name in ([row] if isinstance(row, str) else row or ())]
-    if missing := [repr(name) for name in dict.fromkeys(named) if name not in tree.adapters]:
+    names = list(dict.fromkeys(named))
+    if missing := [repr(name) for name in names if name not in tree.adapters]:
         raise ValueError(f"There is no adapter {listed(missing)} here ({tree.named()}).")
     mixtures = [as_mixture({} if row is None else row, tree) for row in rows]
-    names = list(dict.fromkeys(name for mixture in mixtures for name in mixture))
     if tree.copies:
         raise RuntimeError(
             f"Adapters train a copy of {next(iter(tree.copies))}, so rows cannot be routed."
