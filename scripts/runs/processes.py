@@ -76,10 +76,10 @@ def joined() -> Iterator[None]:
             _meet()
         except BaseException as error:
             if not number:
-                store.set("ended", "")
+                store.set("ended", str((error.code or 0) if isinstance(error, SystemExit) else 1))
             elif not isinstance(error, SystemExit):
-                if store.check(["ended"]):  # what fails here now is no fault of its own
-                    raise SystemExit(1) from None
+                if store.check(["ended"]):  # a connection that closed is no fault of this process
+                    raise SystemExit(int(store.get("ended"))) from None
                 error.args = (f"Process {number}: {error}",)
             raise
     if torch.cuda.is_available():  # a captured collective would keep the group from ending

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import gpt2
 import lora
-from gpt2.training.population import PopulationTraining
-from gpt2.training.slots import SlotState
+from gpt2.population.slots import SlotState
+from gpt2.population.training import PopulationTraining
 
 from .halving import Halving
 from .trials import Run
