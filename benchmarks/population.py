@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 import gpt2
 import lora
 from benchmarks import harness, models
-from gpt2.training.population import PopulationTraining
+from gpt2.population.training import PopulationTraining
 
 DEMO = gpt2.GPT2Config(n_layer=8, n_head=4, n_embd=256)  # the bundled base's size
 

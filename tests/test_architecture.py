@@ -98,7 +98,7 @@ def test_the_core_of_gpt2_asks_its_fast_wing_six_questions_at_most():
 
 
 def test_packages_of_gpt2_import_one_way():
-    """loss, files <- data <- training; fast needs the core's lowest files only."""
+    """loss, files <- data <- training <- population; fast needs the core's lowest files only."""
     packages = {
         "gpt2.fast": {"gpt2.fast", "gpt2.loss", "gpt2.cache"},
         "gpt2.data": {"gpt2.data", "gpt2.fast", "gpt2.loss", "gpt2.files"},
@@ -109,6 +109,8 @@ def test_packages_of_gpt2_import_one_way():
             if package in packages and name.startswith("gpt2."):
                 above = ".".join(name.split(".")[:2])
                 assert above in packages[package], f"{module_name(file)} imports {name}"
+            if package != "gpt2.population":
+                assert not name.startswith("gpt2.population"), f"{module_name(file)} imports {name}"
 
 
 def test_no_file_imports_in_a_circle():
@@ -204,9 +206,9 @@ def test_importing_touches_no_random_state_and_little_else():
 # Lines of Python as `wc -l` counts them: they only fall, but for what a new capability is given.
 BUDGET = {
     "lora": 3_576,
-    "gpt2": 6_935,
+    "gpt2": 6_936,
     "scripts": 4_226,
-    "tests": 20_411,
+    "tests": 20_413,
     "benchmarks": 2_696,
 }
 MOST_LINES = {"lora": 400, "gpt2": 400, "scripts": 400, "tests": 700, "benchmarks": 400}

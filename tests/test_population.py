@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import gpt2
 import lora
-from gpt2.fast.slot_dropout import Streams
-from gpt2.training.population import PopulationTraining
-from gpt2.training.slots import learnt_at
+from gpt2.population.dropout import Streams
+from gpt2.population.slots import learnt_at
+from gpt2.population.training import PopulationTraining
 from tests.toys import TINY
 
 STEPS = 200 if "LONG" in os.environ else 30

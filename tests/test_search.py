@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 import gpt2
 import lora
-from gpt2.training.population import PopulationTraining
+from gpt2.population.training import PopulationTraining
 from gpt2.training.run import Run as Training
 from tests.test_population import base, data
 

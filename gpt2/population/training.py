@@ -21,12 +21,8 @@ from gpt2.data.dataset import Dataset
 from gpt2.data.order import Integers, seed_of
 from gpt2.fast.compiling import bucket
 from gpt2.model import GPT2, in_mode
-from gpt2.training.checks import check_readable, require_count
-from gpt2.training.config import TrainConfig
-from gpt2.training.randomness import RandomState
-from gpt2.training.run import StepRecord
-from gpt2.training.slot_adamw import IDLE, Rates
-from gpt2.training.slots import (
+from gpt2.population.adamw import IDLE, Rates
+from gpt2.population.slots import (
     Slot,
     SlotState,
     check_state,
@@ -35,7 +31,11 @@ from gpt2.training.slots import (
     opened,
     rows_of,
 )
-from gpt2.training.stack_step import Slots, StackStep, check, check_own, check_under
+from gpt2.population.step import Slots, StackStep, check, check_own, check_under
+from gpt2.training.checks import check_readable, require_count
+from gpt2.training.config import TrainConfig
+from gpt2.training.randomness import RandomState
+from gpt2.training.run import StepRecord
 
 Taken = tuple[int, Slot, StepRecord]  # a step in this slot, of which the figures are not known yet
 

@@ -18,13 +18,13 @@ from gpt2.config import is_number
 from gpt2.fast import devices, head
 from gpt2.fast.compiling import blocks_run, compiled
 from gpt2.fast.graphs import GraphedCalls
-from gpt2.fast.slot_dropout import Hashes, Streams, places
 from gpt2.loss import cross_entropies, shifted
 from gpt2.model import GPT2
+from gpt2.population.adamw import update
+from gpt2.population.dropout import Hashes, Streams, places
+from gpt2.population.slots import OWN
 from gpt2.training.checks import require_config
 from gpt2.training.config import TrainConfig
-from gpt2.training.slot_adamw import update
-from gpt2.training.slots import OWN
 from gpt2.training.wrapped import logits_of
 
 
