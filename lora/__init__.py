@@ -1,4 +1,4 @@
-"""LoRA for any PyTorch module: inject, train, merge, save. `help(lora.inject)` tells of one verb.
+"""LoRA for any PyTorch module: inject, train, merge, save. `help(lora.inject)` shows one verb.
 
 On a model and off it:
     inject                a new adapter beside the target layers; all else is frozen

@@ -185,9 +185,9 @@ def test_contexts_survive_a_body_that_adds_or_takes_away():
 def test_mixtures_that_are_refused(mixture):
     model = bank()
     before = snapshot(model)
-    with pytest.raises(ValueError, match="legal|Give an adapter"):
+    with pytest.raises(ValueError, match="legal|Give a name"):
         lora.activate(model, mixture)
-    with pytest.raises(ValueError, match="legal|Give an adapter"):
+    with pytest.raises(ValueError, match="legal|Give a name"):
         lora.routed(model, [mixture or {"nobody": 1}, "legal"]).__enter__()
     assert snapshot(model) == before
 

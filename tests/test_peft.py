@@ -9,6 +9,7 @@ import torch
 
 import gpt2
 import lora
+from tests.folders import peft_model, theirs_of
 from tests.toys import TINY, randomize, tiny_gpt2
 
 peft = pytest.importorskip("peft", reason="PEFT is the oracle here")
@@ -16,32 +17,6 @@ transformers = pytest.importorskip("transformers", reason="PEFT adapts its model
 
 IDX = torch.randint(0, TINY.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
 ALL = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
-
-
-def theirs_of(ours: gpt2.GPT2) -> transformers.GPT2LMHeadModel:
-    """transformers' model with the same weights."""
-    config = transformers.GPT2Config(
-        n_layer=TINY.n_layer,
-        n_head=TINY.n_head,
-        n_embd=TINY.n_embd,
-        n_positions=TINY.block_size,
-        vocab_size=TINY.vocab_size,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    model = transformers.GPT2LMHeadModel(config).eval()
-    model.load_state_dict(ours.state_dict())
-    return model
-
-
-def peft_config(**fields) -> peft.LoraConfig:
-    settings = {"r": 4, "lora_alpha": 6, "target_modules": ["c_attn"], "fan_in_fan_out": True}
-    return peft.LoraConfig(task_type="CAUSAL_LM", **settings | fields)
-
-
-def peft_model(ours: gpt2.GPT2, **fields) -> peft.PeftModel:
-    torch.manual_seed(0)
-    return peft.get_peft_model(theirs_of(ours), peft_config(init_lora_weights=False, **fields))
 
 
 @pytest.mark.parametrize("targets", [["c_attn"], ALL, ["attn.c_proj"]])
@@ -108,7 +83,7 @@ def test_our_loader_works_on_transformers_model(tmp_path):
 
 @pytest.mark.parametrize("init", ["pissa_niter_2", "olora"])
 def test_an_adapter_whose_init_changed_the_base_is_refused(tmp_path, init):
-    theirs = peft.get_peft_model(theirs_of(tiny_gpt2()), peft_config(init_lora_weights=init))
+    theirs = peft_model(tiny_gpt2(), init_lora_weights=init)
     theirs.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="changed the base weights"):
         lora.load(tiny_gpt2(), tmp_path)

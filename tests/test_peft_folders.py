@@ -14,7 +14,7 @@ from torch import nn
 import lora
 from lora.disk import checkpoint
 from lora.disk import peft as lora_peft
-from tests.test_checkpoint import UNSLOTH
+from tests.folders import UNSLOTH
 from tests.toys import MLP, randomize, snapshot
 
 peft = pytest.importorskip("peft", reason="PEFT is the oracle here")
@@ -96,7 +96,7 @@ def test_other_weights_of_the_base_are_said(tmp_path, targets, key):
     tensors = load_file(tmp_path / checkpoint.WEIGHTS)
     tensors[f"base_model.model.{key}"][3, 2] += 1
     save_file(tensors, tmp_path / checkpoint.WEIGHTS)
-    words = r"Not loaded: lm_head\.weight in the file, which differ from the model's"
+    words = r"Not loaded: lm_head\.weight, which differ\."
     with pytest.warns(UserWarning, match=words) as caught:
         lora.load(llama(), tmp_path)
     assert [w.filename for w in caught] == [__file__]
@@ -108,9 +108,7 @@ def test_a_grown_vocabulary_loads_once_the_model_has_grown_too(tmp_path):
     want = write(tmp_path, grown, {"save_embedding_layers": True}, target_modules=["q_proj"])
     model = llama()
     before = snapshot(model)
-    words = (
-        r"lm_head\.weight is \(33, 8\), this model's is \(31, 8\): resize the model first \(resize_"
-    )
+    words = r"lm_head\.weight is \(33, 8\), this model's is \(31, 8\): call resize_token_embeddings"
     with pytest.raises(ValueError, match=words):
         lora.load(model, tmp_path)
     assert snapshot(model) == before
@@ -214,7 +212,7 @@ def test_trained_biases_are_refused_by_name(tmp_path, bias):
 def test_a_copy_whose_name_ends_anothers_cannot_be_written(tmp_path):
     model = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("a", "score", "my_score")})
     lora.inject(model, r=1, targets="a", modules_to_save="score")
-    with pytest.raises(ValueError, match="PEFT would take my_score for a module in modules_to"):
+    with pytest.raises(ValueError, match="PEFT takes my_score for "):
         lora.save(model, tmp_path)
 
 
@@ -345,3 +343,48 @@ def test_a_convolution_is_refused_by_name(tmp_path):
     peft.get_peft_model(build(), config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="0: it is no nn.Linear, Conv1D or nn.Embedding"):
         lora.load(build(), tmp_path)
+
+
+def deepseek() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.DeepseekV3Config(
+        vocab_size=31, hidden_size=16, intermediate_size=24, moe_intermediate_size=12,
+        num_hidden_layers=2, first_k_dense_replace=1, num_attention_heads=2,
+        num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+        q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=8,
+        max_position_embeddings=32, pad_token_id=0,
+    )  # fmt: skip
+    return transformers.DeepseekV3ForCausalLM(config).eval()
+
+
+ATTENTION = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+
+
+def test_an_adapter_of_attention_beside_fused_experts_goes_both_ways(tmp_path):
+    want = write(tmp_path / "theirs", deepseek(), target_modules=ATTENTION)
+    model = deepseek()
+    lora.load(model, tmp_path / "theirs")
+    torch.testing.assert_close(model(IDX).logits, want, rtol=1e-4, atol=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lora.save(model, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(deepseek(), tmp_path / "ours")
+    torch.testing.assert_close(again(IDX).logits, want, rtol=1e-4, atol=1e-5)
+
+
+def test_what_peft_takes_for_parts_of_fused_experts_is_said(tmp_path):
+    """PEFT reads `gate_proj` of a layer without experts, or of shared ones, as the experts'."""
+    write(tmp_path / "theirs", deepseek(), target_modules=["gate_proj", "up_proj", "down_proj"])
+    with pytest.raises(ValueError, match=r"target_parameters is \['down_proj', 'gate_up_proj'\]"):
+        lora.load(deepseek(), tmp_path / "theirs")
+    model = deepseek()
+    lora.inject(model, r=2, targets="all-linear")
+    randomize(model)
+    want = model(IDX).logits
+    words = r"PEFT takes .*layers\.0\.mlp\.gate_proj.*shared_experts\.up_proj.* for experts"
+    with pytest.warns(UserWarning, match=words) as caught:
+        lora.save(model, tmp_path / "ours")
+    assert [w.filename for w in caught] == [__file__]
+    again = deepseek()
+    lora.load(again, tmp_path / "ours")
+    assert torch.equal(again(IDX).logits, want)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpt2
 import lora
-from tests.test_peft import theirs_of
+from tests.folders import theirs_of
 from tests.toys import TINY, layer, randomize, snapshot, tiny_gpt2, untie
 
 IDX = torch.randint(0, TINY.vocab_size, (5, 7), generator=torch.Generator().manual_seed(0))
@@ -141,9 +141,9 @@ def test_a_batch_of_another_size_is_an_error():
 def test_rows_that_are_refused(rows):
     model = bank()
     before = snapshot(model)
-    with pytest.raises(ValueError, match="rows must|no adapter|Give an adapter"):
+    with pytest.raises(ValueError, match="rows must|no adapter|Give a name"):
         lora.routed(model, rows).__enter__()
-    with pytest.raises(ValueError, match="no adapter 'one'; 'two' here"):
+    with pytest.raises(ValueError, match="no adapter 'one', 'two' here"):
         lora.routed(model, ["one", {"a": 1.0, "two": 0.5}, "one"]).__enter__()
     assert snapshot(model) == before
 

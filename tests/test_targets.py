@@ -16,8 +16,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import gpt2
 import lora
-from tests.test_checkpoint import UNSLOTH, edit, refuses
-from tests.test_peft import theirs_of
+from tests.folders import UNSLOTH, edit, refuses, theirs_of
 from tests.toys import MLP, TINY, deltas, layer, randomize, raw, snapshot, tiny_gpt2, untie
 
 IDX = torch.randint(0, TINY.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))

@@ -99,6 +99,30 @@ def test_encoders_and_decoders_of_transformers_that_read_weights_run(name):
     torch.testing.assert_close(again, y, rtol=1e-3, atol=1e-4)
 
 
+def test_t5_whose_code_reads_a_weights_dtype_is_pefts(tmp_path):
+    """Its gated feed-forward reads `wo.weight` twice in a call."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    config = transformers.T5Config(
+        vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2,
+        feed_forward_proj="gated-gelu", decoder_start_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    theirs = transformers.T5ForConditionalGeneration(config).eval()
+    theirs.load_state_dict(model.state_dict())
+    lora.inject(model, r=2, alpha=3, targets=("q", "v", "wo", "wi_0"))
+    randomize(model)
+    lora.save(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path, is_trainable=True).eval()
+    ids = torch.randint(1, 40, (2, 7))
+    grads = []
+    for each in (model, theirs):
+        y = each(input_ids=ids, labels=ids)
+        y.loss.backward()
+        grads.append((y.logits, [p.grad for p in each.parameters() if p.requires_grad]))
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("merged", [False, True])
 def test_save_pretrained_of_an_adapted_model_is_the_bases(merged, tmp_path):
     transformers = pytest.importorskip("transformers")
@@ -145,15 +169,15 @@ def test_a_state_dict_goes_round_and_a_plain_model_takes_the_bases_part():
     ("model", "settings", "error", "message"),
     [
         (nn.Sequential(nn.Linear(4, 4)), {}, ValueError, "Linear modules here end in: 0"),
-        (nn.Linear(4, 4), {}, ValueError, "wrap it, as in torch.nn.Sequential(layer)"),
+        (nn.Linear(4, 4), {}, ValueError, "There are no linear modules below it."),
         (MLP(), {"targets": "q_proj"}, ValueError, "Linear modules here end in: down, up"),
         (nn.Sequential(MLP(), nn.Linear(6, 2)), {"targets": "all-linear", "r": 4}, ValueError,
-         "1: r 4 is above 2, its smaller side; choose less, or leave it out (exclude=)"),
-        (MLP(), {"lora_alpha": 3}, TypeError, "PEFT's name: here it is alpha"),
-        (MLP(), {"target_modules": "up"}, TypeError, "here it is targets"),
+         "1: r 4 is above 2, its smaller side; leave it out (exclude=)"),
+        (MLP(), {"lora_alpha": 3}, TypeError, "no argument 'lora_alpha'; did you mean alpha?"),
+        (MLP(), {"target_modules": "up"}, TypeError, "did you mean targets?"),
         (MLP(), {"tragets": "up"}, TypeError, "did you mean targets?"),
-        (MLP(), {"fan_in_fan_out": True}, TypeError, "the layer's class tells the layout"),
-        (nn.Sequential(nn.ReLU()), {}, ValueError, "There are no linear modules here."),
+        (MLP(), {"fan_in_fan_out": True}, TypeError, "there are r, alpha"),
+        (nn.Sequential(nn.ReLU()), {}, ValueError, "There are no linear modules below it."),
         (3, {}, ValueError, "must be a torch.nn.Module, got int"),
     ],
 )  # fmt: skip
