@@ -79,3 +79,15 @@ def peft_model(ours: gpt2.GPT2, **fields):
     config = peft.LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True, **settings | fields)
     torch.manual_seed(0)
     return peft.get_peft_model(theirs_of(ours), config)
+
+
+def llama(tied: bool = False, kind: str = "LlamaForCausalLM"):
+    """A tiny Llama of transformers."""
+    transformers = pytest.importorskip("transformers", reason="PEFT adapts its models")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=31, hidden_size=8, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=32,
+        attention_bias=True, tie_word_embeddings=tied, pad_token_id=0,
+    )  # fmt: skip
+    return getattr(transformers, kind)(config).eval()

@@ -193,14 +193,6 @@ def test_a_slightly_tuned_base_is_another_base(saved):
     refuses(model, saved[0], r"another base, whose weights differ in transformer.h.1.attn.c_attn ")
 
 
-def test_a_base_of_another_size_is_refused(saved):
-    model = tiny_gpt2()
-    with torch.no_grad():
-        for p in model.parameters():
-            p *= 1.01
-    refuses(model, saved[0], "made for another base")
-
-
 def test_files_without_our_metadata_load(saved):
     folder, want = saved
     edit(folder, lambda tensors: None, metadata={"format": "pt"})
@@ -236,11 +228,7 @@ def test_broken_files(saved, tmp_path):
     ("fields", "words"),
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
-        ({"bias": "all"}, "bias is 'all': trained biases are not supported"),
-        ({"bias": "lora_only"}, "bias is 'lora_only'"),
-        ({"use_dora": True}, "use_dora is True, which is not supported"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"init_lora_weights": "pissa_niter_4"}, "changed the base weights"),
         ({"init_lora_weights": "olora", "use_dora": True}, r"changed the base.*use_dora"),
         ({"some_future_field": 3}, "some_future_field is 3, which is not supported"),
         ({"lora_alpha": -1}, "alpha must be"),
@@ -248,14 +236,11 @@ def test_broken_files(saved, tmp_path):
         ({"alpha_pattern": {"c_attn": "x"}}, "alpha cannot be 'x'"),
         ({"alpha_pattern": {"(": 1}}, "adapter_config.json: missing \\)"),
         ({"lora_dropout": 1}, r"dropout must be in \[0, 1\)"),
-        ({"init_lora_weights": "mica"}, "init_lora_weights 'mica' changed"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights 'loftq' changed"),
         ({"ensure_weight_tying": True}, "ensure_weight_tying is True, which is not supported"),
         ({"modules_to_save": ["ln_f"]}, "modules_to_save names ln_f, of which the file has no"),
         ({"modules_to_save": "ln_f"}, "modules_to_save names ln_f, of which the file has no"),
-        ({"lora_bias": True}, "lora_bias is True, which is not supported"),
         ({"target_parameters": ["w"]}, r"target_parameters is \['w'\], which is not supported"),
-        ({"trainable_token_indices": [3]}, r"trainable_token_indices is \[3\]"),
         ({"alora_invocation_tokens": [3]}, r"alora_invocation_tokens is \[3\]"),
         ({"layer_replication": [[0, 1]]}, r"layer_replication is \[\[0, 1\]\]"),
     ],

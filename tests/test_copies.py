@@ -129,23 +129,6 @@ def test_the_state_dict_has_the_bases_own_keys_and_loads_back():
     assert all(".updates." in key for key in left_over)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"modules_to_save": "nothing"}, "No module matches modules_to_save 'nothing'"),
-        ({"modules_to_save": "up"}, "up is a target and in modules_to_save"),
-        ({"targets": ("up", "score.0"), "modules_to_save": "score"}, "score.0 is a target and in"),
-        ({"modules_to_save": 3}, "modules_to_save cannot be 3"),
-    ],
-)
-def test_what_cannot_be_copied_changes_nothing(arguments, words):
-    model = classifier()
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=words):
-        lora.inject(model, **{"r": 1, "targets": "up"} | arguments)
-    assert snapshot(model) == before
-
-
 def test_factors_alone_are_not_the_value_of_an_adapter_that_trains_more():
     model = classifier()
     lora.inject(model, r=1, targets="up", modules_to_save="score")

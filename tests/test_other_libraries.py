@@ -224,18 +224,6 @@ def test_a_copy_of_one_layer_carries_no_model():
     assert twin.weight.data_ptr() != model[0].base.weight.data_ptr()
 
 
-def test_a_copied_model_is_ejected_as_the_first_would_be():
-    model = theirs()
-    model.transformer.wpe.weight.requires_grad_(False)
-    lora.inject(model, r=2)
-    twin = copy.deepcopy(model)
-    lora.eject(twin)
-    assert {n for n, p in twin.named_parameters() if not p.requires_grad} == {
-        "transformer.wpe.weight"
-    }
-    assert twin.lm_head.weight is twin.transformer.wte.weight
-
-
 def test_a_second_adapter_does_not_freeze_what_was_thawed():
     model = tiny_gpt2()
     lora.inject(model, r=2)

@@ -85,23 +85,6 @@ def test_training_rows_under_an_adapter_that_is_not_trained_is_refused():
         model(IDX[:2])
 
 
-def test_training_under_routing_is_training_each_alone():
-    model, other = bank(), bank()
-    rows = ["a", "b", "c"]
-    for m, steps in ((model, [rows]), (other, [["a"], ["b"], ["c"]])):
-        factors = [p for n, p in m.named_parameters() if ".updates." in n]
-        optimizer = torch.optim.SGD(factors, lr=1e-3)
-        for _ in range(3):
-            optimizer.zero_grad()
-            for step in steps:
-                with lora.routed(m, step):
-                    first = rows.index(step[0])
-                    m(IDX[first : first + len(step)]).square().sum().backward()
-            optimizer.step()
-    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-8, msg=name)
-
-
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
 @pytest.mark.parametrize("middle", [(), (3,), (2, 3), (0,)])
 def test_inputs_of_any_number_of_axes(kind, middle):
