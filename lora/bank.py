@@ -65,7 +65,7 @@ def activated(model: nn.Module, mixture: Mixture) -> Generator[None]:
     try:
         yield
     finally:
-        tree = survey(model)  # the body may have injected, or ejected all
+        tree = survey(model)  # the body may have injected or ejected
         for module in tree.adapted.values():
             module.activate(before)
         if tree.is_merged:

@@ -27,7 +27,7 @@ def merge(model: nn.Module) -> dict[str, float]:
 
     Raises:
         RuntimeError: no adapter here, merged or routed already, or in training mode with dropout.
-        ValueError: listing each layer whose weight cannot be merged, or would not be finite.
+        ValueError: listing each weight that cannot be merged, or would not be finite.
     """
     tree = survey_adapted(model)
     tree.require_settled()

@@ -68,16 +68,15 @@ def _matches(tree: Tree, targets: tuple[str, ...]) -> tuple[dict[str, tuple[str,
     faults: list[str] = []
     missing: list[str] = []
     for target in targets:
-        if target == ALL_LINEAR:
-            layers |= dict.fromkeys(_all_linear(tree), ())
-            continue
         name, slices = (target, ()) if is_regex(target) else split_target(target)
         matches = [path for path in tree.bases if path and fits(path, name)]
+        if target == ALL_LINEAR:
+            matches = _all_linear(tree)
         unfit = [path for path in matches if why_not_adaptable(tree.bases[path])]
-        if is_regex(target):  # one that reaches blocks and layers alike means the layers
+        if is_regex(target):  # that reaches blocks too means the layers
             matches = [path for path in matches if path not in unfit] or matches
             unfit = [path for path in unfit if path in matches]
-        if not matches:
+        if not matches and target != ALL_LINEAR:
             missing.append(repr(target))
         elif unfit:
             reason = why_not_adaptable(tree.bases[unfit[0]])

@@ -28,8 +28,7 @@ import lora
 from gpt2.config import GPT2Config
 from gpt2.model import GPT2
 from gpt2.tokenizer import Tokenizer
-from tests.folders import IDX
-from tests.toys import randomize, tiny_gpt2
+from tests.toys import IDX, randomize, tiny_gpt2
 
 # Timings of a shared machine say nothing about an example.
 settings.register_profile("timeless", deadline=None, derandomize=True)

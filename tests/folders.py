@@ -14,7 +14,6 @@ import lora
 from lora.disk import checkpoint
 from tests.toys import TINY, snapshot
 
-IDX = torch.randint(0, TINY.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
 C_ATTN = "base_model.model.transformer.h.0.attn.c_attn"
 # What Unsloth writes as target_modules.
 UNSLOTH = (

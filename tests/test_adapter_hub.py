@@ -17,9 +17,9 @@ from huggingface_hub.errors import (
 
 import lora
 from lora.disk import checkpoint
-from tests.folders import IDX, contents
+from tests.folders import contents
 from tests.test_hub import hub
-from tests.toys import snapshot, tiny_gpt2
+from tests.toys import IDX, snapshot, tiny_gpt2
 
 __all__ = ["hub"]  # the fixture: a running Hub
 ROOT = Path(__file__).parent.parent

@@ -6,9 +6,7 @@ import pytest
 import torch
 
 import lora
-from tests.toys import TINY, deltas, randomize, raw, snapshot, tiny_gpt2
-
-IDX = torch.randint(0, TINY.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
+from tests.toys import IDX, deltas, randomize, raw, snapshot, tiny_gpt2
 
 
 def bank(dtype: torch.dtype = torch.float64) -> torch.nn.Module:

@@ -15,9 +15,8 @@ import lora
 from lora import algebra
 from lora.algebra import Factors
 from tests.folders import edit, peft_model, theirs_of
-from tests.toys import MLP, TINY, deltas, randomize, raw, snapshot, tiny_gpt2
+from tests.toys import IDX, MLP, deltas, randomize, raw, snapshot, tiny_gpt2
 
-IDX = torch.randint(0, TINY.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 SHAPES = {"up": (5, 4), "down": (4, 7), "side": (3, 3)}  # out, in
 

@@ -16,8 +16,8 @@ from torch import nn
 
 import lora
 from lora.disk import checkpoint
-from tests.folders import C_ATTN, IDX, UNSLOTH, contents, edit, edit_config, refuses
-from tests.toys import MLP, TINY, randomize, raw, tiny_gpt2
+from tests.folders import C_ATTN, UNSLOTH, contents, edit, edit_config, refuses
+from tests.toys import IDX, MLP, TINY, randomize, raw, tiny_gpt2
 
 
 def test_round_trip(saved):

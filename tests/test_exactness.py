@@ -12,9 +12,7 @@ from torch.nn import functional as F
 import gpt2
 import lora
 from lora.fast import forms
-from tests.toys import TINY, layer, randomize, raw, snapshot, tiny_gpt2
-
-IDX = torch.randint(0, TINY.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
+from tests.toys import IDX, layer, randomize, raw, snapshot, tiny_gpt2
 
 
 def one(base: nn.Module, *, drawn: bool = True, **settings) -> nn.Sequential:

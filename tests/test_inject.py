@@ -11,9 +11,8 @@ from torch import nn
 
 import gpt2
 import lora
-from tests.toys import MLP, TINY, randomize, raw, snapshot, tiny_gpt2
+from tests.toys import IDX, MLP, TINY, randomize, raw, snapshot, tiny_gpt2
 
-IDX = torch.randint(0, TINY.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
 ALL = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 

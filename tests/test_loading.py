@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora
 from lora.disk import checkpoint
-from tests.folders import C_ATTN, IDX, edit, refuses
-from tests.toys import MLP, TINY, randomize, raw, tiny_gpt2
+from tests.folders import C_ATTN, edit, refuses
+from tests.toys import IDX, MLP, TINY, randomize, raw, tiny_gpt2
 
 A = f"{C_ATTN}.lora_A.weight"
 H = "transformer.h"

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lora
-from tests.toys import TINY, dense, layer, randomize, raw, snapshot, tiny_gpt2, untie
+from tests.toys import IDX, dense, layer, randomize, raw, snapshot, tiny_gpt2, untie
 
-IDX = torch.randint(0, TINY.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ALL = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 

@@ -9,12 +9,11 @@ import torch
 
 import lora
 from tests.folders import peft_model, theirs_of
-from tests.toys import TINY, randomize, tiny_gpt2
+from tests.toys import IDX, TINY, randomize, tiny_gpt2
 
 peft = pytest.importorskip("peft", reason="PEFT is the oracle here")
 transformers = pytest.importorskip("transformers", reason="PEFT adapts its models")
 
-IDX = torch.randint(0, TINY.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
 ALL = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 
 

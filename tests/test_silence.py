@@ -11,9 +11,7 @@ from torch import Tensor, nn
 
 import gpt2
 import lora
-from tests.toys import MLP, TINY, randomize, raw, snapshot, tiny_gpt2
-
-IDX = torch.randint(0, TINY.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
+from tests.toys import IDX, MLP, randomize, raw, snapshot, tiny_gpt2
 
 
 def two_adapters(**settings) -> nn.Module:
