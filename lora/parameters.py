@@ -20,7 +20,7 @@ def parameter_groups(model: nn.Module, lr: float, *, b_ratio: float = 16.0) -> l
 
     Args:
         model: a model with adapters.
-        lr: learning rate of A, and of whatever else requires grad.
+        lr: learning rate of all else.
         b_ratio: learning rate of B over that of A.
 
     Returns:

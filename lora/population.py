@@ -1,7 +1,7 @@
 """Many adapters of one model that run in one batch: each in a slot, all in one stacked tensor.
 
-A slot's parameters are one row of `flat`: the A's of every layer, then the B's. A layer sees its
-columns of it as `(k, r, in)` and `(k, out, r)`. Ranks are padded to the largest by zeros.
+A slot's parameters are one row of `flat`: the A's of every layer, then the B's. Ranks are padded
+to the largest by zeros.
 
 Shapes: k slots · b rows of a slot · r rank, padded · in, out of a layer · P parameters of a slot ·
 … any axes between.
@@ -88,7 +88,7 @@ class Population:
         flat: `(k, P)`, all parameters; float32, or float64 beside a base in that.
         grad: `(k, P)`, room for their gradients.
         parameters, gradients: views of them, `(k, r, in)` and `(k, out, r)` of each layer.
-        parts: the columns of the A's and of the B's: `{"A": slice, "B": slice}`.
+        parts: the columns of the A's and of the B's.
         layers: the stacked layers by their path.
 
     Raises:

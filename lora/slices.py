@@ -1,7 +1,4 @@
-"""Updates of some slices of a fused projection: `"c_attn[q,v]"` leaves the keys alone.
-
-Together they are a plain update of rank k·r whose B is block-structured, as loralib's.
-"""
+"""Updates of some slices of a fused projection: `"c_attn[q,v]"` leaves the keys alone."""
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
@@ -20,6 +17,8 @@ class SlicedUpdate(LowRankUpdate):
     """k updates side by side: A is `(k·r, in)`; B holds their B's stacked, `(rows adapted, r)`.
 
     `slices` is the `(start, stop)` of each adapted slice of the output, by name.
+
+    Source: loralib's `MergedLinear`.
     """
 
     def __init__(self, *sizes: Any, slices: Mapping[str, tuple[int, int]], **options: Any) -> None:

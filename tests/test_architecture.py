@@ -205,7 +205,7 @@ def test_importing_touches_no_random_state_and_little_else():
 
 # Lines of Python as `wc -l` counts them: they only fall, but for what a new capability is given.
 BUDGET = {
-    "lora": 3_195,
+    "lora": 3_194,
     "gpt2": 6_936,
     "scripts": 4_226,
     "tests": 20_102,

@@ -124,7 +124,7 @@ def load(
     Raises:
         FileNotFoundError: a file or a repository is missing.
         ValueError: listing all faults: tensors missing, left over, mis-shaped or not finite,
-            another base, an unreadable file, features of PEFT that are not supported.
+            another base, an unreadable file, other features of PEFT.
         RuntimeError: the model is merged or routed.
 
     Warns:
