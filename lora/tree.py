@@ -16,21 +16,13 @@ WRAPPERS = frozenset(
 
 @dataclass(frozen=True)
 class Tree:
-    """A model as one walk sees it.
+    """A model as one walk sees it; what is shared is at its first path."""
 
-    Args:
-        model: what was surveyed.
-        root: the model without the wrappers around it.
-        bases: by first path every module, as if the model had never been injected.
-        adapted: by first path.
-        uses: by first path each path of the module, with the parent and its name there.
-    """
-
-    model: nn.Module
-    root: nn.Module
-    bases: dict[str, nn.Module]
+    model: nn.Module  # what was surveyed
+    root: nn.Module  # the model without the wrappers around it
+    bases: dict[str, nn.Module]  # every module, as if the model had never been injected
     adapted: dict[str, Adapted]
-    uses: dict[str, list[tuple[str, nn.Module, str]]]
+    uses: dict[str, list[tuple[str, nn.Module, str]]]  # all paths, each with parent and name there
 
     @cached_property
     def layers(self) -> dict[str, LoRALinear]:
