@@ -158,7 +158,7 @@ def approximate(changes: Mapping[str, Tensor], r: int) -> Approximation:
 def extract(
     base: nn.Module, tuned: nn.Module, r: int, targets: Names = "all-linear"
 ) -> Approximation:
-    """The adapter that turns `base` into a fully fine-tuned `tuned`, as well as rank `r` can.
+    """The adapter that turns `base` into a fine-tuned `tuned`, as well as rank `r` can.
 
     Args:
         base, tuned: models with the same module tree.
@@ -166,7 +166,7 @@ def extract(
         targets: the layers to take, as for `lora.inject`.
 
     Raises:
-        ValueError: a target that matches nothing, or layers of other shapes.
+        ValueError: an idle target, or layers of other shapes.
     """
     tree, after = survey(base), survey(tuned).bases
     paths = find_targets(tree, LoRAConfig(targets=targets))

@@ -56,7 +56,7 @@ class UpdateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
-    """What an adapter is made of: the sizes of its updates, and the layers that get one.
+    """What an adapter is made of: sizes of updates, and the layers that get one.
 
     Args:
         r: rank of every update; at most the smaller side of its layer.

@@ -31,7 +31,7 @@ def inject(
 ) -> list[str]:
     """Freeze the model and put a new, trainable low-rank update beside each target layer.
 
-    The new adapter becomes the active one; it starts at zero, so outputs stay the base's.
+    The new adapter becomes the active one; it starts at zero, as the base.
 
     Args:
         model: any module that holds `nn.Linear`, Conv1D or `nn.Embedding` layers below it.

@@ -4,7 +4,7 @@
 `LowRankUpdate` is one adapter's `s · drop(x) Aᵀ Bᵀ`. Seven forms, which tests hold equal:
 
     LowRankUpdate.forward        as written above: for embeddings, autocast, torch.func
-    LoRALinear.weight            `W + s·B A` in the base's dtype, for whoever reads the weight
+    LoRALinear.weight            `W + s·B A` in the base's dtype, for who reads it
     LoRALinear.ideal             the same in the widest float, for merging
     fast.forms.add_update        one differentiable function that keeps little: most calls
     fast.forms.wide_linear       base and update in one product: large steps on a GPU
@@ -298,7 +298,7 @@ class _Watch(torch.autograd.Function):
         # Where a checkpointed layer runs again, torch compares the shapes of what was saved.
         ctx.save_for_backward(y.new_empty(state, 0))
         ctx.trained = trained
-        return torch.ops.aten._unsafe_view(y, y.shape)  # a view could not be changed in place
+        return torch.ops.aten._unsafe_view(y, y.shape)  # no view: it may be changed in place
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

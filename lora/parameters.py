@@ -59,7 +59,7 @@ class ParameterCount:
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Count trainable and all parameters; prints as PEFT's `print_trainable_parameters` does."""
+    """Count trainable and all parameters; prints as PEFT does."""
     parameters = list(unwrap(model).parameters())
     return ParameterCount(
         trainable=sum(p.numel() for p in parameters if p.requires_grad),

@@ -74,8 +74,7 @@ class StackedLinear(nn.Module):
 class Population:
     """k adapters of one model, each under its own equal block of a batch's rows.
 
-    Until `eject` the model is frozen, and block i of a batch's rows runs under slot i, which
-    begins as the base.
+    Until `eject` the model is frozen, and block i of the rows runs under slot i, at first empty.
 
     Args:
         model: a model without adapters, on its device and in its dtype.

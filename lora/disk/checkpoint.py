@@ -41,7 +41,7 @@ def save(
         model: carries the adapter. Of a sharded one call this in each process.
         folder: created if missing.
         adapter: the adapter's name.
-        notes: rows of a model card, such as `{"data": "legal.jsonl"}`, written to README.md.
+        notes: rows of a model card, README.md, such as `{"data": "legal.jsonl"}`.
 
     Raises:
         RuntimeError: the model carries no adapter.
@@ -55,7 +55,7 @@ def save(
     carrying = tree.carrying(adapter)
     updates = {path: tree.layers[path].update(adapter) for path in carrying if path in tree.layers}
     if not updates:
-        raise ValueError(f"{adapter!r} has no low-rank update, and PEFT's format needs one.")
+        raise ValueError(f"{adapter!r} has no low-rank update, which PEFT needs.")
     factors = {path: [*map(_on_cpu, update.factors())] for path, update in updates.items()}
     for path, (a, b) in factors.items():
         for name, factor in ("A", a), ("B", b):
@@ -267,9 +267,8 @@ def _card(base: str | None, notes: Mapping[str, object]) -> str:
 
 
 def _warn_of_others(tree: Tree, saved: Collection[str]) -> None:
-    left_out = [name for name in HEADS if name in tree.bases and name not in tree.copies]
-    if left_out:
-        left_out = [f"{left_out[0]}, which a task's model draws at random"]
+    heads = [name for name in HEADS if name in tree.bases and name not in tree.copies]
+    left_out = [f"{name}, which a task draws at random" for name in heads]
     updated = {p for module in tree.adapted.values() for p in module.updates.parameters()}
     parameters = tree.root.named_parameters()
     left_out += [name for name, p in parameters if p.requires_grad and p not in updated]
@@ -277,9 +276,10 @@ def _warn_of_others(tree: Tree, saved: Collection[str]) -> None:
         message = f"Not saved: {listed(left_out)}. Train it by modules_to_save, or save it."
         warnings.warn(message, stacklevel=3)
     # transformers 5 fuses experts, and PEFT takes layers of these names for their parts.
-    fused = any(name.endswith("experts.gate_up_proj") for name, _ in tree.root.named_parameters())
-    names = (".gate_proj", ".up_proj", ".down_proj")
-    if misread := [path for path in saved if fused and path.endswith(names)]:
+    names = [name for name, _ in tree.root.named_parameters()]
+    fused = any(name.endswith("experts.gate_up_proj") for name in names)
+    ends = (".gate_proj", ".up_proj", ".down_proj")
+    if misread := [path for path in saved if fused and path.endswith(ends)]:
         warnings.warn(
             f"PEFT takes {listed(misread)} for experts; lora.load does not.", stacklevel=3
         )

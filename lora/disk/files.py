@@ -1,4 +1,4 @@
-"""An adapter's two files: located in a folder or on the Hub, read as bytes, written together."""
+"""An adapter's two files: located in a folder or on the Hub, read, written together."""
 
 import json
 import os

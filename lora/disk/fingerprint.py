@@ -1,4 +1,4 @@
-"""A few entries of each base weight, by which loading detects an adapter of another base."""
+"""Some entries of each base weight, by which another base is detected."""
 
 import json
 import math

@@ -79,7 +79,7 @@ class _AddUpdate(torch.autograd.Function):
         ctx.scaling, ctx.p = scaling, p
         # The product is scaled, and no factor: zeros stay zeros.
         out = torch.addmm(_rows(y), h, b.to(x.dtype).t(), alpha=scaling)
-        return torch.ops.aten._unsafe_view(out, y.shape)  # a view could not be changed in place
+        return torch.ops.aten._unsafe_view(out, y.shape)  # no view: it may be changed in place
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
