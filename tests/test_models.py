@@ -19,11 +19,7 @@ IDX = torch.randint(0, 31, (3, 7), generator=torch.Generator().manual_seed(0))
 ROWS = ["a", None, {"a": 0.5, "b": 2.0}]
 
 
-def transformers_gpt2() -> nn.Module:
-    return theirs_of(tiny_gpt2())
-
-
-MODELS = {"ours": tiny_gpt2, "transformers": transformers_gpt2, "llama": llama}
+MODELS = {"ours": tiny_gpt2, "transformers": lambda: theirs_of(tiny_gpt2()), "llama": llama}
 models = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
 
 
@@ -90,7 +86,7 @@ def test_a_llamas_adapters_go_to_peft(tmp_path):
 
 
 def test_transformers_generates_under_routing():
-    model = bank(transformers_gpt2)
+    model = bank(MODELS["transformers"])
     config = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     with torch.no_grad():
         with lora.routed(model, ROWS):
