@@ -3,7 +3,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import struct
 import subprocess
 import sys
@@ -44,7 +43,6 @@ def tiny() -> GPT2:
 def folder(tiny, tmp_path) -> Path:
     """A folder as published: config.json, and tensors without the `transformer.` prefix."""
     tiny.save_pretrained(tmp_path / "base")
-    rewrite(tmp_path / "base", lambda t: {k.removeprefix("transformer."): v for k, v in t.items()})
     return tmp_path / "base"
 
 
@@ -104,18 +102,14 @@ def test_what_comes_back(demo):
     assert demo.config == GPT2Config(n_layer=8, n_head=4, n_embd=256, **dry)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_dtype(demo, dtype):
-    model = GPT2.from_pretrained("demo", dtype=dtype, device="cpu")
-    assert {p.dtype for p in model.parameters()} == {dtype}
-    expected = demo.transformer.h[3].mlp.c_fc.weight.to(dtype)
-    assert torch.equal(model.transformer.h[3].mlp.c_fc.weight, expected)
-
-
 @pytest.mark.parametrize("name", ["float16", "bfloat16", "float64"])
-def test_a_dtype_may_be_named(name):
-    model = GPT2.from_pretrained("demo", dtype=name)
-    assert {p.dtype for p in model.parameters()} == {getattr(torch, name)}
+def test_dtype(demo, name):
+    dtype = getattr(torch, name)
+    for given in (dtype, name):
+        model = GPT2.from_pretrained("demo", dtype=given, device="cpu")
+        assert {p.dtype for p in model.parameters()} == {dtype}
+        expected = demo.transformer.h[3].mlp.c_fc.weight.to(dtype)
+        assert torch.equal(model.transformer.h[3].mlp.c_fc.weight, expected)
 
 
 @pytest.mark.parametrize(
@@ -129,22 +123,20 @@ def test_a_dtype_that_is_not_for_weights(dtype):
 # --- layouts -------------------------------------------------------------------------------------
 
 
-def test_both_layouts_load_alike(tiny, folder, tmp_path):
+def test_all_layouts_load_alike(tiny, folder):
+    """With transformers' prefix, with the masks of old files, with the head once more; one is
+    refused whose head differs. Other entries of a config do no harm."""
     assert same_weights(GPT2.from_pretrained(folder), tiny)
-    tiny.save_pretrained(tmp_path / "prefixed")
-    assert same_weights(GPT2.from_pretrained(tmp_path / "prefixed"), tiny)
     assert GPT2.from_pretrained(folder).config == TINY
-
-
-def test_mask_buffers_and_an_equal_head_are_accepted(tiny, folder):
+    rewrite(folder, lambda t: {f"transformer.{k}": v for k, v in t.items()})
+    reconfigure(folder, n_inner=512, activation_function="gelu_pytorch_tanh", n_ctx=16, anything=1)
+    assert same_weights(GPT2.from_pretrained(folder), tiny)
     masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 16, 16) for i in range(2)}
     masks |= {f"h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(2)}
-    rewrite(folder, lambda t: t | masks | {"lm_head.weight": t["wte.weight"].clone()})
+    head = "transformer.wte.weight"
+    rewrite(folder, lambda t: t | masks | {"lm_head.weight": t[head].clone()})
     assert same_weights(GPT2.from_pretrained(folder), tiny)
-
-
-def test_a_head_of_its_own_is_refused(folder):
-    rewrite(folder, lambda t: t | {"lm_head.weight": t["wte.weight"] + 1})
+    rewrite(folder, lambda t: t | {"lm_head.weight": t[head] + 1})
     with pytest.raises(ValueError, match=r"lm_head\.weight differs from transformer\.wte\.weight"):
         GPT2.from_pretrained(folder)
 
@@ -169,28 +161,6 @@ def test_sharded(tiny, folder):
         GPT2.from_pretrained(folder)
 
 
-def test_a_tensor_in_two_shards(folder):
-    shard(folder)
-    shutil.copy(
-        folder / "model-00001-of-00002.safetensors", folder / "model-00002-of-00002.safetensors"
-    )
-    with pytest.raises(ValueError, match=r"comes twice.*is missing"):
-        GPT2.from_pretrained(folder)
-
-
-def test_an_index_that_lists_nothing(folder):
-    shard(folder)
-    (folder / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ValueError, match="no weight_map"):
-        GPT2.from_pretrained(folder)
-
-
-def test_weights_without_a_config_are_refused(folder):
-    (folder / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"base lacks config\.json\."):
-        GPT2.from_pretrained(folder)
-
-
 def test_one_file_with_the_config_beside_it(tiny, folder):
     file = (folder / "model.safetensors").rename(folder / "anything.safetensors")
     model = GPT2.from_pretrained(file)
@@ -205,8 +175,7 @@ def test_all_faults_in_one_error(folder):
     def change(tensors):
         del tensors["h.1.ln_2.bias"], tensors["wpe.weight"]
         tensors["h.0.attn.c_attn.weight"] = tensors["h.0.attn.c_attn.weight"].t().contiguous()
-        tensors["ln_f.bias"] = tensors["ln_f.bias"].to(torch.int32)
-        return tensors | {"score.weight": torch.zeros(2)}
+        return tensors | {"h.20000.ln_1.weight": torch.zeros(2)}
 
     rewrite(folder, change)
     reconfigure(folder, vocab_size=51)
@@ -217,23 +186,10 @@ def test_all_faults_in_one_error(folder):
         "transformer.h.1.ln_2.bias is missing",
         "transformer.wpe.weight is missing",
         "transformer.h.0.attn.c_attn.weight is (384, 128), should be (128, 384)",
-        "transformer.ln_f.bias is torch.int32",
-        "transformer.score.weight is left over",
+        "transformer.h.20000.ln_1.weight is left over",
     ):
         assert fault in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_a_config_that_contradicts_the_tensors_lists_all_of_it(folder):
-    reconfigure(folder, n_layer=3, n_positions=32, vocab_size=7)
-    with pytest.raises(ValueError, match="does not hold a GPT-2") as caught:
-        GPT2.from_pretrained(folder)
-    for fault in (
-        "h.2.ln_1.weight is missing",
-        "wpe.weight is (16, 128), should be (32, 128)",
-        "wte.weight is (50, 128), should be (7, 128)",
-    ):
-        assert f"transformer.{fault}" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -256,25 +212,30 @@ def test_another_architecture(folder, change):
         GPT2.from_pretrained(folder)
 
 
-def test_harmless_config_entries(tiny, folder):
-    reconfigure(folder, n_inner=512, activation_function="gelu_pytorch_tanh", n_ctx=16, anything=1)
-    assert same_weights(GPT2.from_pretrained(folder), tiny)
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{", "is not JSON"),
-        ("[]", "must hold a JSON object, found list"),
         ('{"n_head": 5, "n_embd": 128}', "n_head 5 must divide n_embd 128"),
         ('{"n_head": "2"}', "n_head must be an integer of at least 1"),
-        ('{"n_head": 2, "attn_pdrop": "much"}', "base"),
+        ('{"n_head": 2, "attn_pdrop": "much"}', r"attn_pdrop must be in \[0, 1\), got 'much'"),
         ('{"n_head": 2, "attn_pdrop": 1.5}', r"attn_pdrop must be in \[0, 1\)"),
+        ('{"n_head": 2, "layer_norm_epsilon": NaN}', r"epsilon must be in \(0, inf\), got nan"),
+        ('{"n_head": 2, "layer_norm_epsilon": 1e999}', r"epsilon must be in \(0, inf\), got inf"),
+        ('{"n_head": 2, "layer_norm_epsilon": true}', r"epsilon must be in \(0, inf\), got True"),
+        ('{"n_head": 2, "n_embd": {"a": 1}}', "n_embd must be an integer of at least 1, got {'a'"),
+        ('{"n_head": 2, "model_type": "' + "x" * 10**6 + '"}', "model_type 'xxx"),
+        ('{"n_head": ' + "9" * 5_000 + "}", "is not JSON"),
     ],
+    ids=range(11),
 )
 def test_a_broken_config(folder, text, message):
     (folder / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
+        GPT2.from_pretrained(folder)
+    assert len(str(caught.value)) < 2_000
+    (folder / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"base lacks config\.json\."):
         GPT2.from_pretrained(folder)
 
 
@@ -296,9 +257,6 @@ def test_a_pickle_is_never_read(folder):
         FileNotFoundError, match=r"safetensors is read: convert.*pytorch_model\.bin"
     ):
         GPT2.from_pretrained(folder)
-
-
-def test_a_path_that_is_not_there():
     with pytest.raises(FileNotFoundError, match=r"'no/such/place'.*gpt2-xl, demo, a folder"):
         GPT2.from_pretrained("no/such/place")
 
@@ -429,37 +387,9 @@ def test_a_default_dtype_or_device_changes_nothing(tiny, folder):
 # --- files that would mislead or exhaust ---------------------------------------------------------
 
 
-def test_a_tensor_of_a_far_block_is_named(folder):
-    rewrite(folder, lambda t: t | {"h.20000.ln_1.weight": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"transformer.h.20000.ln_1.weight is left over"):
-        GPT2.from_pretrained(folder)
-
-
 def test_many_strange_tensors_make_one_short_error(folder):
     rewrite(folder, lambda t: t | {f"score.{i}": torch.zeros(1) for i in range(5_000)})
     with pytest.raises(ValueError, match=r"score.0 is left over; .*; and \d+ more\.$") as caught:
-        GPT2.from_pretrained(folder)
-    assert len(str(caught.value)) < 2_000
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"n_head": 2, "layer_norm_epsilon": NaN}', r"epsilon must be in \(0, inf\), got nan"),
-        ('{"n_head": 2, "layer_norm_epsilon": 1e999}', r"epsilon must be in \(0, inf\), got inf"),
-        ('{"n_head": 2, "layer_norm_epsilon": true}', r"epsilon must be in \(0, inf\), got True"),
-        (
-            '{"n_head": 2, "n_embd": {"a": 1}}',
-            "n_embd must be an integer of at least 1, got {'a': 1}",
-        ),
-        ('{"n_head": 2, "model_type": "' + "x" * 10**6 + '"}', "model_type 'xxx"),
-        ('{"n_head": ' + "9" * 5_000 + "}", "is not JSON"),
-    ],
-    ids=range(6),
-)
-def test_a_config_that_misleads(folder, text, message):
-    (folder / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=message) as caught:
         GPT2.from_pretrained(folder)
     assert len(str(caught.value)) < 2_000
 
