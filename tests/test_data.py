@@ -419,8 +419,7 @@ def test_a_long_list_of_untaught_examples_is_cut():
     [
         ([], {}, "no examples"),
         ("a text", {}, "examples is one str: give a list"),
-        (["ab"], {"max_length": 1}, "max_length must be at least 2"),
-        (["ab"], {"separator": -1}, "separator must be a token id, or None, got -1"),
+        (["ab"], {"max_length": 1}, "1 examples leave no token to learn: 1. .* raise max_length"),
     ],
 )
 def test_bad_arguments_of_encode(examples, options, said):

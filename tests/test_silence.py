@@ -214,9 +214,9 @@ INTS, ENDS, NONE = np.arange(8), np.array([4, 8]), np.zeros(2, int)
 @pytest.mark.parametrize(
     ("arrays", "said"),
     [
-        ((INTS, np.array([4, 99]), NONE), "8 ids, 2 ends up to 99"),
-        ((INTS, np.array([2, 4]), NONE), "8 ids, 2 ends up to 4"),
-        ((INTS, ENDS, np.zeros(3, int)), "2 ends up to 8 and 3 counts"),
+        ((INTS, np.array([4, 99]), NONE), "ends at 99, and the ids at 8"),
+        ((INTS, np.array([2, 4]), NONE), "ends at 4, and the ids at 8"),
+        ((INTS, ENDS, np.zeros(3, int)), "broadcast"),
     ],
 )
 def test_arrays_that_are_no_dataset_are_refused(arrays, said):

@@ -277,7 +277,6 @@ def test_the_faults_of_a_store_are_those_of_memory(file):
     anonymous = type("Anonymous", (), {"eos": 0, "encode": lambda self, text: [1]})()
     for error, match, options in (
         (ValueError, r"^90 examples leave no token .*: 1, 2, 3,", {"eos": False}),
-        (ValueError, "max_length", {"max_length": 1}),
         (
             AttributeError,
             "'Anonymous' object has no attribute 'fingerprint'",

@@ -1,8 +1,7 @@
 """Tokenised examples to batches: padded rows, or whole documents end to end in one row.
 
-Which examples make which batch is a function of seed, epoch and the batch's number. A plan holds
-a handful of numbers, whatever the number of examples, and each epoch has as many batches as any
-other. So a run is resumed from an integer.
+Which examples make which batch is a function of seed, epoch and the batch's number, and each epoch
+has as many batches as any other. So a run is resumed from an integer.
 
 Shapes: B batch · T time · S documents of a row.
 """
@@ -194,10 +193,9 @@ class Buckets:
 class Rows:
     """Whole documents end to end in rows of at most so many tokens; each batch is one row.
 
-    The documents by length are cut into groups of as many as there are rows, and groups into pairs
-    of neighbours. Each row gets one of each group: for a pair it draws a rank, which counts from
-    the short end in one group and from the long end in the other. So all rows are about equally
-    long, and the longest that can be is known.
+    The documents by length are cut into groups of as many as there are rows, and groups into pairs.
+    Each row draws a rank for a pair, which counts from the short end in one group and from the long
+    end in the other. So all rows are about equally long, and the longest that can be is known.
     """
 
     def __init__(self, data: Dataset, tokens: int) -> None:
@@ -223,10 +221,8 @@ class Rows:
         return 1, self.width
 
     def _places(self, ranks: Integers) -> Integers:
-        """Where the examples of each pair's ranks `(pairs, N)` stand by length; below 0 for none.
-
-        It is `(2, pairs, N)`: in the group of the longer ones, and in that of the shorter.
-        """
+        """Where the examples of each pair's ranks `(pairs, N)` stand by length, in the group of
+        the longer ones and in that of the shorter: `(2, pairs, N)`; below 0 for none."""
         tops = self.n - 2 * self.count * np.arange(len(ranks))[:, None]  # past each pair's last
         return np.stack([tops - self.count + ranks, tops - self.count - 1 - ranks])
 

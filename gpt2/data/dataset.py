@@ -35,24 +35,22 @@ class Dataset(Sequence[tuple[Tensor, Tensor]]):
     Args:
         ids: all token ids end to end.
         ends: where each example ends in `ids`.
-        ignored: how many of each example's first tokens are not learnt.
+        ignored: how many of each example's first tokens are not learnt, or of all examples'.
         truncated: how many examples were cut to the longest length.
         known: `prompts`, how many of each example's first tokens are its prompt, if that is not
             `ignored`; and whatever is known of the cached properties.
 
     Raises:
-        ValueError: arrays that do not end together.
+        ValueError: arrays that do not fit.
     """
 
     def __init__(
-        self, ids: Array, ends: Array, ignored: Array, truncated: int = 0, **known: Any
+        self, ids: Array, ends: Array, ignored: Array | int, truncated: int = 0, **known: Any
     ) -> None:
-        last = int(ends[-1]) if len(ends) else 0
-        if last != len(ids) or len(ends) != len(ignored):
-            counts = f"{len(ends)} ends up to {last} and {len(ignored)} counts of ignored"
-            raise ValueError(f"{len(ids)} ids, {counts} do not fit.")
-        self.ids, self.ends, self.ignored = ids, ends, ignored
-        self.truncated, self.prompts = truncated, ignored
+        if (last := int(ends[-1]) if len(ends) else 0) != len(ids):
+            raise ValueError(f"The last example ends at {last}, and the ids at {len(ids)}.")
+        self.ids, self.ends, self.ignored = ids, ends, np.broadcast_to(ignored, ends.shape)
+        self.n_tokens, self.truncated, self.prompts = len(ids), truncated, self.ignored
         vars(self).update(known)
 
     def __repr__(self) -> str:
@@ -87,21 +85,21 @@ class Dataset(Sequence[tuple[Tensor, Tensor]]):
         lengths = self._spans(chosen)[1]
         return np.maximum(lengths - np.maximum(self.ignored[chosen], 1), 0)
 
-    def prompt_keys(self) -> Iterator[Array]:
+    def prompt_keys(self, *, whole: bool = False) -> Iterator[Array]:
         """64 bits of each example's prompt, or of one without as a whole; many at a time."""
         for ids, ends, _, prompts in self._parts():
             lengths = np.diff(ends, prepend=0)
-            yield hashes(ids, lengths, np.where(prompts > 0, np.minimum(prompts, lengths), lengths))
+            upto = np.where((prompts > 0) & (not whole), np.minimum(prompts, lengths), lengths)
+            place = places(lengths)
+            bits = mixed(ids.astype(np.uint64) ^ (place.astype(np.uint64) << np.uint64(32)))
+            bits[place >= np.repeat(upto, lengths)] = 0
+            sums = np.append(np.uint64(0), np.cumsum(bits))  # modulo 2**64, as are the differences
+            yield mixed((sums[ends] - sums[ends - lengths]) ^ upto.astype(np.uint64))
 
     @property
     def lengths(self) -> Array:
         """Tokens of each example."""
         return np.diff(self.ends, prepend=0)
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens of all examples."""
-        return len(self.ids)
 
     @property
     def longest(self) -> int:
@@ -126,7 +124,7 @@ class Dataset(Sequence[tuple[Tensor, Tensor]]):
     @cached_property
     def repeated(self) -> int:
         """How many examples have the very tokens of an earlier one."""
-        keys = [hashes(ids, np.diff(ends, prepend=0)) for ids, ends, _, _ in self._parts()]
+        keys = [*self.prompt_keys(whole=True)]
         return len(self) - len(np.unique(np.concatenate(keys))) if keys else 0
 
     @cached_property
@@ -162,16 +160,6 @@ class Dataset(Sequence[tuple[Tensor, Tensor]]):
             begin = int(ends[-1])
 
 
-def hashes(ids: Array, lengths: Array, upto: Array | None = None) -> Array:
-    """64 bits of each example, or of its first `upto` tokens."""
-    place, upto = places(lengths), lengths if upto is None else upto
-    bits = mixed(ids.astype(np.uint64) ^ (place.astype(np.uint64) << np.uint64(32)))
-    bits[place >= np.repeat(upto, lengths)] = 0
-    sums = np.append(np.uint64(0), np.cumsum(bits))  # modulo 2**64, and so are the differences
-    ends = np.cumsum(lengths)
-    return mixed((sums[ends] - sums[ends - lengths]) ^ upto.astype(np.uint64))
-
-
 def places(lengths: Array) -> Array:
     """The place of each token within its own example: 0 … length-1 for each length."""
     starts = np.cumsum(lengths) - lengths
@@ -201,15 +189,11 @@ def encode(
             model at the end of each prompt.
 
     Raises:
-        ValueError: no examples, one string for all, `max_length` below 2, a separator below 0, or
-            listing the examples (by number, from 1) that are left without a token to learn.
+        ValueError: no examples, one string for all, or listing the examples (by number, from 1)
+            that are left without a token to learn.
     """
     if isinstance(examples, str):
         raise ValueError("examples is one str: give a list of them.")
-    if max_length < 2:
-        raise ValueError(f"max_length must be at least 2, got {max_length}.")
-    if separator is not None and separator < 0:
-        raise ValueError(f"separator must be a token id, or None, got {separator}.")
     ids, ends, prompts, truncated = array("i"), array("q"), array("i"), 0
     run = partial(_encoded, tokenizer, max_length, eos, separator)
     # Other threads run beside the reading of the texts, where a tokenizer lets them.
@@ -221,17 +205,12 @@ def encode(
         prompts.frombytes(asked.astype(np.int32).tobytes())
     asked = np.frombuffer(prompts, np.int32)
     given = (np.frombuffer(ids, np.int32), np.frombuffer(ends, np.int64))
-    data = Dataset(*given, ignored(asked, answer_only), truncated, prompts=asked)
+    data = Dataset(*given, asked if answer_only else 0, truncated, prompts=asked)
     if not len(data):
         raise ValueError("There are no examples.")
     if data.unlearnable:
         raise ValueError(f"{data.unlearnable}. Remove them, or raise max_length.")
     return data
-
-
-def ignored(prompts: Array, answer_only: bool) -> Array:
-    """How many tokens of each example are not learnt, given those of its prompt."""
-    return prompts if answer_only else np.broadcast_to(np.int32(0), prompts.shape)
 
 
 def _texts(examples: Iterator[Example | str]) -> Iterator[list[str]]:

@@ -1,7 +1,6 @@
 """Examples as text, a prompt and a completion each, from the rows of any file.
 
-Rows come one at a time, each with its place (`file:line`), so that a file may be larger than
-memory, and faults are listed together. A row that cannot be read is the ValueError that says why.
+Rows come one at a time, each with its place. A row that cannot be read is a ValueError.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from gpt2.data.dataset import Dataset, encode, ignored
+from gpt2.data.dataset import Dataset, encode
 from gpt2.data.examples import Example, Fields, examples_in, opened, stream_examples
 from gpt2.data.held_out import ALL, within
 from gpt2.files import listed, read_json
@@ -98,8 +98,8 @@ def open_store(place: Path) -> tuple[Dataset, dict[str, Any]]:
     names = ("ids", "ends", "prompts", "by_length", "histogram")
     # As plain arrays: each index into a memmap makes another, in Python.
     arrays = {n: np.asarray(np.load(place / f"{n}.npy", mmap_mode="r")) for n in names}
-    arrays["ignored"] = ignored(arrays["prompts"], bool(header.get("answer_only")))
-    return Dataset(**arrays, **{name: header[name] for name in KNOWN}), header
+    ignored = arrays["prompts"] if header.get("answer_only") else 0
+    return Dataset(**arrays, ignored=ignored, **{name: header[name] for name in KNOWN}), header
 
 
 def write(folder: Path, data: Dataset, about: dict[str, Any]) -> None:
