@@ -232,44 +232,6 @@ def test_beams_give_no_stream_and_no_prompts_no_texts():
     assert gpt2.generate(tiny(), [], search()) == []
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_beams": 0}, "num_beams must be an integer of at least 1, got 0"),
-        ({"num_beams": 2, "temperature": 0.5}, "temperature does not go with num_beams 2"),
-        (
-            {"num_beams": 2, "repetition_penalty": 1.2},
-            "repetition_penalty does not go with num_beams",
-        ),
-        ({"length_penalty": 0.8}, "length_penalty does not go with num_beams 1"),
-        ({"no_repeat_ngram": 4}, "no_repeat_ngram does not go with num_beams 1"),
-        (
-            {"num_beams": 2, "no_repeat_ngram": 0},
-            "no_repeat_ngram must be an integer of at least 1",
-        ),
-        ({"num_beams": 2, "no_repeat_prompt": True}, "no_repeat_prompt takes a no_repeat_ngram"),
-        (
-            {"num_beams": 2, "length_penalty": math.nan},
-            r"length_penalty must be in \(-inf, inf\), got nan",
-        ),
-        ({"eos": (1, -2)}, r"eos must be .* got \(1, -2\)"),
-        ({"eos": "x"}, "eos must be .* got 'x'"),
-    ],
-)
-def test_bad_options(options, message):
-    with pytest.raises(ValueError, match=message):
-        gpt2.GenerateConfig(**options)
-
-
-def test_several_ends_without_beams():
-    model = tiny()
-    free = gpt2.generate(model, PROMPTS, gpt2.GenerateConfig(max_new_tokens=20, eos=None))
-    ends = (free[0][3], free[2][5])
-    cut = [min([i for i, token in enumerate(text) if token in ends], default=20) for text in free]
-    config = gpt2.GenerateConfig(max_new_tokens=20, eos=ends)
-    assert gpt2.generate(model, PROMPTS, config) == [t[:n] for t, n in zip(free, cut, strict=True)]
-
-
 @pytest.mark.parametrize("how", ["fixed", "compiled"])
 def test_steps_of_one_shape_change_no_text(how, monkeypatch):
     model, config = tiny(n_layer=1), search(eos=(5, 40), no_repeat_ngram=3, num_beams=3)

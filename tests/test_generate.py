@@ -213,9 +213,11 @@ def test_rows_stop_at_their_own_end():
     model = tiny()
     free = generate(model, PROMPTS, GenerateConfig(max_new_tokens=20, eos=None))
     eos = next(t for t in free[0] if any(t in text for text in free[1:]))
-    config = GenerateConfig(max_new_tokens=20, eos=eos)
-    expected = [text[: text.index(eos)] if eos in text else text for text in free]
-    assert generate(model, PROMPTS, config) == expected
+    for ends in (eos, (eos, free[2][5])):
+        config = GenerateConfig(max_new_tokens=20, eos=ends)
+        cut = [[i for i, token in enumerate(text) if token in config.ends] for text in free]
+        expected = [text[: min(at, default=20)] for text, at in zip(free, cut, strict=True)]
+        assert generate(model, PROMPTS, config) == expected
     steps = list(stream(model, PROMPTS, config))
     assert len(steps) == max(map(len, expected))  # over as soon as all rows are
     for row, text in enumerate(expected):
@@ -502,6 +504,25 @@ def test_under_autocast():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"num_beams": 0}, "num_beams must be an integer of at least 1, got 0"),
+        ({"num_beams": 2, "temperature": 0.5}, "temperature does not go with num_beams 2"),
+        (
+            {"num_beams": 2, "repetition_penalty": 1.2},
+            "repetition_penalty does not go with num_beams",
+        ),
+        ({"length_penalty": 0.8}, "length_penalty does not go with num_beams 1"),
+        ({"no_repeat_ngram": 4}, "no_repeat_ngram does not go with num_beams 1"),
+        (
+            {"num_beams": 2, "no_repeat_ngram": 0},
+            "no_repeat_ngram must be an integer of at least 1",
+        ),
+        ({"num_beams": 2, "no_repeat_prompt": True}, "no_repeat_prompt takes a no_repeat_ngram"),
+        (
+            {"num_beams": 2, "length_penalty": math.nan},
+            r"length_penalty must be in \(-inf, inf\), got nan",
+        ),
+        ({"eos": (1, -2)}, r"eos must be .* got \(1, -2\)"),
+        ({"eos": "x"}, "eos must be .* got 'x'"),
         ({"max_new_tokens": 0, "top_k": 0}, "max_new_tokens .* 1, got 0; top_k .* 1, got 0"),
         ({"max_new_tokens": 2.0}, "max_new_tokens must be an integer"),
         ({"temperature": -1.0}, "temperature"),

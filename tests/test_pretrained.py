@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import reference
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -80,14 +79,6 @@ def test_the_demo_base_is_what_an_independent_implementation_computes(
     assert top.values.tolist() == pytest.approx(
         [logit for _, logit in expected["in_the_beginning_top5"]], abs=5e-5
     )
-
-
-def test_the_demo_file_through_the_oracle(demo, tokenizer):
-    ids = tokenizer.encode("Q: What does physics explain?\nA:")
-    logits = reference.forward(reference.read(DEMO / "model.safetensors"), ids, n_head=4)
-    with torch.no_grad():
-        ours = demo(torch.tensor([ids]))[0].double()
-    torch.testing.assert_close(ours, torch.from_numpy(logits), rtol=1e-5, atol=5e-5)
 
 
 def test_what_comes_back(demo):
@@ -404,22 +395,13 @@ def test_weights_that_are_not_finite_are_found_where_they_are_read(folder, value
     rewrite(folder, change)
     with pytest.raises(ValueError, match=r"not finite as .*: transformer\.h\.1\.ln_2\.bias\."):
         GPT2.from_pretrained(folder, **how)
-    GPT2.from_pretrained(folder)  # a mapped file is not read at all
+    model = GPT2.from_pretrained(folder)  # a mapped file is not read at all
     with pytest.raises(RuntimeError, match="logits are not finite"):
-        generate(GPT2.from_pretrained(folder), [[1]], GenerateConfig(max_new_tokens=3))
-
-
-def test_large_weights_whose_sum_overflows_are_fine(folder):
-    rewrite(folder, lambda t: t | {"ln_f.weight": torch.full((128,), 6e4)})
-    model = GPT2.from_pretrained(folder, dtype=torch.float16)
-    assert model.transformer.ln_f.weight.sum().isinf()
-
-
-def test_a_cast_that_overflows(folder):
-    rewrite(folder, lambda t: t | {"ln_f.weight": torch.full((128,), 1e6)})
-    with pytest.raises(ValueError, match=r"as torch\.float16: transformer\.ln_f\.weight"):
+        generate(model, [[1]], GenerateConfig(max_new_tokens=3))
+    rewrite(folder, lambda t: t | {"h.1.ln_2.bias": torch.full((128,), 1e6)})
+    with pytest.raises(ValueError, match=r"as torch\.float16: transformer\.h\.1\.ln_2\.bias"):
         GPT2.from_pretrained(folder, dtype=torch.float16)
-    GPT2.from_pretrained(folder, dtype=torch.bfloat16)
+    GPT2.from_pretrained(folder, **how)
 
 
 # --- saving --------------------------------------------------------------------------------------
