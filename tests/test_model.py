@@ -190,6 +190,8 @@ def test_residual_dropout_is_after_attention_and_after_the_mlp():
 def test_bad_idx(idx, message):
     with pytest.raises(ValueError, match=message):
         tiny()(idx)
+    with pytest.raises(ValueError, match=r"labels \(3, 2\) and token ids \(2, 3\) differ"):
+        tiny()(torch.zeros(2, 3, dtype=torch.long), torch.zeros(3, 2, dtype=torch.long))
 
 
 @torch.no_grad()

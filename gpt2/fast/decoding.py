@@ -26,12 +26,7 @@ class Steps:
 
     A subclass has `_begin`, which makes these of the logits `(B, V)` after the prompts; the last
     `tokens`, `(B,)`; and `_extend`, which takes logits to the next and asks nothing of the device.
-
-    Args:
-        model: a GPT-2 in eval mode; it must stay as it is.
-        rows: the prompts' ids.
-        config: how to choose tokens; no more than its `max_new_tokens` fit.
-        compile: call the model through torch.compile.
+    The model is a GPT-2 in eval mode, and stays as it is.
     """
 
     tokens: Tensor
