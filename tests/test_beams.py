@@ -8,7 +8,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from toys import randomize
+from toys import randomize, twin
 
 import gpt2
 import lora
@@ -33,15 +33,7 @@ def search(**options) -> gpt2.GenerateConfig:
 
 def theirs(model: gpt2.GPT2, prompts: list[list[int]], config: gpt2.GenerateConfig):
     """What transformers' beam search makes of each prompt alone."""
-    transformers = pytest.importorskip("transformers", reason="compares with it (extra: peers)")
-    c = model.config
-    other = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, n_positions=c.block_size,
-            vocab_size=c.vocab_size, bos_token_id=None, eos_token_id=None, pad_token_id=0,
-        )
-    ).eval()  # fmt: skip
-    other.load_state_dict(model.state_dict())
+    other = twin(model)
     for prompt in prompts:
         ids = torch.tensor([prompt])
         [text] = other.generate(
@@ -135,9 +127,6 @@ def test_more_beams_find_likelier_texts():
     assert sum(better) > sum(worse)
 
 
-# --- no run of tokens twice ----------------------------------------------------------------------
-
-
 def runs(text: list[int], size: int) -> list[tuple[int, ...]]:
     return [tuple(text[i : i + size]) for i in range(len(text) - size + 1)]
 
@@ -185,9 +174,6 @@ def test_continuations_are_the_best_of_all_beams():
         best = sorted(total, key=total.__getitem__, reverse=True)[:5]
         assert list(zip(beams[b].tolist(), tokens[b].tolist(), strict=True)) == best
         assert found[b].tolist() == pytest.approx([total[key] for key in best])
-
-
-# --- stopping and failing ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("burst", [1, 3, 16])
@@ -253,8 +239,3 @@ def test_a_step_writes_where_its_tensors_lie():
     assert [id(tensor) for tensor in beams._changed()] == [id(tensor) for tensor in held]
     assert {id(kv) for kv in beams.cache.layers} < {id(tensor) for tensor in held}
     assert sum(not torch.equal(a, b) for a, b in zip(before, held, strict=True)) >= 6
-
-
-def test_half_precision_searches_too():
-    texts = gpt2.generate(tiny().to(torch.bfloat16), PROMPTS, search())
-    assert [len(text) for text in texts] == [20] * 4

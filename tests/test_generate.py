@@ -8,7 +8,7 @@ import pytest
 import reference
 import torch
 from torch import nn
-from toys import randomize
+from toys import randomize, twin
 
 import lora
 from gpt2.config import GPT2Config
@@ -46,9 +46,6 @@ def transformers():
 @pytest.fixture
 def theirs(transformers):
     return importlib.import_module("transformers.generation.logits_process")
-
-
-# --- choosing a token ----------------------------------------------------------------------------
 
 
 def logits_with_ties() -> torch.Tensor:
@@ -145,9 +142,6 @@ def test_rounding_seldom_changes_what_is_drawn():
     assert changed <= 2
 
 
-# --- greedy --------------------------------------------------------------------------------------
-
-
 def test_greedy_is_the_oracles(demo, tokenizer):
     prompts = [tokenizer.encode(p) for p in ("In the beginning", "Q: What does physics explain?")]
     weights = {k.removeprefix("transformer."): v for k, v in demo.state_dict().items()}
@@ -165,13 +159,9 @@ def test_greedy_is_what_an_independent_implementation_writes(demo, tokenizer, de
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_greedy_is_transformers_own(transformers, demo, penalty):
-    theirs = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(n_layer=8, n_head=4, n_embd=256, pad_token_id=0)
-    ).eval()
-    theirs.load_state_dict(demo.state_dict())
+def test_greedy_is_transformers_own(demo, penalty):
     prompt = torch.tensor([[464, 3139, 286, 4881, 318]])
-    expected = theirs.generate(
+    expected = twin(demo).generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=30,
@@ -180,9 +170,6 @@ def test_greedy_is_transformers_own(transformers, demo, penalty):
     )[0, 5:]
     config = GenerateConfig(max_new_tokens=30, repetition_penalty=penalty)
     assert generate(demo, prompt.tolist(), config) == [expected.tolist()]
-
-
-# --- batches, seeds, stopping --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.5}, SAMPLED])
@@ -271,9 +258,6 @@ def test_no_prompts():
     assert list(stream(tiny(), [])) == []
 
 
-# --- what prompts may be -------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "prompts",
     [
@@ -319,9 +303,6 @@ def test_very_many_bad_prompts_make_one_short_error():
     with pytest.raises(ValueError, match=r"prompt 0 .*; and \d+ more") as caught:
         generate(tiny(), [[]] * 5_000)
     assert len(str(caught.value)) <= 2_000
-
-
-# --- logits that are not finite ------------------------------------------------------------------
 
 
 def spoiled(value: float, tokens: int, row: int = 1) -> GPT2:
@@ -396,9 +377,6 @@ def test_no_token_is_drawn_from_logits_that_are_not_finite():
         assert others == [-1, -1, -1]
 
 
-# --- the decoder ---------------------------------------------------------------------------------
-
-
 def test_a_decoder_makes_the_text_a_token_a_step():
     model, config = tiny(), GenerateConfig(max_new_tokens=6, eos=None)
     decoder = Decoder(model, PROMPTS, config)
@@ -410,9 +388,6 @@ def test_a_decoder_makes_the_text_a_token_a_step():
             decoder.step()
     assert decoder.text.T.tolist() == generate(model, PROMPTS, config)
     assert not decoder.text.requires_grad
-
-
-# --- defaults of PyTorch that a user may set -----------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{}, SAMPLED])
@@ -428,9 +403,6 @@ def test_a_default_dtype_or_device_changes_no_token(options):
         torch.set_default_dtype(torch.float32)
 
 
-# --- rows and rounding ---------------------------------------------------------------------------
-
-
 def test_sixteen_bits_keep_the_promise_that_is_made():
     """The same call gives the same, and each text is one that rounding alone can explain."""
     model = tiny().to(torch.bfloat16)
@@ -443,9 +415,6 @@ def test_sixteen_bits_keep_the_promise_that_is_made():
             logits = model(torch.tensor([prompt + text]))[0, len(prompt) - 1 : -1].float()
         chosen = logits[torch.arange(20), torch.tensor(text)]
         assert (chosen >= logits.amax(-1) - 0.05 * logits.abs().amax(-1)).all()
-
-
-# --- the model is left as it was -----------------------------------------------------------------
 
 
 def modes(model: nn.Module) -> list[bool]:
@@ -488,17 +457,13 @@ def test_no_gradients_and_no_traces():
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_dtypes(dtype):
-    model = tiny().to(dtype)
-    config = GenerateConfig(max_new_tokens=8, eos=None, **SAMPLED)
-    assert [len(text) for text in generate(model, PROMPTS, config)] == [8] * 4
-
-
-def test_under_autocast():
-    with torch.autocast("cpu", torch.bfloat16):
-        texts = generate(tiny(), PROMPTS, GenerateConfig(max_new_tokens=4, eos=None))
-    assert [len(text) for text in texts] == [4] * 4
+@pytest.mark.parametrize("options", [SAMPLED, {"num_beams": 4}, {}])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, "autocast"])
+def test_other_dtypes(dtype, options):
+    config = GenerateConfig(max_new_tokens=8, eos=None, **options)
+    model = tiny() if dtype == "autocast" else tiny().to(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
+        assert [len(text) for text in generate(model, PROMPTS, config)] == [8] * 4
 
 
 @pytest.mark.parametrize(
@@ -541,9 +506,6 @@ def test_under_autocast():
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         GenerateConfig(**options)
-
-
-# --- compiled ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("config", [{}, {"temperature": 0.8, "repetition_penalty": 1.3}])

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from gpt2.config import GPT2Config
 from gpt2.model import GPT2, KVCache
 from tests import reference
+from tests.toys import twin
 
 DEMO = Path(__file__).parent.parent / "gpt2" / "assets" / "demo"
 DRY = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
@@ -27,24 +28,6 @@ def weights_of(model: GPT2) -> dict:
         name.removeprefix("transformer."): p.detach().double().numpy()
         for name, p in model.named_parameters()
     }
-
-
-def twin(model: GPT2) -> torch.nn.Module:
-    """transformers' model with the same weights; the state dict must fit without renaming."""
-    transformers = pytest.importorskip("transformers")
-    c = model.config
-    theirs = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            **{k: getattr(c, k) for k in ("n_layer", "n_head", "n_embd", "vocab_size")},
-            n_positions=c.block_size,
-            bos_token_id=None,
-            eos_token_id=None,
-            layer_norm_epsilon=c.layer_norm_epsilon,
-            **{k: getattr(c, k) for k in DRY},
-        )
-    )
-    theirs.load_state_dict(model.state_dict())
-    return theirs.to(model.lm_head.weight.dtype).eval()
 
 
 @torch.no_grad()

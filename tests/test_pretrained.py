@@ -61,9 +61,6 @@ def same_weights(a: nn.Module, b: nn.Module) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-# --- the demo base -------------------------------------------------------------------------------
-
-
 def test_the_demo_base_is_what_an_independent_implementation_computes(
     demo, tokenizer, demo_expected
 ):
@@ -111,9 +108,6 @@ def test_a_dtype_that_is_not_for_weights(dtype):
         GPT2.from_pretrained("demo", dtype=dtype)
 
 
-# --- layouts -------------------------------------------------------------------------------------
-
-
 def test_all_layouts_load_alike(tiny, folder):
     """With transformers' prefix, with the masks of old files, with the head once more; one is
     refused whose head differs. Other entries of a config do no harm."""
@@ -157,9 +151,6 @@ def test_one_file_with_the_config_beside_it(tiny, folder):
     model = GPT2.from_pretrained(file)
     assert same_weights(model, tiny)
     assert model.config.attn_pdrop == 0.25
-
-
-# --- what is refused -----------------------------------------------------------------------------
 
 
 def test_all_faults_in_one_error(folder):
@@ -250,9 +241,6 @@ def test_a_pickle_is_never_read(folder):
         GPT2.from_pretrained(folder)
     with pytest.raises(FileNotFoundError, match=r"'no/such/place'.*gpt2-xl, demo, a folder"):
         GPT2.from_pretrained("no/such/place")
-
-
-# --- the mapping ---------------------------------------------------------------------------------
 
 
 def test_training_the_base_never_writes_to_the_file(folder):
@@ -346,9 +334,6 @@ def test_a_mapped_file_that_is_replaced_does_not_matter(folder, tmp_path):
     assert model.transformer.wte.weight.abs().max() < 1
 
 
-# --- dropout -------------------------------------------------------------------------------------
-
-
 def test_dropout_overrides_all_three(tiny, folder):
     model = GPT2.from_pretrained(folder, dropout=0.0)
     assert model.config == replace(TINY, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
@@ -357,9 +342,6 @@ def test_dropout_overrides_all_three(tiny, folder):
     assert GPT2.from_pretrained(folder, dropout=0.3).transformer.h[1].mlp.dropout.p == 0.3
     with pytest.raises(ValueError, match=r"attn_pdrop must be in \[0, 1\), got 1"):
         GPT2.from_pretrained(folder, dropout=1)
-
-
-# --- defaults of PyTorch that a user may set -----------------------------------------------------
 
 
 def test_a_default_dtype_or_device_changes_nothing(tiny, folder):
@@ -373,9 +355,6 @@ def test_a_default_dtype_or_device_changes_nothing(tiny, folder):
     assert {(p.dtype, p.device.type) for p in model.parameters()} == {(torch.float32, "cpu")}
     assert same_weights(model, tiny)
     assert same_weights(GPT2.from_pretrained(folder / "again"), tiny)
-
-
-# --- files that would mislead or exhaust ---------------------------------------------------------
 
 
 def test_many_strange_tensors_make_one_short_error(folder):
@@ -402,9 +381,6 @@ def test_weights_that_are_not_finite_are_found_where_they_are_read(folder, value
     with pytest.raises(ValueError, match=r"as torch\.float16: transformer\.h\.1\.ln_2\.bias"):
         GPT2.from_pretrained(folder, dtype=torch.float16)
     GPT2.from_pretrained(folder, **how)
-
-
-# --- saving --------------------------------------------------------------------------------------
 
 
 def test_tensors_are_saved_under_the_published_names(tiny, tmp_path):

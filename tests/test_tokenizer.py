@@ -49,8 +49,6 @@ def test_opening_reads_no_environment(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# --- for transformers ----------------------------------------------------------------------------
-
 TEXTS = [
     "Hello, world! It's  2024\n\n\tand 😀 naïve — façade… '' \u00a0\u200b\x00\x7f\xad",
     "日本語のテキスト、Ελληνικά، العربية, हिन्दी",
