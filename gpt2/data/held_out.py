@@ -39,12 +39,10 @@ def within(examples: Iterable[Example], side: Range) -> Iterator[Example]:
             kept += 1
             yield example
     if seen and not kept:
-        share, which = side[1] - side[0], "to evaluate on"
-        if side[1] == 1:
-            share, which = side[0], "to learn"
+        which = "to learn" if side[1] == 1 else "to evaluate on"
         raise ValueError(
-            f"A share of {share:g} of {seen} examples, taken by a hash of their prompts, leaves "
-            f"none {which}: choose another share, or give a file."
+            f"A share of {seen} examples, taken by a hash of their prompts, leaves none {which}: "
+            "choose another share, or give a file."
         )
 
 
