@@ -9,7 +9,6 @@ The model, where reading starts (`gpt2.model`):
 
 Data:
     Example               a prompt and its completion
-    from_texts            examples that are learnt as a whole
     read_examples         the examples of a file
     stream_examples       the same, one at a time
     read_prompts          the prompts of a file
@@ -41,8 +40,6 @@ Text:
     GenerateConfig        how: length, temperature, beams, seed
 """
 
-import typing
-
 from gpt2.config import SIZES as SIZES
 from gpt2.config import GPT2Config as GPT2Config
 from gpt2.data.batches import Batch as Batch
@@ -50,7 +47,6 @@ from gpt2.data.batches import batches as batches
 from gpt2.data.dataset import Dataset as Dataset
 from gpt2.data.dataset import encode as encode
 from gpt2.data.examples import Example as Example
-from gpt2.data.examples import from_texts as from_texts
 from gpt2.data.examples import read_examples as read_examples
 from gpt2.data.examples import read_prompts as read_prompts
 from gpt2.data.examples import stream_examples as stream_examples
@@ -75,17 +71,3 @@ from gpt2.training.run_config import RunConfig as RunConfig
 from gpt2.training.schedule import learning_rate as learning_rate
 from gpt2.training.schedule import total_steps as total_steps
 from gpt2.training.wrapped import summed_loss as summed_loss
-
-if typing.TYPE_CHECKING:
-    __version__: str
-else:
-
-    def __getattr__(name: str) -> str:
-        if name != "__version__":
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from importlib import metadata  # not at the top: few ask
-
-        try:
-            return metadata.version("lora-gpt2")
-        except metadata.PackageNotFoundError:
-            raise AttributeError("lora-gpt2 is not installed, and has no version.") from None

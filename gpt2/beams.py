@@ -16,35 +16,20 @@ import torch
 from torch import Tensor
 
 from gpt2.fast.decoding import Steps
-from gpt2.model import GPT2
 from gpt2.sampling import GenerateConfig
 
 NOTHING = -1  # in a history, where there is no token
 
 
 class Beams(Steps):
-    """Prompts whose beams are being followed; born with the first new token of each beam.
+    """Prompts whose beams are being followed; what is done stays, however many steps follow."""
 
-    Each step writes to the tensors where they lie, so that it can be replayed as a CUDA graph, and
-    asks nothing of the device. What is done stays as it is, however many steps follow. Arguments
-    are those of `gpt2.generation.Decoder`.
-    """
-
-    @torch.no_grad()
-    def __init__(
-        self,
-        model: GPT2,
-        rows: Sequence[Sequence[int]],
-        config: GenerateConfig,
-        *,
-        compile: bool = False,
-    ) -> None:
-        super().__init__(model, config, compile)
-        B, K, N, device = len(rows), config.num_beams, config.max_new_tokens, self.device
-        logits = self.read(rows)
+    def _begin(self, rows: Sequence[Sequence[int]], logits: Tensor) -> None:
+        config, device, how = self.config, self.device, self.integers
+        B, K, N = len(rows), config.num_beams, config.max_new_tokens
         self.cache.repeat(K)
         self._shared = min(map(len, rows))  # slots that hold the same in all beams of a prompt
-        before = torch.tensor(_before(rows, config), dtype=torch.long, device=device)  # (B, P)
+        before = torch.tensor(_before(rows, config), **how)  # (B, P)
         self._before = before.shape[1]
         self.history = torch.full((B, K, self._before + N), NOTHING, device=device)
         self.history[..., : self._before] = before[:, None]
@@ -54,14 +39,12 @@ class Beams(Steps):
         self.scores[:, 0] = 0  # the beams are alike: only one may choose the first tokens
         # Of those that have ended the best scores, and the best text with its length.
         self.ended = torch.full((B, K), -torch.inf, **kind)
-        self.text = torch.zeros(B, N, dtype=torch.long, device=device)
-        self.length = torch.zeros(B, dtype=torch.long, device=device)
+        self.text, self.length = torch.zeros(B, N, **how), torch.zeros(B, **how)
         # Whether a running text may still come to be among them; when logits were not finite.
         self.open = torch.ones(B, dtype=torch.bool, device=device)
         self.failed = torch.full((B,), -1, device=device)
-        self.n = torch.zeros(1, dtype=torch.long, device=device)
-        self.tokens = torch.zeros(B * K, dtype=torch.long, device=device)
-        self._ends = torch.tensor(config.ends, dtype=torch.long, device=device)
+        self.n, self.tokens = torch.zeros(1, **how), torch.zeros(B * K, **how)
+        self._ends = torch.tensor(config.ends, **how)
         # Of the candidates, this many cannot all have ended: enough are left to go on with.
         self._candidates = K * max(2, 1 + len(config.ends))
         powers = [length**config.length_penalty for length in range(1, N + 1)]
@@ -71,10 +54,6 @@ class Beams(Steps):
     def are_open(self) -> bool:
         """Whether a prompt is to be followed and none has failed; the host waits for the device."""
         return bool(self.open.any() & (self.failed < 0).all())
-
-    def failures(self) -> dict[int, int]:
-        """The prompts whose logits were not finite, and after how many new tokens."""
-        return {i: new for i, new in enumerate(self.failed.tolist()) if new >= 0}
 
     def best(self) -> list[list[int]]:
         """The best text of each prompt, without the token that ended it."""
@@ -123,12 +102,6 @@ class Beams(Steps):
         self.tokens.copy_(tokens.flatten())
         rows = beams + K * torch.arange(B, device=beams.device)[:, None]
         self.cache.reorder(rows.flatten(), self._shared)
-
-    def _changed(self) -> list[Tensor]:
-        """The tensors that a step writes to."""
-        own = [self.history, self.scores, self.ended, self.text, self.length, self.open]
-        cache = [self.cache.lengths, *self.cache.layers]
-        return [*own, self.failed, self.n, self.tokens, *cache]
 
 
 def continuations(log_probs: Tensor, scores: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -120,9 +120,7 @@ def dump_config(config: GPT2Config, dtype: torch.dtype) -> str:
     stated = asdict(config)
     stated["n_positions"] = stated["n_ctx"] = stated.pop("block_size")
     stated |= {key: values[0] for key, values in _ACCEPTED.items()}
-    stated["bos_token_id"] = stated["eos_token_id"] = (
-        _END_OF_TEXT if config.vocab_size > _END_OF_TEXT else None
-    )
-    stated["architectures"] = ["GPT2LMHeadModel"]
+    end = _END_OF_TEXT if config.vocab_size > _END_OF_TEXT else None
+    stated |= {"bos_token_id": end, "eos_token_id": end, "architectures": ["GPT2LMHeadModel"]}
     stated["dtype"] = str(dtype).removeprefix("torch.")
     return json.dumps(stated, indent=2, sort_keys=True) + "\n"

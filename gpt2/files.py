@@ -14,20 +14,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-LONGEST = 200  # characters of one fault; what a file holds may be megabytes long
-TOTAL = 1600  # characters of all of them: the message around them has room for 400
+SHOWN, LONGEST = 10, 160  # faults that one message lists, and characters of one
 
 
 def listed(faults: Sequence[str]) -> str:
-    """The faults in one line, "; " between them: as many as fit, then how many more there are."""
-    shown: list[str] = []
-    room = TOTAL
-    for fault in faults:
-        text = fault if len(fault) <= LONGEST else f"{fault[: LONGEST - 51]}…{fault[-50:]}"
-        room -= len(text) + 2
-        if room < 0:
-            break
-        shown.append(text)
+    """The first faults in one line, "; " between them, then how many more there are."""
+    shown = [f if len(f) <= LONGEST else f"{f[: LONGEST - 51]}…{f[-50:]}" for f in faults[:SHOWN]]
     more = len(faults) - len(shown)
     return "; ".join(shown) + (f"; and {more} more" if more else "")
 
@@ -36,9 +28,8 @@ def listed(faults: Sequence[str]) -> str:
 def written(folder: str | Path) -> Generator[Path]:
     """An empty folder to write files to, which are then moved to `folder`.
 
-    They are on the disk before the first is moved. After an error, such as a full disk, nothing
-    has changed. The first by name is out of the way while the others are moved: a process that is
-    killed leaves no new config beside old weights, but none.
+    After an error, such as a full disk, nothing has changed. The first by name is out of the way
+    while the others are moved: a process that is killed leaves no new config beside old weights.
     """
     if folder == "":  # which would be the folder one is in
         raise ValueError("'' is no path of a folder.")
@@ -64,21 +55,17 @@ def written(folder: str | Path) -> Generator[Path]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object that a JSON file holds; a ValueError says why it holds none."""
+    """The object that a JSON file holds."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}.") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a JSON object, found {type(content).__name__}.")
-    return content
 
 
 def gathered(tensors: Mapping[str, Any]) -> dict[str, Tensor] | None:
     """The whole tensors in the host's memory; None in a process that does not write them.
 
-    Where each of several processes holds a part of a tensor, all of them call this, before any
-    file is touched, so that nobody waits for a process that fails.
+    Where processes hold parts of a tensor, all of them call this before any file is touched.
     """
     writes = not any(map(is_sharded, tensors.values())) or torch.distributed.get_rank() == 0
     whole: dict[str, Tensor] = {}

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from gpt2.beams import Beams
-from gpt2.config import GPT2Config
 from gpt2.fast.decoding import Steps
 from gpt2.files import listed
 from gpt2.model import GPT2, in_mode
@@ -22,7 +21,6 @@ from gpt2.sampling import (
     apply_repetition_penalty,
     greedy,
     sample,
-    tokens_seen,
     uniform_numbers,
 )
 
@@ -39,9 +37,6 @@ def generate(
     In bfloat16 and float16 it need not: a product of more rows is rounded otherwise, that can
     decide between two tokens, and from there on the texts differ. The same call gives the same.
 
-    On a GPU the step from one token to the next is replayed as a CUDA graph, and the tokens are
-    fetched in bursts. Beams take `num_beams` rows of the batch each.
-
     Args:
         model: a GPT-2, with adapters or without; used in eval mode and left in its own.
         prompts: lists of token ids, of any lengths; or a tensor of ids `(B, T)`.
@@ -52,8 +47,8 @@ def generate(
         The new tokens of each prompt, without the one that ended it.
 
     Raises:
-        ValueError: `model` is no GPT-2, or listing the prompts that are no token ids, are empty,
-            hold ids that the model does not know, or leave no room in its context.
+        ValueError: listing the prompts that are empty, hold ids that the model does not know, or
+            leave no room in its context.
         RuntimeError: naming the prompts for which the model gave logits that are not finite, and
             after which token. On a GPU it is noticed once a burst.
     """
@@ -86,34 +81,20 @@ def stream(
 
 
 class Decoder(Steps):
-    """Prompts that are being continued; born with the first new token of each.
+    """Prompts that are being continued; a step adds a token to each, also to those that ended."""
 
-    A step adds a token to each row, also to rows that have ended: when to stop is the caller's.
-
-    Args:
-        model, config, compile: as for `Steps`.
-        rows: the prompts' ids, as `generate` checks them.
-    """
-
-    @torch.no_grad()
-    def __init__(
-        self,
-        model: GPT2,
-        rows: Sequence[Sequence[int]],
-        config: GenerateConfig = GREEDY,
-        *,
-        compile: bool = False,
-    ) -> None:
-        super().__init__(model, config, compile)
-        B, new, long = len(rows), config.max_new_tokens, torch.long
-        logits = self.read(rows)
-        # Which tokens a row holds, (B, V); random numbers, (new, B, 2).
-        self.seen = tokens_seen(rows, logits) if config.repetition_penalty != 1 else None
-        self.uniform = uniform_numbers(B, config).to(self.draws_on)
+    def _begin(self, rows: Sequence[Sequence[int]], logits: Tensor) -> None:
+        B, new, how = len(rows), self.config.max_new_tokens, self.integers
+        self.seen: Tensor | None = None  # which tokens each row holds, (B, V)
+        if self.config.repetition_penalty != 1:
+            self.seen = torch.zeros_like(logits, dtype=torch.bool)
+            for row, ids in zip(self.seen, rows, strict=True):
+                row[torch.tensor(ids, device=self.device)] = True
+        # Random numbers, (new, B, 2).
+        self.uniform = uniform_numbers(B, self.config).to(self.draws_on)
         # New tokens, of which n are made; -1 where logits were not finite. The last of each row.
-        self.text = torch.zeros(new, B, dtype=long, device=self.device)
-        self.n = torch.zeros(1, dtype=long, device=self.device)
-        self.tokens = torch.zeros(B, dtype=long, device=self.device)
+        self.text, self.n = torch.zeros(new, B, **how), torch.zeros(1, **how)
+        self.tokens = torch.zeros(B, **how)
         self._extend(logits)
 
     def _extend(self, logits: Tensor) -> Tensor:
@@ -132,11 +113,6 @@ class Decoder(Steps):
         if self.seen is not None:
             self.seen.scatter_(1, self.tokens[:, None], True)
         return self.tokens
-
-    def _changed(self) -> list[Tensor]:
-        """The tensors that a step writes to."""
-        seen = [] if self.seen is None else [self.seen]
-        return [self.text, self.n, self.tokens, self.cache.lengths, *self.cache.layers, *seen]
 
 
 def _stream(
@@ -171,7 +147,7 @@ def _searched(
             if new % beams.burst == 0 and not beams.are_open():
                 break
             beams.step()
-    _refuse_not_finite(beams.failures(), rows)
+    _refuse_not_finite({i: new for i, new in enumerate(beams.failed.tolist()) if new >= 0}, rows)
     return beams.best()
 
 
@@ -186,33 +162,19 @@ def _refuse_not_finite(failed: Mapping[int, int], rows: list[list[int]]) -> None
 
 
 def _checked(model: GPT2, prompts: Prompts, config: GenerateConfig) -> list[list[int]]:
-    """The prompts' ids, if this is a model that can continue them."""
-    # A wrapper that hands on what it wraps, as torch.compile's does, is fine.
-    if not isinstance(getattr(model, "config", None), GPT2Config):
-        raise ValueError(f"generate takes a gpt2.GPT2, got {type(model).__name__}.")
-    if next(model.parameters()).is_meta:
-        raise ValueError("The model is on the meta device, where it has no weights: load some.")
+    """The prompts' ids, if the model can continue them."""
     limit, vocab, new = model.config.block_size, model.config.vocab_size, config.max_new_tokens
     given: Any = prompts.tolist() if isinstance(prompts, Tensor) else prompts
-    rows: list[list[int]] = []
+    rows = [[operator.index(token) for token in prompt] for prompt in given]
     faults: list[str] = []
-    try:
-        for i, prompt in enumerate(given):
-            ids = prompt.tolist() if isinstance(prompt, Tensor) else prompt
-            row = [operator.index(token) for token in ids]
-            if not row:
-                faults.append(f"prompt {i} is empty (start with the end-of-text id instead)")
-            elif not 0 <= min(row) <= max(row) < vocab:
-                faults.append(f"prompt {i} holds ids outside 0..{vocab - 1}")
-            elif len(row) + new > limit:
-                passes = f"with {new} new ones passes the context of {limit}"
-                faults.append(f"prompt {i} has {len(row)} tokens, and {passes}")
-            rows.append(row)
-    except TypeError as error:
-        raise ValueError(
-            f"Prompts must be lists of token ids ({error}): pass [tokenizer.encode(text)], and "
-            "one prompt as [prompt]."
-        ) from None
+    for i, row in enumerate(rows):
+        if not row:
+            faults.append(f"prompt {i} is empty (start with the end-of-text id instead)")
+        elif not 0 <= min(row) <= max(row) < vocab:
+            faults.append(f"prompt {i} holds ids outside 0..{vocab - 1}")
+        elif len(row) + new > limit:
+            passes = f"with {new} new ones passes the context of {limit}"
+            faults.append(f"prompt {i} has {len(row)} tokens, and {passes}")
     if faults:
         raise ValueError(f"Nothing was generated: {listed(faults)}.")
     return rows

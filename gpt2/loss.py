@@ -1,8 +1,7 @@
 """The loss of predicting each next token.
 
-Labels lie beside the token ids: `labels[b, t]` is the token at position t, or `IGNORE` where it is
-not to be learnt; the shift by one happens here. `gpt2.fast.head` computes the same from hidden
-states, without ever holding all logits.
+Labels lie beside the token ids; the shift by one happens here. `gpt2.fast.head` computes the same
+from hidden states, without ever holding all logits.
 
 Shapes: B batch · T time · V vocab.
 """
@@ -13,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-IGNORE = -100
-"""The label of a position that is not learnt."""
+IGNORE = -100  # the label of a position that is not learnt
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -39,9 +39,6 @@ class Conv1D(nn.Module):
         """Map `(…, in)` to `(…, out)`: `x W + b`."""
         return linear(x, self.weight.t(), self.bias)
 
-    def extra_repr(self) -> str:
-        return "in_features={}, out_features={}".format(*self.weight.shape)
-
 
 class LMHead(nn.Linear):
     """The map from hidden states to logits: `x Wᵀ`."""
@@ -62,7 +59,6 @@ class Dropout(nn.Dropout):
     drops: Callable[[Tensor, float], Tensor] | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        """Map `(…)` to `(…)`."""
         if not (self.training and self.p):
             return input
         return drop(input, self.p)[0] if self.drops is None else self.drops(input, self.p)
@@ -165,14 +161,10 @@ class Transformer(nn.Module):
 
     def _positions(self, idx: Tensor, cache: KVCache | None) -> Tensor:
         """The position of every token, `(1, T)` or with a cache `(B, T)`."""
-        if idx.dim() != 2 or idx.dtype not in (torch.int32, torch.int64):
-            given = f"{tuple(idx.shape)} {idx.dtype}"
-            raise ValueError(f"idx must be (B, T) integers, got {given}: give int32 or int64.")
-        T, limit = idx.shape[1], self.config.block_size if cache is None else cache.slots
+        (_, T), limit = idx.shape, self.config.block_size if cache is None else cache.slots
         start = 0 if cache is None else cache.filled
         if not 1 <= T <= limit - start:
-            fits = f"this context takes 1 to {limit} tokens a row. Shorten the text or split it"
-            raise ValueError(f"{start + T} tokens do not fit: {fits}.")
+            raise ValueError(f"{start + T} tokens do not fit into a row of 1 to {limit}.")
         steps = torch.arange(T, device=idx.device)
         return steps[None] if cache is None else cache.lengths[:, None] + steps
 
@@ -227,8 +219,7 @@ class GPT2(nn.Module):
             of float32 at least. A sum over parts of a batch is the batch's, a mean would not be.
 
         Raises:
-            ValueError: ids that are no (B, T) integers or do not fit the context; labels or
-                documents that do not fit the ids.
+            ValueError: ids that pass the context; labels or documents that do not fit the ids.
         """
         if labels is not None and labels.shape != idx.shape:
             shapes = f"labels {tuple(labels.shape)} and token ids {tuple(idx.shape)}"
@@ -239,10 +230,7 @@ class GPT2(nn.Module):
         return summed_loss(self.lm_head, x, labels, compiling=compile, smoothing=smoothing)
 
     def prefill(self, rows: Sequence[Sequence[int]], slots: int) -> tuple[Tensor, KVCache]:
-        """Read prompts of any lengths: logits `(B, V)` after the last token of each, and a cache.
-
-        The cache has so many slots a row.
-        """
+        """Read prompts of any lengths: logits `(B, V)` after their last tokens, and a cache."""
         weight, lengths = self.lm_head.weight, [len(row) for row in rows]
         device, kind = weight.device, weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
@@ -261,12 +249,11 @@ class GPT2(nn.Module):
 @contextmanager
 def in_mode(model: nn.Module, *, training: bool) -> Generator[None]:
     """The whole model in one mode within, every module in its own mode after."""
-    modes = [(module, module.training) for module in model.modules()]
+    changed = [module for module in model.modules() if module.training is not training]
     try:
-        if any(mode is not training for _, mode in modes):
-            model.train(training)
+        for module in changed:
+            module.training = training
         yield
     finally:
-        for module, mode in modes:
-            if module.training is not mode:  # an assignment takes a module longer than a look
-                module.training = mode
+        for module in changed:
+            module.training = not training

@@ -6,17 +6,14 @@ Shapes: B rows · V vocab.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gpt2.config import is_number, outside
+from gpt2.config import outside
 from gpt2.files import listed
-
-COLDEST = 1e-20  # the lowest temperature but 0: logits up to 10¹⁸ may be divided by it in float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +22,7 @@ class GenerateConfig:
 
     Args:
         max_new_tokens: tokens per prompt at most.
-        temperature: divides the logits; 0 is greedy, the most likely token each time. Below
-            1e-20 the quotients would not be finite, so nothing between is taken.
+        temperature: divides the logits; 0 is greedy, the most likely token each time.
         top_k: sample among the k most likely tokens only.
         top_p: sample among the most likely tokens that together reach this probability.
         repetition_penalty: above 1 makes tokens that a row already holds less likely.
@@ -35,8 +31,7 @@ class GenerateConfig:
         num_beams: texts that are followed at once, of which the best is given; see `gpt2.beams`.
         length_penalty: a beam's score is its log-probability over its length to this power.
         no_repeat_ngram: of beams, the length of the runs of tokens that may not come twice.
-        no_repeat_prompt: runs of the prompt may not come again either, as in transformers; else
-            the new tokens alone count, and field values may be copied.
+        no_repeat_prompt: runs of the prompt may not come again either, as in transformers.
 
     Raises:
         ValueError: naming each field that is out of range.
@@ -58,21 +53,15 @@ class GenerateConfig:
         least = {"max_new_tokens": 1, "top_k": 1, "seed": 0, "num_beams": 1, "no_repeat_ngram": 1}
         intervals = {"temperature": "[0, inf)", "top_p": "(0, 1]", "repetition_penalty": "(0, inf)"}
         faults = outside(self, least, **intervals, length_penalty="(-inf, inf)")
-        if is_number(self.temperature) and 0 < self.temperature < COLDEST:
-            faults.append(f"temperature must be 0 or at least {COLDEST}, got {self.temperature!r}")
-        if type(self.seed) is int and self.seed >= 2**62:
-            faults.append(f"seed must be below 2**62, got {self.seed!r}")
         if not all(type(end) is int and end >= 0 for end in self.ends):
             faults.append(f"eos must be ids of at least 0, or None, got {self.eos!r}")
         if self.no_repeat_prompt and self.no_repeat_ngram is None:
             faults.append("no_repeat_prompt takes a no_repeat_ngram")
         beams = ("length_penalty", "no_repeat_ngram", "no_repeat_prompt")
         draws = ("temperature", "top_k", "top_p", "repetition_penalty")
-        names = beams if self.num_beams == 1 else draws
-        other = [n for n in names if getattr(self, n) != getattr(GenerateConfig, n)]
-        if other:
-            count = "at least 2" if self.num_beams == 1 else "1"
-            faults.append(f"{', '.join(other)} takes num_beams of {count}, got {self.num_beams!r}")
+        for name in beams if self.num_beams == 1 else draws:
+            if getattr(self, name) != getattr(GenerateConfig, name):
+                faults.append(f"{name} does not go with num_beams {self.num_beams!r}")
         if faults:
             raise ValueError(f"GenerateConfig: {listed(faults)}.")
 
@@ -93,14 +82,6 @@ def uniform_numbers(rows: int, config: GenerateConfig) -> Tensor:
     size, kind = (config.max_new_tokens, 2), torch.double
     draws = [torch.rand(size, dtype=kind, device="cpu", generator=g) for g in generators]
     return torch.stack(draws, 1)
-
-
-def tokens_seen(rows: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
-    """Which tokens each row of ids holds, `(B, V)` booleans beside `logits`."""
-    seen = torch.zeros_like(logits, dtype=torch.bool)
-    for row, ids in zip(seen, rows, strict=True):
-        row[torch.tensor(ids, device=logits.device)] = True
-    return seen
 
 
 def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -131,19 +112,15 @@ def apply_top_p(logits: Tensor, p: float) -> Tensor:
 
 def greedy(logits: Tensor) -> Tensor:
     """The most likely token `(B,)` of each row; -1 where `sample` gives -1."""
-    greatest, tokens = logits.max(-1)
-    return _or_none(greatest, tokens)
+    return _or_none(*logits.max(-1))
 
 
 def sample(logits: Tensor, config: GenerateConfig, uniform: Tensor) -> Tensor:
     """The next token `(B,)` of each row; -1 where its logits hold NaN or +inf, or are all -inf.
 
     Temperature, top-k and top-p are applied in this order, as in transformers. The token is drawn
-    where the random numbers `uniform` `(B, 2)` lie, float64 in [0, 1). Nothing is asked of the
-    device, so that this can run in a CUDA graph: the caller looks for -1.
+    where the random numbers `uniform` `(B, 2)` lie, float64 in [0, 1).
     """
-    if config.temperature == 0:
-        return greedy(logits)
     device = logits.device
     # A device without float64 has its logits drawn from on the CPU; elsewhere nothing moves.
     logits = logits.to(uniform.device).float() / config.temperature

@@ -33,7 +33,7 @@ QUESTIONS = {
     "products.linear": {"gpt2.model"},
     "decoding.Steps": {"gpt2.generation", "gpt2.beams"},
 }
-FACE = {"lora": 28, "gpt2": 32}
+FACE = {"lora": 28, "gpt2": 31}
 ids = {"ids": lambda file: str(file.relative_to(ROOT))}
 
 
@@ -206,9 +206,9 @@ def test_importing_touches_no_random_state_and_little_else():
 # Lines of Python as `wc -l` counts them: they only fall, but for what a new capability is given.
 BUDGET = {
     "lora": 3_185,
-    "gpt2": 6_936,
+    "gpt2": 6_546,
     "scripts": 4_226,
-    "tests": 20_065,
+    "tests": 19_602,
     "benchmarks": 2_696,
 }
 MOST_LINES = {"lora": 400, "gpt2": 400, "scripts": 400, "tests": 700, "benchmarks": 400}
@@ -216,8 +216,8 @@ MOST_LINES = {"lora": 400, "gpt2": 400, "scripts": 400, "tests": 700, "benchmark
 CORE = "layer config layout tree targets injection bank merging".split()
 PARTS = {
     "lora core": ([ROOT / "lora" / f"{name}.py" for name in CORE], 1_341),
-    "gpt2 core": (sorted((ROOT / "gpt2").glob("*.py")), 1_707),
-    "gpt2/data": (sorted((ROOT / "gpt2" / "data").glob("*.py")), 1_193),
+    "gpt2 core": (sorted((ROOT / "gpt2").glob("*.py")), 1_499),
+    "gpt2/data": (sorted((ROOT / "gpt2" / "data").glob("*.py")), 1_016),
 }
 # Characters a line and the share of blank lines when the budget began, and how far a line may have
 # grown: lines do not go by becoming denser. Those of scripts/ have, and have to come back to 5 %.
@@ -258,13 +258,12 @@ def test_the_readme_prints_the_budget():
     assert f"Lines of\nPython: {', '.join(shown)};" in readme
 
 
-@pytest.mark.parametrize("package", ["lora", "gpt2"])
-def test_a_face_that_is_not_installed_has_no_version_and_says_so(package, monkeypatch):
+def test_a_face_that_is_not_installed_has_no_version_and_says_so(monkeypatch):
     def missing(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
-    face = importlib.import_module(package)
+    face = importlib.import_module("lora")
     assert not hasattr(face, "__version__")
     with pytest.raises(AttributeError, match="lora-gpt2 is not installed"):
         _ = face.__version__

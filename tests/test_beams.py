@@ -8,7 +8,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from toys import randomize
+from toys import randomize, twin
 
 import gpt2
 import lora
@@ -33,15 +33,7 @@ def search(**options) -> gpt2.GenerateConfig:
 
 def theirs(model: gpt2.GPT2, prompts: list[list[int]], config: gpt2.GenerateConfig):
     """What transformers' beam search makes of each prompt alone."""
-    transformers = pytest.importorskip("transformers", reason="compares with it (extra: peers)")
-    c = model.config
-    other = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, n_positions=c.block_size,
-            vocab_size=c.vocab_size, bos_token_id=None, eos_token_id=None, pad_token_id=0,
-        )
-    ).eval()  # fmt: skip
-    other.load_state_dict(model.state_dict())
+    other = twin(model)
     for prompt in prompts:
         ids = torch.tensor([prompt])
         [text] = other.generate(
@@ -135,9 +127,6 @@ def test_more_beams_find_likelier_texts():
     assert sum(better) > sum(worse)
 
 
-# --- no run of tokens twice ----------------------------------------------------------------------
-
-
 def runs(text: list[int], size: int) -> list[tuple[int, ...]]:
     return [tuple(text[i : i + size]) for i in range(len(text) - size + 1)]
 
@@ -187,9 +176,6 @@ def test_continuations_are_the_best_of_all_beams():
         assert found[b].tolist() == pytest.approx([total[key] for key in best])
 
 
-# --- stopping and failing ------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("burst", [1, 3, 16])
 def test_looking_seldom_changes_no_text(burst, monkeypatch):
     model, config = tiny(), search(eos=(5, 40, 17), length_penalty=0.8)
@@ -226,55 +212,10 @@ def test_logits_that_are_not_finite_stop_the_search(value):
     assert len(calls) < 20
 
 
-def test_a_step_too_many():
-    beams = Beams(tiny(), PROMPTS, search(max_new_tokens=2))
-    beams.step()
-    with pytest.raises(RuntimeError, match="All 2 new tokens"):
-        beams.step()
-
-
 def test_beams_give_no_stream_and_no_prompts_no_texts():
     with pytest.raises(ValueError, match="num_beams 4 gives no tokens one by one: use generate"):
         gpt2.stream(tiny(), PROMPTS, search())
     assert gpt2.generate(tiny(), [], search()) == []
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_beams": 0}, "num_beams must be an integer of at least 1, got 0"),
-        (
-            {"num_beams": 2, "temperature": 0.5, "top_k": 3},
-            "temperature, top_k takes num_beams of 1",
-        ),
-        ({"num_beams": 2, "repetition_penalty": 1.2}, "repetition_penalty takes num_beams of 1"),
-        ({"length_penalty": 0.8}, "length_penalty takes num_beams of at least 2, got 1"),
-        ({"no_repeat_ngram": 4}, "no_repeat_ngram takes num_beams of at least 2"),
-        (
-            {"num_beams": 2, "no_repeat_ngram": 0},
-            "no_repeat_ngram must be an integer of at least 1",
-        ),
-        ({"num_beams": 2, "no_repeat_prompt": True}, "no_repeat_prompt takes a no_repeat_ngram"),
-        (
-            {"num_beams": 2, "length_penalty": math.nan},
-            r"length_penalty must be in \(-inf, inf\), got nan",
-        ),
-        ({"eos": (1, -2)}, r"eos must be .* got \(1, -2\)"),
-        ({"eos": "x"}, "eos must be .* got 'x'"),
-    ],
-)
-def test_bad_options(options, message):
-    with pytest.raises(ValueError, match=message):
-        gpt2.GenerateConfig(**options)
-
-
-def test_several_ends_without_beams():
-    model = tiny()
-    free = gpt2.generate(model, PROMPTS, gpt2.GenerateConfig(max_new_tokens=20, eos=None))
-    ends = (free[0][3], free[2][5])
-    cut = [min([i for i, token in enumerate(text) if token in ends], default=20) for text in free]
-    config = gpt2.GenerateConfig(max_new_tokens=20, eos=ends)
-    assert gpt2.generate(model, PROMPTS, config) == [t[:n] for t, n in zip(free, cut, strict=True)]
 
 
 @pytest.mark.parametrize("how", ["fixed", "compiled"])
@@ -290,24 +231,11 @@ def test_steps_of_one_shape_change_no_text(how, monkeypatch):
 
 
 def test_a_step_writes_where_its_tensors_lie():
-    """As a CUDA graph must; and all that it writes to is told."""
+    """As a CUDA graph must."""
     beams = Beams(tiny(), PROMPTS, search(no_repeat_ngram=2))
-    told = beams._changed()
-    before = [tensor.clone() for tensor in told]
-    held = {id(tensor) for tensor in told}
-    own = {id(value): name for name, value in vars(beams).items() if torch.is_tensor(value)}
-    unchanged = {
-        id(value): value.clone() for value in vars(beams).values() if torch.is_tensor(value)
-    }
+    held = beams._changed()
+    before = [tensor.clone() for tensor in held]
     beams.step()
-    assert {id(value) for value in vars(beams).values() if torch.is_tensor(value)} == {*own}
-    assert held == {id(tensor) for tensor in beams._changed()}
-    for value in vars(beams).values():
-        if torch.is_tensor(value) and id(value) not in held:
-            assert torch.equal(value, unchanged[id(value)]), own[id(value)]
-    assert sum(not torch.equal(a, b) for a, b in zip(before, told, strict=True)) >= 6
-
-
-def test_half_precision_searches_too():
-    texts = gpt2.generate(tiny().to(torch.bfloat16), PROMPTS, search())
-    assert [len(text) for text in texts] == [20] * 4
+    assert [id(tensor) for tensor in beams._changed()] == [id(tensor) for tensor in held]
+    assert {id(kv) for kv in beams.cache.layers} < {id(tensor) for tensor in held}
+    assert sum(not torch.equal(a, b) for a, b in zip(before, held, strict=True)) >= 6

@@ -110,7 +110,16 @@ def test_every_example_once_an_epoch_from_any_batch(lengths, way, seed, epoch, d
     found = list(batches(examples, **way, seed=seed, epoch=epoch))
     counted = [(i, n) for batch in found for i, n in held(batch).items()]
     assert sorted(counted) == list(enumerate(lengths, 1))
+    if "batch_size" in way:
+        assert [len(batch.idx) for batch in found[:-1]] == [3] * (len(found) - 1)
     for batch in found:
+        longest = max(held(batch).values())
+        assert batch.documents is not None or batch.idx.shape[1] == longest
+        for ids, labels in zip(batch.idx, batch.labels, strict=True):
+            learnt = labels != IGNORE
+            assert torch.equal(labels[learnt], ids[learnt])
+            # What is padding is on the right.
+            assert batch.documents is not None or not learnt[int(learnt.sum()) :].any()
         assert way.get("tokens_per_batch", 10**9) >= batch.idx.numel()
         assert batch.n_tokens == int((batch.labels[:, 1:] != IGNORE).sum())
         assert batch.n_tokens == sum(n - 1 for n in held(batch).values())
@@ -121,7 +130,7 @@ def test_every_example_once_an_epoch_from_any_batch(lengths, way, seed, epoch, d
     assert total_steps(examples, config) == 3 * -(-len(found) // 2)
 
 
-@pytest.mark.parametrize("way", WAYS[1:], ids=["buckets", "rows"])
+@pytest.mark.parametrize("way", WAYS, ids=["counted", "buckets", "rows"])
 def test_seed_and_epoch_fix_the_batches(way):
     examples = dataset(log_normal(12, 0.5, 100))
 
@@ -182,10 +191,9 @@ def test_a_row_tells_where_each_document_begins():
 @pytest.mark.parametrize(
     ("way", "said"),
     [
-        ({}, "Give batch_size or tokens_per_batch"),
-        ({"batch_size": 1, "tokens_per_batch": 9}, "Give batch_size or tokens_per_batch"),
-        ({"tokens_per_batch": 0}, "tokens_per_batch is 0 and the longest example has 7"),
-        ({"batch_size": 1, "packing": True}, "packing=True takes tokens_per_batch"),
+        ({}, "Give batch_size, or tokens_per_batch"),
+        ({"batch_size": 1, "tokens_per_batch": 9}, "Give batch_size, or tokens_per_batch"),
+        ({"batch_size": 1, "packing": True}, "or tokens_per_batch with packing"),
         ({"tokens_per_batch": 6}, "tokens_per_batch is 6 and the longest example has 7 tokens"),
         ({"tokens_per_batch": 6, "packing": True}, "raise it, or cut the examples with max_length"),
     ],

@@ -8,7 +8,7 @@ import pytest
 import reference
 import torch
 from torch import nn
-from toys import randomize
+from toys import randomize, twin
 
 import lora
 from gpt2.config import GPT2Config
@@ -19,6 +19,7 @@ from gpt2.sampling import (
     apply_repetition_penalty,
     apply_top_k,
     apply_top_p,
+    greedy,
     sample,
 )
 
@@ -45,9 +46,6 @@ def transformers():
 @pytest.fixture
 def theirs(transformers):
     return importlib.import_module("transformers.generation.logits_process")
-
-
-# --- choosing a token ----------------------------------------------------------------------------
 
 
 def logits_with_ties() -> torch.Tensor:
@@ -144,9 +142,6 @@ def test_rounding_seldom_changes_what_is_drawn():
     assert changed <= 2
 
 
-# --- greedy --------------------------------------------------------------------------------------
-
-
 def test_greedy_is_the_oracles(demo, tokenizer):
     prompts = [tokenizer.encode(p) for p in ("In the beginning", "Q: What does physics explain?")]
     weights = {k.removeprefix("transformer."): v for k, v in demo.state_dict().items()}
@@ -164,13 +159,9 @@ def test_greedy_is_what_an_independent_implementation_writes(demo, tokenizer, de
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_greedy_is_transformers_own(transformers, demo, penalty):
-    theirs = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(n_layer=8, n_head=4, n_embd=256, pad_token_id=0)
-    ).eval()
-    theirs.load_state_dict(demo.state_dict())
+def test_greedy_is_transformers_own(demo, penalty):
     prompt = torch.tensor([[464, 3139, 286, 4881, 318]])
-    expected = theirs.generate(
+    expected = twin(demo).generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=30,
@@ -179,9 +170,6 @@ def test_greedy_is_transformers_own(transformers, demo, penalty):
     )[0, 5:]
     config = GenerateConfig(max_new_tokens=30, repetition_penalty=penalty)
     assert generate(demo, prompt.tolist(), config) == [expected.tolist()]
-
-
-# --- batches, seeds, stopping --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.5}, SAMPLED])
@@ -212,9 +200,11 @@ def test_rows_stop_at_their_own_end():
     model = tiny()
     free = generate(model, PROMPTS, GenerateConfig(max_new_tokens=20, eos=None))
     eos = next(t for t in free[0] if any(t in text for text in free[1:]))
-    config = GenerateConfig(max_new_tokens=20, eos=eos)
-    expected = [text[: text.index(eos)] if eos in text else text for text in free]
-    assert generate(model, PROMPTS, config) == expected
+    for ends in (eos, (eos, free[2][5])):
+        config = GenerateConfig(max_new_tokens=20, eos=ends)
+        cut = [[i for i, token in enumerate(text) if token in config.ends] for text in free]
+        expected = [text[: min(at, default=20)] for text, at in zip(free, cut, strict=True)]
+        assert generate(model, PROMPTS, config) == expected
     steps = list(stream(model, PROMPTS, config))
     assert len(steps) == max(map(len, expected))  # over as soon as all rows are
     for row, text in enumerate(expected):
@@ -268,9 +258,6 @@ def test_no_prompts():
     assert list(stream(tiny(), [])) == []
 
 
-# --- what prompts may be -------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "prompts",
     [
@@ -302,42 +289,20 @@ def test_prompts_in_every_form_of_integers(prompts):
         [[1, 2.0]],
         [[1, "2"]],
         [[[1, 2]]],
-        [torch.tensor([[1]])],
         [[1], None],
         None,
         5,
     ],
 )
-def test_other_prompts_are_told_what_to_be(prompts):
-    with pytest.raises(
-        ValueError, match=r"lists of token ids .*\[tokenizer\.encode\(text\)\]"
-    ) as e:
+def test_other_prompts_are_refused(prompts):
+    with pytest.raises(TypeError, match="integer|iterable|index"):
         generate(tiny(), prompts)
-    assert "\n" not in str(e.value)
 
 
 def test_very_many_bad_prompts_make_one_short_error():
     with pytest.raises(ValueError, match=r"prompt 0 .*; and \d+ more") as caught:
         generate(tiny(), [[]] * 5_000)
     assert len(str(caught.value)) <= 2_000
-
-
-@pytest.mark.parametrize(
-    "model", [nn.Linear(2, 2), nn.DataParallel(nn.Linear(2, 2)), None], ids=lambda m: str(type(m))
-)
-def test_what_is_no_gpt2(model):
-    with pytest.raises(ValueError, match=r"takes a gpt2\.GPT2, got"):
-        generate(model, [[1]])
-
-
-def test_a_model_without_weights():
-    with torch.device("meta"):
-        model = GPT2(GPT2Config(n_layer=1, n_head=1, n_embd=8))
-    with pytest.raises(ValueError, match="meta device"):
-        generate(model, [[1]])
-
-
-# --- logits that are not finite ------------------------------------------------------------------
 
 
 def spoiled(value: float, tokens: int, row: int = 1) -> GPT2:
@@ -406,13 +371,10 @@ def test_no_token_is_drawn_from_logits_that_are_not_finite():
     logits = torch.zeros(4, 9)
     logits[1, 3], logits[2, 0], logits[3] = math.nan, math.inf, -math.inf
     uniform = torch.full((4, 2), 0.5, dtype=torch.double)
-    for options in ({}, {"temperature": 1.0}, SAMPLED):
-        token, *others = sample(logits, GenerateConfig(**options), uniform).tolist()
+    drawn = [sample(logits, GenerateConfig(**o), uniform) for o in ({"temperature": 1.0}, SAMPLED)]
+    for token, *others in (tokens.tolist() for tokens in (greedy(logits), *drawn)):
         assert 0 <= token < 9
         assert others == [-1, -1, -1]
-
-
-# --- the decoder ---------------------------------------------------------------------------------
 
 
 def test_a_decoder_makes_the_text_a_token_a_step():
@@ -425,12 +387,7 @@ def test_a_decoder_makes_the_text_a_token_a_step():
         if made < 6:
             decoder.step()
     assert decoder.text.T.tolist() == generate(model, PROMPTS, config)
-    with pytest.raises(RuntimeError, match="All 6 new tokens"):
-        decoder.step()
     assert not decoder.text.requires_grad
-
-
-# --- defaults of PyTorch that a user may set -----------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{}, SAMPLED])
@@ -446,9 +403,6 @@ def test_a_default_dtype_or_device_changes_no_token(options):
         torch.set_default_dtype(torch.float32)
 
 
-# --- rows and rounding ---------------------------------------------------------------------------
-
-
 def test_sixteen_bits_keep_the_promise_that_is_made():
     """The same call gives the same, and each text is one that rounding alone can explain."""
     model = tiny().to(torch.bfloat16)
@@ -461,9 +415,6 @@ def test_sixteen_bits_keep_the_promise_that_is_made():
             logits = model(torch.tensor([prompt + text]))[0, len(prompt) - 1 : -1].float()
         chosen = logits[torch.arange(20), torch.tensor(text)]
         assert (chosen >= logits.amax(-1) - 0.05 * logits.abs().amax(-1)).all()
-
-
-# --- the model is left as it was -----------------------------------------------------------------
 
 
 def modes(model: nn.Module) -> list[bool]:
@@ -506,28 +457,41 @@ def test_no_gradients_and_no_traces():
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_dtypes(dtype):
-    model = tiny().to(dtype)
-    config = GenerateConfig(max_new_tokens=8, eos=None, **SAMPLED)
-    assert [len(text) for text in generate(model, PROMPTS, config)] == [8] * 4
-
-
-def test_under_autocast():
-    with torch.autocast("cpu", torch.bfloat16):
-        texts = generate(tiny(), PROMPTS, GenerateConfig(max_new_tokens=4, eos=None))
-    assert [len(text) for text in texts] == [4] * 4
+@pytest.mark.parametrize("options", [SAMPLED, {"num_beams": 4}, {}])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, "autocast"])
+def test_other_dtypes(dtype, options):
+    config = GenerateConfig(max_new_tokens=8, eos=None, **options)
+    model = tiny() if dtype == "autocast" else tiny().to(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
+        assert [len(text) for text in generate(model, PROMPTS, config)] == [8] * 4
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"num_beams": 0}, "num_beams must be an integer of at least 1, got 0"),
+        ({"num_beams": 2, "temperature": 0.5}, "temperature does not go with num_beams 2"),
+        (
+            {"num_beams": 2, "repetition_penalty": 1.2},
+            "repetition_penalty does not go with num_beams",
+        ),
+        ({"length_penalty": 0.8}, "length_penalty does not go with num_beams 1"),
+        ({"no_repeat_ngram": 4}, "no_repeat_ngram does not go with num_beams 1"),
+        (
+            {"num_beams": 2, "no_repeat_ngram": 0},
+            "no_repeat_ngram must be an integer of at least 1",
+        ),
+        ({"num_beams": 2, "no_repeat_prompt": True}, "no_repeat_prompt takes a no_repeat_ngram"),
+        (
+            {"num_beams": 2, "length_penalty": math.nan},
+            r"length_penalty must be in \(-inf, inf\), got nan",
+        ),
+        ({"eos": (1, -2)}, r"eos must be .* got \(1, -2\)"),
+        ({"eos": "x"}, "eos must be .* got 'x'"),
         ({"max_new_tokens": 0, "top_k": 0}, "max_new_tokens .* 1, got 0; top_k .* 1, got 0"),
         ({"max_new_tokens": 2.0}, "max_new_tokens must be an integer"),
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": math.nan}, "temperature"),
-        ({"temperature": 1e-40}, "temperature must be 0 .* at least 1e-20, got 1e-40"),
-        ({"seed": 2**62}, "seed must be below"),
         ({"temperature": "0.5", "top_p": True}, "temperature must .* got '0.5'; top_p .* got True"),
         ({"repetition_penalty": None}, r"repetition_penalty must be in \(0, inf\), got None"),
         ({"top_p": 0.0}, "top_p"),
@@ -542,9 +506,6 @@ def test_under_autocast():
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         GenerateConfig(**options)
-
-
-# --- compiled ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("config", [{}, {"temperature": 0.8, "repetition_penalty": 1.3}])

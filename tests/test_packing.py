@@ -145,29 +145,11 @@ def test_attention_keeps_its_dropout_on_a_cpu(monkeypatch):
     assert rates == [0.25] * 2 * documents
 
 
-@pytest.mark.parametrize(
-    ("documents", "said"),
-    [
-        ([0, 3], "from 0 to the row's 5 tokens"),
-        ([1, 5], "from 0 to the row's 5 tokens"),
-        ([0, 4, 2, 5], "go from 0 to 5, of -2 to 4"),
-        ([[0, 5]], "give idx"),
-    ],
-)
-def test_documents_that_are_not_the_rows_are_refused(documents, said):
-    with pytest.raises(ValueError, match=said):
-        model()(torch.ones(1, 5, dtype=torch.long), documents=torch.tensor(documents))
-
-
-def test_documents_of_several_rows_too_long_or_beside_a_cache_are_refused():
-    network = model()
-    with pytest.raises(ValueError, match="Documents lie in one row"):
-        network(torch.ones(2, 5, dtype=torch.long), documents=torch.tensor([0, 5]))
-    with pytest.raises(ValueError, match="of 0 to 12 each; they go from 0 to 13"):
-        network(torch.ones(1, 13, dtype=torch.long), documents=torch.tensor([0, 13]))
+def test_documents_of_several_rows_or_beside_a_cache_are_refused():
     cache = KVCache(CONFIG, 1, 12, torch.float64, torch.device("cpu"))
-    with pytest.raises(ValueError, match="not both"):
-        network(torch.ones(1, 5, dtype=torch.long), None, cache, torch.tensor([0, 5]))
+    for rows, starts, held in ((2, [0, 5], None), (1, [[0, 5]], None), (1, [0, 5], cache)):
+        with pytest.raises(ValueError, match="Documents lie in one row, without a cache"):
+            model()(torch.ones(rows, 5, dtype=torch.long), None, held, torch.tensor(starts))
 
 
 def losses(network: GPT2, **config) -> list[float]:

@@ -263,7 +263,7 @@ def test_a_file_of_somebody_else_is_not_touched(capsys):
     ("argv", "message"),
     [
         (["--batch_size", 0], 'Parser key "batch_size"'),
-        (["--num_beams", 2, "--temperature", 0.5], "temperature takes num_beams of 1"),
+        (["--num_beams", 2, "--temperature", 0.5], "temperature does not go with num_beams 2"),
         (["--adapter", "nowhere"], "nowhere"),
         (["--max_new_tokens", 1024], "max_new_tokens 1024 does not fit"),
         (["--beams", 3], "There is no option --beams"),

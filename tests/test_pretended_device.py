@@ -90,7 +90,7 @@ def test_the_decoders_tensors_are_on_the_device_but_for_the_random_numbers(devic
 def letters(*texts: str) -> gpt2.Dataset:
     """Texts as the numbers of their letters."""
     tokenizer = SimpleNamespace(encode=lambda text: [ord(letter) % 32 for letter in text], eos=60)
-    return gpt2.encode(gpt2.from_texts(texts), tokenizer)
+    return gpt2.encode(texts, tokenizer)
 
 
 @pytest.mark.parametrize("full", [True, False])

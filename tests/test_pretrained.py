@@ -3,7 +3,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import struct
 import subprocess
 import sys
@@ -12,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import reference
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -44,7 +42,6 @@ def tiny() -> GPT2:
 def folder(tiny, tmp_path) -> Path:
     """A folder as published: config.json, and tensors without the `transformer.` prefix."""
     tiny.save_pretrained(tmp_path / "base")
-    rewrite(tmp_path / "base", lambda t: {k.removeprefix("transformer."): v for k, v in t.items()})
     return tmp_path / "base"
 
 
@@ -64,9 +61,6 @@ def same_weights(a: nn.Module, b: nn.Module) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-# --- the demo base -------------------------------------------------------------------------------
-
-
 def test_the_demo_base_is_what_an_independent_implementation_computes(
     demo, tokenizer, demo_expected
 ):
@@ -84,14 +78,6 @@ def test_the_demo_base_is_what_an_independent_implementation_computes(
     )
 
 
-def test_the_demo_file_through_the_oracle(demo, tokenizer):
-    ids = tokenizer.encode("Q: What does physics explain?\nA:")
-    logits = reference.forward(reference.read(DEMO / "model.safetensors"), ids, n_head=4)
-    with torch.no_grad():
-        ours = demo(torch.tensor([ids]))[0].double()
-    torch.testing.assert_close(ours, torch.from_numpy(logits), rtol=1e-5, atol=5e-5)
-
-
 def test_what_comes_back(demo):
     assert not any(module.training for module in demo.modules())
     assert demo.lm_head.weight is demo.transformer.wte.weight
@@ -104,18 +90,14 @@ def test_what_comes_back(demo):
     assert demo.config == GPT2Config(n_layer=8, n_head=4, n_embd=256, **dry)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_dtype(demo, dtype):
-    model = GPT2.from_pretrained("demo", dtype=dtype, device="cpu")
-    assert {p.dtype for p in model.parameters()} == {dtype}
-    expected = demo.transformer.h[3].mlp.c_fc.weight.to(dtype)
-    assert torch.equal(model.transformer.h[3].mlp.c_fc.weight, expected)
-
-
 @pytest.mark.parametrize("name", ["float16", "bfloat16", "float64"])
-def test_a_dtype_may_be_named(name):
-    model = GPT2.from_pretrained("demo", dtype=name)
-    assert {p.dtype for p in model.parameters()} == {getattr(torch, name)}
+def test_dtype(demo, name):
+    dtype = getattr(torch, name)
+    for given in (dtype, name):
+        model = GPT2.from_pretrained("demo", dtype=given, device="cpu")
+        assert {p.dtype for p in model.parameters()} == {dtype}
+        expected = demo.transformer.h[3].mlp.c_fc.weight.to(dtype)
+        assert torch.equal(model.transformer.h[3].mlp.c_fc.weight, expected)
 
 
 @pytest.mark.parametrize(
@@ -126,25 +108,20 @@ def test_a_dtype_that_is_not_for_weights(dtype):
         GPT2.from_pretrained("demo", dtype=dtype)
 
 
-# --- layouts -------------------------------------------------------------------------------------
-
-
-def test_both_layouts_load_alike(tiny, folder, tmp_path):
+def test_all_layouts_load_alike(tiny, folder):
+    """With transformers' prefix, with the masks of old files, with the head once more; one is
+    refused whose head differs. Other entries of a config do no harm."""
     assert same_weights(GPT2.from_pretrained(folder), tiny)
-    tiny.save_pretrained(tmp_path / "prefixed")
-    assert same_weights(GPT2.from_pretrained(tmp_path / "prefixed"), tiny)
     assert GPT2.from_pretrained(folder).config == TINY
-
-
-def test_mask_buffers_and_an_equal_head_are_accepted(tiny, folder):
+    rewrite(folder, lambda t: {f"transformer.{k}": v for k, v in t.items()})
+    reconfigure(folder, n_inner=512, activation_function="gelu_pytorch_tanh", n_ctx=16, anything=1)
+    assert same_weights(GPT2.from_pretrained(folder), tiny)
     masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 16, 16) for i in range(2)}
     masks |= {f"h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(2)}
-    rewrite(folder, lambda t: t | masks | {"lm_head.weight": t["wte.weight"].clone()})
+    head = "transformer.wte.weight"
+    rewrite(folder, lambda t: t | masks | {"lm_head.weight": t[head].clone()})
     assert same_weights(GPT2.from_pretrained(folder), tiny)
-
-
-def test_a_head_of_its_own_is_refused(folder):
-    rewrite(folder, lambda t: t | {"lm_head.weight": t["wte.weight"] + 1})
+    rewrite(folder, lambda t: t | {"lm_head.weight": t[head] + 1})
     with pytest.raises(ValueError, match=r"lm_head\.weight differs from transformer\.wte\.weight"):
         GPT2.from_pretrained(folder)
 
@@ -169,28 +146,6 @@ def test_sharded(tiny, folder):
         GPT2.from_pretrained(folder)
 
 
-def test_a_tensor_in_two_shards(folder):
-    shard(folder)
-    shutil.copy(
-        folder / "model-00001-of-00002.safetensors", folder / "model-00002-of-00002.safetensors"
-    )
-    with pytest.raises(ValueError, match=r"comes twice.*is missing"):
-        GPT2.from_pretrained(folder)
-
-
-def test_an_index_that_lists_nothing(folder):
-    shard(folder)
-    (folder / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ValueError, match="no weight_map"):
-        GPT2.from_pretrained(folder)
-
-
-def test_weights_without_a_config_are_refused(folder):
-    (folder / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"base lacks config\.json\."):
-        GPT2.from_pretrained(folder)
-
-
 def test_one_file_with_the_config_beside_it(tiny, folder):
     file = (folder / "model.safetensors").rename(folder / "anything.safetensors")
     model = GPT2.from_pretrained(file)
@@ -198,15 +153,11 @@ def test_one_file_with_the_config_beside_it(tiny, folder):
     assert model.config.attn_pdrop == 0.25
 
 
-# --- what is refused -----------------------------------------------------------------------------
-
-
 def test_all_faults_in_one_error(folder):
     def change(tensors):
         del tensors["h.1.ln_2.bias"], tensors["wpe.weight"]
         tensors["h.0.attn.c_attn.weight"] = tensors["h.0.attn.c_attn.weight"].t().contiguous()
-        tensors["ln_f.bias"] = tensors["ln_f.bias"].to(torch.int32)
-        return tensors | {"score.weight": torch.zeros(2)}
+        return tensors | {"h.20000.ln_1.weight": torch.zeros(2)}
 
     rewrite(folder, change)
     reconfigure(folder, vocab_size=51)
@@ -217,23 +168,10 @@ def test_all_faults_in_one_error(folder):
         "transformer.h.1.ln_2.bias is missing",
         "transformer.wpe.weight is missing",
         "transformer.h.0.attn.c_attn.weight is (384, 128), should be (128, 384)",
-        "transformer.ln_f.bias is torch.int32",
-        "transformer.score.weight is left over",
+        "transformer.h.20000.ln_1.weight is left over",
     ):
         assert fault in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_a_config_that_contradicts_the_tensors_lists_all_of_it(folder):
-    reconfigure(folder, n_layer=3, n_positions=32, vocab_size=7)
-    with pytest.raises(ValueError, match="does not hold a GPT-2") as caught:
-        GPT2.from_pretrained(folder)
-    for fault in (
-        "h.2.ln_1.weight is missing",
-        "wpe.weight is (16, 128), should be (32, 128)",
-        "wte.weight is (50, 128), should be (7, 128)",
-    ):
-        assert f"transformer.{fault}" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -256,25 +194,30 @@ def test_another_architecture(folder, change):
         GPT2.from_pretrained(folder)
 
 
-def test_harmless_config_entries(tiny, folder):
-    reconfigure(folder, n_inner=512, activation_function="gelu_pytorch_tanh", n_ctx=16, anything=1)
-    assert same_weights(GPT2.from_pretrained(folder), tiny)
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{", "is not JSON"),
-        ("[]", "must hold a JSON object, found list"),
         ('{"n_head": 5, "n_embd": 128}', "n_head 5 must divide n_embd 128"),
         ('{"n_head": "2"}', "n_head must be an integer of at least 1"),
-        ('{"n_head": 2, "attn_pdrop": "much"}', "base"),
+        ('{"n_head": 2, "attn_pdrop": "much"}', r"attn_pdrop must be in \[0, 1\), got 'much'"),
         ('{"n_head": 2, "attn_pdrop": 1.5}', r"attn_pdrop must be in \[0, 1\)"),
+        ('{"n_head": 2, "layer_norm_epsilon": NaN}', r"epsilon must be in \(0, inf\), got nan"),
+        ('{"n_head": 2, "layer_norm_epsilon": 1e999}', r"epsilon must be in \(0, inf\), got inf"),
+        ('{"n_head": 2, "layer_norm_epsilon": true}', r"epsilon must be in \(0, inf\), got True"),
+        ('{"n_head": 2, "n_embd": {"a": 1}}', "n_embd must be an integer of at least 1, got {'a'"),
+        ('{"n_head": 2, "model_type": "' + "x" * 10**6 + '"}', "model_type 'xxx"),
+        ('{"n_head": ' + "9" * 5_000 + "}", "is not JSON"),
     ],
+    ids=range(11),
 )
 def test_a_broken_config(folder, text, message):
     (folder / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
+        GPT2.from_pretrained(folder)
+    assert len(str(caught.value)) < 2_000
+    (folder / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"base lacks config\.json\."):
         GPT2.from_pretrained(folder)
 
 
@@ -296,14 +239,8 @@ def test_a_pickle_is_never_read(folder):
         FileNotFoundError, match=r"safetensors is read: convert.*pytorch_model\.bin"
     ):
         GPT2.from_pretrained(folder)
-
-
-def test_a_path_that_is_not_there():
     with pytest.raises(FileNotFoundError, match=r"'no/such/place'.*gpt2-xl, demo, a folder"):
         GPT2.from_pretrained("no/such/place")
-
-
-# --- the mapping ---------------------------------------------------------------------------------
 
 
 def test_training_the_base_never_writes_to_the_file(folder):
@@ -397,9 +334,6 @@ def test_a_mapped_file_that_is_replaced_does_not_matter(folder, tmp_path):
     assert model.transformer.wte.weight.abs().max() < 1
 
 
-# --- dropout -------------------------------------------------------------------------------------
-
-
 def test_dropout_overrides_all_three(tiny, folder):
     model = GPT2.from_pretrained(folder, dropout=0.0)
     assert model.config == replace(TINY, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
@@ -408,9 +342,6 @@ def test_dropout_overrides_all_three(tiny, folder):
     assert GPT2.from_pretrained(folder, dropout=0.3).transformer.h[1].mlp.dropout.p == 0.3
     with pytest.raises(ValueError, match=r"attn_pdrop must be in \[0, 1\), got 1"):
         GPT2.from_pretrained(folder, dropout=1)
-
-
-# --- defaults of PyTorch that a user may set -----------------------------------------------------
 
 
 def test_a_default_dtype_or_device_changes_nothing(tiny, folder):
@@ -426,40 +357,9 @@ def test_a_default_dtype_or_device_changes_nothing(tiny, folder):
     assert same_weights(GPT2.from_pretrained(folder / "again"), tiny)
 
 
-# --- files that would mislead or exhaust ---------------------------------------------------------
-
-
-def test_a_tensor_of_a_far_block_is_named(folder):
-    rewrite(folder, lambda t: t | {"h.20000.ln_1.weight": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"transformer.h.20000.ln_1.weight is left over"):
-        GPT2.from_pretrained(folder)
-
-
 def test_many_strange_tensors_make_one_short_error(folder):
     rewrite(folder, lambda t: t | {f"score.{i}": torch.zeros(1) for i in range(5_000)})
     with pytest.raises(ValueError, match=r"score.0 is left over; .*; and \d+ more\.$") as caught:
-        GPT2.from_pretrained(folder)
-    assert len(str(caught.value)) < 2_000
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"n_head": 2, "layer_norm_epsilon": NaN}', r"epsilon must be in \(0, inf\), got nan"),
-        ('{"n_head": 2, "layer_norm_epsilon": 1e999}', r"epsilon must be in \(0, inf\), got inf"),
-        ('{"n_head": 2, "layer_norm_epsilon": true}', r"epsilon must be in \(0, inf\), got True"),
-        (
-            '{"n_head": 2, "n_embd": {"a": 1}}',
-            "n_embd must be an integer of at least 1, got {'a': 1}",
-        ),
-        ('{"n_head": 2, "model_type": "' + "x" * 10**6 + '"}', "model_type 'xxx"),
-        ('{"n_head": ' + "9" * 5_000 + "}", "is not JSON"),
-    ],
-    ids=range(6),
-)
-def test_a_config_that_misleads(folder, text, message):
-    (folder / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=message) as caught:
         GPT2.from_pretrained(folder)
     assert len(str(caught.value)) < 2_000
 
@@ -474,25 +374,13 @@ def test_weights_that_are_not_finite_are_found_where_they_are_read(folder, value
     rewrite(folder, change)
     with pytest.raises(ValueError, match=r"not finite as .*: transformer\.h\.1\.ln_2\.bias\."):
         GPT2.from_pretrained(folder, **how)
-    GPT2.from_pretrained(folder)  # a mapped file is not read at all
+    model = GPT2.from_pretrained(folder)  # a mapped file is not read at all
     with pytest.raises(RuntimeError, match="logits are not finite"):
-        generate(GPT2.from_pretrained(folder), [[1]], GenerateConfig(max_new_tokens=3))
-
-
-def test_large_weights_whose_sum_overflows_are_fine(folder):
-    rewrite(folder, lambda t: t | {"ln_f.weight": torch.full((128,), 6e4)})
-    model = GPT2.from_pretrained(folder, dtype=torch.float16)
-    assert model.transformer.ln_f.weight.sum().isinf()
-
-
-def test_a_cast_that_overflows(folder):
-    rewrite(folder, lambda t: t | {"ln_f.weight": torch.full((128,), 1e6)})
-    with pytest.raises(ValueError, match=r"as torch\.float16: transformer\.ln_f\.weight"):
+        generate(model, [[1]], GenerateConfig(max_new_tokens=3))
+    rewrite(folder, lambda t: t | {"h.1.ln_2.bias": torch.full((128,), 1e6)})
+    with pytest.raises(ValueError, match=r"as torch\.float16: transformer\.h\.1\.ln_2\.bias"):
         GPT2.from_pretrained(folder, dtype=torch.float16)
-    GPT2.from_pretrained(folder, dtype=torch.bfloat16)
-
-
-# --- saving --------------------------------------------------------------------------------------
+    GPT2.from_pretrained(folder, **how)
 
 
 def test_tensors_are_saved_under_the_published_names(tiny, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +23,18 @@ def tiny_gpt2(seed: int = 0, dtype: torch.dtype = torch.float32) -> gpt2.GPT2:
             for p in model.parameters():
                 p.copy_(torch.randn(p.shape) * 0.3)
     return model.eval()
+
+
+def twin(model: gpt2.GPT2) -> nn.Module:
+    """transformers' model with the same weights; the state dict must fit without renaming."""
+    transformers = pytest.importorskip("transformers", reason="compares with it (extra: peers)")
+    c = model.config
+    same = {k: v for k, v in vars(c).items() if k != "block_size"}
+    none = dict.fromkeys(("bos_token_id", "eos_token_id"))
+    config = transformers.GPT2Config(**same, **none, n_positions=c.block_size, pad_token_id=0)
+    theirs = transformers.GPT2LMHeadModel(config)
+    theirs.load_state_dict(model.state_dict())
+    return theirs.to(model.lm_head.weight.dtype).eval()
 
 
 TEXTS = [

@@ -1,8 +1,7 @@
 """Tokenised examples to batches: padded rows, or whole documents end to end in one row.
 
-Which examples make which batch is a function of seed, epoch and the batch's number. A plan holds
-a handful of numbers, whatever the number of examples, and each epoch has as many batches as any
-other. So a run is resumed from an integer.
+Which examples make which batch is a function of seed, epoch and the batch's number, and each epoch
+has as many batches as any other. So a run is resumed from an integer.
 
 Shapes: B batch · T time · S documents of a row.
 """
@@ -12,14 +11,13 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gpt2.data.dataset import Array, Dataset, places
+from gpt2.data.dataset import Array, Dataset
 from gpt2.data.order import Integers, Order, shuffled
 from gpt2.fast.compiling import bucket
 from gpt2.fast.devices import copied
@@ -33,16 +31,12 @@ RANKS = 32  # spans of a group's examples, each of which counts as its longest a
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids and labels, right-padded: `(B, T)` int64 each, `IGNORE` where nothing is learnt.
+    """Token ids and labels, right-padded."""
 
-    Where documents lie end to end in one row, `documents` `(S + 1,)` int32 says where each begins,
-    and where the last ends.
-    """
-
-    idx: Tensor
-    labels: Tensor
+    idx: Tensor  # (B, T) int64
+    labels: Tensor  # likewise, `IGNORE` where nothing is learnt
     n_tokens: int  # tokens that are predicted and counted in the loss
-    documents: Tensor | None = None
+    documents: Tensor | None = None  # (S + 1,) int32: where each of one row begins, the last ends
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
@@ -81,8 +75,7 @@ def batches(
         packing: lay documents end to end in one row instead of padding them.
 
     Raises:
-        ValueError: a size below 1, both sizes or none; an example longer than `tokens_per_batch`;
-            a start below 0.
+        ValueError: both sizes or none; an example longer than `tokens_per_batch`; a start below 0.
     """
     if start < 0:
         raise ValueError(f"start must be at least 0, got {start}.")
@@ -98,20 +91,16 @@ def plan(
     packing: bool = False,
 ) -> Plan:
     """How an epoch falls into batches; arguments and errors as `batches`."""
-    if (batch_size is None) == (tokens_per_batch is None):
-        raise ValueError("Give batch_size or tokens_per_batch, and not both.")
-    if batch_size is not None:
-        if packing:
-            raise ValueError("packing=True takes tokens_per_batch, the length of a row.")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    if batch_size is not None and tokens_per_batch is None and not packing:
         return Counted(len(data), batch_size)
-    if (tokens := tokens_per_batch or 0) < max(1, data.longest):
+    if batch_size is not None or tokens_per_batch is None:
+        raise ValueError("Give batch_size, or tokens_per_batch with packing or without.")
+    if tokens_per_batch < data.longest:
         raise ValueError(
-            f"tokens_per_batch is {tokens} and the longest example has {data.longest} tokens: "
-            "raise it, or cut the examples with max_length."
+            f"tokens_per_batch is {tokens_per_batch} and the longest example has {data.longest} "
+            "tokens: raise it, or cut the examples with max_length."
         )
-    return (Rows if packing else Buckets)(data, tokens)
+    return (Rows if packing else Buckets)(data, tokens_per_batch)
 
 
 def batch(data: Dataset, plan: Plan, k: int, *, seed: int, epoch: int) -> Batch:
@@ -123,25 +112,25 @@ def batch(data: Dataset, plan: Plan, k: int, *, seed: int, epoch: int) -> Batch:
 def collate(data: Dataset, chosen: Array) -> Batch:
     """Right-pad examples to one length; what is padding is told by position, never by id."""
     ids, learnt, lengths = data.take(chosen)
-    at = np.repeat(np.arange(len(lengths)), lengths), places(lengths)
-    idx = torch.zeros(len(lengths), int(lengths.max()), dtype=torch.long, device="cpu")
-    labels = torch.full_like(idx, IGNORE)
-    idx.numpy()[at], labels.numpy()[at] = ids, np.where(learnt, ids, IGNORE)
-    return Batch(idx, labels, int((labels[:, 1:] != IGNORE).sum()))
+    at = np.arange(lengths.max()) < lengths[:, None]  # (B, T)
+    idx = np.zeros(at.shape, np.int64)
+    labels = np.full(at.shape, IGNORE, np.int64)
+    idx[at], labels[at] = ids, np.where(learnt, ids, IGNORE)
+    n_tokens = int(np.count_nonzero(labels[:, 1:] != IGNORE))
+    return Batch(torch.from_numpy(idx), torch.from_numpy(labels), n_tokens)
 
 
 def _end_to_end(data: Dataset, chosen: Array, plan: Rows) -> Batch:
     ids, learnt, lengths = data.take(chosen)
-    row: Any = np.zeros((2, 1, plan.width), np.int64)
-    row[1] = IGNORE
-    row[0, 0, : len(ids)], row[1, 0, : len(ids)] = ids, np.where(learnt, ids, IGNORE)
-    ends = np.cumsum(lengths)
-    row[1, 0, ends - lengths] = IGNORE  # no document says how the next begins
+    ends, more = np.cumsum(lengths), (0, plan.width - len(ids))
+    learnt[ends - lengths] = False  # no document says how the next begins
+    idx = np.pad(ids, more)[None]
+    labels = np.pad(np.where(learnt, ids, IGNORE), more, constant_values=IGNORE)[None]
     # What is left of the row is documents too, in which nothing is learnt.
     empty = np.arange(1, plan.slots + 1 - len(ends)) * plan.longest + len(ids)
     starts = np.concatenate([[0], ends, np.minimum(empty, plan.width)]).astype(np.int32)
-    idx, wanted = torch.from_numpy(row)
-    return Batch(idx, wanted, int((wanted != IGNORE).sum()), torch.from_numpy(starts))
+    row = torch.from_numpy(np.stack([idx, labels]))
+    return Batch(row[0], row[1], int(learnt.sum()), torch.from_numpy(starts))
 
 
 class Counted:
@@ -204,10 +193,9 @@ class Buckets:
 class Rows:
     """Whole documents end to end in rows of at most so many tokens; each batch is one row.
 
-    The documents by length are cut into groups of as many as there are rows, and groups into pairs
-    of neighbours. Each row gets one of each group: for a pair it draws a rank, which counts from
-    the short end in one group and from the long end in the other. So all rows are about equally
-    long, and the longest that can be is known.
+    The documents by length are cut into groups of as many as there are rows, and groups into pairs.
+    Each row draws a rank for a pair, which counts from the short end in one group and from the long
+    end in the other. So all rows are about equally long, and the longest that can be is known.
     """
 
     def __init__(self, data: Dataset, tokens: int) -> None:
@@ -233,10 +221,8 @@ class Rows:
         return 1, self.width
 
     def _places(self, ranks: Integers) -> Integers:
-        """Where the examples of each pair's ranks `(pairs, N)` stand by length; below 0 for none.
-
-        It is `(2, pairs, N)`: in the group of the longer ones, and in that of the shorter.
-        """
+        """Where the examples of each pair's ranks `(pairs, N)` stand by length, in the group of
+        the longer ones and in that of the shorter: `(2, pairs, N)`; below 0 for none."""
         tops = self.n - 2 * self.count * np.arange(len(ranks))[:, None]  # past each pair's last
         return np.stack([tops - self.count + ranks, tops - self.count - 1 - ranks])
 

@@ -12,7 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, partial
-from typing import Any, NamedTuple, Protocol
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from gpt2.loss import IGNORE
 
 Array = np.ndarray[Any, np.dtype[Any]]
 AT_A_TIME = 1 << 16  # examples that are looked at together
-ENCODED, LETTERS = 4096, 2**20  # examples that are encoded together, and about their letters
+ENCODED = 2048  # examples that are encoded together
 THREADS = 8  # at most
 
 
@@ -34,89 +35,71 @@ class Dataset(Sequence[tuple[Tensor, Tensor]]):
     Args:
         ids: all token ids end to end.
         ends: where each example ends in `ids`.
-        ignored: how many of each example's first tokens are not learnt.
+        ignored: how many of each example's first tokens are not learnt, or of all examples'.
         truncated: how many examples were cut to the longest length.
         known: `prompts`, how many of each example's first tokens are its prompt, if that is not
             `ignored`; and whatever is known of the cached properties.
 
     Raises:
-        ValueError: arrays that are not integers in a row, or do not end together.
+        ValueError: arrays that do not fit.
     """
 
     def __init__(
-        self, ids: Array, ends: Array, ignored: Array, truncated: int = 0, **known: Any
+        self, ids: Array, ends: Array, ignored: Array | int, truncated: int = 0, **known: Any
     ) -> None:
-        for name, given in (("ids", ids), ("ends", ends), ("ignored", ignored)):
-            if np.ndim(given) != 1 or np.asarray(given).dtype.kind not in "iu":
-                raise ValueError(f"{name} must be integers along one axis.")
-        if len(ends) != len(ignored):
-            raise ValueError(f"There are {len(ends)} ends and {len(ignored)} counts of ignored.")
         if (last := int(ends[-1]) if len(ends) else 0) != len(ids):
             raise ValueError(f"The last example ends at {last}, and the ids at {len(ids)}.")
-        self._ids, self._ends, self._ignored = ids, ends, ignored
-        self.truncated, self.prompts = truncated, ignored
+        self.ids, self.ends, self.ignored = ids, ends, np.broadcast_to(ignored, ends.shape)
+        self.n_tokens, self.truncated, self.prompts = len(ids), truncated, self.ignored
         vars(self).update(known)
 
     def __repr__(self) -> str:
-        if not len(self):
-            return "<Dataset: no examples>"
-        size = f"{len(self):,} examples, {self.n_tokens:,} tokens, the longest {self.longest:,}"
+        longest = self.longest if len(self) else 0
+        size = f"{len(self):,} examples, {self.n_tokens:,} tokens, the longest {longest:,}"
         return f"<Dataset: {size}; {self.truncated:,} cut>"
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self.ends)
 
     def __getitem__(self, i: Any) -> Any:
         if isinstance(i, slice):
             return [self[j] for j in range(*i.indices(len(self)))]
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"example {i} of {len(self)}")
-        ids, learnt, _ = self.take(np.array([i % len(self)]))
+        ids, learnt, _ = self.take(np.array([range(len(self))[i]]))  # raises IndexError
         return torch.from_numpy(ids), torch.from_numpy(np.where(learnt, ids, IGNORE))
 
     def take(self, chosen: Array) -> tuple[Array, Array, Array]:
         """Several examples end to end: ids and whether each is learnt, `(N,)`; their lengths."""
         starts, lengths = self._spans(chosen)
         within = places(lengths)
-        ids = self._ids[within + np.repeat(starts, lengths)].astype(np.int64)
-        return ids, within >= np.repeat(self._ignored[chosen], lengths), lengths
+        ids = self.ids[within + np.repeat(starts, lengths)].astype(np.int64)
+        return ids, within >= np.repeat(self.ignored[chosen], lengths), lengths
 
     def only(self, chosen: Array) -> Dataset:
         """The data of these examples alone, in memory; how many of them were cut is not known."""
         ids, _, lengths = self.take(chosen)
-        ignored, prompts = self._ignored[chosen], self.prompts[chosen]
+        ignored, prompts = self.ignored[chosen], self.prompts[chosen]
         return Dataset(ids.astype(np.int32), np.cumsum(lengths), ignored, prompts=prompts)
 
     def supervised(self, chosen: Array) -> Array:
         """How many tokens of each of these examples are learnt, the first of an example never."""
         lengths = self._spans(chosen)[1]
-        return np.maximum(lengths - np.maximum(self._ignored[chosen], 1), 0)
+        return np.maximum(lengths - np.maximum(self.ignored[chosen], 1), 0)
 
-    def prompt_keys(self) -> Iterator[Array]:
+    def prompt_keys(self, *, whole: bool = False) -> Iterator[Array]:
         """64 bits of each example's prompt, or of one without as a whole; many at a time."""
         for ids, ends, _, prompts in self._parts():
             lengths = np.diff(ends, prepend=0)
-            yield hashes(ids, lengths, np.where(prompts > 0, np.minimum(prompts, lengths), lengths))
-
-    def arrays(self) -> dict[str, Array]:
-        """What a store keeps, ids in two bytes each where they fit."""
-        narrow = self.extremes[1] < 2**16
-        return {
-            "ids": self._ids.astype("<u2" if narrow else "<u4"),
-            "ends": self._ends.astype("<i8"),
-            "prompts": self.prompts.astype("<i4"),
-            "by_length": self.by_length.astype("<u4"),
-        }
+            upto = np.where((prompts > 0) & (not whole), np.minimum(prompts, lengths), lengths)
+            place = places(lengths)
+            bits = mixed(ids.astype(np.uint64) ^ (place.astype(np.uint64) << np.uint64(32)))
+            bits[place >= np.repeat(upto, lengths)] = 0
+            sums = np.append(np.uint64(0), np.cumsum(bits))  # modulo 2**64, as are the differences
+            yield mixed((sums[ends] - sums[ends - lengths]) ^ upto.astype(np.uint64))
 
     @property
     def lengths(self) -> Array:
         """Tokens of each example."""
-        return np.diff(self._ends, prepend=0)
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens of all examples."""
-        return len(self._ids)
+        return np.diff(self.ends, prepend=0)
 
     @property
     def longest(self) -> int:
@@ -130,10 +113,8 @@ class Dataset(Sequence[tuple[Tensor, Tensor]]):
 
     @cached_property
     def extremes(self) -> tuple[int, int]:
-        """The lowest token id and the highest."""
-        parts = [ids for ids, _, _, _ in self._parts() if len(ids)]
-        lowest, highest = (p.min() for p in parts), (p.max() for p in parts)
-        return int(min(lowest, default=0)), int(max(highest, default=0))
+        """The lowest token id and the highest, or 0 if that is beyond."""
+        return int(self.ids.min(initial=0)), int(self.ids.max(initial=0))
 
     @cached_property
     def by_length(self) -> Array:
@@ -143,52 +124,40 @@ class Dataset(Sequence[tuple[Tensor, Tensor]]):
     @cached_property
     def repeated(self) -> int:
         """How many examples have the very tokens of an earlier one."""
-        keys = [hashes(ids, np.diff(ends, prepend=0)) for ids, ends, _, _ in self._parts()]
+        keys = [*self.prompt_keys(whole=True)]
         return len(self) - len(np.unique(np.concatenate(keys))) if keys else 0
 
     @cached_property
     def unlearnable(self) -> str:
         """Which examples, numbered from 1, have no token to learn; empty if all have one."""
-        few = [np.diff(ends, prepend=0) <= np.maximum(i, 1) for _, ends, i, _ in self._parts()]
-        numbers = np.flatnonzero(np.concatenate(few)) + 1 if few else []
+        numbers = np.flatnonzero(self.lengths <= np.maximum(self.ignored, 1)) + 1
         shown = ", ".join(map(str, numbers[:10])) + "…" * (len(numbers) > 10)
         return f"{len(numbers)} examples leave no token to learn: {shown}" if len(numbers) else ""
 
     @cached_property
     def fingerprint(self) -> str:
         """What tells this data from any other: equal for the same in memory and on disk."""
-        digests, tokens = [hashlib.sha256() for _ in range(3)], 0
+        digest = hashlib.sha256()
         for ids, ends, ignored, _ in self._parts():
-            for digest, numbers in zip(digests, (ids, ends + tokens, ignored), strict=True):
+            for numbers in (ids, ends, ignored):
                 digest.update(np.ascontiguousarray(numbers, "<i8").data)
-            tokens += len(ids)
-        return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
+        return digest.hexdigest()
 
     def _spans(self, chosen: Array) -> tuple[Array, Array]:
         """Where these examples start, and their lengths."""
         chosen = np.asarray(chosen, np.int64)  # of a store's by_length, which has no sign
-        starts = np.where(chosen > 0, self._ends[chosen - 1], 0)
-        return starts, self._ends[chosen] - starts
+        starts = np.where(chosen > 0, self.ends[chosen - 1], 0)
+        return starts, self.ends[chosen] - starts
 
     def _parts(self) -> Iterator[tuple[Array, Array, Array, Array]]:
         """Many examples at a time: their ids, where each ends in these, the ignored, prompts."""
         begin = 0
         for first in range(0, len(self), AT_A_TIME):
             part = slice(first, first + AT_A_TIME)
-            ends = self._ends[part]
-            ids = self._ids[begin : int(ends[-1])]
-            yield ids, ends - begin, self._ignored[part], self.prompts[part]
+            ends = self.ends[part]
+            ids = self.ids[begin : int(ends[-1])]
+            yield ids, ends - begin, self.ignored[part], self.prompts[part]
             begin = int(ends[-1])
-
-
-def hashes(ids: Array, lengths: Array, upto: Array | None = None) -> Array:
-    """64 bits of each example, or of its first `upto` tokens."""
-    place, upto = places(lengths), lengths if upto is None else upto
-    bits = mixed(ids.astype(np.uint64) ^ (place.astype(np.uint64) << np.uint64(32)))
-    bits[place >= np.repeat(upto, lengths)] = 0
-    sums = np.append(np.uint64(0), np.cumsum(bits))  # modulo 2**64, and so are the differences
-    ends = np.cumsum(lengths)
-    return mixed((sums[ends] - sums[ends - lengths]) ^ upto.astype(np.uint64))
 
 
 def places(lengths: Array) -> Array:
@@ -197,26 +166,9 @@ def places(lengths: Array) -> Array:
     return np.arange(int(lengths.sum())) - np.repeat(starts, lengths)
 
 
-class Encoder(Protocol):
-    """What turns text into token ids; `gpt2.Tokenizer` is one."""
-
-    eos: int  # the id that ends a text
-
-    def encode(self, text: str) -> list[int]: ...
-
-
-class Options(NamedTuple):
-    """How examples become ids, as `encode` has it."""
-
-    max_length: int = 1024
-    eos: bool = True
-    answer_only: bool = False
-    separator: int | None = None
-
-
 def encode(
     examples: Iterable[Example | str],
-    tokenizer: Encoder,
+    tokenizer: Any,
     *,
     max_length: int = 1024,
     eos: bool = True,
@@ -229,7 +181,7 @@ def encode(
 
     Args:
         examples: any number, read once.
-        tokenizer: as `gpt2.Tokenizer`.
+        tokenizer: as `gpt2.Tokenizer`: its `encode` gives a text's ids, its `eos` ends a text.
         max_length: tokens an example at most; a longer one is cut and counted in `truncated`.
         eos: end each example with the end-of-text token, and learn to write it.
         answer_only: learn the completion, not the prompt.
@@ -237,38 +189,23 @@ def encode(
             model at the end of each prompt.
 
     Raises:
-        ValueError: no examples, one string for all, `max_length` below 2, a separator that is no
-            id, or listing the examples (by number, from 1) that are left without a token to learn.
+        ValueError: no examples, one string for all, or listing the examples (by number, from 1)
+            that are left without a token to learn.
     """
-    return encoded(examples, tokenizer, Options(max_length, eos, answer_only, separator))
-
-
-def encoded(
-    examples: Iterable[Example | str],
-    tokenizer: Encoder,
-    options: Options,
-    shown: Callable[[int], None] = lambda examples: None,
-) -> Dataset:
-    """As `encode`; `shown` is given now and then how many more examples are encoded."""
-    longest, separator = options.max_length, options.separator
-    if isinstance(examples, str | Example | dict):
-        raise ValueError(f"examples is one {type(examples).__name__}: give a list of them.")
-    if type(longest) is not int or longest < 2:
-        raise ValueError(f"max_length must be at least 2, and whole, got {longest!r}.")
-    if separator is not None and (type(separator) is not int or separator < 0):
-        raise ValueError(f"separator must be a token id, or None, got {separator!r}.")
+    if isinstance(examples, str):
+        raise ValueError("examples is one str: give a list of them.")
     ids, ends, prompts, truncated = array("i"), array("q"), array("i"), 0
+    run = partial(_encoded, tokenizer, max_length, eos, separator)
     # Other threads run beside the reading of the texts, where a tokenizer lets them.
-    run = _in_threads if hasattr(tokenizer, "encode_many") else map
-    for part, lengths, asked in run(partial(_encoded, tokenizer, options), _texts(examples)):
-        truncated += int((lengths > longest).sum())
-        ends.frombytes((len(ids) + np.cumsum(np.minimum(lengths, longest))).tobytes())
+    runs = _in_threads if hasattr(tokenizer, "encode_many") else map
+    for part, lengths, asked in runs(run, _texts(iter(examples))):
+        truncated += int((lengths > max_length).sum())
+        ends.frombytes((len(ids) + np.cumsum(np.minimum(lengths, max_length))).tobytes())
         ids.frombytes(part.tobytes())
         prompts.frombytes(asked.astype(np.int32).tobytes())
-        shown(len(lengths))
     asked = np.frombuffer(prompts, np.int32)
     given = (np.frombuffer(ids, np.int32), np.frombuffer(ends, np.int64))
-    data = Dataset(*given, ignored(asked, options.answer_only), truncated, prompts=asked)
+    data = Dataset(*given, asked if answer_only else 0, truncated, prompts=asked)
     if not len(data):
         raise ValueError("There are no examples.")
     if data.unlearnable:
@@ -276,26 +213,11 @@ def encoded(
     return data
 
 
-def ignored(prompts: Array, answer_only: bool) -> Array:
-    """How many tokens of each example are not learnt, given those of its prompt."""
-    return prompts if answer_only else np.broadcast_to(np.int32(0), prompts.shape)
-
-
-def _texts(examples: Iterable[Any]) -> Iterator[list[str]]:
+def _texts(examples: Iterator[Example | str]) -> Iterator[list[str]]:
     """The prompts and completions of many examples, in turns."""
-    texts, letters = list[str](), 0
-    for number, example in enumerate(examples, 1):
-        if not isinstance(example, str | Example):
-            kind = type(example).__name__
-            raise ValueError(f"Example {number} is a {kind}: give strings or gpt2.Example(…, …).")
-        pair = ("", example) if isinstance(example, str) else (example.prompt, example.completion)
-        texts += pair
-        letters += len(pair[0]) + len(pair[1])
-        if len(texts) >= 2 * ENCODED or letters >= LETTERS:
-            yield texts
-            texts, letters = list[str](), 0
-    if texts:
-        yield texts
+    while part := list(islice(examples, ENCODED)):
+        pairs = (("", e) if isinstance(e, str) else (e.prompt, e.completion) for e in part)
+        yield [text for pair in pairs for text in pair]
 
 
 def _in_threads(run: Callable[[Any], Any], parts: Iterable[Any]) -> Iterator[Any]:
@@ -311,9 +233,10 @@ def _in_threads(run: Callable[[Any], Any], parts: Iterable[Any]) -> Iterator[Any
             yield waiting.popleft().result()
 
 
-def _encoded(tokenizer: Any, options: Options, texts: list[str]) -> tuple[Array, Array, Array]:
+def _encoded(
+    tokenizer: Any, longest: int, eos: bool, separator: int | None, texts: list[str]
+) -> tuple[Array, Array, Array]:
     """Examples of a prompt and a completion each: ids, lengths before the cut, and prompts'."""
-    longest, eos, _, separator = options
     if hasattr(tokenizer, "encode_many"):
         ids, ends = tokenizer.encode_many(texts)
     else:

@@ -1,19 +1,18 @@
 """Examples as text, a prompt and a completion each, from the rows of any file.
 
-Rows come one at a time, each with its place (`file:line`), so that a file may be larger than
-memory, and faults are listed together. A row that cannot be read is the ValueError that says why.
+Rows come one at a time, each with its place. A row that cannot be read is a ValueError.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
+from itertools import groupby
 from pathlib import Path
 from reprlib import repr as short
-from typing import IO, Any
+from typing import Any, TextIO
 
 Fields = Mapping[str, str]
 Rows = Iterator[tuple[str, Any]]
@@ -30,13 +29,6 @@ class Example:
     completion: str
 
 
-def from_texts(texts: Iterable[str]) -> Iterator[Example]:
-    """Examples that are learnt as a whole."""
-    if isinstance(texts, str):
-        raise ValueError(f"texts is one string, {texts[:20]!r}…: give a list of them.")
-    return (Example("", text) for text in texts)
-
-
 def read_examples(path: str | Path, fields: Fields | None = None) -> list[Example]:
     """Read the examples of a file.
 
@@ -44,7 +36,7 @@ def read_examples(path: str | Path, fields: Fields | None = None) -> list[Exampl
     "Q: …\\nA: …"; or `prompt` and `completion`, taken as they are. Other columns do not matter.
 
     Args:
-        path: JSON lines (.jsonl), a list (.json), .csv or .tsv with a heading, .parquet (pyarrow
+        path: JSON lines or a list (.jsonl, .json), .csv or .tsv with a heading, .parquet (pyarrow
             reads it), or plain text (.txt) with a blank line between documents.
         fields: the file's own names for `text`, or for the two of a pair:
             `{"question": "frage", "answer": "antwort"}`.
@@ -59,8 +51,7 @@ def read_examples(path: str | Path, fields: Fields | None = None) -> list[Exampl
 
 def stream_examples(path: str | Path, fields: Fields | None = None) -> Iterator[Example]:
     """As `read_examples`, one at a time; faulty rows are left out, and raised after the last."""
-    check(path, fields)
-    return (example for file in _opened(path) for example in examples_in(file, fields))
+    return examples_in(opened(path), fields)
 
 
 def read_prompts(path: str | Path, fields: Fields | None = None) -> list[Example]:
@@ -73,41 +64,32 @@ def read_prompts(path: str | Path, fields: Fields | None = None) -> list[Example
 
     Errors are those of `read_examples`.
     """
-    check(path, fields, ("question",), ("prompt",))
-    return [example for file in _opened(path) for example in examples_in(file, fields, True)]
+    return list(examples_in(opened(path), fields, prompts=True))
 
 
-def check(path: str | Path, fields: Fields | None, *more: tuple[str, ...]) -> None:
-    """Raise what can be known without reading: no file, another format, names of no form."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is missing or no file.")
-    if Path(path).suffix.lower() not in _READERS:
+def opened(path: str | Path) -> TextIO:
+    """A file as text, in which `_value` refuses what is not UTF-8."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in _READERS:
         raise ValueError(f"{path} has none of the endings that are read: {', '.join(_READERS)}.")
-    if fields is not None and {*fields} not in [{*form} for form in (*FORMS, *more)]:
-        raise ValueError(
-            "fields gives a file's names for 'text', for 'question' and 'answer', or for 'prompt' "
-            f"and 'completion', got {short(fields)}."
-        )
+    newline = "" if suffix in (".csv", ".tsv") else None
+    return Path(path).open(encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
-def _opened(path: str | Path) -> Iterator[IO[bytes]]:
-    with Path(path).open("rb") as file:
-        yield file
-
-
-def examples_in(file: IO[bytes], fields: Fields | None, prompts: bool = False) -> Iterator[Example]:
+def examples_in(file: TextIO, fields: Fields | None, prompts: bool = False) -> Iterator[Example]:
     """The examples of an open file's good rows, or its prompts; then the faults of the others."""
     faults, left_out, number = list[str](), 0, 0
     text = _lines if prompts else _documents
-    for place, row in (_READERS[Path(file.name).suffix.lower()] or text)(file):
-        try:
-            example = _example(row, fields, prompts)
-        except ValueError as error:
-            left_out += 1
-            faults += [f"{place}: {str(error)[:LONGEST]}"] * (left_out <= SHOWN)
-        else:
-            number += 1
-            yield example
+    with file:
+        for place, row in (_READERS[Path(file.name).suffix.lower()] or text)(file):
+            try:
+                example = _example(row, fields or {}, prompts)
+            except ValueError as error:
+                left_out += 1
+                faults += [f"{file.name}{place}: {str(error)[:LONGEST]}"] * (left_out <= SHOWN)
+            else:
+                number += 1
+                yield example
     if faults:
         more = f"; and {left_out - SHOWN} more" * (left_out > SHOWN)
         raise ValueError(f"{'; '.join(faults)}{more}.")
@@ -115,31 +97,28 @@ def examples_in(file: IO[bytes], fields: Fields | None, prompts: bool = False) -
         raise ValueError(f"{file.name} holds no examples.")
 
 
-def _example(row: Any, fields: Fields | None, prompts: bool) -> Example:
+def _example(row: Any, fields: Fields, prompts: bool) -> Example:
     """The example that a row gives, or its prompt; a ValueError says why it gives none."""
     if isinstance(row, ValueError):
         raise row
-    names = {*row} if isinstance(row, dict) else set[Any]()
-    lacking = [key for key in (fields or {}).values() if key not in names]
-    if lacking and names and not prompts:
-        raise ValueError(f"has no {short(lacking[0])}, only {short(sorted(map(str, names)))}")
-    if fields and ({*fields.values()} - {*lacking} if prompts else names):
-        row = {name: row.get(key) for name, key in fields.items()}
-        names = {*row}
-    forms = [form for form in FORMS if {*form} <= names]
-    if prompts:  # whose second column may be missing, or empty
-        forms = forms or [form for form in FORMS if form[0] in names]
-        forms = [form[:1] if row.get(form[-1]) in (None, "") else form for form in forms]
+    columns: dict[Any, Any] = row if isinstance(row, dict) else {}
+    lacking = [key for key in fields.values() if key not in columns]
+    if lacking and columns and not prompts:
+        raise ValueError(f"has no {short(lacking[0])}, only {short(sorted(map(str, columns)))}")
+    columns = {name: columns[key] for name, key in fields.items() if key in columns} or columns
+    # The second column of a prompt may be missing, or empty.
+    forms = [form for form in FORMS if columns.keys() >= {*(form[:1] if prompts else form)}]
     if len(forms) != 1:
         wanted = "wants 'text', or 'question' and 'answer', or 'prompt' and 'completion' (or say "
         wanted += "by fields what yours are called)"
         many = "has more than one form of an example: say which by fields"
-        given = sorted(map(str, row)) if isinstance(row, dict) else row
+        given = sorted(map(str, columns)) if isinstance(row, dict) else row
         raise ValueError(f"{many if forms else wanted}, got {short(given)}")
-    first, *rest = [_value(row, name, forms[0]) for name in forms[0]]
-    if forms[0] == ("text",):
+    form = forms[0][:1] if prompts and not columns.get(forms[0][-1]) else forms[0]
+    first, *rest = [_value(columns, name, form) for name in form]
+    if form == ("text",):
         return Example(first, "") if prompts else Example("", first)
-    if forms[0][0] == "question":
+    if form[0] == "question":
         first, rest = f"Q: {first}\nA:", [f" {answer}" for answer in rest]
     return Example(first, "".join(rest))
 
@@ -150,115 +129,87 @@ def _value(row: Mapping[str, Any], name: str, form: tuple[str, ...]) -> str:
         raise ValueError(f"{name!r} is {short(value)}, not a string")
     if not value.strip() and (name != "prompt" or len(form) == 1):
         raise ValueError(f"{name!r} is empty")
-    value.encode()  # refuses half a surrogate pair, which JSON can escape
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can escape too
+        raise ValueError(f"{name!r} is not UTF-8: {short(value)}") from None
     return value
 
 
 # The rows of each format.
 
 
-def _decoded(line: bytes) -> Any:
-    try:
-        return line.decode("utf-8-sig").rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        return ValueError(f"not UTF-8 ({error.reason} at byte {error.start})")
+def _lines(file: TextIO) -> Rows:
+    """The lines that are not blank."""
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            yield f":{number}", {"text": line.rstrip("\n")}
 
 
-def _json(text: bytes) -> Any:
-    decoded = _decoded(text)
-    try:
-        return json.loads(decoded) if isinstance(decoded, str) else decoded
-    except (ValueError, RecursionError) as error:
-        return ValueError(f"not JSON ({error})")
+def _documents(file: TextIO) -> Rows:
+    """The documents of a plain text, between which a blank line stands."""
+    for blank, lines in groupby(enumerate(file, 1), lambda line: not line[1].strip()):
+        if not blank:
+            numbers, texts = zip(*lines, strict=True)
+            yield f":{numbers[0]}", {"text": "".join(texts).rstrip("\n")}
 
 
-def _numbered(file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
-    return ((f"{file.name}:{number}", line) for number, line in enumerate(file, 1))
-
-
-def _json_lines(file: IO[bytes]) -> Rows:
-    return ((place, _json(line)) for place, line in _numbered(file) if line.strip())
-
-
-def _json_list(file: IO[bytes]) -> Rows:
-    """The items of a JSON list, which is read whole; many a .json has an object a line instead."""
-    start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+def _json_rows(file: TextIO) -> Rows:
+    """An object a line, or the items of a list, which is read whole."""
+    start = file.read(4096).lstrip()
     file.seek(0)
-    if not start.startswith(b"["):
-        yield from _json_lines(file)
+    if not start.startswith("["):
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield f":{number}", _json(line)
     elif isinstance(items := _json(file.read()), ValueError):
-        yield file.name, items
+        yield "", items
     else:
         for number, item in enumerate(items, 1):
-            yield f"{file.name}, item {number}", {"text": item} if isinstance(item, str) else item
+            yield f", item {number}", {"text": item} if isinstance(item, str) else item
 
 
-def _lines(file: IO[bytes]) -> Rows:
-    """The lines of a plain text that are not blank."""
-    for place, line in _numbered(file):
-        text = _decoded(line)
-        if isinstance(text, ValueError) or text.strip():
-            yield place, {"text": text} if isinstance(text, str) else text
-
-
-def _documents(file: IO[bytes]) -> Rows:
-    """The documents of a plain text, between which a blank line stands."""
-    begin, kept = "", list[str]()
-    for place, line in chain(_numbered(file), [("", b"")]):
-        text = _decoded(line)
-        if isinstance(text, str) and text.strip():
-            begin = begin if kept else place
-            kept.append(text)
-            continue
-        if kept:
-            yield begin, {"text": "\n".join(kept)}
-            kept = []
-        if isinstance(text, ValueError):
-            yield place, text
-
-
-def _table(file: IO[bytes]) -> Rows:
-    """The rows of a .csv or .tsv under its heading."""
-    limit, kind = csv.field_size_limit(CELL), Path(file.name).suffix[1:].upper()
-    text = (line.decode("utf-8-sig" if n == 0 else "utf-8") for n, line in enumerate(file))
-    rows = csv.reader(text, "excel-tab" if kind == "TSV" else "excel", strict=True)
-    line, heading = 1, list[str]()
+def _json(text: str) -> Any:
     try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"not JSON in UTF-8 ({error})")
+
+
+def _table(file: TextIO) -> Rows:
+    """The rows of a .csv or .tsv under its heading, each with the line that ends it."""
+    limit, kind = csv.field_size_limit(CELL), Path(file.name).suffix[1:].upper()
+    rows = csv.DictReader(file, dialect="excel-tab" if kind == "TSV" else "excel", strict=True)
+    try:
+        heading = rows.fieldnames or [""]
+        if len(heading) == 1 and ";" in heading[0]:
+            said = f"one column, {short(heading[0])}: cells seem to be separated by ';'"
+            yield ":1", ValueError(f"{said}; a .csv takes commas, a .tsv tabs")
+            return
         for row in rows:
-            place, line = f"{file.name}:{line}", rows.line_num + 1
-            if not heading and len(row) == 1 and ";" in row[0]:
-                said = f"one column, {short(row[0])}: cells seem to be separated by ';'"
-                yield place, ValueError(f"{said}; a .csv takes commas, a .tsv tabs")
-                return
-            if row and heading and len(row) != len(heading):
-                yield place, ValueError(f"{len(row)} cells under a heading of {len(heading)}")
-            elif row and heading:
-                yield place, dict(zip(heading, row, strict=True))
-            heading = heading or row
-    except (UnicodeDecodeError, csv.Error) as error:  # nothing tells where the next row begins
-        reason = getattr(error, "reason", error)
-        yield f"{file.name}:{line}", ValueError(f"not {kind} in UTF-8 ({reason})")
+            whole = None not in row and None not in row.values()
+            fault = ValueError(f"has more or fewer cells than the heading's {len(heading)}")
+            yield f":{rows.line_num}", row if whole else fault
+    except csv.Error as error:  # nothing tells where the next row begins
+        yield f":{rows.line_num + 1}", ValueError(f"not {kind} ({error})")
     finally:
         csv.field_size_limit(limit)
 
 
-def _parquet(file: IO[bytes]) -> Rows:
+def _parquet(file: TextIO) -> Rows:
     try:
         from pyarrow import parquet
     except ImportError:
         raise RuntimeError("To read Parquet: pip install 'lora-gpt2[parquet]'.") from None
-    try:
-        parts = parquet.ParquetFile(file.name).iter_batches(batch_size=1024)
-        for number, row in enumerate((row for part in parts for row in part.to_pylist()), 1):
-            yield f"{file.name}, row {number}", row
-    except (OSError, ValueError) as error:  # as pyarrow raises them
-        yield file.name, ValueError(f"not Parquet ({error})")
+    parts = parquet.ParquetFile(file.name).iter_batches(batch_size=1024)
+    for number, row in enumerate((row for part in parts for row in part.to_pylist()), 1):
+        yield f", row {number}", row
 
 
 # By a file's ending; plain text is read as documents or as lines.
-_READERS: dict[str, Callable[[IO[bytes]], Rows] | None] = {
-    ".jsonl": _json_lines,
-    ".json": _json_list,
+_READERS: dict[str, Callable[[TextIO], Rows] | None] = {
+    ".jsonl": _json_rows,
+    ".json": _json_rows,
     ".csv": _table,
     ".tsv": _table,
     ".parquet": _parquet,

@@ -39,21 +39,17 @@ def within(examples: Iterable[Example], side: Range) -> Iterator[Example]:
             kept += 1
             yield example
     if seen and not kept:
-        share, which = side[1] - side[0], "to evaluate on"
-        if side[1] == 1:
-            share, which = side[0], "to learn"
+        which = "to learn" if side[1] == 1 else "to evaluate on"
         raise ValueError(
-            f"A share of {share:g} of {seen} examples, taken by a hash of their prompts, leaves "
-            f"none {which}: choose another share, or give a file."
+            f"A share of {seen} examples, taken by a hash of their prompts, leaves none {which}: "
+            "choose another share, or give a file."
         )
 
 
 def without_overlap(held_out: Dataset, learnt: Dataset, name: str = "validation") -> Dataset:
     """Those examples, which are called by this name, whose prompt no learnt example has."""
     keys = np.concatenate([*held_out.prompt_keys()])
-    learnt_too = np.zeros(len(keys), bool)
-    for part in learnt.prompt_keys():
-        learnt_too |= np.isin(keys, part)
+    learnt_too = np.any([np.isin(keys, part) for part in learnt.prompt_keys()], axis=0)
     if learnt_too.all():
         raise ValueError(f"Every {name} example has a prompt that is learnt too.")
     return held_out.only(np.flatnonzero(~learnt_too)) if learnt_too.any() else held_out

@@ -46,8 +46,8 @@ def shuffled(
     keys = [np.uint64(seed_of(seed, epoch, i, ROUNDS)) for i in range(ROUNDS)]
     # As an array even of one: a scalar's sum would warn of the overflow that is meant.
     streams = mixed(np.atleast_1d(np.asarray(stream, np.uint64)))
-    streams, placed = np.broadcast_arrays(streams, positions.astype(np.uint64))
-    placed, walking = placed.copy(), np.ones(placed.shape, bool)
+    placed = positions.astype(np.uint64) + np.zeros_like(streams)
+    streams, walking = np.broadcast_to(streams, placed.shape), np.ones(placed.shape, bool)
     while walking.any():
         own = streams[walking]
         left, right = placed[walking] % np.uint64(a), placed[walking] // np.uint64(a)

@@ -24,57 +24,54 @@ GRAPHED = 24  # new tokens from which capturing a CUDA graph of the step saves m
 class Steps:
     """Prompts that are continued, a token a step; all work is on tensors that stay in place.
 
-    A subclass has the last `tokens`, `(B,)`; `_extend`, which takes logits `(B, V)` to the next and
-    asks nothing of the device; and `_changed`, the tensors that this changes.
-
-    Args:
-        model: a GPT-2 in eval mode; it must stay as it is.
-        config: no more than its `max_new_tokens` fit.
-        compile: call the model through torch.compile.
+    A subclass has `_begin`, which makes these of the logits `(B, V)` after the prompts; the last
+    `tokens`, `(B,)`; and `_extend`, which takes logits to the next and asks nothing of the device.
+    The model is a GPT-2 in eval mode, and stays as it is.
     """
 
     tokens: Tensor
 
-    def __init__(self, model: Any, config: Any, compile: bool) -> None:
+    @torch.no_grad()
+    def __init__(
+        self, model: Any, rows: Sequence[Sequence[int]], config: Any, *, compile: bool = False
+    ) -> None:
         self.model, self.config, self.compile = model, config, compile
         self.device = next(model.parameters()).device
+        self.integers: Any = {"dtype": torch.long, "device": self.device}
         graphed = on_cuda(self.device) and config.max_new_tokens >= GRAPHED
         self._graphs = GraphedCalls() if graphed else None
         self.fixed = compile or graphed  # every step must have the shapes of the first
         self.burst = BURST if on_cuda(self.device) else 1
         self.draws_on = self.device if has_float64(self.device) else torch.device("cpu")
-        self._left = config.max_new_tokens - 1  # asking the device would make the host wait
-
-    def read(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """The logits `(B, V)` after the prompts."""
-        longest, limit = max(map(len, rows)) + self._left + 1, self.model.config.block_size
-        slots = bucket(longest, limit) if self.compile else longest  # few sizes are compiled
-        logits, self.cache = self.model.prefill(rows, slots)
-        return logits
+        longest, limit = max(map(len, rows)) + config.max_new_tokens, model.config.block_size
+        slots = bucket(longest, limit) if compile else longest  # few sizes are compiled
+        logits, self.cache = model.prefill(rows, slots)
+        self._begin(rows, logits)
 
     @torch.no_grad()
     def step(self) -> None:
-        """Add a token to each row; a RuntimeError if all that were asked for are made."""
-        if not self._left:
-            made = self.config.max_new_tokens
-            raise RuntimeError(f"All {made} new tokens that were asked for are made.")
-        self._left -= 1
+        """Add a token to each row, `max_new_tokens` at most with the first."""
         if self._graphs is None:
             self._step()
         else:
             self._graphs(self._step, self._changed)
 
     def _step(self) -> Tensor:
-        if self.fixed:
-            self.cache.widen()
+        if self.fixed:  # the shapes of every other step: the mask hides the slots not filled
+            self.cache.filled = self.cache.slots - 1
         following = compiled(_next) if self.compile else _next
         return self._extend(following(self.model, self.tokens, self.cache))
+
+    def _begin(self, rows: Sequence[Sequence[int]], logits: Tensor) -> None:
+        raise NotImplementedError
 
     def _extend(self, logits: Tensor) -> Tensor:
         raise NotImplementedError
 
     def _changed(self) -> list[Tensor]:
-        raise NotImplementedError
+        """The tensors that a step may write to."""
+        own = [value for value in vars(self).values() if isinstance(value, Tensor)]
+        return [*own, self.cache.lengths, *self.cache.layers]
 
 
 def _next(model: Any, tokens: Tensor, cache: Any) -> Tensor:

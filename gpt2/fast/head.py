@@ -24,10 +24,10 @@ CACHED = 2**21  # elements of a slice of the head's weight and of its logits, in
 def summed_loss(
     head: nn.Module, x: Tensor, labels: Tensor, *, compiling: bool, smoothing: float = 0.0
 ) -> Tensor:
-    """`summed(head(x), labels)`, with the head applied to supervised positions only.
+    """`summed(head(x), labels)` of states `(B, T, C)`, the head at supervised positions only.
 
-    A head's logits exist for a chunk of positions at a time where it takes no gradient. The hidden
-    states `x` are `(B, T, C)`; `compiling` runs a chunk through torch.compile, on a GPU.
+    A head's logits exist for a chunk of positions at a time where it takes no gradient;
+    `compiling` runs a chunk through torch.compile, on a GPU.
     """
     if torch._C._are_functorch_transforms_active():  # torch.func sees the formula itself
         return summed(head(x), labels, smoothing)
@@ -43,8 +43,7 @@ def losses(
 ) -> Tensor:
     """The summed loss of each of k equal blocks of rows, `(k,)`, whatever is learnt in another.
 
-    `at` `(k, S)` are a block's positions to look at: all that are supervised, and as many others
-    as give each block the same number. The other arguments are those of `summed_loss`.
+    `at` `(k, S)` are a block's positions to look at: all that are supervised, and some others.
     """
     first = torch.arange(len(at), device=at.device) * (labels.numel() // len(at))
     rows = (at + first[:, None]).flatten()
@@ -82,8 +81,7 @@ def _is_plain(head: nn.Module) -> bool:
 class _FrozenHeadLoss(torch.autograd.Function):
     """Cross-entropies of `hidden Wᵀ`; the gradient of `hidden` is made in the forward.
 
-    The head's weight needs no gradient, so a chunk of logits can be dropped as soon as it has
-    given its share of the loss and of the gradient.
+    So a chunk of logits is dropped as soon as it has given its share of both.
     """
 
     @staticmethod
