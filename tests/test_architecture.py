@@ -208,8 +208,8 @@ BUDGET = {
     "lora": 3_576,
     "gpt2": 6_936,
     "scripts": 4_226,
-    "tests": 20_413,
-    "benchmarks": 2_696,
+    "tests": 20_490,
+    "benchmarks": 1_797,
 }
 MOST_LINES = {"lora": 400, "gpt2": 400, "scripts": 400, "tests": 700, "benchmarks": 400}
 # What a newcomer reads first, and the data's rooms.
