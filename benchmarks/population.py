@@ -29,19 +29,19 @@ def main() -> None:
     a.on_gpu, slots = a.device != "cpu", [int(k) for k in a.slots.split(";")]
     a.dtype = torch.bfloat16 if a.on_gpu else torch.float32
     a.compile = bool(a.compile and a.on_gpu)
-    report(a, beside(a, max(slots)))
+    report(a, singles(a, max(slots)))
     for k in slots:
         harness.free()
         tick = ticks(a, k)
         peak = harness.peak_gib(tick, a.device)
         turns: dict[str, harness.Run] = {f"k={k}": tick}
         if not a.on_gpu:
-            step = beside(a, k)["alone"]
+            step = singles(a, k)["alone"]
             turns[f"{k} alone"] = lambda k=k, step=step: [step() for _ in range(k * a.ticks)]
         report(a, turns, each=a.ticks, peak_gib=peak)
 
 
-def beside(a: Any, most: int) -> dict[str, harness.Run]:
+def singles(a: Any, most: int) -> dict[str, harness.Run]:
     """Steps of one adapter: of one row, of as many as the most slots have, and PEFT's of one."""
     alone = models.ours(a.size, a.device, a.dtype, r=a.r, dropout=a.dropout, base_dropout=False)
     one, rows = (models.batch(alone, B, a.T) for B in (1, most))

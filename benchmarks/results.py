@@ -70,9 +70,9 @@ def replace(new: Path, file: Path) -> None:
     made = {json.loads(line)["benchmark"] for line in lines}
     old = file.read_text().splitlines() if file.exists() else []
     kept = [line for line in old if json.loads(line)["benchmark"] not in made]
-    beside = file.with_name(f"{file.name}.new")
-    beside.write_text("\n".join([*kept, *lines]) + "\n")
-    beside.replace(file)
+    whole = file.with_name(f"{file.name}.new")
+    whole.write_text("\n".join([*kept, *lines]) + "\n")
+    whole.replace(file)
 
 
 def read(folder: Path) -> tuple[list[Row], dict[str, str]]:

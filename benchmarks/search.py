@@ -10,6 +10,7 @@ halving and random search are then read off the same runs.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -27,13 +28,12 @@ import yaml
 import gpt2
 import lora
 from benchmarks import harness, models
-from scripts.tuner import space
 from scripts.tuner.halving import Halving
 from scripts.tuner.trials import Recipe, Run
 from scripts.tuner.waves import Waves
 
 SCRIPTS = harness.ROOT / "scripts"
-GRID = {
+GRID: dict[str, list[Any]] = {
     "lr": [5e-4, 1e-3, 2e-3, 4e-3],
     "r": [4, 16],
     "alpha_over_r": [1, 2],
@@ -123,35 +123,33 @@ def grid(a: Any, seed: int) -> harness.Facts:
 
 def whole_grid(a: Any, seed: int, halving: Halving) -> list[list[float]]:
     """Each configuration's held-out loss where each rung ends."""
-    warmup, on_gpu = a.examples // 8 // 32, a.device != "cpu"
-    fast = {"autocast": on_gpu, "compile": on_gpu}
-    usual = Recipe(
-        adapter=lora.LoRAConfig(r=16, alpha=32, targets=models.ALL),
-        training=gpt2.TrainConfig(
-            lr=2e-3, epochs=1, batch_size=8, weight_decay=0.01, warmup_steps=warmup, **fast
-        ),
-        b_ratio=1.0,
+    warmup, fast = a.examples // 8 // 32, a.device != "cpu"
+    usual = gpt2.TrainConfig(
+        epochs=1,
+        batch_size=8,
+        warmup_steps=warmup,
+        weight_decay=0.01,
+        seed=seed,
+        autocast=fast,
+        compile=fast,
     )
-    dimensions = space.read(GRID, 1, usual)
+    room = lora.LoRAConfig(r=max(GRID["r"]), targets=models.ALL)
     model = gpt2.GPT2.from_pretrained("demo", device=a.device, dropout=0.0)
     how = {"max_length": 128, "answer_only": True}
     train, valid = (
         gpt2.encode(list(itertools.islice(gpt2.stream_examples(f), n)), gpt2.Tokenizer(), **how)
         for f, n in ((a.data, a.examples), (a.valid, a.held_out))
     )
-    total = gpt2.total_steps(train, usual.training)
-    runs = [
-        Run(trial=i, recipe=usual.varied(values).seeded(seed), total=total)
-        for i, values in enumerate(dimensions.all())
-    ]
-    room = dimensions.room(usual, model.config.n_embd)
-    with Waves(model, train, valid, usual.training, room, len(runs)) as waves:
+    runs: list[Run] = []
+    for lr, r, ratio, targets in itertools.product(*GRID.values()):
+        adapter = lora.LoRAConfig(r=r, alpha=ratio * r, targets=targets, seed=seed)
+        recipe = Recipe(adapter=adapter, training=dataclasses.replace(usual, lr=lr), b_ratio=1.0)
+        runs.append(Run(trial=len(runs), recipe=recipe, total=gpt2.total_steps(train, usual)))
+    with Waves(model, train, valid, usual, room, len(runs)) as waves:
         for rung in range(RUNGS):
             waves.train(len(runs), runs, halving, rung, lambda steps: None)
-    return [
-        [run.losses.get(halving.step(rung, total), math.inf) for rung in range(RUNGS)]
-        for run in runs
-    ]
+    ends = [halving.step(rung, runs[0].total) for rung in range(RUNGS)]
+    return [[run.losses.get(end, math.inf) for end in ends] for run in runs]
 
 
 if __name__ == "__main__":

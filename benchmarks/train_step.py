@@ -22,7 +22,7 @@ from benchmarks import harness, models
 
 WORK = ("B", "T", "size", "targets", "r")
 PROFILED = 3  # steps
-PURPOSES = {  # the first kind of which a kernel's name holds a word
+PURPOSES = {  # the first of which a kernel's name holds a word
     "attention": ("sdpa", "flash", "compute_dot_do_o", "convert_dq"),
     "matrix products": ("nvjet", "gemm", "cutlass", "splitK"),
     "softmax and loss of the head": ("prepare_softmax", "log_", "masked_fill"),
