@@ -208,8 +208,8 @@ BUDGET = {
     "lora": 3_185,
     "gpt2": 6_546,
     "scripts": 4_226,
-    "tests": 19_602,
-    "benchmarks": 2_696,
+    "tests": 19_679,
+    "benchmarks": 1_797,
 }
 MOST_LINES = {"lora": 400, "gpt2": 400, "scripts": 400, "tests": 700, "benchmarks": 400}
 # What a newcomer reads first, and the data's rooms.
