@@ -21,6 +21,13 @@ PEFT_NAMES = {  # of fields, and what they are here
     "use_rslora": "rslora",
     "rank": "r",
 }
+_ADVICE = {
+    "task_type": "not needed: the model is called as it is",
+    "use_dora": "not supported: there is no DoRA",
+    "init_lora_weights": "not supported: an adapter is drawn as PEFT does with True",
+    "trainable_token_indices": "not supported: target the embedding",
+    "bias": "not supported: name the modules whose biases train in modules_to_save",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +113,8 @@ def config_of(
     """A config as it is, or keywords that replace fields of a default."""
     known = LoRAConfig.__dataclass_fields__
     for name in settings.keys() - known:
+        if name in _ADVICE:
+            raise TypeError(f"{name!r} is {_ADVICE[name]}.")
         near = [PEFT_NAMES[name]] if name in PEFT_NAMES else get_close_matches(name, known, 1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}."
         raise TypeError(f"There is no argument {name!r}; {hint}")

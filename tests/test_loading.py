@@ -180,12 +180,20 @@ def test_a_convolution_and_what_cannot_be_adapted_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("config", [True, False])
-def test_a_pickle_is_named(saved, config):
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [
+        ("adapter_model.bin", "a pickle: load it with PEFT"),
+        ("adapters.safetensors", "mlx-lm's format"),
+        ("pytorch_lora_weights.safetensors", "diffusers' format"),
+    ],
+)
+def test_a_file_of_another_format_is_named(saved, name, format, config):
     folder, _ = saved
-    (folder / checkpoint.WEIGHTS).rename(folder / "adapter_model.bin")
+    (folder / checkpoint.WEIGHTS).rename(folder / name)
     if not config:
         (folder / checkpoint.CONFIG).unlink()
-    words = r"has no .*safetensors\. adapter_model\.bin is not read: load it with PEFT"
+    words = rf"has no .*safetensors\. {name} is not read: it is {format}"
     refuses(tiny_gpt2(), folder, words, FileNotFoundError)
 
 

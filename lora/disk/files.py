@@ -19,7 +19,11 @@ if sys.platform != "win32":
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SAVING = ".saving-"  # a folder in which files wait; a killed save leaves it
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_PICKLE = "adapter_model.bin"  # as PEFT wrote before
+_OTHER_FORMATS = {
+    "adapter_model.bin": "a pickle: load it with PEFT and save it",
+    "adapters.safetensors": "mlx-lm's format",
+    "pytorch_lora_weights.safetensors": "diffusers' format",
+}
 
 
 def locate(name: str | Path) -> tuple[Path, Path]:
@@ -31,8 +35,9 @@ def locate(name: str | Path) -> tuple[Path, Path]:
         return Path(hf_hub_download(name, CONFIG)), Path(hf_hub_download(name, WEIGHTS))
     if missing := [file for file in (CONFIG, WEIGHTS) if not (folder / file).is_file()]:
         message = f"{folder} has no {' and no '.join(missing)}."
-        if (folder / _PICKLE).exists():
-            message = f"{message} {_PICKLE} is not read: load it with PEFT and save it."
+        for file, format in _OTHER_FORMATS.items():
+            if (folder / file).exists():
+                message = f"{message} {file} is not read: it is {format}."
         if named := sorted(path.parent for path in folder.glob(f"*/{CONFIG}")):
             message = f"{message} Name one of {', '.join(map(str, named))}."
         raise FileNotFoundError(message)
