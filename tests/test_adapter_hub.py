@@ -17,20 +17,12 @@ from huggingface_hub.errors import (
 
 import lora
 from lora.disk import checkpoint
-from tests.folders import contents
+from tests.folders import contents, refuses
 from tests.test_hub import hub
-from tests.toys import IDX, snapshot, tiny_gpt2
+from tests.toys import IDX, tiny_gpt2
 
 __all__ = ["hub"]  # the fixture: a running Hub
 ROOT = Path(__file__).parent.parent
-
-
-def refuses(name, error, words) -> None:
-    model = tiny_gpt2()
-    before = snapshot(model)
-    with pytest.raises(error, match=words):
-        lora.load(model, name)
-    assert snapshot(model) == before
 
 
 def test_an_adapter_is_downloaded_once_and_then_needs_no_hub(hub, saved):
@@ -59,15 +51,15 @@ def test_a_folder_here_comes_first_and_a_path_never_means_the_hub(
     model = tiny_gpt2()
     lora.load(model, "org/adapter")
     assert torch.equal(model(IDX), want)
-    with pytest.raises(FileNotFoundError, match=r"has no .* no adapter_model\.safetensors"):
-        lora.load(tiny_gpt2(), Path("org/none"))
-    with pytest.raises(FileNotFoundError, match=r"has no .* no adapter_model\.safetensors"):
-        lora.load(tiny_gpt2(), "./org/none")
+    for path in (Path("org/none"), "./org/none"):
+        words = r"has no .* no adapter_model\.safetensors"
+        refuses(tiny_gpt2(), path, words, FileNotFoundError)
     assert not hub.requests
 
 
 def test_an_unknown_repository_is_said_as_the_hub_says_it(hub):
-    refuses("org/none", RepositoryNotFoundError, r"Repository Not Found for url: .*org/none")
+    words = r"Repository Not Found for url: .*org/none"
+    refuses(tiny_gpt2(), "org/none", words, RepositoryNotFoundError)
 
 
 @pytest.mark.parametrize("missing", [checkpoint.CONFIG, checkpoint.WEIGHTS])
@@ -75,7 +67,8 @@ def test_a_repository_without_an_adapter(hub, saved, missing):
     folder, _ = saved
     kept = {name: data for name, data in contents(folder).items() if name != missing}
     hub.repos["org/old"] = kept | {"adapter_model.bin": b"pickle"}
-    refuses("org/old", EntryNotFoundError, rf"Entry Not Found for url: .*org/old.*{missing}")
+    words = rf"Entry Not Found for url: .*org/old.*{missing}"
+    refuses(tiny_gpt2(), "org/old", words, EntryNotFoundError)
     assert not any(file.endswith(".bin") for _, file in hub.requests)
 
 
@@ -86,7 +79,8 @@ def test_out_of_reach(hub, saved, monkeypatch, how):
         hub.stop()
     else:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    refuses("org/adapter", LocalEntryNotFoundError, r"cannot find the .* in the (local|disk) cache")
+    words = r"cannot find the .* in the (local|disk) cache"
+    refuses(tiny_gpt2(), "org/adapter", words, LocalEntryNotFoundError)
 
 
 def test_the_hub_is_imported_only_when_it_is_needed(saved):

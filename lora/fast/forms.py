@@ -15,7 +15,7 @@ from lora.fast.dropout import drop
 from lora.layout import is_conv1d, is_hooked
 
 FEW = 64  # rows up to which compiled inference writes the products as sums
-_HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
+_HOOKS = "_forward_hooks _forward_pre_hooks _backward_hooks _backward_pre_hooks".split()
 WIDE = 2048  # rows from which widening the weight by B pays
 
 
@@ -101,7 +101,7 @@ def _widens(base: nn.Module, x: Tensor, weight: Tensor, term: Term) -> bool:
         # At birth inference is the base's to the bit.
         and term.a.requires_grad
         and pays_wide(x, len(term.a))
-        and not any(getattr(base, f"_{name}_hooks") for name in _HOOKS)
+        and not any(getattr(base, name) for name in _HOOKS)
         and not any(p.requires_grad for p in base.parameters())
     )
 
