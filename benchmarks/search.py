@@ -29,8 +29,8 @@ import yaml
 import gpt2
 from benchmarks import harness
 from scripts import search
-from scripts.tuner import space
-from scripts.tuner.halving import Halving
+from scripts.tuner import trials
+from scripts.tuner.halving import Halving, Plan
 from scripts.tuner.trials import Run
 from scripts.tuner.waves import Waves
 
@@ -145,7 +145,7 @@ def prepared(a: Any, place: str, **sizes: Any) -> list[str]:
 
 def grid(a: Any, seed: int) -> dict[str, Any]:
     """All of the grid; then what halving and random search would have found of it."""
-    halving = plan()
+    halving = rungs_of_grid()
     losses = whole_grid(a, seed, halving)
     last = [row[-1] for row in losses]
     alive = dict.fromkeys(range(len(losses)))
@@ -168,7 +168,7 @@ def grid(a: Any, seed: int) -> dict[str, Any]:
     }
 
 
-def plan() -> Halving:
+def rungs_of_grid() -> Halving:
     """The rungs of the grid."""
     return Halving(trials=math.prod(map(len, GRID.values())), rungs=RUNGS, keep=KEEP)
 
@@ -180,7 +180,7 @@ def whole_grid(a: Any, seed: int, halving: Halving) -> list[list[float]]:
     options.epochs, options.warmup_steps = 1, a.examples // options.train_batch_size // 32
     options.autocast = options.compile = a.device != "cpu"
     usual = search.usual_of(options)
-    dimensions = space.read(GRID, 1, usual)
+    dimensions = trials.read_space(GRID, 1, usual)
     grid = list(dimensions.all())
     model = gpt2.GPT2.from_pretrained("demo", device=a.device, dropout=0.0)
     how = {"max_length": 128, "answer_only": True}
@@ -188,17 +188,17 @@ def whole_grid(a: Any, seed: int, halving: Halving) -> list[list[float]]:
         gpt2.encode(list(itertools.islice(gpt2.stream_examples(f), n)), gpt2.Tokenizer(), **how)
         for f, n in ((a.data, a.examples), (a.valid, a.held_out))
     )
-    total, room = (
-        gpt2.total_steps(learnt, usual.training),
-        dimensions.room(usual, model.config.n_embd),
-    )
+    total = gpt2.total_steps(learnt, usual.training)
     some = [
         Run(trial=i, recipe=usual.varied(values).seeded(seed), total=total)
         for i, values in enumerate(grid)
     ]
-    with Waves(model, learnt, held_out, usual.training, room, len(some)) as work:
+    sizes: dict[str, Any] = {"trials": len(some), "slots": len(some), "rungs": RUNGS, "keep": KEEP}
+    sizes |= {"sampler": "random", "finalists": 1, "seeds": 1}
+    plan = Plan(space=dimensions, usual=usual, **sizes)
+    with Waves(model, learnt, held_out, plan) as work:
         for rung in range(RUNGS):
-            work.train(len(some), some, halving, rung, lambda steps: None)
+            work.train(some, rung, lambda steps: None)
     return [
         [run.losses.get(halving.step(r, total), math.inf) for r in range(RUNGS)] for run in some
     ]

@@ -88,7 +88,7 @@ def test_a_snapshot_cut_short_is_passed_over_and_said(script, tmp_path, many, mo
     arguments = [*QUICK, "--steps", "7", *VALID, "--save_every", "1", "--data", many, "--res_path"]
     assert train([*arguments, str(whole)]) == 0
     with monkeypatch.context() as patch:
-        stopped_after(5, script("runs.saving"), patch)
+        stopped_after(5, script("runs.train"), patch)
         assert train([*arguments, str(cut)]) == 143
     newest = cut / "snapshot.safetensors"
     newest.write_bytes(newest.read_bytes()[:1000])

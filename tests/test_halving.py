@@ -83,9 +83,3 @@ def test_seeds_tell_apart_what_differs_by_more_than_their_noise(script):
 
 def test_a_configuration_that_ended_is_told_apart_from_one_that_did_not(script):
     assert script("tuner.outcome").differ([1.0, math.nan], [1.0, 1.1])
-
-
-def test_a_configuration_of_which_a_seed_ended_has_no_spread(script):
-    spread = script("tuner.outcome").spread([1.0, math.nan, 1.2])
-    assert [*spread] == ["mean", "min", "max", "sd"]
-    assert all(map(math.isnan, spread.values()))

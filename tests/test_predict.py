@@ -201,13 +201,13 @@ def refused(capsys, *argv: object) -> str:
 
 def test_another_adapter_options_or_prompts_are_refused(adapter, capsys):
     assert predict() == 0
-    assert "made with other options: seed 0 (now 4)" in refused(capsys, "--seed", 4)
+    assert "made with other options: seed was 0, is 4." in refused(capsys, "--seed", 4)
     said = refused(capsys, "--adapter", adapter, "--output", "predictions.jsonl")
-    assert "made with other options: adapter None (now '" in said
+    assert "made with other options: adapter was None, is '" in said
     assert "--overwrite" in said
     text = Path("prompts.jsonl").read_text()
     Path("prompts.jsonl").write_text(text + '{"prompt": "More", "completion": " x"}\n')
-    assert "prompts '" in refused(capsys)
+    assert "prompts was '" in refused(capsys)
     assert predict("--overwrite") == 0
     assert len(lines()) == 13
 
@@ -223,14 +223,14 @@ def test_a_base_or_an_adapter_that_changed_under_its_name_is_refused(adapter, tm
         model.transformer.h[1].mlp.c_fc.weight[0, 0] += 1e-3
     model.save_pretrained("base")
     said = refused(capsys, *run)
-    assert "said.jsonl was made with other options: base's weights '" in said
-    assert "' (now '" in said
+    assert "said.jsonl was made with other options: base's weights was '" in said
+    assert "', is '" in said
     assert predict("--adapter", own, "--output", "own.jsonl") == 0
     weights = own / "adapter_model.safetensors"
     tensors = load_file(weights)
     save_file({name: tensor * 2 for name, tensor in tensors.items()}, weights)
     said = refused(capsys, "--adapter", own, "--output", "own.jsonl")
-    assert "own.jsonl was made with other options: adapter '" in said
+    assert "own.jsonl was made with other options: adapter was '" in said
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs locks")

@@ -1,4 +1,4 @@
-"""What an adapter does to its base: to each token of a passage, and to each layer's weight."""
+"""What an adapter does to the tokens of a passage, and to each layer's weight."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ from torch import Tensor
 import gpt2
 import lora
 
+from .answers import pieces
 from .data import Split
 
-LOOKED_AT = 16  # first examples, of which the longest is the passage
+LOOKED_AT = 16  # examples, of which the longest is the passage
 
 
 def measure(model: gpt2.GPT2, split: Split, tokenizer: gpt2.Tokenizer) -> dict[str, Any]:
-    """Both, for the record of a run: of the active adapter, at the end of its training."""
+    """Both, for the record of a run, of the active adapter."""
     data = split.validation if split.validation is not None else split.train
     few = [data[i][0] for i in range(min(len(data), LOOKED_AT))]
     stats: dict[str, Any] = {"updates": updates(model)}
     if (ids := max(few, key=len, default=None)) is not None and len(ids) > 1:
         with lora.disabled(model):
             base = log_probabilities(model, ids)
+        *texts, rest = pieces(ids.tolist(), tokenizer)
         stats["passage"] = {
             "held_out": split.validation is not None,
-            "tokens": pieces(ids.tolist(), tokenizer),
+            "tokens": [*texts[:-1], texts[-1] + rest],
             "base": base,
             "adapter": log_probabilities(model, ids),
         }
@@ -34,27 +36,16 @@ def measure(model: gpt2.GPT2, split: Split, tokenizer: gpt2.Tokenizer) -> dict[s
 
 @torch.no_grad()
 def log_probabilities(model: gpt2.GPT2, ids: Tensor) -> list[float]:
-    """Of each token but the first, given those before it, in nats, `(T - 1,)`."""
+    """Of each token but the first, in nats, `(T - 1,)`."""
     row = ids.to(next(model.parameters()).device)[None]
     logits = model(row[:, :-1]).float()
     values = logits.log_softmax(-1).gather(-1, row[:, 1:, None])
     return [round(value, 4) for value in values.flatten().tolist()]
 
 
-def pieces(ids: list[int], tokenizer: gpt2.Tokenizer) -> list[str]:
-    """Each token's text; a character of several tokens stands at its last, the others are empty."""
-    shown, texts = "", list[str]()
-    for end in range(1, len(ids) + 1):
-        whole = tokenizer.decode(ids[:end])
-        settled = whole if end == len(ids) else whole.rstrip("\N{REPLACEMENT CHARACTER}")
-        texts.append(settled[len(shown) :])
-        shown += texts[-1]
-    return texts
-
-
 @torch.no_grad()
 def updates(model: gpt2.GPT2) -> list[dict[str, Any]]:
-    """The Frobenius norms of each active update `s · B A` and of the weight beside it."""
+    """The Frobenius norms of each active `s · B A` and of the weight beside it."""
     return [
         {
             "layer": path,

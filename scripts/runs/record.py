@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -15,12 +14,9 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 from rich.console import Console
-from rich.table import Table
 
 import gpt2
-import lora
 
-from ..cli.console import table
 from . import folder
 
 
@@ -28,8 +24,7 @@ class Clock:
     """Seconds between laps, by their names."""
 
     def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = perf_counter()
+        self.laps, self._last = dict[str, float](), perf_counter()
 
     def lap(self, name: str) -> None:
         """End a lap."""
@@ -37,39 +32,39 @@ class Clock:
         self.laps[name], self._last = round(now - self._last, 3), now
 
 
-def about(options: Namespace, model: gpt2.GPT2, clock: Clock) -> dict[str, Any]:
-    """What is known of any run beside its results."""
-    device = next(model.parameters()).device
-    weights = str(next(model.parameters()).dtype).removeprefix("torch.")
-    machine = {"processor": platform.machine(), "cores": os.cpu_count() or 0, "weights": weights}
-    if device.type == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name(device)
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    versions |= {name: version(name) for name in ("numpy", "safetensors", "tiktoken")}
-    config = {name: value for name, value in options.as_dict().items() if name != "config"}
-    facts = {"config": config, "device": str(device), "machine": machine}
-    return {**facts, "versions": versions, "seconds": clock.laps}
+def about(
+    options: Namespace, model: gpt2.GPT2, clock: Clock, data: Sequence[gpt2.Dataset]
+) -> dict[str, Any]:
+    """What any run has beside its results; `data` is what was trained on."""
+    weight = next(model.parameters())
+    machine: dict[str, Any] = {"processor": platform.machine(), "cores": os.cpu_count()}
+    if weight.is_cuda:
+        machine["gpu"] = torch.cuda.get_device_name(weight.device)
+    return {
+        "config": {name: value for name, value in options.as_dict().items() if name != "config"},
+        "device": str(weight.device),
+        "machine": machine,
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
+        "seconds": clock.laps,
+        "data": {
+            "examples": sum(map(len, data)),
+            "tokens": sum(one.n_tokens for one in data),
+            "truncated": sum(one.truncated for one in data),
+        },
+    }
 
 
-def write(place: Path, record: Mapping[str, Any]) -> None:
-    """Write the record of a run, whole or not at all, since it means that the run has ended."""
+def write(root: Path, record: Mapping[str, Any]) -> None:
+    """Write the record of a run, which means that the run has ended."""
     text = json.dumps(record, indent=2, ensure_ascii=False, default=asdict)
-    folder.write_whole(place / folder.RUN, f"{text}\n")
+    folder.write_whole(root / folder.RUN, f"{text}\n")
 
 
-def write_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a line of JSON a row."""
-    with file.open("w", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def parameter_table(counts: Mapping[str, lora.ParameterCount]) -> Table:
-    """Total and trainable parameters of each model."""
-    rows = [
-        (name, f"{c.total:,}", f"{c.trainable:,}", f"{100 * c.trainable / c.total:.4f}")
-        for name, c in counts.items()
-    ]
-    return table("Parameters", ("model", "total", "trainable", "trainable %"), rows)
+def differences(then: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()) -> str:
+    """In which values two records differ, but for free ones; empty for none."""
+    now = json.loads(json.dumps(now))  # as it is read back
+    names = [n for n in {**then, **now} if n not in free and then.get(n) != now.get(n)]
+    return ", ".join(f"{n} was {then.get(n)!r:.80}, is {now.get(n)!r:.80}" for n in names)
 
 
 def examples_line(data: gpt2.Dataset) -> str:
@@ -81,8 +76,8 @@ def examples_line(data: gpt2.Dataset) -> str:
     return f"{line}."
 
 
-def end(console: Console, place: Path, use: str) -> None:
-    """Where everything is, and the commands that use it, unbroken so that they can be copied."""
-    names = ", ".join(sorted(file.name for file in place.iterdir()))
-    for line in (f"Saved in {place}: {names}", "To use it:", use):
+def end(console: Console, root: Path, use: str) -> None:
+    """Where everything is, and the commands that use it."""
+    names = ", ".join(sorted(file.name for file in root.iterdir()))
+    for line in (f"Saved in {root}: {names}", "To use it:", use):
         console.print(line, soft_wrap=True)
