@@ -20,10 +20,10 @@ import gpt2
 import lora
 from gpt2.training import fingerprints
 
-from .cli.console import bar, table
+from .cli.console import bar
 from .cli.guard import Arguments, guarded
 from .cli.options import AtLeastOne, AtLeastTwo, add_options, parse, parser, training
-from .page import page, searched
+from .page import page
 from .runs import adapter_stats, data, folder, processes, record, resume
 from .tuner import checkpoint, outcome, sampler
 from .tuner.halving import Plan
@@ -114,8 +114,8 @@ def main(argv: Arguments = None) -> None:
             facts = record.about(options, model, clock, [split.train])
             facts["commands"] = {"use": use}
             outcome.write(search, resume.kept(options), root, facts, measure)
-            result = page.write(root)
+            page.write(root)
             files.remove()  # the search is over
-        finalists = table("Finalists", *searched.finalists(result), [2, 2, 2, 2, 2, 9])
-        console.print(finalists, result.run["verdict"])
+        winner = search.runs[search.winner].recipe.values([*waves.plan.space.axes])
+        console.print(outcome.results(search)["verdict"], f"The winner has {winner}.")
         record.end(console, root, use)

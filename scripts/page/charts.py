@@ -26,14 +26,6 @@ class Series:
     points: Points
     look: str = "line"  # or dots, or both; and faint for what stands behind
     color: str = "accent"  # or mid, soft, a number
-    names: Sequence[str] = ()  # of each point, for the page's script
-
-    def numbers(self) -> dict[str, object]:
-        """The points that are drawn, each coordinate in a row of its own."""
-        kept = [i for i, (_, y) in enumerate(self.points) if math.isfinite(y)]
-        names = {"names": [self.names[i] for i in kept]} if self.names else {}
-        xs, ys = ([self.points[i][k] for i in kept] for k in (0, 1))
-        return {"name": self.name, **names, "x": xs, "y": ys}
 
     def paths(self, x: Axis, y: Axis) -> Iterator[tuple[str, str]]:
         """The series as SVG paths, each with its class."""
@@ -80,7 +72,6 @@ class Axis:
 class Chart:
     """Series over two axes."""
 
-    name: str  # by which the page's script finds its numbers
     title: str
     series: Sequence[Series]  # those behind first
     unit: str = ""
@@ -89,7 +80,6 @@ class Chart:
     log_x: bool = False
     log_y: bool = True  # where its values need that
     x_ticks: Sequence[tuple[float, str]] | None = None  # where numbers would not do
-    near: bool = False  # whether a point under the pointer is the nearest, not that at its x
 
     def axes(self) -> tuple[Axis, Axis] | None:
         """Both, or None where there is nothing to draw."""
@@ -105,27 +95,6 @@ class Chart:
             low, high = (0.0 if 0 <= low < 0.35 * high else low - room), high + room
         xs += [at + side * 0.35 for at, _ in self.x_ticks or () for side in (-1, 1)]
         return Axis(min(xs), max(xs), self.log_x), Axis(low, high, log)
-
-    def numbers(self) -> dict[str, object]:
-        """The very numbers that are drawn, for the page's script."""
-        axes = dict(zip("xy", self.axes() or (), strict=False))
-        ends = {name: [axis.low, axis.high, int(axis.log)] for name, axis in axes.items()}
-        drawn = [series.numbers() for series in self.series if finite(series.points)]
-        return {**ends, "near": int(self.near), "series": drawn}
-
-    def drawing(self) -> dict[str, Any] | None:
-        """Paths, ticks and marks, in per cent of the frame."""
-        if not (axes := self.axes()):
-            return None
-        x, y = axes
-        ticks = self.x_ticks or [(v, short(v)) for v in x.ticks()]
-        return {
-            "unit": ", ".join(filter(None, (self.unit, "log" * y.log))),
-            "marks": [(100 * x.at(v), text) for v, text in self.marks],
-            "lines": [path for series in self.series for path in series.paths(x, y)],
-            "ys": [(100 - 100 * y.at(v), short(v)) for v in y.ticks()],
-            "xs": [(100 * x.at(v), text) for v, text in ticks],
-        }
 
 
 def png(charts: Sequence[Chart], file: Path) -> None:

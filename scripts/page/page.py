@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from base64 import b64encode
 from collections.abc import Mapping, Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from markupsafe import Markup
 
 from ..runs import folder
 from . import charts
-from .charts import UNIT, Chart, Points, Series, finite, means, number, thinned
+from .charts import UNIT, Chart, Points, Series, finite, means, thinned
 from .read import Record, Row, read
 
 HERE = Path(__file__).resolve().parent
@@ -24,7 +22,7 @@ MOST, STRONGEST = 4.0, 0.45  # nats of the full colour; its opacity
 Colour = tuple[str, str]  # its name, its opacity
 
 
-def write(root: Path) -> Record:
+def write(root: Path) -> None:
     """Write the report of a run's folder into it, and a picture of its losses."""
     record = read(root)
     folder.write_whole(root / folder.REPORT, html([record]))
@@ -35,7 +33,6 @@ def write(root: Path) -> Record:
         charts.png([searched.by_rung(record), *rates], root / folder.SEARCH_PLOT)
     elif record.steps:
         charts.png([loss(record)], root / folder.PLOT)
-    return record
 
 
 def is_ours(file: Path) -> bool:
@@ -46,43 +43,22 @@ def is_ours(file: Path) -> bool:
 
 def html(records: Sequence[Record]) -> str:
     """The page of one run, or of several side by side."""
-    drawn: list[Chart] = []
-
-    def draw(chart: Chart) -> dict[str, Any] | None:
-        drawn.append(chart)
-        return chart.drawing()
-
-    style, script = ((HERE / f"report.{kind}").read_text("utf-8") for kind in ("css", "js"))
     values: dict[str, Any] = {**vars(charts), **globals(), "records": records}
     if any(record.board for record in records):
         from . import searched
 
         values |= vars(searched)
-    values |= {
-        "draw": draw,
-        "numbers": lambda: {chart.name: chart.numbers() for chart in drawn},
-        "digest": b64encode(sha256(script.encode()).digest()).decode(),
-        "style": Markup(style),
-        "script": Markup(script),
-    }
+    values["style"] = Markup((HERE / "report.css").read_text("utf-8"))
     loader = FileSystemLoader(HERE)
     made = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    made.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False}
     return made.get_template("page.html.j2").render(values)
 
 
-def compared(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
-    """The losses of several runs, and the options in which they differ."""
+def differing(records: Sequence[Record]) -> list[str]:
+    """The options in which several runs differ."""
     options = [flat(record.options) for record in records]
-    names = [n for n in dict.fromkeys(n for o in options for n in o) if n != "res_path"]
-    differ = [n for n in names if len({o.get(n) for o in options}) > 1]
-    rows: list[list[str]] = []
-    for record, values in zip(records, options, strict=True):
-        last = number(record.steps[-1]["loss"]) if record.steps else ""
-        best = number(record.best_loss) if record.validation else ""
-        losses = [record.name, str(len(record.steps)), last, best]
-        rows.append([*losses, *(values.get(n, "") for n in differ)])
-    return ["run", "steps", "last loss", "held-out loss", *differ], rows
+    names = dict.fromkeys(name for values in options for name in values if name != "res_path")
+    return [name for name in names if len({values.get(name) for values in options}) > 1]
 
 
 def overlaid(records: Sequence[Record]) -> Chart:
@@ -92,7 +68,7 @@ def overlaid(records: Sequence[Record]) -> Chart:
         points, few = _losses(record)
         line = means(points, few) if len(finite(points)) == len(points) else thinned(points)
         series.append(Series(name=record.name, points=line, color=str(i % 6 + 1)))
-    return Chart(name="compared", title="Loss", unit=f"{UNIT}, smoothed", series=series)
+    return Chart(title="Loss", unit=f"{UNIT}, smoothed", series=series)
 
 
 def loss(run: Record) -> Chart:
@@ -105,7 +81,7 @@ def loss(run: Record) -> Chart:
         series.append(Series(name="held-out", points=held_out, look="both", color="2"))
     best = run.best_step
     marks = [] if best is None else [(best, f"best: step {best:,}")]
-    return Chart(name=f"loss {run.name}", title="Loss", unit=UNIT, marks=marks, series=series)
+    return Chart(title="Loss", unit=UNIT, marks=marks, series=series)
 
 
 def _losses(run: Record) -> tuple[Points, int]:
@@ -115,24 +91,7 @@ def _losses(run: Record) -> tuple[Points, int]:
 def over_steps(run: Record, key: str, title: str) -> Chart:
     """What the metrics have under a key."""
     line = Series(name="", points=thinned([(s["step"], s[key]) for s in run.steps]))
-    return Chart(name=f"{key} {run.name}", title=title, log_y=False, series=[line])
-
-
-def mean_change(passage: Row) -> str:
-    """How many nats a token is likelier under the adapter, in the mean."""
-    pairs = zip(passage["base"], passage["adapter"], strict=True)
-    known = [change for b, a in pairs if math.isfinite(change := a - b)] or [math.nan]
-    return f"{sum(known) / len(known):+.3f}".replace("-", "−")
-
-
-def tokens(passage: Row) -> list[tuple[str, str, Colour]]:
-    """Each token's text, its numbers, its colour."""
-    first, *others = passage["tokens"]
-    rows = [(first, "", colour(0))]
-    for piece, b, a in zip(others, passage["base"], passage["adapter"], strict=True):
-        title = f"{piece.strip() or 'space'} · base {b:.2f}, adapter {a:.2f}: {a - b:+.2f} nats"
-        rows.append((piece, title.replace("-", "−"), colour(a - b)))
-    return [row for row in rows if row[0]]
+    return Chart(title=title, log_y=False, series=[line])
 
 
 def colour(value: float, most: float = MOST) -> Colour:

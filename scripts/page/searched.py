@@ -6,26 +6,10 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .charts import UNIT, Chart, Series, number, text
+from .charts import UNIT, Chart, Series, text
 from .read import Record, Row
 
 Table = tuple[list[str], list[list[str]]]
-
-
-def finalists(record: Record) -> Table:
-    """The finalists and the default, over their seeds."""
-    run, usual = record.run, record.run["default"]
-    trials = [(str(r["trial"]), r["params"], r["seeds"]) for r in record.board if r.get("seeds")]
-    trials.append(("default", usual["params"], usual["selection"]["seeds"]))
-    tested = {str(run["winner"]["trial"]): run["winner"]["test"], "default": usual["test"]}
-    rows: list[list[str]] = []
-    for name, params, seeds in trials:
-        losses = [_value(loss) for loss in seeds.values()]
-        spread = [number(v) for v in (sum(losses) / len(losses), min(losses), max(losses))]
-        test = number(tested[name]["mean"]) if tested.get(name) else ""
-        what = " · ".join(f"{key} {text(value)}" for key, value in params.items())
-        rows.append([name, *spread, test, what])
-    return ["trial", "mean", "lowest", "highest", "test", "what it is"], rows
 
 
 def by_rung(record: Record) -> Chart:
@@ -33,17 +17,15 @@ def by_rung(record: Record) -> Chart:
     last, states = _last(record), {"finalist": ("both", "4"), "winner": ("both", "accent")}
     series: list[Series] = []
     for state, (look, color) in {"others": ("both faint", "soft"), **states}.items():
-        points, names = [], []
+        points: list[tuple[float, float]] = []
         for row in reversed(record.board):
             if state == (row["state"] if row["state"] in states else "others"):
-                losses = [(int(rung), _value(loss)) for rung, loss in row["losses"].items()]
-                points += [*losses, (last, math.nan)]
-                names += [f"trial {row['trial']}"] * (len(losses) + 1)
-        series.append(Series(name=state, points=points, names=names, look=look, color=color))
+                points += [(int(rung), _value(loss)) for rung, loss in row["losses"].items()]
+                points.append((last, math.nan))
+        series.append(Series(name=state, points=points, look=look, color=color))
     rungs = record.run.get("rungs", [])
     ticks = [(r["rung"], f"rung {r['rung']}\n{r['alive']} trials") for r in rungs[:last]]
-    how: dict[str, Any] = {"unit": UNIT, "x_label": "", "x_ticks": ticks, "near": True}
-    return Chart(name="halving", title="Loss by rung", series=series, **how)
+    return Chart(title="Loss by rung", series=series, unit=UNIT, x_label="", x_ticks=ticks)
 
 
 def over_each(record: Record) -> Iterator[Chart]:
@@ -57,17 +39,14 @@ def over_each(record: Record) -> Iterator[Chart]:
         for rung in range(1, last + 1):
             rows = [r for r in reversed(record.board) if r["losses"] and r["rung"] == rung]
             points = [(at(row), _value(row["losses"][str(rung)])) for row in rows]
-            names = [f"trial {row['trial']}, {text(row['params'][name])}" for row in rows]
             color = "accent" if rung == last else "mid" if rung > 1 else "soft"
-            how: dict[str, Any] = {"names": names, "look": "dots", "color": color}
-            series.append(Series(name=f"rung {rung}", points=points, **how))
+            series.append(Series(name=f"rung {rung}", points=points, look="dots", color=color))
         for row, seeds, color in bars:
             losses = [loss for loss in seeds.values() if loss is not None]
             if losses and row["params"].get(name) is not None:  # of steps and epochs it has one
                 points = [(at(row), f(losses)) for f in (min, max)]
                 series.append(Series(name="", points=points, look="both", color=color))
-        how = {"x_label": "", "x_ticks": ticks, "log_x": log, "near": True}
-        yield Chart(name=f"over {name}", title=name, series=series, **how)
+        yield Chart(title=name, series=series, x_label="", x_ticks=ticks, log_x=log)
 
 
 def _axis(record: Record, name: str) -> tuple[Callable[[Row], float], Any, bool]:

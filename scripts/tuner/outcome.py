@@ -137,6 +137,7 @@ def leaderboard(search: Search) -> Iterator[dict[str, Any]]:
         if trial in finalists:
             state = "winner" if trial == winner else "finalist"
             seeds["seeds"] = {r.seed: _finite(r.loss) for r in search.seeds_of(trial)}
+            seeds["mean"] = _finite(fmean(search.losses_of(trial)))
         yield {
             "place": number,
             "trial": trial,
