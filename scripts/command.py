@@ -1,7 +1,5 @@
 """`lora-gpt2 train|generate|predict|merge|search|report`: the scripts, anywhere."""
 
-from __future__ import annotations
-
 import sys
 
 from .cli.guard import VERBS, start

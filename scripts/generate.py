@@ -1,7 +1,5 @@
 """Continue a prompt with a GPT-2, and with an adapter if one is given."""
 
-from __future__ import annotations
-
 if __name__ == "__main__":  # on top: Ctrl-C during the imports below is one line
     import sys
 

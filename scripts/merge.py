@@ -1,7 +1,5 @@
 """Fold an adapter into its base and write the result, which needs no LoRA to run."""
 
-from __future__ import annotations
-
 if __name__ == "__main__":  # on top: Ctrl-C during the imports below is one line
     import sys
 

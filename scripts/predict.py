@@ -1,7 +1,5 @@
 """Continue every prompt of a file; the same command goes on where it was stopped."""
 
-from __future__ import annotations
-
 if __name__ == "__main__":  # on top: Ctrl-C during the imports below is one line
     import sys
 
@@ -28,7 +26,7 @@ from gpt2.training import fingerprints
 from .cli.console import bar
 from .cli.guard import Arguments, guarded
 from .cli.options import FLAG, AtLeastOne, add_model_options, build, parse, parser
-from .runs import answers, data, folder, record
+from .runs import answers, data, folder
 
 AGAIN = "Name another --output, or pass --overwrite true."
 
@@ -68,7 +66,12 @@ def main(argv: Arguments = None) -> None:
                     known = {"references": prompt.references} if prompt.references else {}
                     stream.write(json.dumps({**line, **known}, ensure_ascii=False) + "\n")
                     advance(1)
-        reader.console.print(f"{score(file)}Predictions: {file}", soft_wrap=True)
+        known = [line for line in _lines(file) if "references" in line]
+        exact = sum(line["prediction"] in line["references"] for line in known)
+        if known:
+            share = f"{exact / len(known):.1%}"
+            print(f"{exact:,} of {len(known):,} answered as a reference ({share}).")
+        reader.console.print(f"Predictions: {file}", soft_wrap=True)
 
 
 def made_with(options: Namespace, base: gpt2.GPT2, adapter: Path | None) -> dict[str, Any]:
@@ -92,8 +95,6 @@ def digest(files: Iterable[Path]) -> str:
 def begun(file: Path, made: Mapping[str, Any], total: int, *, overwrite: bool) -> Iterator[int]:
     """Lock a file that is new, or made with the same; gives how many prompts it has."""
     about = file.with_name(f"{file.name}.made.json")
-    if file.exists() and not file.is_file():
-        raise ValueError(f"{file} is not this script's, for it is no file. {AGAIN}")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.open("a").close()
     with folder.locked(file, option="--output"):
@@ -102,7 +103,7 @@ def begun(file: Path, made: Mapping[str, Any], total: int, *, overwrite: bool) -
             folder.write_whole(about, json.dumps(made, indent=2))
         elif not about.is_file():
             raise ValueError(f"{file} is not this script's, for {about.name} is missing. {AGAIN}")
-        elif odd := record.differences(json.loads(about.read_text(encoding="utf-8")), made):
+        elif odd := folder.differences(json.loads(about.read_text(encoding="utf-8")), made):
             raise ValueError(f"{file} was made with other options: {odd}. {AGAIN}")
         try:
             yield len(_lines(file))
@@ -110,15 +111,6 @@ def begun(file: Path, made: Mapping[str, Any], total: int, *, overwrite: bool) -
             done = f"{len(_lines(file)):,} of {total:,} prompts are answered in {file}"
             stop.add_note(f"{done}; the same command goes on from there.")
             raise
-
-
-def score(file: Path) -> str:
-    """How many prompts were answered as a reference, word for word."""
-    lines = [line for line in _lines(file) if "references" in line]
-    if not lines:
-        return ""
-    exact = sum(line["prediction"] in line["references"] for line in lines)
-    return f"{exact:,} of {len(lines):,} answered as a reference ({exact / len(lines):.1%}). "
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:

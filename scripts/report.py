@@ -1,7 +1,5 @@
 """Make the report of a run, ended or killed, or one page that compares several."""
 
-from __future__ import annotations
-
 if __name__ == "__main__":  # on top: Ctrl-C during the imports below is one line
     import sys
 
@@ -32,7 +30,7 @@ def main(argv: Arguments = None) -> None:
     runs = [Path(run) for run in options.runs]
     records = [read(run) for run in runs]
     file = Path(options.output or (COMPARED if len(runs) > 1 else runs[0] / folder.REPORT))
-    if file.exists() and not (file.is_file() and page.is_ours(file)):
+    if file.exists() and not (file.is_file() and page.GENERATOR in file.read_text("utf-8")):
         raise ValueError(f"{file} is no report and is left as it is: choose another --output.")
     folder.write_whole(file, page.html(records))
     print(file)

@@ -1,7 +1,5 @@
 """Find the best adapter: many train side by side, the worse retire, the best run again."""
 
-from __future__ import annotations
-
 if __name__ == "__main__":  # on top: Ctrl-C during the imports below is one line
     import sys
 
@@ -24,7 +22,7 @@ from .cli.console import bar
 from .cli.guard import Arguments, guarded
 from .cli.options import AtLeastOne, AtLeastTwo, add_options, parse, parser, training
 from .page import page
-from .runs import adapter_stats, data, folder, processes, record, resume
+from .runs import answers, data, folder, processes, resume
 from .tuner import checkpoint, outcome, sampler
 from .tuner.halving import Plan
 from .tuner.search import Search
@@ -69,7 +67,9 @@ def waves_of(options: Namespace, reader: data.Reader, split: data.Split) -> Wave
     usual = usual_of(options)
     names = "trials rungs keep slots sampler finalists seeds".split()
     known = read_space(options.space, options.trials, usual)
-    plan = Plan(space=known, usual=usual, **{name: options[name] for name in names})
+    cooldown = 0 if options.schedule == "constant" else Plan.cooldown  # no rate falls
+    sizes = {name: options[name] for name in names}
+    plan = Plan(space=known, usual=usual, cooldown=cooldown, **sizes)
     plan.check(split.train)
     assert split.validation is not None
     waves = Waves(reader.model, split.train, split.validation, plan, reader.console.print)
@@ -80,7 +80,7 @@ def waves_of(options: Namespace, reader: data.Reader, split: data.Split) -> Wave
 @guarded
 def main(argv: Arguments = None) -> None:
     """Load, plan, search, record, page."""
-    clock = record.Clock()
+    clock = folder.Clock()
     with processes.joined():
         with processes.agreed():
             options = options_of(argv)
@@ -91,7 +91,7 @@ def main(argv: Arguments = None) -> None:
             split = reader.split(options.data, training(options))
             waves = waves_of(options, reader, split)
             made_of = {"data": split.made_of, "base": fingerprints.of_base(model)}
-        line = f"{record.examples_line(split.train)}{split.message} {waves.plan.message()}"
+        line = f"{folder.examples_line(split.train)}{split.message} {waves.plan.message()}"
         console.print(line, soft_wrap=True)
         clock.lap("load")
         with resume.begun(start, options) as root, waves:
@@ -99,7 +99,7 @@ def main(argv: Arguments = None) -> None:
             with processes.agreed():
                 if not processes.rank():
                     files.begin(made_of)
-            total = waves.plan.steps(gpt2.total_steps(split.train, training(options)))
+            total = waves.plan.cost(gpt2.total_steps(split.train, training(options)))
             with bar(console, "adapter-steps", total) as progress:
                 how = {"checkpoint": files, "progress": progress, "tell": console.print}
                 search = Search(waves=waves, **how)
@@ -107,15 +107,15 @@ def main(argv: Arguments = None) -> None:
             if processes.rank():
                 return  # the first goes on alone
             clock.lap("search")
-            measure = partial(adapter_stats.measure, split=split, tokenizer=reader.tokenizer)
+            measure = partial(answers.measure, split=split, tokenizer=reader.tokenizer)
             ids, asked = split.train[0][0].tolist(), int(split.train.prompts[0])
             prompt, best = reader.tokenizer.decode(ids[: asked or 8]), root / folder.WINNER
             use = folder.commands([best], options.model_name, prompt)
-            facts = record.about(options, model, clock, [split.train])
+            facts = folder.about(options, model, clock, [split.train])
             facts["commands"] = {"use": use}
             outcome.write(search, resume.kept(options), root, facts, measure)
             page.write(root)
             files.remove()  # the search is over
         winner = search.runs[search.winner].recipe.values([*waves.plan.space.axes])
         console.print(outcome.results(search)["verdict"], f"The winner has {winner}.")
-        record.end(console, root, use)
+        folder.end(console, root, use)

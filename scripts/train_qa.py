@@ -1,7 +1,5 @@
 """Tune a GPT-2 on examples with LoRA, and show its answers before and after."""
 
-from __future__ import annotations
-
 if __name__ == "__main__":  # on top: Ctrl-C during the imports below is one line
     import sys
 
@@ -16,12 +14,13 @@ from jsonargparse import Namespace
 
 import gpt2
 import lora
+from gpt2.data.held_out import is_within
 from gpt2.training import snapshots
 
 from .cli.guard import Arguments, guarded
 from .cli.options import AtLeastOne, add_options, build, parse, parser, training
 from .page import page
-from .runs import answers, data, folder, processes, record, resume, train
+from .runs import answers, data, folder, processes, resume, train
 
 DEMO = Path(__file__).resolve().parent / "configs" / "demo.yaml"
 
@@ -53,7 +52,7 @@ def options_of(argv: Arguments) -> Namespace:
 @guarded
 def main(argv: Arguments = None) -> None:
     """Load, inject, baseline answers, train, answers, record, page."""
-    clock = record.Clock()
+    clock = folder.Clock()
     with processes.joined():
         with processes.agreed():
             options = options_of(argv)
@@ -93,18 +92,20 @@ def main(argv: Arguments = None) -> None:
             heads = ["base", *names, "mixture"] if options.tasks else ["base", "tuned"]
             rows_of_ids = [[*old, *new] for old, new in zip(baseline, tuned, strict=True)]
             texts = [[*map(reader.tokenizer.decode, row)] for row in rows_of_ids]
-            rows = answers.compare(prompts, heads, texts, data.trained(sources, options))
+            side = data.shares(options)["train"]
+            examples = [e for many in sources.values() for e in many if is_within(e, side)]
+            rows = answers.compare(prompts, heads, texts, examples)
             if not options.tasks:
                 whole = all(len(examples) < data.FIRST for examples in sources.values())
                 answers.judge(rows, tuned, sampling, whole=whole)
-            facts = record.about(options, model, clock, [s.train for s in splits.values()])
+            facts = folder.about(options, model, clock, [s.train for s in splits.values()])
             facts |= {"parameters": counts, **results.get(train.ALONE, {})}
             facts |= answers.publish(rows, root, console)
             adapters = [root / name for name in names] if options.tasks else [root]
             prompt = min((p.text for p in prompts), key=len, default="Once upon a time")
             use = folder.commands(adapters, options.model_name, prompt)
-            record.write(root, {**facts, "commands": {"use": use}})
+            folder.write(root, {**facts, "commands": {"use": use}})
             page.write(root)
             for name in names:
                 snapshots.remove(train.directory_of(root, name))  # the run is over
-        record.end(console, root, use)
+        folder.end(console, root, use)

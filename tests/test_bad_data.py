@@ -142,7 +142,7 @@ def test_a_full_disk_after_training_says_where_the_adapter_is(
     file, script, tmp_path, monkeypatch, capsys, many
 ):
     real = {"loss.png": ("page.charts", "png"), "answers.md": ("runs.answers", "publish")}
-    module, name = real.get(file, ("runs.record", "write"))
+    module, name = real.get(file, ("runs.folder", "write"))
 
     def full(*_, **__) -> None:
         raise OSError(28, "No space left on device")

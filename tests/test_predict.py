@@ -81,7 +81,7 @@ def test_each_prompt_once_in_order_with_all_its_references(batch_size, capsys):
     assert found[0]["references"] == [" 0", " another"]
     assert found[1]["references"] == [" 1"]
     out, error = capsys.readouterr()
-    assert out == "0 of 12 answered as a reference (0.0%). Predictions: predictions.jsonl\n"
+    assert out == "0 of 12 answered as a reference (0.0%).\nPredictions: predictions.jsonl\n"
     assert error == ""
 
 
@@ -256,7 +256,7 @@ def test_a_file_of_somebody_else_is_not_touched(capsys):
     Path("predictions.jsonl").write_text("mine\n")
     assert "is not this script" in refused(capsys)
     Path("folder").mkdir()
-    assert "is not this script" in refused(capsys, "--output", "folder")
+    assert "Is a directory" in refused(capsys, "--output", "folder")
 
 
 @pytest.mark.parametrize(

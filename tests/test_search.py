@@ -67,7 +67,9 @@ def made(script, tmp_path_factory):
 def facts(course) -> list[object]:
     """All that must be equal."""
     runs = [*course.runs, *(run for own in course.again.values() for run in own)]
-    curves = [(r.trial, r.seed, r.curve, sorted(r.losses.items()), r.ended) for r in runs]
+    curves = [
+        (r.trial, r.recipe.training.seed, r.curve, sorted(r.losses.items()), r.ended) for r in runs
+    ]
     return [curves, course.rungs, course.winner, course.finalists, course.values, course.tested]
 
 
@@ -120,7 +122,7 @@ def test_all_of_a_rung_rest_at_the_same_share_and_the_worst_retire(made):
     assert {course.runs[n].taken for n in retired} == {course.runs[n].total // 4 for n in retired}
     assert all(course.runs[n].position is None for n in retired)
     copies = 8 + 4  # one step each
-    assert course.plan.steps(10) > course.done == copies + sum(
+    assert course.plan.cost(10) > course.done == copies + sum(
         run.taken for run in [*course.runs, *(r for own in course.again.values() for r in own)]
     )  # fmt: skip
 
@@ -607,17 +609,18 @@ def test_what_a_search_is_going_to_do(made):
     assert "8/4/2 trials train to 25/50/100 % of their schedules, 3 at a time;" in told
 
 
-def test_the_cost_of_judging_grows_with_the_waves_and_not_with_their_square(made, script):
+def test_the_cost_of_judging_grows_with_the_waves_and_not_with_their_square(
+    made, script, monkeypatch
+):
     halving = script("tuner.halving").Halving
     calls, real = [0], halving.going_on
 
-    class Counted(halving):
-        def going_on(self, losses, rung):
-            calls[0] += len(losses)
-            return real(self, losses, rung)
+    def counted(plan, losses, rung):
+        calls[0] += len(losses)
+        return real(plan, losses, rung)
 
+    monkeypatch.setattr(halving, "going_on", counted)
     course = made(given={"lr": {"low": 1e-3, "high": 1e-1}}, trials=48, slots=16, rungs=2, keep=4)
-    vars(course.plan)["halving"] = Counted(trials=48, rungs=2, keep=4)
     course.search(None)
     assert calls[0] < 48 * 8  # once a wave and a few times a rung, not once a trial
 

@@ -1,7 +1,5 @@
 """What a script shows: text as it is, tables, a progress bar on a terminal."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -10,7 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-Advance = Callable[..., None]  # by how many; a text, or the share that is done
+Advance = Callable[..., None]  # by how many, perhaps with a text
 
 
 class Plain(Console):
@@ -36,10 +34,8 @@ def bar(
     with Progress(*columns, TimeRemainingColumn(), **how) as progress:
         task = progress.add_task(text, total=total, completed=completed, visible=False)
 
-        def advance(more: int, text: str | None = None, share: float | None = None) -> None:
+        def advance(more: int, text: str | None = None) -> None:
             progress.update(task, advance=more, description=text, visible=True)
-            if share:
-                progress.update(task, total=progress.tasks[0].completed / share)
 
         yield advance
 

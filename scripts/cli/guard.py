@@ -1,7 +1,5 @@
 """How a script starts and ends: an error and a signal are one line each."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 import io

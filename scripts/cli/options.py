@@ -1,7 +1,5 @@
 """Options from flags and a YAML file, by jsonargparse."""
 
-from __future__ import annotations
-
 import glob
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence

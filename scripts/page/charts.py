@@ -3,8 +3,6 @@
 The SVG is stretched over its frame; strokes, dots and the labels, which are HTML, are not.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,29 +14,6 @@ SIDE = 1000  # units of a drawing, across and down
 COLORS = {"accent": "#1c6c86", "mid": "#74a9ba", "soft": "#a5a199", "2": "#c4602a", "4": "#8a5aa8"}
 UNIT = "nats a token"
 Points = Sequence[tuple[float, float]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Series:
-    """Points of one name; a line has a gap where they are not finite."""
-
-    name: str
-    points: Points
-    look: str = "line"  # or dots, or both; and faint for what stands behind
-    color: str = "accent"  # or mid, soft, a number
-
-    def paths(self, x: Axis, y: Axis) -> Iterator[tuple[str, str]]:
-        """The series as SVG paths, each with its class."""
-        line, dots, pen = "", "", "M"
-        for a, b in self.points:
-            if math.isfinite(b):
-                at = f"{round(SIDE * x.at(a))} {SIDE - round(SIDE * y.at(b))}"
-                line, dots = f"{line}{pen}{at}", f"{dots}M{at}h0"
-            pen = "L" if math.isfinite(b) else "M"
-        if "dots" not in self.look:
-            yield line, f"c-{self.color} {self.look} l"
-        if "dots" in self.look or "both" in self.look:
-            yield dots, f"c-{self.color} {self.look} d"
 
 
 @dataclass(frozen=True)
@@ -66,6 +41,29 @@ class Axis:
             locator = LogLocator(subs=subs, numticks=6)
         values = map(float, locator.tick_values(self.low, self.high))
         return [v for v in values if self.low <= v <= self.high] or [self.low, self.high]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """Points of one name; a line has a gap where they are not finite."""
+
+    name: str
+    points: Points
+    look: str = "line"  # or dots, or both; and faint for what stands behind
+    color: str = "accent"  # or mid, soft, a number
+
+    def paths(self, x: Axis, y: Axis) -> Iterator[tuple[str, str]]:
+        """The series as SVG paths, each with its class."""
+        line, dots, pen = "", "", "M"
+        for a, b in self.points:
+            if math.isfinite(b):
+                at = f"{round(SIDE * x.at(a))} {SIDE - round(SIDE * y.at(b))}"
+                line, dots = f"{line}{pen}{at}", f"{dots}M{at}h0"
+            pen = "L" if math.isfinite(b) else "M"
+        if "dots" not in self.look:
+            yield line, f"c-{self.color} {self.look} l"
+        if "dots" in self.look or "both" in self.look:
+            yield dots, f"c-{self.color} {self.look} d"
 
 
 @dataclass(frozen=True, kw_only=True)

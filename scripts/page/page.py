@@ -1,7 +1,5 @@
 """A run's `report.html`, one file that loads nothing: its template is page.html.j2."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -33,12 +31,6 @@ def write(root: Path) -> None:
         charts.png([searched.by_rung(record), *rates], root / folder.SEARCH_PLOT)
     elif record.steps:
         charts.png([loss(record)], root / folder.PLOT)
-
-
-def is_ours(file: Path) -> bool:
-    """Whether a file is a report, and may be written anew."""
-    with file.open("rb") as stream:
-        return GENERATOR.encode() in stream.read(500)
 
 
 def html(records: Sequence[Record]) -> str:

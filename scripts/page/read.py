@@ -1,7 +1,5 @@
 """What a run's folder tells of it, ended or killed: one plain value for the report."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,12 +24,7 @@ class Record:
     validation: Mapping[int, float]  # the loss on validation data by step
     best_step: int | None  # whose weights were kept; of a killed run the best so far
     board: list[Row]
-    tasks: list[Record]  # one an adapter
-
-    @property
-    def best_loss(self) -> float | None:
-        """The validation loss of the best step."""
-        return self.validation.get(self.best_step or 0)
+    tasks: list["Record"]  # one an adapter
 
 
 def read(root: Path) -> Record:

@@ -1,7 +1,5 @@
 """What a search's report shows, as plain values."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,12 +7,13 @@ from typing import Any
 from .charts import UNIT, Chart, Series, text
 from .read import Record, Row
 
-Table = tuple[list[str], list[list[str]]]
-
 
 def by_rung(record: Record) -> Chart:
     """Each trial's loss from rung to rung, until it retired."""
-    last, states = _last(record), {"finalist": ("both", "4"), "winner": ("both", "accent")}
+    last, states = (
+        max(row["rung"] for row in record.board),
+        {"finalist": ("both", "4"), "winner": ("both", "accent")},
+    )
     series: list[Series] = []
     for state, (look, color) in {"others": ("both faint", "soft"), **states}.items():
         points: list[tuple[float, float]] = []
@@ -30,7 +29,7 @@ def by_rung(record: Record) -> Chart:
 
 def over_each(record: Record) -> Iterator[Chart]:
     """The loss over each hyper-parameter, with bars for the seeds of finalists."""
-    last, usual = _last(record), record.run["default"]
+    last, usual = max(row["rung"] for row in record.board), record.run["default"]
     bars = [(row, row["seeds"], "accent") for row in record.board if row.get("seeds")]
     bars.append(({**usual, "trial": 0}, usual["selection"]["seeds"], "2"))
     for name in record.board[0]["params"]:
@@ -65,10 +64,6 @@ def _axis(record: Record, name: str) -> tuple[Callable[[Row], float], Any, bool]
         return columns[text(row["params"][name])] + 0.5 * beside
 
     return at, [(float(i), brief(value)) for i, value in enumerate(kinds.values())], False
-
-
-def _last(record: Record) -> int:
-    return max(row["rung"] for row in record.board)
 
 
 def brief(value: Any) -> str:

@@ -1,7 +1,5 @@
 """What a run reads: examples, splits, prompts to try."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -11,7 +9,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 import gpt2
-from gpt2.data.held_out import ALL, Range, is_within, sides, without_overlap
+from gpt2.data.held_out import ALL, Range, sides, without_overlap
 
 from ..cli.console import Plain, bar
 from . import processes
@@ -68,7 +66,7 @@ class Reader:
                 side=side,
                 max_length=length,
                 tell=lambda line: self.console.print(line, soft_wrap=True),
-                progress=lambda more, share: advance(more, share=share),
+                progress=lambda more, _: advance(more),
                 **how,
             )
 
@@ -129,12 +127,6 @@ def read(options: Namespace) -> Sources:
     """The data files, and as many of their examples as are looked at."""
     stream, fields = gpt2.stream_examples, options.fields
     return {f: [*islice(stream(f, fields), FIRST)] for f in options.tasks or [options.data]}
-
-
-def trained(sources: Sources, options: Namespace) -> list[gpt2.Example]:
-    """The examples that are trained on, as far as they are read."""
-    side = shares(options)["train"]
-    return [e for examples in sources.values() for e in examples if is_within(e, side)]
 
 
 def prompts_of(sources: Sources, options: Namespace) -> list[Prompt]:

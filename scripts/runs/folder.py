@@ -1,18 +1,25 @@
-"""A run's folder: the names of its files, its number, one run at a time in it."""
-
-from __future__ import annotations
+"""A run's folder and its record: names of files, one run at a time, run.json."""
 
 import fcntl
 import json
 import os
+import platform
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from itertools import count
 from pathlib import Path
+from time import perf_counter
+from typing import Any
 
+import torch
+from jsonargparse import Namespace
+from rich.console import Console
+
+import gpt2
 from gpt2.training.snapshots import NAMES as SNAPSHOTS
 
 from ..cli.options import program
@@ -124,3 +131,66 @@ def commands(adapters: Sequence[Path], base: str, prompt: str) -> str:
                 start = [sys.executable, str(Path(__file__).resolve().parents[1] / start[0])]
             lines.append(shlex.join([*start, *more]))
     return "\n".join(lines)
+
+
+class Clock:
+    """Seconds between laps, by their names."""
+
+    def __init__(self) -> None:
+        self.laps, self._last = dict[str, float](), perf_counter()
+
+    def lap(self, name: str) -> None:
+        """End a lap."""
+        now = perf_counter()
+        self.laps[name], self._last = round(now - self._last, 3), now
+
+
+def about(
+    options: Namespace, model: gpt2.GPT2, clock: Clock, data: Sequence[gpt2.Dataset]
+) -> dict[str, Any]:
+    """What any run has beside its results; `data` is what was trained on."""
+    weight = next(model.parameters())
+    machine: dict[str, Any] = {"processor": platform.machine(), "cores": os.cpu_count()}
+    if weight.is_cuda:
+        machine["gpu"] = torch.cuda.get_device_name(weight.device)
+    return {
+        "config": {name: value for name, value in options.as_dict().items() if name != "config"},
+        "device": str(weight.device),
+        "machine": machine,
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
+        "seconds": clock.laps,
+        "data": {
+            "examples": sum(map(len, data)),
+            "tokens": sum(one.n_tokens for one in data),
+            "truncated": sum(one.truncated for one in data),
+        },
+    }
+
+
+def write(root: Path, record: Mapping[str, Any]) -> None:
+    """Write the record of a run, which means that the run has ended."""
+    text = json.dumps(record, indent=2, ensure_ascii=False, default=asdict)
+    write_whole(root / RUN, f"{text}\n")
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()) -> str:
+    """In which values two records differ, but for free ones; empty for none."""
+    now = json.loads(json.dumps(now))  # as it is read back
+    names = [n for n in {**then, **now} if n not in free and then.get(n) != now.get(n)]
+    return ", ".join(f"{n} was {then.get(n)!r:.80}, is {now.get(n)!r:.80}" for n in names)
+
+
+def examples_line(data: gpt2.Dataset) -> str:
+    """How much there is to train on, and how many examples were cut."""
+    line = f"{len(data):,} examples, {data.n_tokens:,} tokens"
+    if data.truncated:
+        share = f"{data.truncated:,} ({data.truncated / len(data):.1%})"
+        line += f"; {share} were longer than {data.longest} and were cut: see --max_token_length"
+    return f"{line}."
+
+
+def end(console: Console, root: Path, use: str) -> None:
+    """Where everything is, and the commands that use it."""
+    names = ", ".join(sorted(file.name for file in root.iterdir()))
+    for line in (f"Saved in {root}: {names}", "To use it:", use):
+        console.print(line, soft_wrap=True)

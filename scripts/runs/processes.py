@@ -1,7 +1,5 @@
 """The processes that torchrun starts, of which the first prints and writes."""
 
-from __future__ import annotations
-
 import os
 import re
 import sys
@@ -59,20 +57,19 @@ def joined() -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     how = {"store": store, "rank": number, "world_size": count, "timeout": timedelta(days=1)}
     group.init_process_group(backend, **how)
-    with warnings.catch_warnings():
-        if number:
-            warnings.simplefilter("ignore")
-        try:
-            yield
-            _meet()
-        except BaseException as error:
-            if not number:
-                store.set("ended", str((error.code or 0) if isinstance(error, SystemExit) else 1))
-            elif not isinstance(error, SystemExit):
-                if store.check(["ended"]):  # so its connection closed
-                    raise SystemExit(int(store.get("ended"))) from None
-                error.args = (f"Process {number}: {error}",)
-            raise
+    if number:
+        warnings.simplefilter("ignore")
+    try:
+        yield
+        _meet()
+    except BaseException as error:
+        if not number:
+            store.set("ended", str((error.code or 0) if isinstance(error, SystemExit) else 1))
+        elif not isinstance(error, SystemExit):
+            if store.check(["ended"]):  # so its connection closed
+                raise SystemExit(int(store.get("ended"))) from None
+            error.args = (f"Process {number}: {error}",)
+        raise
     if torch.cuda.is_available():  # a captured collective keeps the group
         sys.stdout.flush()
         os._exit(0)

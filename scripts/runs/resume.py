@@ -1,7 +1,5 @@
 """Whether a run begins or is resumed, and where: decided before a write."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 from jsonargparse import Namespace
 
-from . import folder, processes, record
+from . import folder, processes
 
 TRANSIENT = ("config", "resume", "overwrite", "res_path")  # of a start
 FREE = "logging_steps prompts generate device cache sync_every save_every".split()
@@ -112,7 +110,7 @@ def kept(options: Namespace) -> dict[str, Any]:
 
 def check_same(root: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """A ValueError where a run would not be resumed as it was begun."""
-    if odd := record.differences(then, now, FREE):
+    if odd := folder.differences(then, now, FREE):
         raise ValueError(
             f"The run in {root} cannot be gone on with: {odd}. Give what it was begun with, or "
             "begin anew in another folder."

@@ -1,14 +1,12 @@
 """The training of one adapter, alone or one of several, and what outlives it, however it ends."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 
@@ -18,7 +16,7 @@ from gpt2.training import snapshots
 
 from ..cli.console import bar
 from ..cli.options import build
-from . import adapter_stats, folder, processes, record, resume
+from . import answers, folder, processes, resume
 from .data import Reader, Split
 
 ALONE = "default"  # the adapter's name in the model where there is one
@@ -80,7 +78,7 @@ def train_one(
     how: dict[str, Any] = {"groups": groups, "validation": split.validation, "run": run}
     fit = gpt2.fit(model, split.train, config, **how, resume=again)
     steps = f"{fit.total:,} steps, by {options.config}.{split.message}"
-    line = f"{record.examples_line(split.train)} {steps}"
+    line = f"{folder.examples_line(split.train)} {steps}"
     console.print(line if alone else f"{name}: {line}", soft_wrap=True)
     if processes.rank():  # the first shows and writes for all
         for _ in fit:
@@ -92,14 +90,12 @@ def train_one(
         "seed": options.seed,
         "command": f"train_qa.py --config {folder.OPTIONS}",
     }
-    best = root / folder.ADAPTER if alone else directory
-    target = Target(name, root, directory, best)
-    with saved(fit, target, notes):
-        follow(fit, target, console, options.logging_steps)
+    with saved(fit, name, root, notes):
+        follow(fit, directory, console, options.logging_steps)
     results = {"steps": fit.taken, MADE_OF: split.made_of, **_evaluated(reader, split, fit)}
-    results |= adapter_stats.measure(model, split, reader.tokenizer)
+    results |= answers.measure(model, split, reader.tokenizer)
     if not alone:
-        record.write(directory, results)
+        folder.write(directory, results)
     return results
 
 
@@ -117,21 +113,11 @@ def _evaluated(reader: Reader, split: Split, fit: gpt2.Fit) -> dict[str, Any]:
     return results
 
 
-class Target(NamedTuple):
-    """Where an adapter goes."""
-
-    adapter: str  # its name in the model
-    run: Path
-    directory: Path  # of metrics, snapshots and the last weights
-    best: Path
-
-
-def follow(fit: gpt2.Fit, target: Target, console: Console, every: int) -> None:
+def follow(fit: gpt2.Fit, directory: Path, console: Console, every: int) -> None:
     """Take the steps, recorded, with a line for every so many."""
-    _drop_later_metrics(fit, target.directory)
     tokens, began, recent = 0, perf_counter(), list[float]()
     with bar(console, total=fit.total, completed=fit.told) as advance:
-        for step in recorded(fit, target.directory):
+        for step in recorded(fit, directory):
             if step.step == 1 and fit.evaluated:
                 console.print(f"step     0 · validation {fit.evaluated[0]:.4f}")
             recent.append(step.loss)
@@ -148,16 +134,16 @@ def follow(fit: gpt2.Fit, target: Target, console: Console, every: int) -> None:
 
 
 @contextmanager
-def saved(fit: gpt2.Fit, target: Target, notes: Mapping[str, object]) -> Iterator[None]:
+def saved(fit: gpt2.Fit, name: str, root: Path, notes: Mapping[str, Any]) -> Iterator[None]:
     """Save the adapter, with notes, however the block ends."""
     try:
         yield
-        _save(fit, target, notes)
+        _save(fit, name, root, notes)
     except BaseException as stop:
         if not fit.taken:
             raise
         try:
-            stop.add_note(_save(fit, target, notes))
+            stop.add_note(_save(fit, name, root, notes))
         except (OSError, ValueError, RuntimeError) as error:
             stop.add_note(f"The adapter cannot be saved either: {error}.")
         if not isinstance(stop, RuntimeError | ValueError):
@@ -166,41 +152,38 @@ def saved(fit: gpt2.Fit, target: Target, notes: Mapping[str, object]) -> Iterato
             except OSError as error:
                 stop.add_note(f"The snapshot cannot be saved: {error}.")
             if fit.saved_step:
-                stop.add_note(f"Go on with --resume {target.run}.")
+                stop.add_note(f"Go on with --resume {root}.")
         raise
 
 
-def _save(fit: gpt2.Fit, target: Target, notes: Mapping[str, object]) -> str:
-    adapter, best, taken = target.adapter, fit.best_step, fit.taken
+def _save(fit: gpt2.Fit, name: str, root: Path, notes: Mapping[str, Any]) -> str:
+    best, taken = fit.best_step, fit.taken
+    path = root / (folder.ADAPTER if name == ALONE else name)
     facts = {**notes, "steps": taken if best is None else best}
     if best is not None:
         facts["validation loss"] = f"{fit.evaluated[best]:.4f}"
     with fit.best_weights():
-        lora.save(fit.model, target.best, adapter=adapter, notes=facts)
+        lora.save(fit.model, path, adapter=name, notes=facts)
     if best is None:
-        return f"The adapter as it was after step {taken} is saved in {target.best}."
-    last = target.directory / folder.LAST
+        return f"The adapter as it was after step {taken} is saved in {path}."
+    last = directory_of(root, name) / folder.LAST
     with fit.last_weights():
-        lora.save(fit.model, last, adapter=adapter, notes={**notes, "steps": taken})
-    where = f"is saved in {target.best}, the last, of step {taken}, in {last}."
+        lora.save(fit.model, last, adapter=name, notes={**notes, "steps": taken})
+    where = f"is saved in {path}, the last, of step {taken}, in {last}."
     return f"The best adapter, of step {best}, {where}"
 
 
 def recorded(fit: gpt2.Fit, directory: Path) -> Iterator[gpt2.StepRecord]:
     """Write each step as a line of JSON, as it comes."""
-    with (directory / folder.METRICS).open("a", encoding="utf-8", buffering=1) as file:
-        for step in fit:
-            yield step  # first, in case the disk is full
-            row = {name: value for name, value in asdict(step).items() if value is not None}
-            file.write(json.dumps(row) + "\n")
-
-
-def _drop_later_metrics(fit: gpt2.Fit, directory: Path) -> None:
-    """Drop lines that are torn, or whose step is taken again."""
     file, rows = directory / folder.METRICS, dict[int, str]()
-    if fit.told and file.exists():
+    if fit.told and file.exists():  # a kill may have torn a line, or lost steps that were counted
         for line in file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
             with suppress(ValueError, LookupError, TypeError):
                 rows[int(json.loads(line)["step"])] = line
         kept = [line for step, line in sorted(rows.items()) if step <= fit.told]
         folder.write_whole(file, "".join(kept))
+    with file.open("a", encoding="utf-8", buffering=1) as stream:
+        for step in fit:
+            yield step  # first, in case the disk is full
+            row = {name: value for name, value in asdict(step).items() if value is not None}
+            stream.write(json.dumps(row) + "\n")

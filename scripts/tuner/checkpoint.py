@@ -1,7 +1,5 @@
 """What is kept of a search until it ends: a file a wave, anew each minute."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -7,12 +7,9 @@ Sources: Jamieson and Talwalkar 2016, arXiv 1502.07943; for the copies Hägele e
 arXiv 2405.18392.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 
 import gpt2
 
@@ -79,24 +76,15 @@ class Halving:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Plan(Halving):
     """What is searched, and how."""
 
     space: Space  # what varies
     usual: Recipe  # what does not: the default configuration
-    trials: int
-    rungs: int
-    keep: int
     slots: int  # trainings at a time
     sampler: str  # "random" or "tpe"
     finalists: int  # trials of the last rung that run again
     seeds: int  # of each finalist
-
-    @cached_property
-    def halving(self) -> Halving:
-        """The rungs; without copies where no rate falls."""
-        cooldown = 0 if self.usual.training.schedule == "constant" else Halving.cooldown
-        return Halving(trials=self.trials, rungs=self.rungs, keep=self.keep, cooldown=cooldown)
 
     @property
     def seed(self) -> int:
@@ -116,19 +104,19 @@ class Plan:
         for name in {"steps", "epochs"} & {*self.space.axes}:
             shortest = shortest.varied({name: int(self.space.ends(name, 1)[0])})
         least, warmup = gpt2.total_steps(train, shortest.training), shortest.training.warmup_steps
-        if faults := self.halving.faults(least, self.finalists, warmup or 0):
+        if faults := self.faults(least, self.finalists, warmup or 0):
             raise ValueError(f"The rungs do not fit: {'; '.join(faults)}.")
 
-    def steps(self, total: int) -> int:
+    def cost(self, total: int) -> int:
         """Adapter-steps of all, if each training has so many."""
         again = self.finalists * (self.seeds - 1) + self.seeds
-        rungs = enumerate(self.halving.alive)
-        return again * total + sum(n * self.halving.steps(rung, total) for rung, n in rungs)
+        rungs = enumerate(self.alive)
+        return again * total + sum(n * self.steps(rung, total) for rung, n in rungs)
 
     def message(self) -> str:
         """What the search is going to do."""
-        alive = "/".join(map(str, self.halving.alive))
-        percent = "/".join(f"{100 * share:.3g}" for share in self.halving.shares)
+        alive = "/".join(map(str, self.alive))
+        percent = "/".join(f"{100 * share:.3g}" for share in self.shares)
         return (
             f"{alive} trials train to {percent} % of their schedules, {self.slots} at a time; then "
             f"{self.finalists} finalists and the default configuration over {self.seeds} seeds."

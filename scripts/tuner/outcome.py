@@ -1,7 +1,5 @@
 """What came out of a search: who won, by how much, and the files that stay."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +12,7 @@ import yaml
 import gpt2
 import lora
 
-from ..runs import folder, record
+from ..runs import folder
 from . import sampler
 from .search import Search
 from .trials import DEFAULT, Trial
@@ -54,7 +52,7 @@ def write(
     rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in leaderboard(search)]
     folder.write_whole(root / folder.LEADERBOARD, "".join(rows))
     sampler.write_study(root / folder.STUDY, search.plan.space, search.known())
-    record.write(root, {"kind": "search", **facts, **results(search), **stats})
+    folder.write(root, {"kind": "search", **facts, **results(search), **stats})
 
 
 def differ(one: Sequence[float], other: Sequence[float]) -> bool:
@@ -69,15 +67,11 @@ def differ(one: Sequence[float], other: Sequence[float]) -> bool:
     return abs(fmean(differences)) > T[min(len(differences) - 1, len(T)) - 1] * error
 
 
-def alike(best: int, losses: Mapping[int, Sequence[float]]) -> list[int]:
-    """The others whose losses cannot be told apart from the best one's."""
-    return [n for n, others in losses.items() if n != best and not differ(others, losses[best])]
-
-
 def results(search: Search) -> dict[str, Any]:
     """What came out, for the record, with all that may be claimed of the winner."""
     winner, finalists, seeds = search.winner, search.finalists, search.plan.seeds
-    others = alike(winner, {n: search.losses_of(n) for n in finalists})
+    best, others = search.losses_of(winner), [n for n in finalists if n != winner]
+    others = [n for n in others if not differ(search.losses_of(n), best)]
     claim = f"Trial {winner} is the best of the finalists over {seeds} seeds."
     if others:
         names = ", ".join(map(str, others))
@@ -89,7 +83,7 @@ def results(search: Search) -> dict[str, Any]:
     if len(tests) == 2:
         lower = "better" if sum(tests[0]) < sum(tests[1]) else "worse"
         test = lower if differ(*tests) else "alike"
-    rungs = enumerate(zip(search.plan.halving.shares, search.rungs, strict=True), 1)
+    rungs = enumerate(zip(search.plan.shares, search.rungs, strict=True), 1)
     return {
         "rungs": [
             {"rung": number, "share": share, "alive": len(trials), "trials": trials}
@@ -106,17 +100,17 @@ def results(search: Search) -> dict[str, Any]:
 
 
 def _configuration(search: Search, trial: Trial) -> dict[str, Any]:
-    runs, tested = search.seeds_of(trial), search.tested.get(trial)
-
-    def over_seeds(losses: Sequence[float]) -> dict[str, Any]:
-        seeds = {run.seed: _finite(loss) for run, loss in zip(runs, losses, strict=True)}
-        return {"seeds": seeds, "mean": _finite(fmean(losses))}
-
+    tested, recipe = search.tested.get(trial), search.seeds_of(trial)[0].recipe
     return {
-        "params": runs[0].recipe.values([*search.plan.space.axes]),
-        "selection": over_seeds(search.losses_of(trial)),
-        "test": tested and over_seeds(tested),
+        "params": recipe.values([*search.plan.space.axes]),
+        "selection": _over_seeds(search, search.losses_of(trial)),
+        "test": tested and _over_seeds(search, tested),
     }
+
+
+def _over_seeds(search: Search, losses: Sequence[float]) -> dict[str, Any]:
+    seeds = enumerate(losses, search.plan.seed)
+    return {"seeds": {seed: _finite(x) for seed, x in seeds}, "mean": _finite(fmean(losses))}
 
 
 def leaderboard(search: Search) -> Iterator[dict[str, Any]]:
@@ -132,12 +126,11 @@ def leaderboard(search: Search) -> Iterator[dict[str, Any]]:
 
     for number, trial in enumerate(sorted(range(len(search.runs)), key=key), 1):
         run, losses, seeds = search.runs[trial], search.by_rung(trial), dict[str, Any]()
-        complete = search.plan.halving.rungs in losses
+        complete = search.plan.rungs in losses
         state = "ended" if run.ended else "complete" if complete else "retired"
         if trial in finalists:
             state = "winner" if trial == winner else "finalist"
-            seeds["seeds"] = {r.seed: _finite(r.loss) for r in search.seeds_of(trial)}
-            seeds["mean"] = _finite(fmean(search.losses_of(trial)))
+            seeds = _over_seeds(search, search.losses_of(trial))
         yield {
             "place": number,
             "trial": trial,

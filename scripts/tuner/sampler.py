@@ -3,25 +3,19 @@
 Optuna stores no sampler's state. So proposals come from a new study of what is known, and a seed.
 """
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from .trials import INTEGERS, Range, Space, Values
 
 TRIES = 100  # proposals for a new trial
 
 
-class Known(NamedTuple):
-    """A trial with its losses by rung, from 1; none of one that ended."""
-
-    values: Values
-    losses: Mapping[int, float]
-    complete: bool
+# A trial's values, its losses by rung from 1, and whether it came to the end of the last.
+Known = tuple[Values, Mapping[int, float], bool]
 
 
 def optuna() -> Any:
@@ -45,7 +39,7 @@ def propose(
     study = optuna().create_study(sampler=kind(seed=seed % 2**32))
     axes = _add(study, space, known)
     proposed, tries = list[Values](), 0
-    seen = {tuple(trial.values.values()) for trial in known}
+    seen = {tuple(values.values()) for values, _, _ in known}
     while len(proposed) < n:
         asked, tries = study.ask(axes).params, tries + 1
         values: Values = {name: asked[name] for name in space.axes}

@@ -1,9 +1,7 @@
 """The search: proposals, rungs, finalists with more seeds, the test."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
@@ -39,7 +37,7 @@ class Search:
 
     def search(self, test: gpt2.Dataset | None) -> None:
         """Run it to its end; a RuntimeError where every trial ended early."""
-        for rung in range(self.plan.halving.rungs):
+        for rung in range(self.plan.rungs):
             self._rung(rung)
             if not self.going_on(rung):
                 ended = next(run.ended for run in self.runs if run.ended)
@@ -48,24 +46,21 @@ class Search:
         self._test(test)
 
     def _rung(self, rung: int) -> None:
-        plan, first = self.plan, rung == 0
-        trials = [*range(plan.halving.trials)] if first else self.going_on(rung - 1)
+        plan = self.plan
+        trials = self.going_on(rung - 1) if rung else [*range(plan.trials)]
         self._begin(f"rung {rung + 1}", len(trials))
         self.rungs.append(trials)
-        for wave, numbers in enumerate(self._waves(trials)):
-            tpe = plan.sampler == "tpe"
-            if first and (tpe or wave == 0):  # random ones at once, whatever the slots
-                self._propose(len(numbers if tpe else trials), wave)
-            runs = {n: self.runs[n] for n in numbers}
-            self._wave(f"rung-{rung + 1}-wave-{wave + 1}", runs, rung)
-            if first and tpe:  # what it proposes depends on all
-                self._share(runs)
-        self._share({n: self.runs[n] for n in trials})
+        learns = rung == 0 and plan.sampler == "tpe"  # from wave to wave
+        for number, part in enumerate(self._waves(trials) if learns else [trials], 1):
+            if rung == 0:
+                self._propose(len(part), number)
+            runs = {n: self.runs[n] for n in part}
+            self._train(f"rung-{rung + 1}", runs, rung, number)
         self._retire(rung)
 
-    def _propose(self, n: int, wave: int) -> None:
+    def _propose(self, n: int, part: int) -> None:
         plan = self.plan
-        how = {"sampler": plan.sampler, "seed": plan.seed * 1_000_003 + wave}
+        how = {"sampler": plan.sampler, "seed": plan.seed * 1_000_003 + part - 1}
         for values in sampler.propose(plan.space, n, self.known(), **how):
             recipe = plan.usual.varied(values)
             self.runs.append(self._run(len(self.runs), recipe, plan.seed))
@@ -81,8 +76,8 @@ class Search:
     def going_on(self, rung: int) -> list[int]:
         """The trials of a rung that go on, as far as is known, the best first."""
         losses = {n: self._at(n, rung) for n in self.rungs[rung][: len(self.runs)]}
-        best = self.plan.halving.going_on(losses, rung)
-        return best[: self.plan.finalists] if rung + 1 == self.plan.halving.rungs else best
+        best = self.plan.going_on(losses, rung)
+        return best[: self.plan.finalists] if rung + 1 == self.plan.rungs else best
 
     def _finals(self) -> None:
         plan, finalists = self.plan, self.finalists
@@ -92,10 +87,7 @@ class Search:
         self.again[DEFAULT] = [self._run(DEFAULT, plan.usual, seed) for seed in seeds]
         runs = dict(enumerate(run for repeated in self.again.values() for run in repeated))
         self._begin("finals", len(finalists))
-        for wave, numbers in enumerate(self._waves([*runs])):
-            last = plan.halving.rungs - 1
-            self._wave(f"finals-wave-{wave + 1}", {i: runs[i] for i in numbers}, last)
-        self._share(runs)
+        self._train("finals", runs, plan.rungs - 1)
 
     def _test(self, data: gpt2.Dataset | None) -> None:
         both = {trial: self.seeds_of(trial) for trial in (self.winner, DEFAULT)}
@@ -118,10 +110,17 @@ class Search:
         most, k = max(map(len, each)), self.plan.slots
         return [sorted(n for own in each for n in own[i : i + k]) for i in range(0, most, k)]
 
-    def _wave(self, name: str, all_runs: Mapping[int, Run], rung: int) -> None:
-        """Train this process's runs of a wave, from where they are kept."""
-        runs = [*_mine(all_runs).values()]
-        name += f"-of-process-{rank()}" * (size() > 1)
+    def _train(self, stage: str, runs: Mapping[int, Run], rung: int, first: int = 1) -> None:
+        """Train runs to the end of a rung, wave by wave; each process learns what all came to."""
+        for number, wave in enumerate(self._waves([*runs]), first):
+            name = f"{stage}-wave-{number}" + f"-of-process-{rank()}" * (size() > 1)
+            self._wave(name, [runs[n] for n in _mine(wave)], rung)
+        mine = {n: (runs[n].curve, runs[n].losses, runs[n].ended) for n in _mine(runs)}
+        for results in gathered(mine):
+            for n, (curve, losses, ended) in results.items():
+                runs[n].curve, runs[n].losses, runs[n].ended = curve, losses, ended
+
+    def _wave(self, name: str, runs: Sequence[Run], rung: int) -> None:
         self.checkpoint.read(name, runs)
 
         def progress(steps: int) -> None:
@@ -132,16 +131,10 @@ class Search:
         self._retire(rung)
         self.checkpoint.write(name, runs)
 
-    def _share(self, runs: Mapping[int, Run]) -> None:
-        mine = {i: (r.curve, r.losses, r.ended) for i, r in _mine(runs).items()}
-        for results in gathered(mine):
-            for i, (curve, losses, ended) in results.items():
-                runs[i].curve, runs[i].losses, runs[i].ended = curve, losses, ended
-
     @property
     def finalists(self) -> list[int]:
         """The best of the last rung, the best first."""
-        return self.going_on(self.plan.halving.rungs - 1)
+        return self.going_on(self.plan.rungs - 1)
 
     @property
     def winner(self) -> int:
@@ -165,28 +158,28 @@ class Search:
 
     def known(self) -> list[sampler.Known]:
         """All trials as Optuna's study has them."""
-        rungs, known = self.plan.halving.rungs, list[sampler.Known]()
+        rungs, known = self.plan.rungs, list[sampler.Known]()
         for n, (values, run) in enumerate(zip(self.values, self.runs, strict=True)):
             losses = {} if run.ended else self.by_rung(n)
-            known.append(sampler.Known(values, losses, rungs in losses))
+            known.append((values, losses, rungs in losses))
         return known
 
     @property
     def done(self) -> int:
         """Adapter-steps taken, those of the copies that were judged included."""
-        halving, again = self.plan.halving, [run for runs in self.again.values() for run in runs]
+        again = [run for runs in self.again.values() for run in runs]
         judged = ((run, rung) for n, run in enumerate(self.runs) for rung in self.by_rung(n))
-        copies = [halving.cooldown_steps(rung - 1, run.total) for run, rung in judged]
+        copies = [self.plan.cooldown_steps(rung - 1, run.total) for run, rung in judged]
         return sum(run.taken for run in [*self.runs, *again]) + sum(copies)
 
     def _at(self, trial: int, rung: int) -> float:
         run = self.runs[trial]
-        return run.losses.get(self.plan.halving.step(rung, run.total), math.nan)
+        return run.losses.get(self.plan.step(rung, run.total), math.nan)
 
     def _run(self, trial: Trial, recipe: Recipe, seed: int) -> Run:
         total = gpt2.total_steps(self.waves.data, recipe.training)
         return Run(trial=trial, recipe=recipe.seeded(seed), total=total)
 
 
-def _mine(runs: Mapping[int, Run]) -> dict[int, Run]:
-    return {i: run for i, run in runs.items() if i % size() == rank()}
+def _mine(numbers: Iterable[int]) -> list[int]:
+    return [n for n in numbers if n % size() == rank()]

@@ -1,7 +1,5 @@
 """A trial: how an adapter is made and trained, how far it is, and the space that it is from."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +17,7 @@ NAMES = "lr b_ratio r alpha_over_r dropout weight_decay steps epochs targets".sp
 DEFAULT = "default"  # the configuration that takes no part
 Trial = int | str  # its number, or `DEFAULT`
 Values = Mapping[str, float | int | str]
-"""What a trial has of the space by name; several targets stand in one text, as JSON."""
+"""What a trial has of the space by name; its targets as JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +28,12 @@ class Recipe:
     training: gpt2.TrainConfig
     b_ratio: float
 
-    def seeded(self, seed: int) -> Recipe:
+    def seeded(self, seed: int) -> "Recipe":
         """The same with another seed of A, of the data's order, of dropout."""
         adapter, training = (replace(part, seed=seed) for part in (self.adapter, self.training))
         return replace(self, adapter=adapter, training=training)
 
-    def varied(self, values: Values) -> Recipe:
+    def varied(self, values: Values) -> "Recipe":
         """The same with what a trial has of a space; where r varies, alpha / r stays.
 
         Raises:
@@ -44,7 +42,7 @@ class Recipe:
         training: dict[str, Any] = dict(values)
         adapter = {n: training.pop(n) for n in ("dropout", "targets", "r") if n in values}
         if "targets" in adapter:
-            adapter["targets"] = tuple(names_of(adapter["targets"]))
+            adapter["targets"] = tuple(json.loads(adapter["targets"]))
         if {"r", "alpha_over_r"} & {*values}:
             ratio = training.pop("alpha_over_r", self.adapter.alpha / self.adapter.r)
             adapter["alpha"] = ratio * adapter.get("r", self.adapter.r)
@@ -69,11 +67,6 @@ class Recipe:
         return {name: values[name] for name in names}
 
 
-def names_of(text: str) -> list[str]:
-    """The targets that a value stands for."""
-    return json.loads(text) if text.startswith("[") else [text]
-
-
 @dataclass(kw_only=True)
 class Run:
     """A trial's training under a seed.
@@ -89,11 +82,6 @@ class Run:
     losses: dict[int, float] = field(default_factory=dict[int, float])
     ended: str | None = None  # why it ended early, if it did
     position: tuple[Tensor, Tensor, Tensor] | None = None
-
-    @property
-    def seed(self) -> int:
-        """Of its order of data, dropout and first A."""
-        return self.recipe.training.seed
 
     @property
     def taken(self) -> int:
@@ -143,7 +131,7 @@ class Space:
     def room(self, usual: Recipe) -> lora.LoRAConfig:
         """The adapter in whose place every trial's fits, and the usual."""
         adapter, targets = usual.adapter, usual.values(["targets"])["targets"]
-        targets += [name for text in self.axes.get("targets", ()) for name in names_of(text)]
+        targets += [name for text in self.axes.get("targets", ()) for name in json.loads(text)]
         ranks = [*(adapter.rank_pattern or {}).values(), self.ends("r", adapter.r)[1], adapter.r]
         return replace(
             adapter,
@@ -197,12 +185,12 @@ def _axis(name: str, given: Any, usual: Recipe) -> Any:
         if not 0 < values[0] < values[1]:
             raise ValueError(f"{name} needs 0 < low < high, got {values[0]} and {values[1]}")
     elif name == "targets":
-        values = [json.dumps(c) if isinstance(c, list) else str(c) for c in values]
+        values = [json.dumps(c if isinstance(c, list) else [c]) for c in values]
     for value in values:
         usual.varied({name: value})
     if is_range:
         return Range(*values)
-    if len({frozenset(names_of(v)) if name == "targets" else v for v in values}) < len(values):
+    if len({frozenset(json.loads(v)) if name == "targets" else v for v in values}) < len(values):
         raise ValueError(f"{name} has a choice twice: {given!r:.80}")
     if not values:
         raise ValueError(f"{name} has no choice")

@@ -1,7 +1,5 @@
 """Trainings of a search on populations, each as if it were alone."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -48,7 +46,7 @@ class Waves:
         self.device = next(model.parameters()).device
         self.population: lora.Population | None = None
 
-    def __enter__(self) -> Waves:
+    def __enter__(self) -> "Waves":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -62,8 +60,7 @@ class Waves:
         Each is judged by a copy that cools down. `progress` gets the steps taken. Where a GPU's
         memory runs out the slots are halved, which changes no result.
         """
-        step = self.plan.halving.step
-        todo = [run for run in runs if step(rung, run.total) not in run.losses]
+        todo = [run for run in runs if self.plan.step(rung, run.total) not in run.losses]
         while not all(run.ended for run in todo):
             k = min(self.slots, len(runs))
             try:
@@ -78,12 +75,12 @@ class Waves:
                 self.tell(f"Memory ran out with {k} slots: {self.slots} are trained at a time now.")
 
     def _train(self, k: int, runs: Sequence[Run], rung: int, progress: Progress) -> None:
-        halving = self.plan.halving
-        self._put(k, runs, [halving.step(rung, run.total) for run in runs])
+        plan = self.plan
+        self._put(k, runs, [plan.step(rung, run.total) for run in runs])
         self._advance(progress)
         rested = self.so_far(runs)
         for slot, run in enumerate(rested):  # a copy, as if the schedule ended
-            if run.ended is None and (more := halving.cooldown_steps(rung, run.total)):
+            if run.ended is None and (more := plan.cooldown_steps(rung, run.total)):
                 ends = {"epochs": None, "steps": run.taken + more, "schedule": "linear"}
                 copy = replace(run.recipe.training, **ends)
                 self.training.go_on(slot, replace(self.training.state(slot), config=copy))
