@@ -1,9 +1,9 @@
 """Continue a prompt with a GPT-2, and with an adapter if one is given."""
 
-if __name__ == "__main__":  # on top: Ctrl-C during the imports below is one line
+if __name__ == "__main__":  # first: Ctrl-C during imports is one line
     import sys
 
-    sys.path[0] = __file__.rpartition("scripts")[0]  # where the package is
+    sys.path[0] = __file__.rpartition("scripts")[0]
     from scripts.cli.guard import start
 
     sys.exit(start("generate", sys.argv[1:]))
@@ -20,8 +20,7 @@ from .runs import answers, data, folder
 def main(argv: Arguments = None) -> None:
     """Parse, build, stream to stdout."""
     to = parser("generate", __doc__)
-    prompt = r"text to continue, such as $'Q: Why?\nA:' in bash"
-    to.add_argument("prompt", type=str, help=prompt)
+    to.add_argument("prompt", type=str, help=r"such as $'Q: Why?\nA:' in bash")
     add_model_options(to)
     to.add_class_arguments(gpt2.GenerateConfig, as_group=False)
     options = parse(to, argv or ())

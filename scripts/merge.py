@@ -1,9 +1,9 @@
 """Fold an adapter into its base and write the result, which needs no LoRA to run."""
 
-if __name__ == "__main__":  # on top: Ctrl-C during the imports below is one line
+if __name__ == "__main__":  # first: Ctrl-C during imports is one line
     import sys
 
-    sys.path[0] = __file__.rpartition("scripts")[0]  # where the package is
+    sys.path[0] = __file__.rpartition("scripts")[0]
     from scripts.cli.guard import start
 
     sys.exit(start("merge", sys.argv[1:]))
@@ -29,8 +29,7 @@ def main(argv: Arguments = None) -> None:
     add("adapter", type=str, help="a run's folder, or an adapter's, PEFT's too")
     add("out", type=str, help="a new or empty folder for the merged model")
     add("--base", type=str | None, help="demo, gpt2, org/repo, a folder; by default the adapter's")
-    dtypes = Literal["float32", "bfloat16", "float16"]
-    add("--dtype", type=dtypes, default="float32", help="of the merged weights")
+    add("--dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="of it")
     options = parse(to, argv or ())
     out = Path(options.out)
     if not options.out or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):

@@ -1,9 +1,9 @@
 """Continue every prompt of a file; the same command goes on where it was stopped."""
 
-if __name__ == "__main__":  # on top: Ctrl-C during the imports below is one line
+if __name__ == "__main__":  # first: Ctrl-C during imports is one line
     import sys
 
-    sys.path[0] = __file__.rpartition("scripts")[0]  # where the package is
+    sys.path[0] = __file__.rpartition("scripts")[0]
     from scripts.cli.guard import start
 
     sys.exit(start("predict", sys.argv[1:]))
@@ -41,12 +41,12 @@ def main(argv: Arguments = None) -> None:
     add("--output", type=str | None, help="by default beside the adapter")
     add("--overwrite", type=bool, help="replace what the output holds", **FLAG)
     add("--fields", type=dict[str, str] | None, help="--fields.question NAME")
-    rows = "rows at a time; by default 64, and 512 on a GPU"
-    add("--batch_size", type=AtLeastOne | None, help=rows)
+    add("--batch_size", type=AtLeastOne | None, help="rows; by default 64, and 512 on a GPU")
     to.add_class_arguments(gpt2.GenerateConfig, as_group=False)
     options = parse(to, argv or ())
     config = build(gpt2.GenerateConfig, options)
     prompts = data.distinct(gpt2.read_prompts(options.prompts, options.fields))
+
     adapter = None if options.adapter is None else folder.adapter_in(options.adapter)
     options.base = options.base or folder.base_of(options.adapter)
     reader = data.Reader(options, options.base)
@@ -54,9 +54,11 @@ def main(argv: Arguments = None) -> None:
     made = made_with(options, model, adapter)
     if adapter is not None:
         lora.load(model, adapter)
+
     ids = reader.encode_prompts(prompts, config)
     file = Path() if adapter is None else adapter.parent
     file = Path(options.output or file / "predictions.jsonl")
+
     with begun(file, made, len(ids), overwrite=options.overwrite) as done:
         with bar(reader.console, "prompts", len(ids), done) as advance:
             rows = answers.continued(model, ids, config, options.batch_size, first=done)
@@ -66,6 +68,7 @@ def main(argv: Arguments = None) -> None:
                     known = {"references": prompt.references} if prompt.references else {}
                     stream.write(json.dumps({**line, **known}, ensure_ascii=False) + "\n")
                     advance(1)
+
         known = [line for line in _lines(file) if "references" in line]
         exact = sum(line["prediction"] in line["references"] for line in known)
         if known:

@@ -1,9 +1,9 @@
 """Make the report of a run, ended or killed, or one page that compares several."""
 
-if __name__ == "__main__":  # on top: Ctrl-C during the imports below is one line
+if __name__ == "__main__":  # first: Ctrl-C during imports is one line
     import sys
 
-    sys.path[0] = __file__.rpartition("scripts")[0]  # where the package is
+    sys.path[0] = __file__.rpartition("scripts")[0]
     from scripts.cli.guard import start
 
     sys.exit(start("report", sys.argv[1:]))
@@ -24,8 +24,7 @@ def main(argv: Arguments = None) -> None:
     """Parse, read, write, print where."""
     to = parser("report", __doc__)
     to.add_argument("runs", type=str, nargs="+", help="folders of train_qa.py or search.py")
-    default = f"by default {folder.REPORT} in the run's folder; of several {COMPARED} here"
-    to.add_argument("--output", type=str | None, help=default)
+    to.add_argument("--output", type=str | None, help=f"of several by default {COMPARED}")
     options = parse(to, argv or ())
     runs = [Path(run) for run in options.runs]
     records = [read(run) for run in runs]

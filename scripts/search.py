@@ -1,9 +1,9 @@
 """Find the best adapter: many train side by side, the worse retire, the best run again."""
 
-if __name__ == "__main__":  # on top: Ctrl-C during the imports below is one line
+if __name__ == "__main__":  # first: Ctrl-C during imports is one line
     import sys
 
-    sys.path[0] = __file__.rpartition("scripts")[0]  # where the package is
+    sys.path[0] = __file__.rpartition("scripts")[0]
     from scripts.cli.guard import start
 
     sys.exit(start("search", sys.argv[1:]))
@@ -29,6 +29,7 @@ from .tuner.search import Search
 from .tuner.trials import NAMES, Recipe, read_space
 from .tuner.waves import Waves
 
+SIZES = "trials rungs keep slots sampler finalists seeds"
 DEMO = Path(__file__).resolve().parent / "configs" / "search_demo.yaml"
 SPACE = f"what varies: [choices], or {{low, high}} in logarithms; of {', '.join(NAMES)}"
 
@@ -47,8 +48,10 @@ def options_of(argv: Arguments) -> Namespace:
     add("--sampler", type=kinds, default="random", help="random, or tpe, which learns")
     add("--finalists", type=count, default=4, help="trials of the last rung that run again")
     add("--seeds", type=two, default=3, help="of each finalist and of the default")
+
     file, words = resume.config(argv or (), DEMO)
     options = parse(to, words, file)
+
     if options.validation is None:
         raise ValueError("A search chooses by validation data: give --validation.")
     if processes.size() > 1 and options.res_path is None and not options.resume:
@@ -65,10 +68,9 @@ def usual_of(options: Namespace) -> Recipe:
 def waves_of(options: Namespace, reader: data.Reader, split: data.Split) -> Waves:
     """What trains, by a plan of what to search; or a ValueError."""
     usual = usual_of(options)
-    names = "trials rungs keep slots sampler finalists seeds".split()
     known = read_space(options.space, options.trials, usual)
     cooldown = 0 if options.schedule == "constant" else Plan.cooldown  # no rate falls
-    sizes = {name: options[name] for name in names}
+    sizes = {name: options[name] for name in SIZES.split()}
     plan = Plan(space=known, usual=usual, cooldown=cooldown, **sizes)
     plan.check(split.train)
     assert split.validation is not None
@@ -91,14 +93,17 @@ def main(argv: Arguments = None) -> None:
             split = reader.split(options.data, training(options))
             waves = waves_of(options, reader, split)
             made_of = {"data": split.made_of, "base": fingerprints.of_base(model)}
+
         line = f"{folder.examples_line(split.train)}{split.message} {waves.plan.message()}"
         console.print(line, soft_wrap=True)
         clock.lap("load")
+
         with resume.begun(start, options) as root, waves:
             files = checkpoint.Checkpoint(root)
             with processes.agreed():
                 if not processes.rank():
                     files.begin(made_of)
+
             total = waves.plan.cost(gpt2.total_steps(split.train, training(options)))
             with bar(console, "adapter-steps", total) as progress:
                 how = {"checkpoint": files, "progress": progress, "tell": console.print}
@@ -106,6 +111,7 @@ def main(argv: Arguments = None) -> None:
                 search.search(split.test)
             if processes.rank():
                 return  # the first goes on alone
+
             clock.lap("search")
             measure = partial(answers.measure, split=split, tokenizer=reader.tokenizer)
             ids, asked = split.train[0][0].tolist(), int(split.train.prompts[0])
@@ -116,6 +122,7 @@ def main(argv: Arguments = None) -> None:
             outcome.write(search, resume.kept(options), root, facts, measure)
             page.write(root)
             files.remove()  # the search is over
+
         winner = search.runs[search.winner].recipe.values([*waves.plan.space.axes])
         console.print(outcome.results(search)["verdict"], f"The winner has {winner}.")
         folder.end(console, root, use)

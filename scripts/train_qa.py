@@ -1,9 +1,9 @@
 """Tune a GPT-2 on examples with LoRA, and show its answers before and after."""
 
-if __name__ == "__main__":  # on top: Ctrl-C during the imports below is one line
+if __name__ == "__main__":  # first: Ctrl-C during imports is one line
     import sys
 
-    sys.path[0] = __file__.rpartition("scripts")[0]  # where the package is
+    sys.path[0] = __file__.rpartition("scripts")[0]
     from scripts.cli.guard import start
 
     sys.exit(start("train_qa", sys.argv[1:]))
@@ -32,12 +32,13 @@ def options_of(argv: Arguments) -> Namespace:
     add = to.add_argument
     add("--tasks", type=str, nargs="+", help="data files: an adapter for each, on one base")
     add("--prompts", type=str | None, help="file to try out; answers in it are references")
-    steps = "steps between two lines of output"
-    add("--logging_steps", type=AtLeastOne, default=5, help=steps)
+    add("--logging_steps", type=AtLeastOne, default=5, help="steps between two lines")
     to.add_class_arguments(gpt2.RunConfig, skip={"folder"}, as_group=False)
     to.add_class_arguments(gpt2.GenerateConfig, "generate", skip={"seed"}, as_group=False)
+
     file, words = resume.config(argv or (), DEMO)
     options = parse(to, words, file)
+
     if options.validation is None and (options.patience or options.eval_every):
         raise ValueError("patience and eval_every need validation data: give --validation.")
     if options.tasks and options.generate.num_beams > 1:
@@ -72,23 +73,29 @@ def main(argv: Arguments = None) -> None:
             missing = train.inject(reader, splits, start)
             counts["LoRA"] = lora.count_parameters(model)
             ids = reader.encode_prompts(prompts, sampling)
+
         for name, count in counts.items():
             console.print(f"{name}: {count}", soft_wrap=True)
         clock.lap("load")
+
         with lora.disabled(model):
             baseline = [] if processes.rank() else [*answers.continued(model, ids, sampling)]
         clock.lap("base answers")
+
         with resume.begun(start, options) as root:
             results = {
                 name: train.train_one(reader, name, splits[name], config, start, root)
                 for name in missing
             }
+
             if processes.rank():
                 return  # the first goes on alone
             clock.lap("training")
+
             routes = [*names, dict.fromkeys(names, 1 / len(names))] if options.tasks else []
             tuned = [*answers.continued(model, ids, sampling, routes=routes)]
             clock.lap("tuned answers")
+
             heads = ["base", *names, "mixture"] if options.tasks else ["base", "tuned"]
             rows_of_ids = [[*old, *new] for old, new in zip(baseline, tuned, strict=True)]
             texts = [[*map(reader.tokenizer.decode, row)] for row in rows_of_ids]
@@ -98,11 +105,13 @@ def main(argv: Arguments = None) -> None:
             if not options.tasks:
                 whole = all(len(examples) < data.FIRST for examples in sources.values())
                 answers.judge(rows, tuned, sampling, whole=whole)
+
             facts = folder.about(options, model, clock, [s.train for s in splits.values()])
             facts |= {"parameters": counts, **results.get(train.ALONE, {})}
             facts |= answers.publish(rows, root, console)
             adapters = [root / name for name in names] if options.tasks else [root]
             prompt = min((p.text for p in prompts), key=len, default="Once upon a time")
+
             use = folder.commands(adapters, options.model_name, prompt)
             folder.write(root, {**facts, "commands": {"use": use}})
             page.write(root)

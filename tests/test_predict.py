@@ -265,7 +265,7 @@ def test_a_file_of_somebody_else_is_not_touched(capsys):
         (["--batch_size", 0], 'Parser key "batch_size"'),
         (["--num_beams", 2, "--temperature", 0.5], "temperature takes num_beams of 1"),
         (["--adapter", "nowhere"], "nowhere"),
-        (["--max_new_tokens", 1024], "max_new_tokens 1024 does not fit"),
+        (["--max_new_tokens", 1024], "does not fit a context of 1024"),
         (["--beams", 3], "There is no option --beams"),
     ],
 )

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 Arguments = Sequence[str] | None
 NAMES = ("train_qa", "generate", "predict", "merge", "search", "report")
 VERBS = {name.partition("_")[0]: name for name in NAMES}  # of the installed command
-LONGEST = 1000  # characters of an error line
 
 
 class Stopped(KeyboardInterrupt):
@@ -24,8 +23,7 @@ class Stopped(KeyboardInterrupt):
 
 def start(script: str, argv: Sequence[str]) -> int:
     """Import a script, which takes seconds, and call its `main`."""
-    # torch reads it when it is loaded: a thread that waits soon sleeps. At once would cost a quiet
-    # machine a fifth of its speed.
+    # torch reads it when it is loaded: a thread that waits soon sleeps, but not at once.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
     for number in _stop_signals():
@@ -87,11 +85,9 @@ def _end(number: int, _: object) -> None:
 
 @contextmanager
 def _set_up() -> Iterator[None]:
-    """A signal raises `Stopped`, another Ctrl-C ends the process; a warning is a line.
-
-    Of several processes the first alone heeds signals: it saves, and the others end with it.
-    torchrun passes a Ctrl-C of the terminal on, so that it comes twice, and kills after a while.
-    """
+    """A signal raises `Stopped`, another Ctrl-C ends the process; a warning is a line."""
+    # Of several processes the first alone heeds signals: it saves, and the others end with it.
+    # torchrun passes a Ctrl-C of the terminal on, so that it comes twice.
     numbers = _stop_signals() if threading.current_thread() is threading.main_thread() else []
     before = {number: signal.getsignal(number) for number in numbers}
     other_errors, form = sys.unraisablehook, warnings.formatwarning
@@ -103,7 +99,7 @@ def _set_up() -> Iterator[None]:
             signal.signal(other, signal.SIG_DFL if ends else signal.SIG_IGN)
         raise Stopped(number)
 
-    def again(unraisable: sys.UnraisableHookArgs) -> None:
+    def again(unraisable: "sys.UnraisableHookArgs") -> None:
         """Put a stop off where Python ignores errors, as in a finalizer."""
         if isinstance(error := unraisable.exc_value, Stopped):
             signal.signal(error.args[0], stop)
@@ -126,5 +122,5 @@ def _set_up() -> Iterator[None]:
 def _print(message: str, error: BaseException, code: int) -> int:
     line = " ".join(" ".join([message, *getattr(error, "__notes__", [])]).split())
     line = "".join(letter if letter.isprintable() else "?" for letter in line)
-    print(line if len(line) <= LONGEST else line[:LONGEST] + "…", file=sys.stderr)
+    print(line if len(line) <= 1000 else line[:1000] + "…", file=sys.stderr)
     return code

@@ -57,7 +57,7 @@ def program(script: str) -> str:
 
 
 def build(kind: type[Config], options: Namespace, **renamed: Any) -> Config:
-    """A config dataclass from the options named as its fields, and others."""
+    """A config from the options named as its fields, and others."""
     names = [field.name for field in fields(kind) if field.name not in renamed]  # pyright: ignore
     return kind(**{name: options[name] for name in names}, **renamed)
 
@@ -69,14 +69,12 @@ def add_options(to: ArgumentParser, data: str, kind: str) -> None:
     add("--model_name", type=str, default="demo", help=BASE)
     add("--base_dropout", type=float | None, help="by default as the base says")
     add("--device", type=str | None, help=DEVICE)
-    files = ".jsonl, .json, .csv, .tsv, .parquet or .txt"
-    add("--data", type=str, default=data, help=f"{files} file to train on")
+    add("--data", type=str, default=data, help=".jsonl, .json, .csv, .tsv, .parquet or .txt")
     add("--fields", type=dict[str, str] | None, help="--fields.question NAME")
     add("--validation", type=str | None, help="file, or a share of the data: 0.1")
     add("--test", type=str | None, help="file, or a share; it decides nothing")
-    longest = encoding["max_length"].default
+    longest, size = encoding["max_length"].default, gpt2.TrainConfig.batch_size
     add("--max_token_length", type=AtLeastTwo, default=longest, help="longer examples are cut")
-    size = gpt2.TrainConfig.batch_size
     add("--train_batch_size", type=AtLeastOne, default=size, help="examples a batch")
     skip: set[str | int] = {"examples", "tokenizer", "max_length"}
     to.add_function_arguments(gpt2.encode, skip=skip, as_group=False)
@@ -139,7 +137,7 @@ def _content(file: Path) -> Mapping[Any, Any]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not YAML: {error}") from None
     if not isinstance(content, dict) or not content:
-        raise ValueError(f"{file} must hold options, such as 'seed: 42', got {content!r:.80}.")
+        raise ValueError(f"{file} must hold options, such as 'seed: 42'.")
     return content
 
 

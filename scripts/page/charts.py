@@ -1,7 +1,4 @@
-"""Charts: series over two axes, as SVG for the page and as a PNG beside it.
-
-The SVG is stretched over its frame; strokes, dots and the labels, which are HTML, are not.
-"""
+"""Charts: series over two axes, as paths of SVG that the page stretches, and as a PNG."""
 
 import math
 from collections.abc import Iterator, Sequence

@@ -38,10 +38,7 @@ def continued(
     first: int = 0,
     routes: Routes = (),
 ) -> Iterator[list[list[int]]]:
-    """What follows each prompt from the first one on, `rows` at a time.
-
-    Prompt i draws with seed + i, in whatever batch it is, under each of the routes.
-    """
+    """What follows each prompt from the first one on; prompt i draws with seed + i in any batch."""
     rows = rows or ROWS.get(next(model.parameters()).device.type, 512)
     each = len(routes) or 1
     at_once = max(1, rows // (each * config.num_beams))

@@ -94,16 +94,14 @@ class Reader:
     ) -> list[list[int]]:
         """Token ids of the prompts, the separator's last if there is one."""
         new, end = config.max_new_tokens, self.options.separator
-        limit = self.model.config.block_size - new
-        if limit < 1:
-            raise ValueError(
-                f"max_new_tokens {new} does not fit a context of {limit + new} tokens."
-            )
-        last = [] if end is None else [end]
+        context, last = self.model.config.block_size, [] if end is None else [end]
         ids = [self.tokenizer.encode(prompt.text) + last for prompt in prompts]
-        if long := [number for number, row in enumerate(ids, 1) if len(row) > limit]:
-            room = f"which leaves no room for {new} new ones"
-            raise ValueError(f"Prompt {long[0]} has more than {limit} tokens, {room}: shorten it.")
+        for number, row in enumerate(ids, 1):
+            if len(row) + new > context:
+                raise ValueError(
+                    f"Prompt {number}, of {len(row):,} tokens and {new:,} new ones, does not fit a "
+                    f"context of {context}: shorten it, or lower max_new_tokens."
+                )
         return ids
 
 

@@ -1,4 +1,4 @@
-"""The training of one adapter, alone or one of several, and what outlives it, however it ends."""
+"""The training of one adapter, and what outlives it, however it ends."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,8 +46,8 @@ def inject(reader: Reader, splits: Mapping[str, Split], start: resume.Start) -> 
     ended = {n: json.loads(f.read_text("utf-8")) for n, f in files.items() if f.is_file()}
     if odd := [n for n, run in ended.items() if run.get(MADE_OF) != splits[n].made_of]:
         raise ValueError(
-            f"{', '.join(odd)}: the data is not what they were trained on. Give what the run in "
-            f"{root} was begun with, or begin anew in another folder."
+            f"{', '.join(odd)}: the data is not what they were trained on. Give what the run was "
+            "begun with, or begin anew in another folder."
         )
     for name in splits:
         if name in ended:
@@ -71,12 +71,15 @@ def train_one(
     lora.activate(model, name)
     if not processes.rank():
         directory.mkdir(exist_ok=True)
+
     rates = {"b_ratio": options.b_ratio}
     groups = lora.parameter_groups(model, config.lr, **rates) if options.b_ratio != 1 else None
     again = start.resume and (alone or any((directory / n).is_file() for n in snapshots.NAMES))
+
     run = build(gpt2.RunConfig, options, folder=directory)
     how: dict[str, Any] = {"groups": groups, "validation": split.validation, "run": run}
     fit = gpt2.fit(model, split.train, config, **how, resume=again)
+
     steps = f"{fit.total:,} steps, by {options.config}.{split.message}"
     line = f"{folder.examples_line(split.train)} {steps}"
     console.print(line if alone else f"{name}: {line}", soft_wrap=True)
@@ -84,6 +87,7 @@ def train_one(
         for _ in fit:
             pass
         return {}
+
     files = {Path(file).stem: file for file in options.tasks or ()}
     notes = {
         "data": Path(files.get(name, options.data)).name,
@@ -92,6 +96,7 @@ def train_one(
     }
     with saved(fit, name, root, notes):
         follow(fit, directory, console, options.logging_steps)
+
     results = {"steps": fit.taken, MADE_OF: split.made_of, **_evaluated(reader, split, fit)}
     results |= answers.measure(model, split, reader.tokenizer)
     if not alone:
@@ -176,7 +181,7 @@ def _save(fit: gpt2.Fit, name: str, root: Path, notes: Mapping[str, Any]) -> str
 def recorded(fit: gpt2.Fit, directory: Path) -> Iterator[gpt2.StepRecord]:
     """Write each step as a line of JSON, as it comes."""
     file, rows = directory / folder.METRICS, dict[int, str]()
-    if fit.told and file.exists():  # a kill may have torn a line, or lost steps that were counted
+    if fit.told and file.exists():  # a kill may have torn a line
         for line in file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
             with suppress(ValueError, LookupError, TypeError):
                 rows[int(json.loads(line)["step"])] = line

@@ -15,7 +15,6 @@ from gpt2.files import write_tensors
 from ..runs import folder, resume
 from .trials import Run
 
-MADE_OF = "made_of.json"
 SAVE_EVERY = 60.0  # seconds between two writes of a wave under way
 PARTS = ("flat", "first", "second")  # of a run's position
 
@@ -28,7 +27,7 @@ class Checkpoint:
 
     def begin(self, made_of: Mapping[str, Any]) -> None:
         """Begin a search; a ValueError where another was begun."""
-        file = self.folder / MADE_OF
+        file = self.folder / "made_of.json"
         if file.is_file():
             then = json.loads(file.read_text(encoding="utf-8"))
             resume.check_same(self.folder.parent, then, made_of)

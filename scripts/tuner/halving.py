@@ -1,7 +1,7 @@
 """Successive halving, all of a rung at once: how many go on, how far, and who.
 
 All trials of a rung have done the same share of their own schedules, and are judged after the
-learning rate of a copy has fallen to zero; else a high one looks worse than it ends.
+learning rate of a copy has fallen to zero; else a high one looks worse than it is.
 
 Sources: Jamieson and Talwalkar 2016, arXiv 1502.07943; for the copies Hägele et al. 2024,
 arXiv 2405.18392.
@@ -86,11 +86,6 @@ class Plan(Halving):
     finalists: int  # trials of the last rung that run again
     seeds: int  # of each finalist
 
-    @property
-    def seed(self) -> int:
-        """Of all trials in the rungs, and of the proposals."""
-        return self.usual.training.seed
-
     def check(self, train: gpt2.Dataset) -> None:
         """Raise a ValueError where it does not fit the data, or is contradictory."""
         if self.trials > MOST:
@@ -98,7 +93,7 @@ class Plan(Halving):
         if self.sampler == "tpe" and self.trials <= self.slots:
             raise ValueError(
                 f"tpe learns from wave to wave, and all {self.trials} trials fit in one of "
-                f"{self.slots} slots: give fewer slots, more trials, or take random."
+                f"{self.slots} slots: give fewer slots, or take random."
             )
         shortest = self.usual
         for name in {"steps", "epochs"} & {*self.space.axes}:

@@ -36,10 +36,7 @@ def write(
     facts: Mapping[str, Any],
     measure: Callable[[gpt2.GPT2], dict[str, Any]],
 ) -> None:
-    """Write all that stays, the record last: it means that the search has ended.
-
-    The record has the facts, and what `measure` gives of the model that carries the winner.
-    """
+    """Write all that stays; the record, with the facts and what is measured of the winner, last."""
     best, winner = root / folder.WINNER, search.runs[search.winner]
     with search.waves.carried(winner) as model:
         lora.save(model, best, notes={"command": f"train_qa.py --config {folder.TRAINED_BY}"})
@@ -109,7 +106,7 @@ def _configuration(search: Search, trial: Trial) -> dict[str, Any]:
 
 
 def _over_seeds(search: Search, losses: Sequence[float]) -> dict[str, Any]:
-    seeds = enumerate(losses, search.plan.seed)
+    seeds = enumerate(losses, search.plan.usual.training.seed)
     return {"seeds": {seed: _finite(x) for seed, x in seeds}, "mean": _finite(fmean(losses))}
 
 

@@ -1,7 +1,4 @@
-"""What Optuna is used for: proposals, and a study that optuna-dashboard opens.
-
-Optuna stores no sampler's state. So proposals come from a new study of what is known, and a seed.
-"""
+"""What Optuna is used for: proposals, by a new study of what is known and a seed; study.db."""
 
 import os
 import warnings

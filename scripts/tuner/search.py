@@ -59,11 +59,11 @@ class Search:
         self._retire(rung)
 
     def _propose(self, n: int, part: int) -> None:
-        plan = self.plan
-        how = {"sampler": plan.sampler, "seed": plan.seed * 1_000_003 + part - 1}
+        plan, seed = self.plan, self.plan.usual.training.seed
+        how = {"sampler": plan.sampler, "seed": seed * 1_000_003 + part - 1}
         for values in sampler.propose(plan.space, n, self.known(), **how):
             recipe = plan.usual.varied(values)
-            self.runs.append(self._run(len(self.runs), recipe, plan.seed))
+            self.runs.append(self._run(len(self.runs), recipe, seed))
             self.values.append(values)
 
     def _retire(self, rung: int) -> None:
@@ -81,7 +81,7 @@ class Search:
 
     def _finals(self) -> None:
         plan, finalists = self.plan, self.finalists
-        seeds = [plan.seed + i for i in range(plan.seeds)]
+        seeds = [plan.usual.training.seed + i for i in range(plan.seeds)]
         for n in finalists:
             self.again[n] = [self._run(n, self.runs[n].recipe, seed) for seed in seeds[1:]]
         self.again[DEFAULT] = [self._run(DEFAULT, plan.usual, seed) for seed in seeds]

@@ -1,4 +1,4 @@
-"""A trial: how an adapter is made and trained, how far it is, and the space that it is from."""
+"""A trial: how an adapter is made and trained, how far it is; the space of trials."""
 
 import json
 import math
@@ -34,11 +34,7 @@ class Recipe:
         return replace(self, adapter=adapter, training=training)
 
     def varied(self, values: Values) -> "Recipe":
-        """The same with what a trial has of a space; where r varies, alpha / r stays.
-
-        Raises:
-            ValueError, TypeError: a value that there cannot be.
-        """
+        """The same with what a trial has of a space; where r varies, alpha / r stays."""
         training: dict[str, Any] = dict(values)
         adapter = {n: training.pop(n) for n in ("dropout", "targets", "r") if n in values}
         if "targets" in adapter:
@@ -69,19 +65,15 @@ class Recipe:
 
 @dataclass(kw_only=True)
 class Run:
-    """A trial's training under a seed.
-
-    Its losses are on the validation data, by step; before the last step, of a copy that cooled
-    down. Its position, if it goes on, is parameters and AdamW's moments; at its end without those.
-    """
+    """A trial's training under a seed."""
 
     trial: Trial
     recipe: Recipe
     total: int  # steps of its whole schedule
     curve: list[float] = field(default_factory=list[float])  # the training loss of each step
-    losses: dict[int, float] = field(default_factory=dict[int, float])
+    losses: dict[int, float] = field(default_factory=dict[int, float])  # by step, of cooled copies
     ended: str | None = None  # why it ended early, if it did
-    position: tuple[Tensor, Tensor, Tensor] | None = None
+    position: tuple[Tensor, Tensor, Tensor] | None = None  # parameters, moments; if it goes on
 
     @property
     def taken(self) -> int:
@@ -145,15 +137,11 @@ class Space:
 
 
 def read_space(given: Mapping[str, Any], trials: int, usual: Recipe) -> Space:
-    """The space that an option describes: a list is a choice, `{low: …, high: …}` a range.
-
-    Raises:
-        ValueError: listing all that is empty or contradictory.
-    """
+    """The space that an option describes; a ValueError lists all that is contradictory."""
     if not given:
         raise ValueError(
-            "The space is empty: give what varies, such as space: {lr: {low: 1.0e-4, high: 1.0e-1},"
-            f" r: [4, 8]}}. It may have {', '.join(NAMES)}."
+            "The space is empty: give what varies, such as {lr: {low: 0.01, high: 0.1}, r: [4]}, "
+            f"of {', '.join(NAMES)}."
         )
     faults = [f"{name} is none of {', '.join(NAMES)}" for name in given if name not in NAMES]
     axes: dict[str, Any] = {}

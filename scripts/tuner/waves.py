@@ -27,10 +27,7 @@ SPARE = 0.9  # share of what is free that may be taken
 
 
 class Waves:
-    """Populations of a plan's room, the adapter in whose place each trial's fits.
-
-    At most `slots` train at a time; `tell` is given a line where they become fewer.
-    """
+    """Populations of a plan's room; `tell` is given a line where the slots become fewer."""
 
     def __init__(
         self,
@@ -105,10 +102,7 @@ class Waves:
             done = recorded()
 
     def so_far(self, runs: Sequence[Run]) -> list[Run]:
-        """Runs, those in the slots as copies with where they are.
-
-        None in the midst of a step, nor while what trains is itself a copy that cools down.
-        """
+        """Runs, those in the slots as copies; none in the midst of a step or of a cooling copy."""
         pairs = list(zip(self._runs, self.training.trainings, strict=False))
         if any(s and (s.micro or s.config is not run.recipe.training) for run, s in pairs):
             return []
@@ -145,8 +139,7 @@ class Waves:
             yield self.model
 
     def check_memory(self) -> None:
-        """Refuse with a ValueError what does not fit, on a CPU, for all processes of this machine,
-        by a step of one slot; elsewhere find out what a population lacks."""
+        """Refuse what a CPU's processes have no room for, by a step of one slot."""
         usual = self.plan.usual
         total = gpt2.total_steps(self.data, usual.training)
         self._put(1, [Run(trial=DEFAULT, recipe=usual, total=total)], [1])
