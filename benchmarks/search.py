@@ -8,9 +8,6 @@ The grid is run whole once a seed. Since a trial is what it is alone, whoever it
 halving and random search are then read off the same runs.
 """
 
-from __future__ import annotations
-
-import dataclasses
 import itertools
 import json
 import math
@@ -19,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +24,8 @@ import yaml
 import gpt2
 import lora
 from benchmarks import harness, models
-from scripts.tuner.halving import Halving
-from scripts.tuner.trials import Recipe, Run
+from scripts.tuner.halving import Halving, Plan
+from scripts.tuner.trials import Recipe, Run, read_space
 from scripts.tuner.waves import Waves
 
 SCRIPTS = harness.ROOT / "scripts"
@@ -109,7 +105,7 @@ def grid(a: Any, seed: int) -> harness.Facts:
     best, halved = min(last), last[next(iter(alive))]
     good = sum(loss <= best * (1 + WITHIN) for loss in last)
     tries = int(cost * len(losses))
-    missed = comb(len(losses) - good, tries) / comb(len(losses), tries)
+    missed = math.comb(len(losses) - good, tries) / math.comb(len(losses), tries)
     return {
         "best_loss": round(best, 4),
         "halving_loss": round(halved, 4),
@@ -123,32 +119,36 @@ def grid(a: Any, seed: int) -> harness.Facts:
 
 def whole_grid(a: Any, seed: int, halving: Halving) -> list[list[float]]:
     """Each configuration's held-out loss where each rung ends."""
-    warmup, fast = a.examples // 8 // 32, a.device != "cpu"
-    usual = gpt2.TrainConfig(
-        epochs=1,
-        batch_size=8,
-        warmup_steps=warmup,
-        weight_decay=0.01,
-        seed=seed,
-        autocast=fast,
-        compile=fast,
+    fast = a.device != "cpu"
+    usual = Recipe(
+        adapter=lora.LoRAConfig(r=max(GRID["r"]), targets=models.ALL),
+        training=gpt2.TrainConfig(
+            epochs=1,
+            batch_size=8,
+            warmup_steps=a.examples // 8 // 32,
+            weight_decay=0.01,
+            autocast=fast,
+            compile=fast,
+        ),
+        b_ratio=1.0,
     )
-    room = lora.LoRAConfig(r=max(GRID["r"]), targets=models.ALL)
     model = gpt2.GPT2.from_pretrained("demo", device=a.device, dropout=0.0)
     how = {"max_length": 128, "answer_only": True}
     train, valid = (
         gpt2.encode(list(itertools.islice(gpt2.stream_examples(f), n)), gpt2.Tokenizer(), **how)
         for f, n in ((a.data, a.examples), (a.valid, a.held_out))
     )
-    runs: list[Run] = []
-    for lr, r, ratio, targets in itertools.product(*GRID.values()):
-        adapter = lora.LoRAConfig(r=r, alpha=ratio * r, targets=targets, seed=seed)
-        recipe = Recipe(adapter=adapter, training=dataclasses.replace(usual, lr=lr), b_ratio=1.0)
-        runs.append(Run(trial=len(runs), recipe=recipe, total=gpt2.total_steps(train, usual)))
-    with Waves(model, train, valid, usual, room, len(runs)) as waves:
+    space, total = read_space(GRID, 1, usual), gpt2.total_steps(train, usual.training)
+    runs = [
+        Run(trial=trial, recipe=usual.varied(values).seeded(seed), total=total)
+        for trial, values in enumerate(space.all())
+    ]
+    facts: dict[str, Any] = {"sampler": "random", "finalists": 1, "seeds": 1, "slots": len(runs)}
+    plan = Plan(space=space, usual=usual, **vars(halving), **facts)
+    with Waves(model, train, valid, plan) as waves:
         for rung in range(RUNGS):
-            waves.train(len(runs), runs, halving, rung, lambda steps: None)
-    ends = [halving.step(rung, runs[0].total) for rung in range(RUNGS)]
+            waves.train(runs, rung, lambda steps: None)
+    ends = [halving.step(rung, total) for rung in range(RUNGS)]
     return [[run.losses.get(end, math.inf) for end in ends] for run in runs]
 
 

@@ -1,7 +1,5 @@
 """`lora-gpt2 train|generate|predict|merge|search|report`: the scripts, anywhere."""
 
-from __future__ import annotations
-
 import sys
 
 from .cli.guard import VERBS, start
@@ -13,7 +11,7 @@ def main() -> int:
     """The command that the wheel installs; returns an exit code."""
     verb = "".join(sys.argv[1:2])
     if verb == "--version":
-        from importlib.metadata import version  # not at the top: few ask
+        from importlib.metadata import version
 
         print(version("lora-gpt2"))
     elif verb in ("-h", "--help"):

@@ -1,12 +1,9 @@
 """Fold an adapter into its base and write the result, which needs no LoRA to run."""
 
-from __future__ import annotations
-
-if __name__ == "__main__":  # on top, so that Ctrl-C during the imports below ends in one line
+if __name__ == "__main__":  # first: Ctrl-C during imports is one line
     import sys
-    from pathlib import Path
 
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # rooms are known by their package alone
+    sys.path[0] = __file__.rpartition("scripts")[0]
     from scripts.cli.guard import start
 
     sys.exit(start("merge", sys.argv[1:]))
@@ -29,18 +26,14 @@ def main(argv: Arguments = None) -> None:
     """Parse, load, merge, save."""
     to = parser("merge", __doc__)
     add = to.add_argument
-    add("adapter", type=str, help="a folder of train_qa.py, or of an adapter, PEFT's too")
+    add("adapter", type=str, help="a run's folder, or an adapter's, PEFT's too")
     add("out", type=str, help="a new or empty folder for the merged model")
     add("--base", type=str | None, help="demo, gpt2, org/repo, a folder; by default the adapter's")
-    dtypes = Literal["float32", "bfloat16", "float16"]
-    add("--dtype", type=dtypes, default="float32", help="of the merged weights")
+    add("--dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="of it")
     options = parse(to, argv or ())
     out = Path(options.out)
     if not options.out or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
-        raise ValueError(
-            f"{options.out or repr('')} is not an empty folder; merge.py overwrites nothing. "
-            "Name a new one."
-        )
+        raise ValueError(f"{options.out or repr('')} is not an empty folder: name a new one.")
     base = options.base or folder.base_of(options.adapter)
     model = gpt2.GPT2.from_pretrained(base, dtype=getattr(torch, options.dtype))
     paths = lora.load(model, folder.adapter_in(options.adapter))

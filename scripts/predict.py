@@ -1,20 +1,18 @@
-"""Continue every prompt of a file with a GPT-2, and with an adapter if one is given.
+"""Continue every prompt of a file; the same command goes on where it was stopped."""
 
-The answers are written as they come, a line of JSON a prompt; the same command goes on where it
-was stopped.
-"""
-
-from __future__ import annotations
-
-if __name__ == "__main__":  # on top, so that Ctrl-C during the imports below ends in one line
+if __name__ == "__main__":  # first: Ctrl-C during imports is one line
     import sys
-    from pathlib import Path
 
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # rooms are known by their package alone
+    sys.path[0] = __file__.rpartition("scripts")[0]
     from scripts.cli.guard import start
 
     sys.exit(start("predict", sys.argv[1:]))
 
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -25,61 +23,101 @@ import gpt2
 import lora
 from gpt2.training import fingerprints
 
-from .cli.console import Plain, bar
+from .cli.console import bar
 from .cli.guard import Arguments, guarded
-from .cli.options import build, parse, parser
-from .runs import answers, data, folder, predictions, processes, recipe
+from .cli.options import FLAG, AtLeastOne, add_model_options, build, parse, parser
+from .runs import answers, data, folder
 
-
-def options_of(argv: Arguments) -> Namespace:
-    """The script's own options, and the library's."""
-    to = parser("predict", __doc__)
-    add = to.add_argument
-    add("prompts", type=str, help="file of prompts; answers in it are references")
-    recipe.add_model_options(to)
-    add("--output", type=str | None, help="by default predictions.jsonl beside the adapter")
-    flag = {"type": bool, "nargs": "?", "const": True, "default": False}
-    add("--overwrite", **flag, help="replace what the output holds")
-    add("--fields", type=dict[str, str] | None, help="--fields.question NAME: the file's own names")
-    rows = "rows at a time, num_beams of them a prompt; by default 64, and 512 on a GPU"
-    add("--batch_size", type=recipe.AtLeastOne | None, help=rows)
-    to.add_class_arguments(gpt2.GenerateConfig, as_group=False)
-    return parse(to, argv or ())
+AGAIN = "Name another --output, or pass --overwrite true."
 
 
 @guarded
 def main(argv: Arguments = None) -> None:
     """Parse, build, predict, append."""
-    options, console = options_of(argv), Plain()
-    config, tokenizer = build(gpt2.GenerateConfig, options), gpt2.Tokenizer()
+    to = parser("predict", __doc__)
+    add = to.add_argument
+    add("prompts", type=str, help="file of prompts; answers in it are references")
+    add_model_options(to)
+    add("--output", type=str | None, help="by default beside the adapter")
+    add("--overwrite", type=bool, help="replace what the output holds", **FLAG)
+    add("--fields", type=dict[str, str] | None, help="--fields.question NAME")
+    add("--batch_size", type=AtLeastOne | None, help="rows; by default 64, and 512 on a GPU")
+    to.add_class_arguments(gpt2.GenerateConfig, as_group=False)
+    options = parse(to, argv or ())
+    config = build(gpt2.GenerateConfig, options)
     prompts = data.distinct(gpt2.read_prompts(options.prompts, options.fields))
+
     adapter = None if options.adapter is None else folder.adapter_in(options.adapter)
     options.base = options.base or folder.base_of(options.adapter)
-    device = processes.pick_device(options.device)
-    model = gpt2.GPT2.from_pretrained(options.base, device=device).requires_grad_(False)
-    made_with = decided(options, model, adapter)
+    reader = data.Reader(options, options.base)
+    model = reader.model.requires_grad_(False)
+    made = made_with(options, model, adapter)
     if adapter is not None:
         lora.load(model, adapter)
-    ids = data.encode_prompts(prompts, tokenizer, model, config, options.separator)
-    rows = options.batch_size or answers.rows_of(model)
-    place = Path() if adapter is None else adapter.parent
-    output = place / "predictions.jsonl" if options.output is None else Path(options.output)
-    with predictions.begun(output, made_with, overwrite=options.overwrite) as done:
-        with predictions.counted(output, len(ids)), bar(console, "prompts", len(ids), done) as more:
-            for batch in answers.continued(model, ids, config, rows, first=done):
-                texts = [tokenizer.decode(row) for (row,) in batch]
-                predictions.append(output, prompts[done : done + len(texts)], texts)
-                done += len(texts)
-                more(len(texts))
-        console.print(f"{predictions.score(output)}Predictions: {output}", soft_wrap=True)
+
+    ids = reader.encode_prompts(prompts, config)
+    file = Path() if adapter is None else adapter.parent
+    file = Path(options.output or file / "predictions.jsonl")
+
+    with begun(file, made, len(ids), overwrite=options.overwrite) as done:
+        with bar(reader.console, "prompts", len(ids), done) as advance:
+            rows = answers.continued(model, ids, config, options.batch_size, first=done)
+            with file.open("a", encoding="utf-8", newline="\n", buffering=1) as stream:
+                for prompt, (row,) in zip(prompts[done:], rows, strict=True):
+                    line = {"prompt": prompt.text, "prediction": reader.tokenizer.decode(row)}
+                    known = {"references": prompt.references} if prompt.references else {}
+                    stream.write(json.dumps({**line, **known}, ensure_ascii=False) + "\n")
+                    advance(1)
+
+        known = [line for line in _lines(file) if "references" in line]
+        exact = sum(line["prediction"] in line["references"] for line in known)
+        if known:
+            share = f"{exact / len(known):.1%}"
+            print(f"{exact:,} of {len(known):,} answered as a reference ({share}).")
+        reader.console.print(f"Predictions: {file}", soft_wrap=True)
 
 
-def decided(options: Namespace, base: gpt2.GPT2, adapter: Path | None) -> dict[str, Any]:
+def made_with(options: Namespace, base: gpt2.GPT2, adapter: Path | None) -> dict[str, Any]:
     """All that decides what the answers are."""
     names = ("base", "fields", "separator", *(f.name for f in fields(gpt2.GenerateConfig)))
     values = {name: options[name] for name in names}
-    values["prompts"] = predictions.digest([Path(options.prompts)])
+    values["prompts"] = digest([Path(options.prompts)])
     values["base's weights"] = fingerprints.of_base(base)
     if adapter is not None:
-        values["adapter"] = predictions.digest(sorted(adapter.glob("adapter_*")))
+        values["adapter"] = digest(sorted(adapter.glob("adapter_*")))
     return values
+
+
+def digest(files: Iterable[Path]) -> str:
+    """A fingerprint of these files' bytes."""
+    parts = [hashlib.sha256(file.read_bytes()).digest() for file in files]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+
+@contextmanager
+def begun(file: Path, made: Mapping[str, Any], total: int, *, overwrite: bool) -> Iterator[int]:
+    """Lock a file that is new, or made with the same; gives how many prompts it has."""
+    about = file.with_name(f"{file.name}.made.json")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.open("a").close()
+    with folder.locked(file, option="--output"):
+        if overwrite or not file.stat().st_size:
+            os.truncate(file, 0)
+            folder.write_whole(about, json.dumps(made, indent=2))
+        elif not about.is_file():
+            raise ValueError(f"{file} is not this script's, for {about.name} is missing. {AGAIN}")
+        elif odd := folder.differences(json.loads(about.read_text(encoding="utf-8")), made):
+            raise ValueError(f"{file} was made with other options: {odd}. {AGAIN}")
+        try:
+            yield len(_lines(file))
+        except BaseException as stop:
+            done = f"{len(_lines(file)):,} of {total:,} prompts are answered in {file}"
+            stop.add_note(f"{done}; the same command goes on from there.")
+            raise
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    """The lines of a file, after its last one is taken off if it has no end."""
+    whole, _, torn = file.read_bytes().rpartition(b"\n")
+    os.truncate(file, file.stat().st_size - len(torn))
+    return [json.loads(line) for line in whole.splitlines()]

@@ -1,12 +1,9 @@
-"""Make `report.html` of a run's folder, ended or killed, or one page that compares several."""
+"""Make the report of a run, ended or killed, or one page that compares several."""
 
-from __future__ import annotations
-
-if __name__ == "__main__":  # on top, so that Ctrl-C during the imports below ends in one line
+if __name__ == "__main__":  # first: Ctrl-C during imports is one line
     import sys
-    from pathlib import Path
 
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # rooms are known by their package alone
+    sys.path[0] = __file__.rpartition("scripts")[0]
     from scripts.cli.guard import start
 
     sys.exit(start("report", sys.argv[1:]))
@@ -27,14 +24,12 @@ def main(argv: Arguments = None) -> None:
     """Parse, read, write, print where."""
     to = parser("report", __doc__)
     to.add_argument("runs", type=str, nargs="+", help="folders of train_qa.py or search.py")
-    place = f"by default {folder.REPORT} in the run's folder; of several {COMPARED} here"
-    to.add_argument("--output", type=str | None, help=place)
+    to.add_argument("--output", type=str | None, help=f"of several by default {COMPARED}")
     options = parse(to, argv or ())
-    places = [Path(run) for run in options.runs]
-    records = [read(place) for place in places]
-    usual = COMPARED if len(places) > 1 else places[0] / folder.REPORT
-    file = Path(options.output) if options.output else usual
-    if file.exists() and not (file.is_file() and page.is_ours(file)):
+    runs = [Path(run) for run in options.runs]
+    records = [read(run) for run in runs]
+    file = Path(options.output or (COMPARED if len(runs) > 1 else runs[0] / folder.REPORT))
+    if file.exists() and not (file.is_file() and page.GENERATOR in file.read_text("utf-8")):
         raise ValueError(f"{file} is no report and is left as it is: choose another --output.")
     folder.write_whole(file, page.html(records))
     print(file)

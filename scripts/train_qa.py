@@ -1,116 +1,120 @@
 """Tune a GPT-2 on examples with LoRA, and show its answers before and after."""
 
-from __future__ import annotations
-
-if __name__ == "__main__":  # on top, so that Ctrl-C during the imports below ends in one line
+if __name__ == "__main__":  # first: Ctrl-C during imports is one line
     import sys
-    from pathlib import Path
 
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # rooms are known by their package alone
+    sys.path[0] = __file__.rpartition("scripts")[0]
     from scripts.cli.guard import start
 
     sys.exit(start("train_qa", sys.argv[1:]))
 
 from pathlib import Path
-from typing import Any
 
 from jsonargparse import Namespace
 
 import gpt2
 import lora
+from gpt2.data.held_out import is_within
+from gpt2.training import snapshots
 
-from .cli.console import Plain
 from .cli.guard import Arguments, guarded
-from .cli.options import build, parse, parser
+from .cli.options import AtLeastOne, add_options, build, parse, parser, training
 from .page import page
-from .runs import answers, data, folder, processes, recipe, record, resume, train
+from .runs import answers, data, folder, processes, resume, train
 
 DEMO = Path(__file__).resolve().parent / "configs" / "demo.yaml"
 
 
 def options_of(argv: Arguments) -> Namespace:
-    """The script's own options, and the library's under the names and defaults it gives them."""
+    """The script's own options, and the libraries'."""
     to = parser("train_qa", __doc__)
-    recipe.add_options(to, str(data.ARTICLE), "qa")
-    tasks = "data files: an adapter for each, on one base"
-    to.add_argument("--tasks", type=str, nargs="+", help=tasks)
-    prompts = "file to try out; answers in it are references"
-    to.add_argument("--prompts", type=str | None, help=prompts)
-    steps = "steps between two lines of output"
-    to.add_argument("--logging_steps", type=recipe.AtLeastOne, default=5, help=steps)
+    add_options(to, str(data.ARTICLE), "qa")
+    add = to.add_argument
+    add("--tasks", type=str, nargs="+", help="data files: an adapter for each, on one base")
+    add("--prompts", type=str | None, help="file to try out; answers in it are references")
+    add("--logging_steps", type=AtLeastOne, default=5, help="steps between two lines")
     to.add_class_arguments(gpt2.RunConfig, skip={"folder"}, as_group=False)
     to.add_class_arguments(gpt2.GenerateConfig, "generate", skip={"seed"}, as_group=False)
-    file, words = resume.config(argv or (), "train_qa", DEMO)
+
+    file, words = resume.config(argv or (), DEMO)
     options = parse(to, words, file)
+
     if options.validation is None and (options.patience or options.eval_every):
         raise ValueError("patience and eval_every need validation data: give --validation.")
     if options.tasks and options.generate.num_beams > 1:
         raise ValueError("--tasks routes each row of a batch, so generate.num_beams must be 1.")
+    if processes.restarts("MAX_RESTARTS") and options.res_path is None and not options.resume:
+        raise ValueError("torchrun's --max_restarts needs --res_path, where a restart looks.")
+    data.shares(options)  # both raise
+    build(gpt2.RunConfig, options, folder=folder.NUMBERED)
     return options
 
 
 @guarded
 def main(argv: Arguments = None) -> None:
     """Load, inject, baseline answers, train, answers, record, page."""
-    clock = record.Clock()
+    clock = folder.Clock()
     with processes.joined():
         with processes.agreed():
             options = options_of(argv)
-            config = recipe.training(options)
+            config, names = (
+                training(options),
+                train.names_of(options.tasks),
+            )
             sampling = build(gpt2.GenerateConfig, options.generate, seed=options.seed)
-            device = processes.pick_device(options.device)
-            names = train.names_of(options.tasks)
-            start = resume.decide_training(options, names)
-            sources = [data.read(file, options) for file in options.tasks or [options.data]]
+            tasks = names if options.tasks else []
+            start = resume.decide(options, "qa", tasks or [folder.ADAPTER])
+            sources = data.read(options)
             prompts = data.prompts_of(sources, options)
-            base, dropout = options.model_name, options.base_dropout
-            model = gpt2.GPT2.from_pretrained(base, device=device, dropout=dropout)
-            console = Plain(quiet=processes.rank() > 0)
-            reader = data.Reader(gpt2.Tokenizer(), model, options, console)
-            splits = {n: reader.split(s, config) for n, s in zip(names, sources, strict=True)}
+            reader = data.Reader(options, options.model_name, options.base_dropout)
+            model, console = reader.model, reader.console
+            splits = {n: reader.split(f, config) for n, f in zip(names, sources, strict=True)}
             counts = {"base": lora.count_parameters(model)}
             missing = train.inject(reader, splits, start)
             counts["LoRA"] = lora.count_parameters(model)
-            how = (reader.tokenizer, model, sampling, options.separator)
-            ids = data.encode_prompts(prompts, *how)
-        console.print(record.parameter_table(counts))
+            ids = reader.encode_prompts(prompts, sampling)
+
+        for name, count in counts.items():
+            console.print(f"{name}: {count}", soft_wrap=True)
         clock.lap("load")
+
         with lora.disabled(model):
-            baseline = [] if processes.rank() else answers.ask(model, ids, sampling, console)
+            baseline = [] if processes.rank() else [*answers.continued(model, ids, sampling)]
         clock.lap("base answers")
-        with resume.begun(start, options) as place:
-            targets = {name: train.Target(name, place) for name in names}
+
+        with resume.begun(start, options) as root:
             results = {
-                name: train.train_one(reader, splits[name], config, targets[name], start)
+                name: train.train_one(reader, name, splits[name], config, start, root)
                 for name in missing
             }
+
             if processes.rank():
                 return  # the first goes on alone
             clock.lap("training")
+
             routes = [*names, dict.fromkeys(names, 1 / len(names))] if options.tasks else []
-            tuned = answers.ask(model, ids, sampling, console, routes)
+            tuned = [*answers.continued(model, ids, sampling, routes=routes)]
             clock.lap("tuned answers")
+
             heads = ["base", *names, "mixture"] if options.tasks else ["base", "tuned"]
-            ids_of = [[*before, *after] for before, after in zip(baseline, tuned, strict=True)]
-            texts = [[*map(reader.tokenizer.decode, row)] for row in ids_of]
-            rows = answers.compare(prompts, heads, texts, data.trained(sources, options))
+            rows_of_ids = [[*old, *new] for old, new in zip(baseline, tuned, strict=True)]
+            texts = [[*map(reader.tokenizer.decode, row)] for row in rows_of_ids]
+            side = data.shares(options)["train"]
+            examples = [e for many in sources.values() for e in many if is_within(e, side)]
+            rows = answers.compare(prompts, heads, texts, examples)
             if not options.tasks:
-                whole, most = sources[0].whole, sampling.max_new_tokens
-                stops = [len(ids) < most for (ids,) in tuned]
-                pairs = zip(rows, stops, strict=True)
-                rows = [answers.judged(a, stopped=s, searched=whole) for a, s in pairs]
-            sets = [split.train for split in splits.values()]
-            tokens, cut = sum(s.n_tokens for s in sets), sum(s.truncated for s in sets)
-            size = {"examples": sum(map(len, sets)), "tokens": tokens, "truncated": cut}
-            facts: dict[str, Any] = {"parameters": counts, "data": size}
-            facts |= {**results.get(train.ALONE, {}), **answers.publish(rows, place, console)}
-            adapters = [place / name for name in names] if options.tasks else [place]
+                whole = all(len(examples) < data.FIRST for examples in sources.values())
+                answers.judge(rows, tuned, sampling, whole=whole)
+
+            facts = folder.about(options, model, clock, [s.train for s in splits.values()])
+            facts |= {"parameters": counts, **results.get(train.ALONE, {})}
+            facts |= answers.publish(rows, root, console)
+            adapters = [root / name for name in names] if options.tasks else [root]
             prompt = min((p.text for p in prompts), key=len, default="Once upon a time")
-            commands = folder.commands(place / folder.OPTIONS, adapters, base, prompt)
-            record.write(
-                place, record.about(options, model, clock) | facts | {"commands": commands}
-            )
-            page.write(place)
-            for target in targets.values():
-                resume.snapshots.remove(target.directory)  # the run is over
-        record.end(console, place, commands["use"])
+
+            use = folder.commands(adapters, options.model_name, prompt)
+            folder.write(root, {**facts, "commands": {"use": use}})
+            page.write(root)
+            for name in names:
+                snapshots.remove(train.directory_of(root, name))  # the run is over
+        folder.end(console, root, use)

@@ -88,7 +88,7 @@ def test_a_snapshot_cut_short_is_passed_over_and_said(script, tmp_path, many, mo
     arguments = [*QUICK, "--steps", "7", *VALID, "--save_every", "1", "--data", many, "--res_path"]
     assert train([*arguments, str(whole)]) == 0
     with monkeypatch.context() as patch:
-        stopped_after(5, script("runs.saving"), patch)
+        stopped_after(5, script("runs.train"), patch)
         assert train([*arguments, str(cut)]) == 143
     newest = cut / "snapshot.safetensors"
     newest.write_bytes(newest.read_bytes()[:1000])
@@ -142,7 +142,7 @@ def test_a_full_disk_after_training_says_where_the_adapter_is(
     file, script, tmp_path, monkeypatch, capsys, many
 ):
     real = {"loss.png": ("page.charts", "png"), "answers.md": ("runs.answers", "publish")}
-    module, name = real.get(file, ("runs.record", "write"))
+    module, name = real.get(file, ("runs.folder", "write"))
 
     def full(*_, **__) -> None:
         raise OSError(28, "No space left on device")

@@ -61,19 +61,19 @@ def refused(script: str, argv: list[str], here: Path, capsys) -> str:
 
 
 YAMLS = {
-    "lora: null": "lora is a group of options: lora.r,",
-    "lora: 3": "lora is a group",
-    "generate: null": "generate is a group",
+    "lora: null": "There is no option lora: did you mean lora.r?",
+    "lora: 3": "There is no option lora: did you mean lora.r?",
+    "generate: null": "There is no option generate: did you mean generate.",
     "data: [1]": "Parser key \"data\": Expected a <class 'str'>. Got value: [1]",
     "res_path: 3": 'Parser key "res_path": Does not validate',
     "tasks: [1]": "Parser key \"tasks\" element 1: Expected a <class 'str'>",
     "device: [cpu]": 'Parser key "device": Does not validate',
-    "strategy: steps": "There is no option strategy: logging_steps takes its place.",
+    "strategy: steps": "There is no option strategy: did you mean logging_steps?",
     "stratgy: steps": "did you mean logging_steps?",
-    "learning_rate: 1": "lr takes its place",
+    "learning_rate: 1": "did you mean lr?",
     "epoch: 3": "did you mean epochs?",
     "r: 4": "did you mean lora.r?",
-    "lora: {rank: 4}": "lora.r takes its place",
+    "lora: {rank: 4}": "did you mean lora.r?",
     "lora: {dropuot: 4}": "did you mean lora.dropout?",
     "lora.q: 4": "There is no option lora.q",
     "nope: 1\nalso_nope: 2": "also_nope",
@@ -111,8 +111,8 @@ LINES = {
     "--r 4": "There is no option --r: did you mean --lora.r?",
     "--res_pth folder": "did you mean --res_path?",
     "--epoch=3": "did you mean --epochs?",
-    "--strategy steps": "--logging_steps takes its place",
-    "--lora null": "--lora is a group of options: --lora.r,",
+    "--strategy steps": "did you mean --logging_steps?",
+    "--lora null": "There is no option --lora: did you mean --lora.r?",
     "--lora.q 1": "There is no option --lora.q",
     "--lora.lora_alpha 1": "There is no option --lora.lora_alpha: did you mean --lora.alpha?",
     "--use_dora true": "There is no option --use_dora",
@@ -159,7 +159,7 @@ LINES = {
     "--prompts nowhere.txt": "No such file or directory: 'nowhere.txt'",
     "--prompts file": "file has none of the endings",
     "--prompts base.jsonl --generate.max_new_tokens 1024": "does not fit a context of 1024",
-    "--prompts base.jsonl --generate.max_new_tokens 1022": "leaves no room for 1022",
+    "--prompts base.jsonl --generate.max_new_tokens 1022": "and 1,022 new ones, does not fit",
     "--tasks fine.jsonl ./fine.jsonl": "files of different names",
     "--tasks base.jsonl": "none of them base",
     "--tasks fine.jsonl a.b.jsonl": "'a.b' cannot name an adapter",
@@ -192,7 +192,7 @@ OTHERS = {
     "generate a --device nope": "got 'nope'",
     "generate a --top_k -1": "top_k",
     f"generate a --adapter {LONG}": "File name too long",
-    f"generate '{'a ' * 3000}'": "context",
+    f"generate '{'a ' * 3000}'": "does not fit a context of 1024",
     "merge": "adapter, out",
     "merge run": "out",
     "merge run out": "adapter_config.json",
@@ -268,12 +268,12 @@ def test_every_option_has_its_help(script, capsys, monkeypatch):
     assert not silent
 
 
-@pytest.mark.parametrize(
-    ("cuda", "mps", "best"),
-    [(True, True, "cuda"), (True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")],
-)
-def test_cuda_is_picked_before_mps_before_the_processor(cuda, mps, best):
-    assert importlib.import_module("scripts.runs.processes").best_device(cuda, mps) == best
+@pytest.mark.parametrize(("cuda", "mps", "best"), [(1, 1, "cuda"), (0, 1, "mps"), (0, 0, "cpu")])
+def test_cuda_is_picked_before_mps_before_the_processor(cuda, mps, best, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: mps)
+    monkeypatch.setattr("torch.empty", lambda *_, device: None)
+    assert importlib.import_module("scripts.runs.processes").pick_device(None) == best
 
 
 def test_an_adapter_is_found_in_its_run():
@@ -292,7 +292,7 @@ def test_the_next_commands_survive_the_shell(monkeypatch):
     place, prompt = Path("it's [b]mine[/b] $HOME"), 'Q: "Why" `ls` $(ls)?\nA:'
 
     def used(adapter, base, prompt):
-        return folder.commands(place / "options.yaml", [adapter], base, prompt)["use"]
+        return folder.commands([adapter], base, prompt)
 
     lines = used(place, "a base", prompt)
     words = shlex.split(lines)

@@ -35,21 +35,6 @@ def test_pefts_names_of_our_fields_are_told_ours():
             lora.inject(tiny_gpt2(), **{theirs: None})
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("task_type", "not needed: the model is called as it is"),
-        ("use_dora", "not supported: there is no DoRA"),
-        ("init_lora_weights", "not supported: an adapter is drawn as PEFT does"),
-        ("trainable_token_indices", "not supported: target the embedding"),
-        ("bias", "not supported: name the modules .* in modules_to_save"),
-    ],
-)
-def test_other_fields_of_peft_are_answered_by_name(name, words):
-    with pytest.raises(TypeError, match=f"'{name}' is {words}"):
-        lora.inject(tiny_gpt2(), **{name: "all"})
-
-
 def test_the_renamed_fields_are_pefts():
     peft = pytest.importorskip("peft", reason="PEFT names its own fields")
     theirs = {field.name for field in dataclasses.fields(peft.LoraConfig)}

@@ -52,7 +52,11 @@ VALUES = [
 KEYWORDS = [
     ({"lora_alpha": 16}, r"no argument 'lora_alpha'; did you mean alpha\?$"),
     ({"target_modules": ["c_attn"]}, "'target_modules'; did you mean targets"),
-    ({"task_type": "CAUSAL_LM"}, "no argument 'task_type'; there are r, alpha"),
+    ({"task_type": "CAUSAL_LM"}, "'task_type' is not needed: the model is called as it is"),
+    ({"use_dora": True}, "'use_dora' is not supported: there is no DoRA"),
+    ({"init_lora_weights": "pissa"}, "not supported: an adapter is drawn as PEFT does"),
+    ({"trainable_token_indices": [1]}, "not supported: target the embedding"),
+    ({"bias": "all"}, "not supported: name the modules whose biases train in modules_to_save"),
     ({"fan_in_fan_out": True}, "no argument 'fan_in_fan_out'; there are r, alpha"),
     ({"alhpa": 3}, r"no argument 'alhpa'; did you mean alpha\?$"),
     ({"tragets": "up"}, r"did you mean targets\?$"),

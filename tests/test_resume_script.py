@@ -47,11 +47,10 @@ def test_validation_is_in_lines_table_metrics_plot_and_record(script, tmp_path, 
     arguments = [*QUICK, "--steps", "5", *VALID, "--data", many, "--res_path", str(out)]
     assert script("train_qa").main(arguments) == 0
     said = capsys.readouterr().out
-    assert "examples, by their prompts. 1 of the data's 13 stand there more than once." in said
+    assert "examples, by their prompts." in said
     lines = [line for line in said.splitlines() if line.startswith("step ")]
     assert [line.split()[1] for line in lines if "validation" in line] == ["0", "2", "4", "5"]
     assert "Validation" in said
-    assert "perplexity" in said
     record = json.loads((out / "run.json").read_text(encoding="utf-8"))
     losses = record["validation"]["losses"]
     assert list(losses) == ["0", "2", "4", "5"]
@@ -111,7 +110,7 @@ def test_a_run_that_is_stopped_and_gone_on_with_is_as_one_that_never_stopped(
 ):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     arguments = [*QUICK, "--steps", "7", *VALID, "--data", many, "--res_path"]
-    train, saving = script("train_qa").main, script("runs.saving")
+    train, saving = script("train_qa").main, script("runs.train")
     assert train([*arguments, str(whole)]) == 0
     capsys.readouterr()
     for i, step in enumerate((3, 5)):
@@ -130,7 +129,7 @@ def test_a_run_that_is_stopped_and_gone_on_with_is_as_one_that_never_stopped(
     assert one["validation"] == other["validation"]
     assert one["answers"] == other["answers"]
     assert train(["--resume", str(cut)]) == 2
-    assert f"The run in {cut} came to its end" in capsys.readouterr().err
+    assert "or the run came to its end" in capsys.readouterr().err
 
 
 def test_what_cannot_be_gone_on_with_is_one_line(script, tmp_path, capsys, many, monkeypatch):
@@ -146,16 +145,16 @@ def test_what_cannot_be_gone_on_with_is_one_line(script, tmp_path, capsys, many,
         assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
         return said
 
-    assert f"{empty} holds no snapshot" in refused("--resume", str(empty))
+    assert f"{empty} holds nothing to go on with" in refused("--resume", str(empty))
     assert "--resume FOLDER" in refused("--resume")
     with monkeypatch.context() as patch:
-        stopped_after(2, script("runs.saving"), patch)
+        stopped_after(2, script("runs.train"), patch)
         arguments = [*QUICK, "--steps", "7", *VALID, "--data", many, "--res_path", str(out)]
         assert train(arguments) == 143
     capsys.readouterr()
     assert "lr was 0.003, is 0.1" in refused("--resume", str(out), "--lr", "0.1")
     assert "data was" in refused("--resume", str(out), "--data", ARTICLE)
-    assert "modules was" in refused("--resume", str(out), "--lora.alpha", "3")
+    assert "lora was {" in refused("--resume", str(out), "--lora.alpha", "3")
     assert "or go on with it by --resume" in refused(*arguments)
     with script("runs.folder").locked(out):
         assert f"Another run works in {out}" in refused("--resume", str(out))
@@ -173,7 +172,7 @@ def test_what_cannot_be_gone_on_with_is_one_line(script, tmp_path, capsys, many,
         (["--patience", "2"], "patience and eval_every need validation data"),
         (["--patience", "0", "--validation", "0.5"], "patience must be an integer of at least 1"),
         (["--save_every", "soon"], "save_every must be steps"),
-        (["--tasks", ARTICLE, "--validation", "0.5", "--resume"], "holds no snapshot"),
+        (["--tasks", ARTICLE, "--validation", "0.5", "--resume"], "holds nothing to go on with"),
     ],
     ids=lambda value: " ".join(value)[-30:] if isinstance(value, list) else "",
 )
@@ -258,7 +257,7 @@ def test_the_metrics_of_a_killed_run_decide_nothing(
     train = script("train_qa").main
     assert train([*arguments, str(whole)]) == 0
     with monkeypatch.context() as patch:
-        stopped_after(5, script("runs.saving"), patch)
+        stopped_after(5, script("runs.train"), patch)
         assert train([*arguments, str(cut)]) == 143
     file = cut / "metrics.jsonl"
     lines = file.read_text().splitlines(keepends=True)
@@ -283,7 +282,7 @@ def test_options_that_resume_would_drop_are_refused(script, tmp_path, capsys, ma
     train, cut = script("train_qa").main, tmp_path / "cut"
     arguments = [*QUICK, "--steps", "7", "--data", many, "--res_path", str(cut)]
     with monkeypatch.context() as patch:
-        stopped_after(2, script("runs.saving"), patch)
+        stopped_after(2, script("runs.train"), patch)
         assert train(arguments) == 143
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     capsys.readouterr()
@@ -308,5 +307,5 @@ def test_bundled_data_is_asked_its_own_prompts(script):
     data, train = script("runs.data"), script("train_qa")
     for name, first in (("weather", "Q: Tunis"), ("article", "Q: How do transformers work?")):
         options = train.options_of(["--data", str(data.DATA / f"{name}.jsonl")])
-        prompts = data.prompts_of([data.read(options.data, options)], options)
+        prompts = data.prompts_of(data.read(options), options)
         assert prompts[0].text.startswith(first)

@@ -212,11 +212,11 @@ def test_a_character_of_several_tokens_is_shown_once_it_is_whole(script):
     tokenizer = gpt2.Tokenizer()
     text = "naïve 🙂 漢字!"
     ids = tokenizer.encode(text)
-    shown = list(script("generate").pieces(ids, tokenizer))
+    shown = list(script("runs.answers").pieces(ids, tokenizer))
     assert "".join(shown) == text
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in shown)
     assert shown[0] == "na", "text waits though it is whole"
-    cut = list(script("generate").pieces(ids[:-4], tokenizer))
+    cut = list(script("runs.answers").pieces(ids[:-4], tokenizer))
     assert "".join(cut) == tokenizer.decode(ids[:-4])
 
 
@@ -254,7 +254,7 @@ def test_ctrl_c_leaves_a_saved_adapter_and_says_so(heeded, tmp_path):
 def test_a_signal_saves_the_step_it_met_and_others_change_nothing(
     name, code, heeded, script, tmp_path, monkeypatch, capsys
 ):
-    saving, save = script("runs.saving"), lora.save
+    saving, save = script("runs.train"), lora.save
     recorded, kill = saving.recorded, getattr(signal, name)
 
     def killed(run, place):

@@ -1,7 +1,5 @@
 """What a script shows: text as it is, tables, a progress bar on a terminal."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -10,7 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-Advance = Callable[..., None]  # of how much more is done; perhaps another text, another total
+Advance = Callable[..., None]  # by how many, perhaps with a text
 
 
 class Plain(Console):
@@ -18,46 +16,37 @@ class Plain(Console):
 
     def __init__(self, *, quiet: bool = False) -> None:
         terminal = False if quiet else None  # and so no progress bar
-        super().__init__(
-            markup=False, emoji=False, highlight=False, quiet=quiet, force_terminal=terminal
-        )
+        plain = dict.fromkeys(("markup", "emoji", "highlight"), False)
+        super().__init__(quiet=quiet, force_terminal=terminal, **plain)
 
     def on_broken_pipe(self) -> None:
-        """Leave the error to `guarded`; rich would end the process, and training with it."""
+        """Leave the error to `guarded`; rich would end the process."""
         raise BrokenPipeError("Nobody reads the output any more.")
 
 
 @contextmanager
 def bar(
-    console: Console, text: str, total: float | None = None, completed: int = 0
+    console: Console, text: str = "", total: float | None = None, completed: int = 0
 ) -> Iterator[Advance]:
-    """A progress bar with a text, where the console is a terminal; gives what advances it."""
+    """A progress bar on a terminal; gives what advances it."""
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-    with Progress(
-        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
-    ) as progress:
-        task = progress.add_task(text, total=total, completed=completed)
+    how = {"console": console, "disable": not console.is_terminal, "transient": True}
+    with Progress(*columns, TimeRemainingColumn(), **how) as progress:
+        task = progress.add_task(text, total=total, completed=completed, visible=False)
 
-        def advance(more: int, text: str | None = None, total: float | None = None) -> None:
-            progress.update(task, advance=more, description=text, total=total)
+        def advance(more: int, text: str | None = None) -> None:
+            progress.update(task, advance=more, description=text, visible=True)
 
         yield advance
 
 
 def table(
-    title: str,
-    heads: Sequence[str],
-    rows: Iterable[Sequence[str]],
-    ratios: Sequence[int] | None = None,
+    title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], ratios: Sequence[int]
 ) -> Table:
-    """A table: of words first and numbers after, or of texts in columns of these widths."""
-    made = Table(title=title, show_lines=ratios is not None)
-    for i, head in enumerate(heads):
-        if ratios:
-            made.add_column(Text(head), ratio=ratios[i], overflow="fold")
-        else:
-            numeric = i > 0 and head != "what it is"
-            made.add_column(Text(head), justify="right" if numeric else "left", no_wrap=numeric)
+    """A table in columns of these widths."""
+    made = Table(title=title, show_lines=True)
+    for head, ratio in zip(heads, ratios, strict=True):
+        made.add_column(Text(head), ratio=ratio, overflow="fold")
     for row in rows:  # as Text: nothing in it is markup
         made.add_row(*(Text(cell, style="green" * cell.startswith("exact")) for cell in row))
     return made

@@ -1,9 +1,4 @@
-"""How a script starts and ends: bad input in one line, a signal in one line once work is saved.
-
-Nothing slow is imported here, so that Ctrl-C while torch is loaded ends in one line.
-"""
-
-from __future__ import annotations
+"""How a script starts and ends: an error and a signal are one line each."""
 
 import functools
 import importlib
@@ -20,7 +15,6 @@ from contextlib import contextmanager
 Arguments = Sequence[str] | None
 NAMES = ("train_qa", "generate", "predict", "merge", "search", "report")
 VERBS = {name.partition("_")[0]: name for name in NAMES}  # of the installed command
-LONGEST = 1000  # characters of an error line
 
 
 class Stopped(KeyboardInterrupt):
@@ -28,9 +22,8 @@ class Stopped(KeyboardInterrupt):
 
 
 def start(script: str, argv: Sequence[str]) -> int:
-    """Import a script, which takes seconds, and call its `main`; returns an exit code."""
-    # torch reads it when it is loaded. A thread that waits for another soon sleeps, so that other
-    # work can run; at once would cost a quiet machine a fifth of its speed.
+    """Import a script, which takes seconds, and call its `main`."""
+    # torch reads it when it is loaded: a thread that waits soon sleeps, but not at once.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
     for number in _stop_signals():
@@ -46,21 +39,20 @@ def start(script: str, argv: Sequence[str]) -> int:
 
 
 def guarded(body: Callable[[Arguments], None]) -> Callable[[Arguments], int]:
-    """Make the body of a script its `main`: bad input gives one line on stderr and 2, a signal one
-    line and 130, 143 or 129. An error's notes stand in the line, its traceback with `--debug`."""
+    """Make a body a `main`, which gives 0, 2, or 128 and a signal's number."""
 
     @functools.wraps(body)
     def main(argv: Arguments = None) -> int:
         words = list(sys.argv[1:] if argv is None else argv)
         try:
             with _set_up():
-                if isinstance(sys.stdout, io.TextIOWrapper):  # which may know no such letter
+                if isinstance(sys.stdout, io.TextIOWrapper):
                     sys.stdout.reconfigure(errors="backslashreplace")
                 body([word for word in words if word != "--debug"])
                 sys.stdout.flush()
-        except BrokenPipeError as error:  # the reader, such as `head`, has seen enough
+        except BrokenPipeError as error:  # such as by `head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            if getattr(error, "__notes__", None):  # in training: what is saved is not all
+            if getattr(error, "__notes__", None):  # in training
                 return _print(str(error), error, 2)
         except KeyboardInterrupt as stop:
             number = stop.args[0] if isinstance(stop, Stopped) else signal.SIGINT
@@ -75,10 +67,9 @@ def guarded(body: Callable[[Arguments], None]) -> Callable[[Arguments], int]:
 
 
 def _stop_signals() -> list[signal.Signals]:
-    """Ctrl-C, a closed terminal and a plain kill, but for what was ignored, as nohup does."""
-    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows knows no SIGHUP
-    known = [signal.Signals[name] for name in names if name in signal.Signals.__members__]
-    return [number for number in known if signal.getsignal(number) != signal.SIG_IGN]
+    """Those that are heeded: nohup has one ignored."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    return [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
 
 
 def _stop_line(number: int) -> str:
@@ -94,11 +85,9 @@ def _end(number: int, _: object) -> None:
 
 @contextmanager
 def _set_up() -> Iterator[None]:
-    """A signal raises `Stopped`, and after it another Ctrl-C ends the process; a warning is a line.
-
-    Of several processes the first alone heeds signals: it saves, and the others end with it.
-    torchrun passes a Ctrl-C of the terminal on, so that it comes twice, and kills after a while.
-    """
+    """A signal raises `Stopped`, another Ctrl-C ends the process; a warning is a line."""
+    # Of several processes the first alone heeds signals: it saves, and the others end with it.
+    # torchrun passes a Ctrl-C of the terminal on, so that it comes twice.
     numbers = _stop_signals() if threading.current_thread() is threading.main_thread() else []
     before = {number: signal.getsignal(number) for number in numbers}
     other_errors, form = sys.unraisablehook, warnings.formatwarning
@@ -110,8 +99,8 @@ def _set_up() -> Iterator[None]:
             signal.signal(other, signal.SIG_DFL if ends else signal.SIG_IGN)
         raise Stopped(number)
 
-    def again(unraisable: sys.UnraisableHookArgs) -> None:
-        """Where Python ignores errors, as in a finalizer or about a fork, a stop is put off."""
+    def again(unraisable: "sys.UnraisableHookArgs") -> None:
+        """Put a stop off where Python ignores errors, as in a finalizer."""
         if isinstance(error := unraisable.exc_value, Stopped):
             signal.signal(error.args[0], stop)
             threading.Timer(0.01, os.kill, [os.getpid(), error.args[0]]).start()
@@ -133,5 +122,5 @@ def _set_up() -> Iterator[None]:
 def _print(message: str, error: BaseException, code: int) -> int:
     line = " ".join(" ".join([message, *getattr(error, "__notes__", [])]).split())
     line = "".join(letter if letter.isprintable() else "?" for letter in line)
-    print(line if len(line) <= LONGEST else line[:LONGEST] + "…", file=sys.stderr)
+    print(line if len(line) <= 1000 else line[:1000] + "…", file=sys.stderr)
     return code

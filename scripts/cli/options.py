@@ -1,26 +1,26 @@
-"""Options from flags and a YAML file by jsonargparse; an unknown name is told the nearest one."""
+"""Options from flags and a YAML file, by jsonargparse."""
 
-from __future__ import annotations
-
-import argparse
 import glob
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
+from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse.typing import PositiveFloat, PositiveInt, restricted_number_type
+
+import gpt2
+import lora
 
 from .guard import VERBS
 
-INSTEAD = (  # options that exclude each other
-    ("epochs", "steps"),
-    ("tokens_per_batch", "train_batch_size"),
-    ("warmup_ratio", "warmup_steps"),
-)
+INSTEAD = {"epochs": "steps", "warmup_ratio": "warmup_steps"}
+INSTEAD["tokens_per_batch"] = "train_batch_size"
+INSTEAD |= {other: one for one, other in INSTEAD.items()}  # exclude each other
 PATHS = "adapter base cache output resume test validation".split()  # '' must be none of these
 OTHER_NAMES = {  # in the article's script and in transformers' and PEFT's
     "strategy": "logging_steps",
@@ -30,6 +30,11 @@ OTHER_NAMES = {  # in the article's script and in transformers' and PEFT's
     "target_modules": "lora.targets",
     "output_dir": "res_path",
 }
+AtLeastOne: Any = PositiveInt
+AtLeastTwo: Any = restricted_number_type("AtLeastTwo", int, (">=", 2))
+FLAG: dict[str, Any] = {"nargs": "?", "const": True, "default": False}
+BASE = "demo, gpt2, org/repo, a folder or a file"
+DEVICE = "by default the GPU if there is one"
 Config = TypeVar("Config")
 
 
@@ -52,34 +57,62 @@ def program(script: str) -> str:
 
 
 def build(kind: type[Config], options: Namespace, **renamed: Any) -> Config:
-    """A config dataclass from the options named as its fields, and those that go by other names."""
+    """A config from the options named as its fields, and others."""
     names = [field.name for field in fields(kind) if field.name not in renamed]  # pyright: ignore
     return kind(**{name: options[name] for name in names}, **renamed)
 
 
-def early(words: Sequence[str], *names: str) -> tuple[argparse.Namespace, list[str]]:
-    """Some options before all are parsed, "" for one without a value; and the words left over."""
-    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in names:
-        reader.add_argument(f"--{name}", nargs="?", const="")
-    return reader.parse_known_args(words)
+def add_options(to: ArgumentParser, data: str, kind: str) -> None:
+    """All of them, under the names and defaults that the libraries give."""
+    add, encoding = to.add_argument, signature(gpt2.encode).parameters
+    add("--config", action="config", help="YAML file; flags win")
+    add("--model_name", type=str, default="demo", help=BASE)
+    add("--base_dropout", type=float | None, help="by default as the base says")
+    add("--device", type=str | None, help=DEVICE)
+    add("--data", type=str, default=data, help=".jsonl, .json, .csv, .tsv, .parquet or .txt")
+    add("--fields", type=dict[str, str] | None, help="--fields.question NAME")
+    add("--validation", type=str | None, help="file, or a share of the data: 0.1")
+    add("--test", type=str | None, help="file, or a share; it decides nothing")
+    longest, size = encoding["max_length"].default, gpt2.TrainConfig.batch_size
+    add("--max_token_length", type=AtLeastTwo, default=longest, help="longer examples are cut")
+    add("--train_batch_size", type=AtLeastOne, default=size, help="examples a batch")
+    skip: set[str | int] = {"examples", "tokenizer", "max_length"}
+    to.add_function_arguments(gpt2.encode, skip=skip, as_group=False)
+    to.add_class_arguments(gpt2.TrainConfig, skip={"batch_size"}, as_group=False)
+    add("--b_ratio", type=PositiveFloat, default=1.0, help="B's learning rate over A's (LoRA+)")
+    to.add_class_arguments(lora.LoRAConfig, "lora", skip={"seed", "dtype"}, as_group=False)
+    add("--res_path", type=str | None, help=f"for the results, by default a new runs/{kind}-N")
+    add("--cache", type=str | None, help="for tokens, by default beside a large file")
+    add("--overwrite", type=bool, help="replace the run that res_path holds", **FLAG)
+    add("--resume", type=bool | str, help="go on with the run there, or in FOLDER", **FLAG)
+
+
+def add_model_options(to: ArgumentParser) -> None:
+    """A base, and perhaps an adapter, that answer prompts."""
+    add = to.add_argument
+    add("--base", type=str | None, help=f"{BASE}; by default the adapter's")
+    add("--adapter", type=str | None, help="a run's folder, or an adapter's, PEFT's too")
+    add("--device", type=str | None, help=DEVICE)
+    add("--separator", type=int | None, help="the token id after each prompt in training")
+
+
+def training(options: Namespace) -> gpt2.TrainConfig:
+    """How the options say to train."""
+    return build(gpt2.TrainConfig, options, batch_size=int(options.train_batch_size))
 
 
 def parse(to: ArgumentParser, words: Sequence[str], file: Path | None = None) -> Namespace:
-    """The options of the command line, over those of a YAML file, over the defaults.
-
-    Of two options that exclude each other, a flag for one takes the place of the other in the file.
-    """
+    """The options of the command line, of a YAML file, the defaults."""
     defaults, words = to.get_defaults(), list(words)
     known = [*defaults.keys(), "help", "print_config"]
     before = words[: words.index("--")] if "--" in words else words
     flags = [w[2:].partition("=")[0].rstrip("+") for w in before if w.startswith("--")]
-    faults = [fault for name in flags for fault in _unknown(name, known, "--")]
+    faults = [*_unknown(flags, known, "--")]
     if file is not None:
-        faults += [f"{file}: {fault}" for fault in _unknown_keys(_content(file), known)]
+        faults += [f"{file}: {fault}" for fault in _unknown(_keys(_content(file), known), known)]
         to.default_config_files = [glob.escape(str(file))]
-        for one, other in (*INSTEAD, *(pair[::-1] for pair in INSTEAD)):
-            if one in flags and other not in flags:
+        for other in [INSTEAD[name] for name in flags if name in INSTEAD]:
+            if other not in flags:
                 value = defaults[other]
                 words.append(f"--{other}={'null' if value is None else value}")
     if faults:
@@ -88,14 +121,11 @@ def parse(to: ArgumentParser, words: Sequence[str], file: Path | None = None) ->
         options = to.parse_args(words)
     except (ArgumentError, TypeError) as error:
         raise ValueError(str(error)) from error
-    for name, value in list(options.items()):  # a restricted number is a class of jsonargparse's
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            options[name] = int(value) if isinstance(value, int) else float(value)
     if empty := [name for name in PATHS if options.get(name) == ""]:
         raise ValueError(f"{', '.join(empty)} is empty: leave it out, or name a place.")
     if file is not None:
         options["config"] = file.name
-        del options["__default_config__"]  # jsonargparse's own note of the file
+        del options["__default_config__"]  # jsonargparse's note
     return options
 
 
@@ -107,33 +137,25 @@ def _content(file: Path) -> Mapping[Any, Any]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not YAML: {error}") from None
     if not isinstance(content, dict) or not content:
-        raise ValueError(f"{file} must hold options, such as 'seed: 42', got {content!r:.80}.")
+        raise ValueError(f"{file} must hold options, such as 'seed: 42'.")
     return content
 
 
-def _unknown_keys(
-    content: Mapping[Any, Any], known: Sequence[str], above: str = ""
-) -> Iterator[str]:
+def _keys(content: Mapping[Any, Any], known: Sequence[str], above: str = "") -> Iterator[str]:
     for key, value in content.items():
         name = f"{above}{key}"
         if isinstance(value, dict) and any(option.startswith(f"{name}.") for option in known):
-            yield from _unknown_keys(value, known, f"{name}.")
+            yield from _keys(value, known, f"{name}.")
         else:
-            yield from _unknown(name, known, "")
+            yield name
 
 
-def _unknown(name: str, known: Sequence[str], dashes: str) -> Iterator[str]:
-    """That there is no such option, and what was probably meant; nothing if there is one."""
-    if name in known or any(name.startswith(f"{option}.") for option in known):
-        return
-    if group := [f"{dashes}{option}" for option in known if option.startswith(f"{name}.")]:
-        yield f"{dashes}{name} is a group of options: {', '.join(group)}."
-        return
-    last = name.rpartition(".")[2]
+def _unknown(names: Iterable[str], known: Sequence[str], dashes: str = "") -> Iterator[str]:
     meant = {option.rpartition(".")[2]: option for option in known} | {n: n for n in known}
-    meant = {other: option for other, option in OTHER_NAMES.items() if option in known} | meant
-    if last in OTHER_NAMES and last in meant:
-        yield f"There is no option {dashes}{name}: {dashes}{meant[last]} takes its place."
-        return
-    (near,) = get_close_matches(name, meant, 1, 0.5) or get_close_matches(last, meant, 1, 0)
-    yield f"There is no option {dashes}{name[:80]}: did you mean {dashes}{meant[near]}?"
+    meant = {other: n for other, n in OTHER_NAMES.items() if n in known} | meant
+    for name in names:
+        if name not in known and not any(name.startswith(f"{option}.") for option in known):
+            last, group = name.rpartition(".")[2], [o for o in known if o.startswith(f"{name}.")]
+            near = get_close_matches(name, meant, 1, 0.6) or get_close_matches(last, meant, 1, 0)
+            option = group[0] if group else meant[near[0]]
+            yield f"There is no option {dashes}{name[:80]}: did you mean {dashes}{option}?"

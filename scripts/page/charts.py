@@ -1,43 +1,16 @@
-"""Charts: series over two axes, as SVG for the page and as a PNG beside it. No spike is lost.
-
-The SVG is stretched over its frame, strokes and dots are not; the labels beside it are HTML, so
-that text keeps its size at any width.
-"""
-
-from __future__ import annotations
+"""Charts: series over two axes, as paths of SVG that the page stretches, and as a PNG."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-BUCKETS = 200  # each gives two points, its lowest and its highest
+BUCKETS = 200
 SIDE = 1000  # units of a drawing, across and down
 COLORS = {"accent": "#1c6c86", "mid": "#74a9ba", "soft": "#a5a199", "2": "#c4602a", "4": "#8a5aa8"}
+UNIT = "nats a token"
 Points = Sequence[tuple[float, float]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Series:
-    """Points of one name; those that are not finite are left out, and a line has a gap there.
-
-    Its look is `line`, `dots` or `both`, and `faint` for what stands behind; its color a number,
-    `accent`, `mid` or `soft`. The page's script shows the name of each point.
-    """
-
-    name: str
-    points: Points
-    look: str = "line"
-    color: str = "accent"
-    names: Sequence[str] | None = None
-
-    def numbers(self) -> dict[str, object]:
-        """The points that are drawn, each coordinate in a row of its own."""
-        kept = [i for i, (_, y) in enumerate(self.points) if math.isfinite(y)]
-        names = {"names": [self.names[i] for i in kept]} if self.names else {}
-        xs, ys = ([self.points[i][k] for i in kept] for k in (0, 1))
-        return {"name": self.name, **names, "x": xs, "y": ys}
 
 
 @dataclass(frozen=True)
@@ -54,31 +27,46 @@ class Axis:
         low, high, value = map(math.log10, ends) if self.log else ends
         return (value - low) / (high - low) if high > low else 0.5
 
-    def ticks(self, most: int = 5) -> list[float]:
+    def ticks(self) -> list[float]:
         """Round values between the ends."""
+        from matplotlib.ticker import LogLocator, MaxNLocator  # slow to import
+
+        locator = MaxNLocator(5, steps=[1, 2, 5, 10])
         if self.log:
-            first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
-            for digits in ((1, 2, 5), (1, 3), (1,)):
-                every = max(1, (last - first) // most) if digits == (1,) else 1
-                values = [k * 10.0**e for e in range(first, last + 1, every) for k in digits]
-                within = [v for v in values if self.low * 0.999 <= v <= self.high * 1.001]
-                if 2 <= len(within) <= most:
-                    return within
-            return [self.low, self.high]
-        rough = (self.high - self.low) / most
-        if rough <= 0:
-            return [self.low]
-        size = 10.0 ** math.floor(math.log10(rough))
-        step = next(k * size for k in (1, 2, 5, 10) if k * size >= rough)
-        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
-        return [round(n * step, 12) for n in range(first, last + 1)]
+            decades = math.log10(self.high / self.low)
+            subs = (1, 2, 5) if decades < 1.7 else (1, 3) if decades < 2.6 else (1,)
+            locator = LogLocator(subs=subs, numticks=6)
+        values = map(float, locator.tick_values(self.low, self.high))
+        return [v for v in values if self.low <= v <= self.high] or [self.low, self.high]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """Points of one name; a line has a gap where they are not finite."""
+
+    name: str
+    points: Points
+    look: str = "line"  # or dots, or both; and faint for what stands behind
+    color: str = "accent"  # or mid, soft, a number
+
+    def paths(self, x: Axis, y: Axis) -> Iterator[tuple[str, str]]:
+        """The series as SVG paths, each with its class."""
+        line, dots, pen = "", "", "M"
+        for a, b in self.points:
+            if math.isfinite(b):
+                at = f"{round(SIDE * x.at(a))} {SIDE - round(SIDE * y.at(b))}"
+                line, dots = f"{line}{pen}{at}", f"{dots}M{at}h0"
+            pen = "L" if math.isfinite(b) else "M"
+        if "dots" not in self.look:
+            yield line, f"c-{self.color} {self.look} l"
+        if "dots" in self.look or "both" in self.look:
+            yield dots, f"c-{self.color} {self.look} d"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
     """Series over two axes."""
 
-    name: str  # by which the page's script finds its numbers
     title: str
     series: Sequence[Series]  # those behind first
     unit: str = ""
@@ -87,11 +75,10 @@ class Chart:
     log_x: bool = False
     log_y: bool = True  # where its values need that
     x_ticks: Sequence[tuple[float, str]] | None = None  # where numbers would not do
-    near: bool = False  # whether the script looks for the nearest point, and not for the nearest x
 
     def axes(self) -> tuple[Axis, Axis] | None:
         """Both, or None where there is nothing to draw."""
-        points = [point for one in self.series for point in finite(one.points)]
+        points = [point for series in self.series for point in finite(series.points)]
         if not points:
             return None
         xs, ys = map(list, zip(*points, strict=True))
@@ -100,76 +87,33 @@ class Chart:
             low, high = low / 1.15, high * 1.15
         else:
             room = 0.06 * (high - low) or abs(high) or 1.0
-            low, high = (low if 0 <= low < room * 3 else low - room), high + room
-            low = 0.0 if 0 <= low < 0.35 * high else low
+            low, high = (0.0 if 0 <= low < 0.35 * high else low - room), high + room
         xs += [at + side * 0.35 for at, _ in self.x_ticks or () for side in (-1, 1)]
         return Axis(min(xs), max(xs), self.log_x), Axis(low, high, log)
-
-    def numbers(self) -> dict[str, object]:
-        """The very numbers that are drawn, for the page's script and for whoever reads on."""
-        ends = zip("xy", self.axes() or (), strict=False)
-        drawn = [one.numbers() for one in self.series if finite(one.points)]
-        axes = {name: [axis.low, axis.high, int(axis.log)] for name, axis in ends}
-        return {**axes, "near": int(self.near), "series": drawn}
-
-    def drawing(self) -> dict[str, Any] | None:
-        """Paths, ticks and marks for the page's template; places are per cent of the frame."""
-        if not (axes := self.axes()):
-            return None
-        x, y = axes
-        rows = [(SIDE - round(SIDE * y.at(v)), v) for v in y.ticks()]
-        ticks = self.x_ticks or [(v, short(v)) for v in x.ticks()]
-        return {
-            "unit": ", ".join(u for u in (self.unit, "log" * y.log) if u),
-            "grid": "".join(f"M0 {at}H{SIDE}" for at, _ in rows),
-            "marks": [(round(100 * x.at(v), 2), text) for v, text in self.marks],
-            "lines": [path for one in self.series for path in _paths(one, x, y)],
-            "ys": [(at / 10, short(v)) for at, v in rows],
-            "xs": [(round(100 * x.at(v), 2), text) for v, text in ticks],
-        }
-
-
-def _paths(series: Series, x: Axis, y: Axis) -> Iterable[tuple[str, str]]:
-    """A series as paths, each with its class."""
-    look, path, dots, pen = f"c-{series.color} {series.look}", "", "", "M"
-    for a, b in series.points:
-        if math.isfinite(b):
-            place = f"{round(SIDE * x.at(a))} {SIDE - round(SIDE * y.at(b))}"
-            path, dots = f"{path}{pen}{place}", f"{dots}M{place}h0"
-        pen = "L" if math.isfinite(b) else "M"
-    if "dots" not in series.look:
-        yield path, f"{look} l"
-    if "dots" in series.look or "both" in series.look:  # lines of no length, with round ends
-        yield dots, f"{look} d"
 
 
 def png(charts: Sequence[Chart], file: Path) -> None:
     """Draw charts side by side."""
-    from matplotlib.figure import Figure  # slow to import; drawn this way it needs no display
+    from matplotlib.figure import Figure  # slow to import
 
     figure = Figure(figsize=(7 * len(charts), 4.5), layout="constrained")
-    for axes, chart in zip(figure.subplots(1, len(charts), squeeze=False)[0], charts, strict=True):
-        for one in chart.series:
-            points = zip(*one.points or [(math.nan, math.nan)], strict=True)
-            style = {"color": COLORS.get(one.color, "0.5"), "label": one.name or None}
-            style["alpha"] = 0.45 if "faint" in one.look else 1
-            style["linestyle"] = "" if "dots" in one.look else "-"
-            style["marker"] = "." if "dots" in one.look or "both" in one.look else ""
-            axes.plot(*points, **style)
+    for plot, chart in zip(figure.subplots(1, len(charts), squeeze=False)[0], charts, strict=True):
+        for series in chart.series:
+            look, xy = series.look, zip(*series.points or [(math.nan, math.nan)], strict=True)
+            style = {"color": COLORS.get(series.color, "0.5"), "label": series.name or None}
+            style |= {"alpha": 0.45 if "faint" in look else 1, "ls": "" if "dots" in look else "-"}
+            plot.plot(*xy, **style, marker="." if "dots" in look or "both" in look else "")
         scales = ["log" if axis.log else "linear" for axis in chart.axes() or ()]
-        axes.set(**dict(zip(("xscale", "yscale"), scales, strict=False)))
-        axes.set(title=chart.title, xlabel=chart.x_label, ylabel=chart.unit)
+        plot.set(**dict(zip(("xscale", "yscale"), scales, strict=False)))
+        plot.set(title=chart.title, xlabel=chart.x_label, ylabel=chart.unit)
         if chart.x_ticks:
-            axes.set_xticks(*zip(*chart.x_ticks, strict=True))
-        axes.legend()
+            plot.set_xticks(*zip(*chart.x_ticks, strict=True))
+        plot.legend()
     figure.savefig(file, dpi=130, metadata={"Software": None})
 
 
 def thinned(points: Points, buckets: int = BUCKETS) -> Points:
-    """Of many points the lowest and the highest of each bucket, so that no spike is lost.
-
-    Points that are not finite stay: a line has a gap there. So do the first and the last.
-    """
+    """Of many points the lowest, the highest and a gap of each bucket."""
     if len(points) <= 2 * buckets:
         return points
     kept = {0, len(points) - 1}
@@ -195,6 +139,18 @@ def means(points: Points, of: int) -> Points:
 
 def short(value: float) -> str:
     """A number in few letters."""
-    if value == int(value) and abs(value) < 1e7 and abs(value) >= 1:
+    if value == int(value) and 1 <= abs(value) < 1e7:
         return f"{int(value):,}"
     return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e").replace("-", "−")
+
+
+def number(value: float | None) -> str:
+    """A loss."""
+    return "not finite" if value is None or not math.isfinite(value) else f"{value:.4f}"
+
+
+def text(value: Any) -> str:
+    """A hyper-parameter's value."""
+    if isinstance(value, list):
+        return " ".join(value)
+    return short(value) if isinstance(value, int | float) else str(value)

@@ -1,100 +1,55 @@
-"""What a search's report shows, as plain values: finalists, rungs, hyper-parameters, trials."""
-
-from __future__ import annotations
+"""What a search's report shows, as plain values."""
 
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .charts import Chart, Series, thinned
+from .charts import UNIT, Chart, Series, text
 from .read import Record, Row
-from .sections import number, text
-
-Table = tuple[list[str], list[list[str]]]
-UNIT = "nats a token"
-
-
-def finalists(record: Record) -> Table:
-    """The finalists and the default, over their seeds."""
-    run, usual = record.run, record.run["default"]
-    trials = [(str(r["trial"]), r["params"], r["seeds"]) for r in record.board if r.get("seeds")]
-    trials.append(("default", usual["params"], usual["selection"]["seeds"]))
-    tested = {str(run["winner"]["trial"]): run["winner"]["test"], "default": usual["test"]}
-    rows: list[list[str]] = []
-    for name, params, seeds in trials:
-        losses = [_value(loss) for loss in seeds.values()]
-        spread = [number(v) for v in (sum(losses) / len(losses), min(losses), max(losses))]
-        test = number(tested[name]["mean"]) if tested.get(name) else ""
-        what = " · ".join(f"{key} {text(value)}" for key, value in params.items())
-        rows.append([name, *spread, test, what])
-    return ["trial", "mean", "lowest", "highest", "test", "what it is"], rows
-
-
-def leaderboard(record: Record) -> Table:
-    """Every trial, the best first."""
-    rungs = [str(n) for n in range(1, max(row["rung"] for row in record.board) + 1)]
-    heads = ["", "trial", "state", *(f"rung {n}" for n in rungs), *record.board[0]["params"]]
-    rows: list[list[str]] = []
-    for row in record.board:
-        state = row["state"] if not row["ended"] else f"ended: {row['ended']}"
-        losses = [number(row["losses"][n]) if n in row["losses"] else "" for n in rungs]
-        about = [str(row["place"]), str(row["trial"]), state]
-        rows.append([*about, *losses, *map(_brief, row["params"].values())])
-    return heads, rows
 
 
 def by_rung(record: Record) -> Chart:
-    """Each trial's loss from rung to rung; a line ends where its trial retired."""
-    last = max((row["rung"] for row in record.board), default=1)
-    looks = {
-        "others": ("both faint", "soft"),
-        "finalist": ("both", "4"),
-        "winner": ("both", "accent"),
-    }
+    """Each trial's loss from rung to rung, until it retired."""
+    last, states = (
+        max(row["rung"] for row in record.board),
+        {"finalist": ("both", "4"), "winner": ("both", "accent")},
+    )
     series: list[Series] = []
-    for kind, (look, color) in looks.items():
-        points, names = [], []
+    for state, (look, color) in {"others": ("both faint", "soft"), **states}.items():
+        points: list[tuple[float, float]] = []
         for row in reversed(record.board):
-            if kind == (row["state"] if row["state"] in looks else "others"):
-                losses = [(int(rung), _value(loss)) for rung, loss in row["losses"].items()]
-                points += [*losses, (last, math.nan)]
-                names += [f"trial {row['trial']}"] * (len(losses) + 1)
-        series.append(Series(name=kind, points=points, names=names, look=look, color=color))
-    alive = {r["rung"]: r["alive"] for r in record.run.get("rungs", [])}
-    ticks = [(n, f"rung {n}\n{alive.get(n, '?')} trials") for n in range(1, last + 1)]
-    how = {"unit": UNIT, "x_label": "", "x_ticks": ticks, "near": True}
-    return Chart(name="halving", title="Loss by rung", series=series, **how)
+            if state == (row["state"] if row["state"] in states else "others"):
+                points += [(int(rung), _value(loss)) for rung, loss in row["losses"].items()]
+                points.append((last, math.nan))
+        series.append(Series(name=state, points=points, look=look, color=color))
+    rungs = record.run.get("rungs", [])
+    ticks = [(r["rung"], f"rung {r['rung']}\n{r['alive']} trials") for r in rungs[:last]]
+    return Chart(title="Loss by rung", series=series, unit=UNIT, x_label="", x_ticks=ticks)
 
 
 def over_each(record: Record) -> Iterator[Chart]:
-    """The loss over each hyper-parameter: rungs in colours, bars for the seeds of finalists."""
+    """The loss over each hyper-parameter, with bars for the seeds of finalists."""
     last, usual = max(row["rung"] for row in record.board), record.run["default"]
+    bars = [(row, row["seeds"], "accent") for row in record.board if row.get("seeds")]
+    bars.append(({**usual, "trial": 0}, usual["selection"]["seeds"], "2"))
     for name in record.board[0]["params"]:
         at, ticks, log = _axis(record, name)
         series: list[Series] = []
         for rung in range(1, last + 1):
             rows = [r for r in reversed(record.board) if r["losses"] and r["rung"] == rung]
             points = [(at(row), _value(row["losses"][str(rung)])) for row in rows]
-            names = [f"trial {row['trial']}, {text(row['params'][name])}" for row in rows]
             color = "accent" if rung == last else "mid" if rung > 1 else "soft"
-            how: dict[str, Any] = {"names": names, "look": "dots", "color": color}
-            series.append(Series(name=f"rung {rung}", points=points, **how))
-        bars = [(row, row["seeds"], "accent") for row in record.board if row.get("seeds")]
-        if usual["params"].get(name) is not None:  # of steps and epochs it has one
-            bars.append(({**usual, "trial": 0}, usual["selection"]["seeds"], "2"))
+            series.append(Series(name=f"rung {rung}", points=points, look="dots", color=color))
         for row, seeds, color in bars:
             losses = [loss for loss in seeds.values() if loss is not None]
-            points = [(at(row), f(losses)) for f in (min, max)] if losses else []
-            series.append(Series(name="", points=points, look="both", color=color))
-        how = {"x_label": "", "x_ticks": ticks, "log_x": log, "near": True}
-        yield Chart(name=f"over {name}", title=name, series=series, **how)
+            if losses and row["params"].get(name) is not None:  # of steps and epochs it has one
+                points = [(at(row), f(losses)) for f in (min, max)]
+                series.append(Series(name="", points=points, look="both", color=color))
+        yield Chart(title=name, series=series, x_label="", x_ticks=ticks, log_x=log)
 
 
 def _axis(record: Record, name: str) -> tuple[Callable[[Row], float], Any, bool]:
-    """Where a trial stands on a hyper-parameter's axis; the axis' ticks, and whether it is log.
-
-    A choice has a column a value, in which trials stand beside one another.
-    """
+    """Where a trial stands on an axis, its ticks, and whether it is log."""
     params = [row["params"] for row in record.board] + [record.run["default"]["params"]]
     values = [v for row in params if (v := row.get(name)) is not None]
     are_numbers = all(isinstance(v, int | float) for v in values)
@@ -108,24 +63,10 @@ def _axis(record: Record, name: str) -> tuple[Callable[[Row], float], Any, bool]
         beside = (int(row["trial"]) * 0.618034) % 1 - 0.5
         return columns[text(row["params"][name])] + 0.5 * beside
 
-    return at, [(float(i), _brief(value)) for i, value in enumerate(kinds.values())], False
+    return at, [(float(i), brief(value)) for i, value in enumerate(kinds.values())], False
 
 
-def curves(record: Record) -> Chart:
-    """The training loss of the finalists and of the default."""
-    states = {row["trial"]: row["state"] for row in record.board if row.get("seeds")}
-    looks = {"winner": ("line", "accent"), "finalist": ("faint", "4"), "default": ("line", "2")}
-    series: list[Series] = []
-    for row in record.curves:
-        if kind := states.get(row["trial"], "default" if row["trial"] == "default" else ""):
-            name = kind if kind == "default" else f"{row['trial']} ({kind})"
-            points = thinned([(i, _value(loss)) for i, loss in enumerate(row["training"], 1)])
-            look, color = looks[kind]
-            series.append(Series(name=name, points=points, look=look, color=color))
-    return Chart(name="training", title="Training loss", unit=UNIT, series=series)
-
-
-def _brief(value: Any) -> str:
+def brief(value: Any) -> str:
     """A hyper-parameter's value in a word or two."""
     many = isinstance(value, list) and len(value) > 1
     return f"{value[0]} + {len(value) - 1}" if many else text(value)

@@ -1,6 +1,4 @@
-"""What base and adapters answer, beside what was trained on and the references."""
-
-from __future__ import annotations
+"""What base and adapters answer, and what an adapter does to its base."""
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,26 +10,22 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 import gpt2
 import lora
 
-from ..cli.console import bar, table
+from ..cli.console import table
 from . import folder
-from .data import Prompt
-from .record import write_lines
+from .data import Prompt, Split
 
 Answer = dict[str, Any]
-Answers = Sequence[list[list[int]]]  # token ids: of each prompt, under each of some adapters
+Answers = list[list[list[int]]]  # token ids by prompt and route
 Routes = Sequence[str | Mapping[str, float] | None]
-ROWS = {"cpu": 64, "mps": 64}  # rows that are continued at once, on a larger device more
+ROWS = {"cpu": 64, "mps": 64}  # rows at once; elsewhere more
+LOOKED_AT = 16  # examples, of which the longest is the passage
 SHOWN = 12  # answers that are shown of many
-FACTS = ("prompt", "stopped", "trained", "references", "searched", "verdict")
-
-
-def rows_of(model: gpt2.GPT2) -> int:
-    """How many rows are continued at once by default."""
-    return ROWS.get(next(model.parameters()).device.type, 512)
+FACTS = ("prompt", "stopped", "trained", "references", "verdict")
 
 
 @torch.no_grad()
@@ -39,42 +33,32 @@ def continued(
     model: gpt2.GPT2,
     ids: Sequence[list[int]],
     config: gpt2.GenerateConfig,
-    rows: int,
+    rows: int | None = None,
     *,
     first: int = 0,
     routes: Routes = (),
-) -> Iterator[Answers]:
-    """What follows the prompts from the first one on, so many rows at a time for lack of memory.
-
-    Prompt i draws with seed + i, in whatever batch it is. Each prompt is under each of the routes,
-    in one batch; by default under what is active in the model.
-    """
+) -> Iterator[list[list[int]]]:
+    """What follows each prompt from the first one on; prompt i draws with seed + i in any batch."""
+    rows = rows or ROWS.get(next(model.parameters()).device.type, 512)
     each = len(routes) or 1
     at_once = max(1, rows // (each * config.num_beams))
     for start in range(first, len(ids), at_once):
         batch = [row for row in ids[start : start + at_once] for _ in range(each)]
-        own = replace(config, seed=config.seed + start * each)
+        seeded = replace(config, seed=config.seed + start * each)
         with lora.routed(model, [*routes] * (len(batch) // each)) if routes else nullcontext():
-            made = gpt2.generate(model, batch, own)
-        yield [made[i : i + each] for i in range(0, len(made), each)]
+            made = gpt2.generate(model, batch, seeded)
+        yield from (made[i : i + each] for i in range(0, len(made), each))
 
 
-def ask(
-    model: gpt2.GPT2,
-    ids: Sequence[list[int]],
-    config: gpt2.GenerateConfig,
-    console: Console,
-    routes: Routes = (),
-) -> Answers:
-    """All of `continued`, with a bar where it takes more than one batch."""
-    answers: list[list[list[int]]] = []
-    many = len(ids) * (len(routes) or 1) > rows_of(model)
-    with bar(console, "prompts", len(ids)) if many else nullcontext() as advance:
-        for batch in continued(model, ids, config, rows_of(model), routes=routes):
-            answers += batch
-            if advance:
-                advance(len(batch))
-    return answers
+def pieces(tokens: Iterable[int], tokenizer: gpt2.Tokenizer) -> Iterator[str]:
+    """The text of each token, and the rest; a character is at its last token."""
+    ids, shown = list[int](), ""
+    for token in tokens:
+        ids.append(token)
+        whole = tokenizer.decode(ids).rstrip("\N{REPLACEMENT CHARACTER}")
+        yield whole[len(shown) :]
+        shown = whole
+    yield tokenizer.decode(ids)[len(shown) :]
 
 
 def compare(
@@ -85,39 +69,36 @@ def compare(
 ) -> list[Answer]:
     """Each prompt's answers, beside what the examples that begin so go on with."""
     whole = sorted((e.prompt + e.completion, i) for i, e in enumerate(examples))
-
-    def trained(prompt: str) -> list[str]:
-        at = bisect_left(whole, (prompt, 0))  # those that begin so stand together
-        same = takewhile(lambda pair: pair[0].startswith(prompt), whole[at:])
-        return [text[len(prompt) :] for text, _ in sorted(same, key=lambda pair: pair[1])]
-
     answers: list[Answer] = []
     for prompt, row in zip(prompts, texts, strict=True):
-        known = {"trained": trained(prompt.text), "references": list(prompt.references)}
-        answers.append({"prompt": prompt.text, **dict(zip(heads, row, strict=True)), **known})
+        start, at = prompt.text, bisect_left(whole, (prompt.text, 0))
+        same = takewhile(lambda pair, start=start: pair[0].startswith(start), whole[at:])
+        trained = [text[len(start) :] for text, _ in sorted(same, key=lambda pair: pair[1])]
+        answer = {"prompt": start, **dict(zip(heads, row, strict=True))}
+        answers.append({**answer, "trained": trained, "references": list(prompt.references)})
     return answers
 
 
-def judged(answer: Answer, *, stopped: bool, searched: bool) -> Answer:
-    """The answer with a verdict on what was tuned, by what was trained or else the references.
-
-    The model may have stopped by itself; all that was trained on may have been searched.
-    """
-    known, text = answer["trained"] or answer["references"], answer["tuned"]
-    verdict = "differs"
-    if text in known:
-        verdict = "exact" if stopped else "exact, cut off"
-    elif any(text.startswith(start) for start in known):
-        verdict = "exact, then goes on"
-    if not answer["trained"]:
-        unknown = "not trained" if searched else "not compared"
-        source = "not trained; reference" if searched else "reference"
-        verdict = f"{source}: {verdict}" if known else unknown
-    return {**answer, "stopped": stopped, "searched": searched, "verdict": verdict}
+def judge(
+    answers: Iterable[Answer], tuned: Answers, config: gpt2.GenerateConfig, *, whole: bool
+) -> None:
+    """Add verdicts; `whole` is whether all that was trained on was compared."""
+    for answer, (ids,) in zip(answers, tuned, strict=True):
+        known, text = answer["trained"] or answer["references"], answer["tuned"]
+        answer["stopped"] = len(ids) < config.max_new_tokens
+        verdict = "differs"
+        if text in known:
+            verdict = "exact" if answer["stopped"] else "exact, cut off"
+        elif any(text.startswith(start) for start in known):
+            verdict = "exact, then goes on"
+        if not answer["trained"]:
+            parts = ["not trained"] * whole + [f"reference: {verdict}"] * bool(known)
+            verdict = "; ".join(parts) or "not compared"
+        answer["verdict"] = verdict
 
 
 def score(answers: Sequence[Answer]) -> str:
-    """How many of the trained prompts were answered word for word, and of the other references."""
+    """How many prompts were answered word for word, of the trained and of others."""
     trained = [a["verdict"] for a in answers if a["trained"]]
     others = [a["verdict"] for a in answers if a["references"] and not a["trained"]]
     parts: list[str] = []
@@ -125,38 +106,75 @@ def score(answers: Sequence[Answer]) -> str:
         exact = trained.count("exact")
         parts.append(f"{exact:,} of {len(trained):,} trained prompts answered word for word.")
     if others:
-        exact, which = (
-            sum(v.endswith(": exact") for v in others),
-            "others" if trained else "prompts",
-        )
+        exact = sum(v.endswith(": exact") for v in others)
+        which = "others" if trained else "prompts"
         parts.append(f"{exact:,} of {len(others):,} {which} answered as a reference.")
     return " ".join(parts)
 
 
-def publish(answers: Sequence[Answer], place: Path, console: Console) -> dict[str, Any]:
-    """Show and write the answers, or a sample of many; gives what the record has of them."""
+def publish(answers: Sequence[Answer], root: Path, console: Console) -> dict[str, Any]:
+    """Write the answers, and show a few; gives what the record has of them."""
     if not answers:
         return {"answers": []}
     few = answers[:: -(-len(answers) // SHOWN)]
-    columns = [name for name in few[0] if name not in FACTS]
-    verdict = {"verdict": "as trained?"} if "verdict" in few[0] else {}
-    heads = ["prompt", *columns, *verdict.values()]
-    rows = [[a["prompt"], *(a[c].strip() for c in columns), *(a[v] for v in verdict)] for a in few]
-    result = score(answers) if verdict else ""
+    judged = "verdict" in few[0]
+    names = ["prompt", *(n for n in few[0] if n not in FACTS), *["verdict"] * judged]
+    heads = ["as trained?" if name == "verdict" else name for name in names]
+    rows = [[a[n] if n == "prompt" else a[n].strip() for n in names] for a in few]
     of = f", {len(few)} of {len(answers):,}" if len(few) < len(answers) else ""
-    title, ratios = ("Answers", [3, 4, 4, 2]) if verdict else ("One batch, many adapters", None)
-    console.print(table(f"{title}{of}", heads, rows, ratios or [1] * len(heads)), result)
-    lines = [heads, ["---"] * len(heads), *(list(map(_markdown_cell, row)) for row in rows)]
-    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    many = f" {of[2:]}; all are in {folder.ALL_ANSWERS}." if of else ""
-    text = f"{result}{many}\n\n{text}" if result else text
-    (place / folder.ANSWERS).write_text(text, encoding="utf-8")
-    if of:
-        write_lines(place / folder.ALL_ANSWERS, answers)
-    return {"answers": few} | ({"score": result} if result else {})
+    title, ratios = ("Answers", [3, 4, 4, 2]) if judged else ("One batch, many adapters", None)
+    result = {"score": score(answers)} if judged else {}
+    console.print(table(f"{title}{of}", heads, rows, ratios or [1] * len(heads)), *result.values())
+    cells = [[_markdown(a[name]) for name in names] for a in answers]
+    lines = [f"| {' | '.join(line)} |\n" for line in [heads, ["---"] * len(heads), *cells]]
+    text = "\n\n".join([*result.values(), "".join(lines)])
+    (root / folder.ANSWERS).write_text(text, encoding="utf-8")
+    return {"answers": few, **result}
 
 
-def _markdown_cell(text: str) -> str:
+def _markdown(text: str) -> str:
     for plain, escaped in (("\\", "\\\\"), ("|", "\\|"), ("<", "&lt;"), ("\n", "<br>")):
         text = text.strip().replace(plain, escaped)
     return text
+
+
+def measure(model: gpt2.GPT2, split: Split, tokenizer: gpt2.Tokenizer) -> dict[str, Any]:
+    """For a run's record: what the active adapter does to a passage, and its norms."""
+    data = split.validation if split.validation is not None else split.train
+    few = [data[i][0] for i in range(min(len(data), LOOKED_AT))]
+    stats: dict[str, Any] = {"updates": updates(model)}
+    if (ids := max(few, key=len, default=None)) is not None and len(ids) > 1:
+        with lora.disabled(model):
+            base = log_probabilities(model, ids)
+        *texts, rest = pieces(ids.tolist(), tokenizer)
+        stats["passage"] = {
+            "held_out": split.validation is not None,
+            "tokens": [*texts[:-1], texts[-1] + rest],
+            "base": base,
+            "adapter": log_probabilities(model, ids),
+        }
+    return stats
+
+
+@torch.no_grad()
+def log_probabilities(model: gpt2.GPT2, ids: Tensor) -> list[float]:
+    """Of each token but the first, in nats, `(T - 1,)`."""
+    row = ids.to(next(model.parameters()).device)[None]
+    logits = model(row[:, :-1]).float()
+    values = logits.log_softmax(-1).gather(-1, row[:, 1:, None])
+    return [round(value, 4) for value in values.flatten().tolist()]
+
+
+@torch.no_grad()
+def updates(model: gpt2.GPT2) -> list[dict[str, Any]]:
+    """The Frobenius norms of each active `s · B A` and of the weight beside it."""
+    return [
+        {
+            "layer": path,
+            "update": float(f"{float((weight * update.delta().float()).norm()):.6g}"),
+            "weight": float(f"{float(layer.weight_out_in.float().norm()):.6g}"),
+        }
+        for path, layer in model.named_modules()
+        if isinstance(layer, lora.LoRALinear)
+        for update, weight in layer.active_updates()
+    ]

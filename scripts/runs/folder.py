@@ -1,85 +1,79 @@
-"""A run's folder: the names of its files, a place that is free, one run at a time in it."""
+"""A run's folder and its record: names of files, one run at a time, run.json."""
 
-from __future__ import annotations
-
+import fcntl
 import json
 import os
+import platform
 import shlex
 import shutil
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from itertools import count
 from pathlib import Path
+from time import perf_counter
+from typing import Any
 
+import torch
+from jsonargparse import Namespace
+from rich.console import Console
+
+import gpt2
 from gpt2.training.snapshots import NAMES as SNAPSHOTS
 
 from ..cli.options import program
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 ADAPTER, LAST = "adapter", "last"
 METRICS, PLOT, ANSWERS, RUN = "metrics.jsonl", "loss.png", "answers.md", "run.json"
-OPTIONS, ALL_ANSWERS, REPORT = "options.yaml", "answers.jsonl", "report.html"
-WINNER, TRAINED_BY, LEADERBOARD, CURVES = "best", "train.yaml", "leaderboard.jsonl", "curves.jsonl"
+OPTIONS, REPORT = "options.yaml", "report.html"
+WINNER, TRAINED_BY, LEADERBOARD = "best", "train.yaml", "leaderboard.jsonl"
 SEARCH_PLOT, STUDY, WAVES = "search.png", "study.db", "waves"
-SEARCHED = (LEADERBOARD, CURVES, SEARCH_PLOT, STUDY, WAVES)
-RESULTS = (*SEARCHED, METRICS, PLOT, ANSWERS, ALL_ANSWERS, RUN, REPORT, *SNAPSHOTS)
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+SEARCHED = (LEADERBOARD, SEARCH_PLOT, STUDY, WAVES)
+RESULTS = (*SEARCHED, METRICS, PLOT, ANSWERS, RUN, REPORT, *SNAPSHOTS)
+CONFIG = "adapter_config.json"
 NUMBERED = Path("runs")
 
 
-def check(place: str | None, adapters: Sequence[str], *, overwrite: bool) -> None:
-    """Find out, and write nothing, whether a run may be written here."""
-    if place is not None and (not place.strip() or "\0" in place):
-        raise ValueError(f"res_path {place!r} names no folder; leave it out for a new one.")
-    folder = NUMBERED if place is None else Path(place)
-    names = () if place is None else (*adapters, *RESULTS)
-    if (held := [name for name in names if (folder / name).exists()]) and not overwrite:
+def check(named: str | None, adapters: Sequence[str], *, overwrite: bool) -> None:
+    """Raise where a run may not be written; nothing is written here."""
+    if named is not None and (not named.strip() or "\0" in named):
+        raise ValueError(f"res_path {named!r} names no folder; leave it out for a new one.")
+    root = NUMBERED if named is None else Path(named)
+    names = () if named is None else (*adapters, *RESULTS)
+    if (held := [name for name in names if (root / name).exists()]) and not overwrite:
         raise ValueError(
-            f"{folder} holds a run ({', '.join(held)}): name another res_path, leave it out for a "
+            f"{root} holds a run ({', '.join(held)}): name another res_path, leave it out for a "
             "new folder, pass --overwrite true, or go on with it by --resume."
         )
-    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    nearest = next(p for p in (root, *root.absolute().parents) if p.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
-        raise OSError(f"{folder} cannot be written: choose another res_path.")
+        raise OSError(f"{root} cannot be written: choose another res_path.")
 
 
-def prepare(place: str | None, kind: str, adapters: Sequence[str]) -> Path:
-    """Make the folder: the one named, without an earlier run's results, or a new numbered one."""
-    if place is None:
-        return _numbered(kind)
-    folder = Path(place)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        own = [folder / name for name in adapters]
-        saved = [*own, folder / LAST, *(adapter / LAST for adapter in own)]
-        with locked(folder):
-            shutil.rmtree(folder / WAVES, ignore_errors=True)
-            old = [adapter / file for adapter in saved for file in (WEIGHTS, CONFIG, TRAINED_BY)]
-            for file in (*old, *(at / name for at in (folder, *own) for name in RESULTS)):
-                file.unlink(missing_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError as error:
-        raise OSError(f"{folder} cannot be written: {error}. Choose another res_path.") from None
-
-
-def _numbered(kind: str) -> Path:
-    number = 1
-    while True:
-        try:  # of two runs that start at once, one gets the next number
-            (NUMBERED / f"{kind}-{number}").mkdir(parents=True)
-            return NUMBERED / f"{kind}-{number}"
-        except FileExistsError:
-            number += 1
+def prepare(named: str | None, kind: str, adapters: Sequence[str]) -> Path:
+    """Make the folder: the one named, without old results, or a numbered one."""
+    if named is None:
+        for number in count(1):
+            root = NUMBERED / f"{kind}-{number}"
+            with suppress(FileExistsError):  # of two runs at once, one gets the next
+                root.mkdir(parents=True)
+                return root
+    root = Path(named or "")
+    root.mkdir(parents=True, exist_ok=True)
+    with locked(root):
+        shutil.rmtree(root / WAVES, ignore_errors=True)
+        runs = [root, *(root / name for name in adapters)]
+        old = [run / name for run in runs for name in RESULTS]
+        for saved in (*runs[1:], *(run / LAST for run in runs)):
+            old += [saved / name for name in ("adapter_model.safetensors", CONFIG, TRAINED_BY)]
+        for file in old:
+            file.unlink(missing_ok=True)
+    return root
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write a file whole or not at all; what is no text, such as half a character, as its code."""
+    """Write a file whole or not at all; half a character as its code."""
     part = file.with_name(f".{file.name}.part")
     try:
         part.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -89,67 +83,114 @@ def write_whole(file: Path, text: str) -> None:
 
 
 @contextmanager
-def locked(place: Path, *, option: str = "res_path") -> Iterator[None]:
-    """No other run writes in the folder or the file meanwhile; `option` is what names another."""
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(place, os.O_RDONLY)
+def locked(path: Path, *, option: str = "res_path") -> Iterator[None]:
+    """No other run writes there meanwhile; `option` names another folder."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
         raise ValueError(
-            f"Another run works in {place}: wait for its end, or name another {option}."
+            f"Another run works in {path}: wait for its end, or name another {option}."
         ) from None
     finally:
         os.close(descriptor)
 
 
-def adapter_in(place: str) -> Path:
+def adapter_in(path: str) -> Path:
     """The adapter in a run's folder, or the folder itself."""
-    inside = sorted(file.parent for file in Path(place).glob(f"*/{CONFIG}"))
-    if not inside and Path(place, OPTIONS).is_file():
-        raise ValueError(f"{place} holds a run that has no adapter yet: --resume {place} goes on.")
-    if not inside or Path(place, CONFIG).is_file():
-        return Path(place)
+    inside = sorted(file.parent for file in Path(path).glob(f"*/{CONFIG}"))
+    if not inside and Path(path, OPTIONS).is_file():
+        raise ValueError(f"{path} holds a run that has no adapter yet: --resume {path} goes on.")
+    if not inside or Path(path, CONFIG).is_file():
+        return Path(path)
     if len(inside) > 1 and [file.name for file in inside] != [ADAPTER, LAST]:
         names = ", ".join(map(str, inside))
-        raise ValueError(f"{place} holds several adapters: name one of {names}.")
+        raise ValueError(f"{path} holds several adapters: name one of {names}.")
     return inside[0]  # the best, where the last is beside it
 
 
 def base_of(adapter: str | None) -> str:
-    """The base that an adapter says it was made for; the demo's where it does not say."""
-    if adapter is None:
-        return "demo"
-    try:
-        config = json.loads((adapter_in(adapter) / CONFIG).read_bytes())
+    """The base that an adapter names, else the demo's."""
+    with suppress(OSError, ValueError, LookupError, TypeError):  # reported when it is loaded
+        config = json.loads((adapter_in(adapter) / CONFIG).read_bytes()) if adapter else {}
         return config["base_model_name_or_path"] or "demo"
-    except (OSError, ValueError, LookupError, TypeError):
-        return "demo"  # what is wrong with the adapter is said when it is loaded
+    return "demo"
 
 
-def command(script: str, *words: str) -> str:
-    """The command that starts a script, ready to copy into a shell."""
-    start = program(script).split()
-    if start == [f"{script}.py"]:
-        files, here = (
-            (Path(sys.executable), Path(__file__).resolve().parents[1] / start[0]),
-            Path.cwd(),
-        )
-        start = [str(f.relative_to(here) if f.is_relative_to(here) else f) for f in files]
-    return shlex.join([*start, *words])
+def commands(adapters: Sequence[Path], base: str, prompt: str) -> str:
+    """The commands that use adapters, a line each, ready to copy into a shell."""
+    lines = list[str]()
+    for adapter in map(str, adapters):
+        words = ["--base", base, "--adapter", adapter]
+        words = [*words, "--", prompt] if prompt.startswith("-") else [prompt, *words]
+        merged = [adapter, f"{adapter}/merged", "--base", base]
+        for script, more in (("generate", words), ("merge", merged)):
+            start = program(script).split()
+            if len(start) == 1:  # a file
+                start = [sys.executable, str(Path(__file__).resolve().parents[1] / start[0])]
+            lines.append(shlex.join([*start, *more]))
+    return "\n".join(lines)
 
 
-def commands(config: Path, adapters: Sequence[Path], base: str, prompt: str) -> dict[str, str]:
-    """The commands that train again as a config has it, and those that use the adapters."""
-    lines, folder = list[str](), config.parent
-    for adapter in adapters:
-        tail = ["--base", base, "--adapter", str(adapter)]
-        words = [prompt, *tail] if not prompt.startswith("-") else [*tail, "--", prompt]
-        merged = adapter.with_name(f"{adapter.name}-merged")
-        merged = folder / "merged" if adapter == folder else merged
-        lines.append(command("generate", *words))
-        lines.append(command("merge", str(adapter), str(merged), "--base", base))
-    return {"again": command("train_qa", "--config", str(config)), "use": "\n".join(lines)}
+class Clock:
+    """Seconds between laps, by their names."""
+
+    def __init__(self) -> None:
+        self.laps, self._last = dict[str, float](), perf_counter()
+
+    def lap(self, name: str) -> None:
+        """End a lap."""
+        now = perf_counter()
+        self.laps[name], self._last = round(now - self._last, 3), now
+
+
+def about(
+    options: Namespace, model: gpt2.GPT2, clock: Clock, data: Sequence[gpt2.Dataset]
+) -> dict[str, Any]:
+    """What any run has beside its results; `data` is what was trained on."""
+    weight = next(model.parameters())
+    machine: dict[str, Any] = {"processor": platform.machine(), "cores": os.cpu_count()}
+    if weight.is_cuda:
+        machine["gpu"] = torch.cuda.get_device_name(weight.device)
+    return {
+        "config": {name: value for name, value in options.as_dict().items() if name != "config"},
+        "device": str(weight.device),
+        "machine": machine,
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
+        "seconds": clock.laps,
+        "data": {
+            "examples": sum(map(len, data)),
+            "tokens": sum(one.n_tokens for one in data),
+            "truncated": sum(one.truncated for one in data),
+        },
+    }
+
+
+def write(root: Path, record: Mapping[str, Any]) -> None:
+    """Write the record of a run, which means that the run has ended."""
+    text = json.dumps(record, indent=2, ensure_ascii=False, default=asdict)
+    write_whole(root / RUN, f"{text}\n")
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()) -> str:
+    """In which values two records differ, but for free ones; empty for none."""
+    now = json.loads(json.dumps(now))  # as it is read back
+    names = [n for n in {**then, **now} if n not in free and then.get(n) != now.get(n)]
+    return ", ".join(f"{n} was {then.get(n)!r:.80}, is {now.get(n)!r:.80}" for n in names)
+
+
+def examples_line(data: gpt2.Dataset) -> str:
+    """How much there is to train on, and how many examples were cut."""
+    line = f"{len(data):,} examples, {data.n_tokens:,} tokens"
+    if data.truncated:
+        share = f"{data.truncated:,} ({data.truncated / len(data):.1%})"
+        line += f"; {share} were longer than {data.longest} and were cut: see --max_token_length"
+    return f"{line}."
+
+
+def end(console: Console, root: Path, use: str) -> None:
+    """Where everything is, and the commands that use it."""
+    names = ", ".join(sorted(file.name for file in root.iterdir()))
+    for line in (f"Saved in {root}: {names}", "To use it:", use):
+        console.print(line, soft_wrap=True)

@@ -1,9 +1,4 @@
-"""The processes that torchrun starts: which one this is, and faults that all of them share.
-
-The first prints and writes.
-"""
-
-from __future__ import annotations
+"""The processes that torchrun starts, of which the first prints and writes."""
 
 import os
 import re
@@ -28,32 +23,26 @@ def size() -> int:
 
 
 def restarts(kind: str = "RESTART_COUNT") -> int:
-    """How often torchrun started these processes anew; "MAX_RESTARTS" is how often it would."""
+    """How often torchrun started these processes anew, or would."""
     return int(os.environ.get(f"TORCHELASTIC_{kind}", "0"))
 
 
 def pick_device(name: str | None) -> str:
-    """The device asked for, else the best one here; of several GPUs this process's own."""
+    """The device asked for, else the best one; of several GPUs this process's own."""
     if name is None:
-        name = best_device(torch.cuda.is_available(), torch.backends.mps.is_available())
+        gpus = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        name = next((kind for kind, is_here in gpus.items() if is_here), "cpu")
     elif not re.fullmatch(r"cpu|mps|cuda(:\d{1,4})?", name):
         raise ValueError(f"device must be cpu, mps, cuda or cuda:N, got {name!r}.")
     if size() > 1 and name == "cuda":
-        number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if number >= count:
-            raise ValueError(f"{count} GPUs are here: start as many processes, or --device cpu.")
-        torch.cuda.set_device(number)
-        name = f"cuda:{number}"
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.empty(1, device=name)
-    except Exception as error:  # each backend has its own; torch asserts that it knows CUDA
+        if name.startswith("cuda:"):
+            torch.cuda.set_device(name)
+    except Exception as error:  # each backend has its own
         raise ValueError(f"device {name!r} cannot be used here: {error}") from None
     return name
-
-
-def best_device(cuda: bool, mps: bool) -> str:
-    """CUDA's GPU before Apple's, and the processor where there is neither."""
-    return "cuda" if cuda else "mps" if mps else "cpu"
 
 
 @contextmanager
@@ -68,21 +57,20 @@ def joined() -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     how = {"store": store, "rank": number, "world_size": count, "timeout": timedelta(days=1)}
     group.init_process_group(backend, **how)
-    with warnings.catch_warnings():
-        if number:
-            warnings.simplefilter("ignore")
-        try:
-            yield
-            _meet()
-        except BaseException as error:
-            if not number:
-                store.set("ended", str((error.code or 0) if isinstance(error, SystemExit) else 1))
-            elif not isinstance(error, SystemExit):
-                if store.check(["ended"]):  # a connection that closed is no fault of this process
-                    raise SystemExit(int(store.get("ended"))) from None
-                error.args = (f"Process {number}: {error}",)
-            raise
-    if torch.cuda.is_available():  # a captured collective would keep the group from ending
+    if number:
+        warnings.simplefilter("ignore")
+    try:
+        yield
+        _meet()
+    except BaseException as error:
+        if not number:
+            store.set("ended", str((error.code or 0) if isinstance(error, SystemExit) else 1))
+        elif not isinstance(error, SystemExit):
+            if store.check(["ended"]):  # so its connection closed
+                raise SystemExit(int(store.get("ended"))) from None
+            error.args = (f"Process {number}: {error}",)
+        raise
+    if torch.cuda.is_available():  # a captured collective keeps the group
         sys.stdout.flush()
         os._exit(0)
     group.destroy_process_group()
@@ -90,24 +78,20 @@ def joined() -> Iterator[None]:
 
 @contextmanager
 def agreed() -> Iterator[None]:
-    """What is within is done by the first process of each host, then by all others.
-
-    Where it fails in one, all end, and the first alone gives the reason.
-    """
+    """The first process of a host goes first; where one fails, all end."""
     if size() == 1:
         yield
         return
-    is_first = os.environ["LOCAL_RANK"] == "0"
+    is_first, fault = os.environ["LOCAL_RANK"] == "0", None
     if not is_first:
         _meet()
     try:
         yield
     except (Exception, SystemExit) as error:
-        _meet(error)
-        raise
+        fault = error
+    _meet(fault)
     if is_first:
         _meet()
-    _meet()
 
 
 def gathered(value: Any) -> list[Any]:
@@ -129,5 +113,4 @@ def _meet(error: BaseException | None = None) -> None:
         raise SystemExit(fault.code)
     if rank():
         raise SystemExit(1)
-    if error is None:
-        raise ValueError(f"Process {number}: {fault}")
+    raise error or ValueError(f"Process {number}: {fault}")

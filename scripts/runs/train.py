@@ -1,21 +1,25 @@
-"""The training of one adapter: alone, or one of several on the same base."""
-
-from __future__ import annotations
+"""The training of one adapter, and what outlives it, however it ends."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
+from time import perf_counter
 from typing import Any
+
+from rich.console import Console
 
 import gpt2
 import lora
+from gpt2.training import snapshots
 
-from ..cli.console import table
+from ..cli.console import bar
 from ..cli.options import build
-from . import adapter_stats, folder, processes, record, resume, saving
+from . import answers, folder, processes, resume
 from .data import Reader, Split
-from .saving import ALONE, Target
 
+ALONE = "default"  # the adapter's name in the model where there is one
 MADE_OF = "made_of"
 
 
@@ -30,79 +34,161 @@ def names_of(files: Sequence[str] | None) -> list[str]:
     return names or [ALONE]
 
 
-def inject(reader: Reader, splits: Mapping[str, Split], start: resume.Start) -> list[str]:
-    """New adapters as the options say; of a run that is resumed those are loaded that have ended.
+def directory_of(root: Path, name: str) -> Path:
+    """Where the metrics and snapshots of an adapter are."""
+    return root if name == ALONE else root / name
 
-    Gives the names of those that are still to be trained.
-    """
-    model, options, place = reader.model, reader.options, Path(start.place or "")
-    records = {name: place / name / folder.RUN for name in splits}
-    ended = [name for name, file in records.items() if start.resume and file.is_file()]
-    made_of = {name: json.loads(records[name].read_text("utf-8")).get(MADE_OF) for name in ended}
-    if odd := [name for name in ended if made_of[name] != splits[name].made_of]:
+
+def inject(reader: Reader, splits: Mapping[str, Split], start: resume.Start) -> list[str]:
+    """Load the adapters that are trained already; make the others, named here."""
+    model, options, root = reader.model, reader.options, Path(start.root or "")
+    files = {name: root / name / folder.RUN for name in splits if start.resume}
+    ended = {n: json.loads(f.read_text("utf-8")) for n, f in files.items() if f.is_file()}
+    if odd := [n for n, run in ended.items() if run.get(MADE_OF) != splits[n].made_of]:
         raise ValueError(
-            f"{', '.join(odd)}: the data is not what they were trained on. Give what the run in "
-            f"{place} was begun with, or begin anew in another folder."
+            f"{', '.join(odd)}: the data is not what they were trained on. Give what the run was "
+            "begun with, or begin anew in another folder."
         )
     for name in splits:
         if name in ended:
-            lora.load(model, place / name, adapter=name)
+            lora.load(model, root / name, adapter=name)
         else:
             lora.inject(model, adapter=name, seed=options.seed, **options.lora)
     return [name for name in splits if name not in ended]
 
 
 def train_one(
-    reader: Reader, split: Split, config: gpt2.TrainConfig, target: Target, start: resume.Start
+    reader: Reader,
+    name: str,
+    split: Split,
+    config: gpt2.TrainConfig,
+    start: resume.Start,
+    root: Path,
 ) -> dict[str, Any]:
-    """Train one adapter, save it, and measure what it does; gives its part of the record."""
+    """Train one adapter, save and measure it; gives its part of the record."""
     model, options, console = reader.model, reader.options, reader.console
-    lora.activate(model, target.adapter)
+    alone, directory = name == ALONE, directory_of(root, name)
+    lora.activate(model, name)
     if not processes.rank():
-        target.directory.mkdir(exist_ok=True)
-    groups = None
-    if options.b_ratio != 1:
-        groups = lora.parameter_groups(model, config.lr, b_ratio=options.b_ratio)
-    run = build(gpt2.RunConfig, options, folder=target.directory)
+        directory.mkdir(exist_ok=True)
+
+    rates = {"b_ratio": options.b_ratio}
+    groups = lora.parameter_groups(model, config.lr, **rates) if options.b_ratio != 1 else None
+    again = start.resume and (alone or any((directory / n).is_file() for n in snapshots.NAMES))
+
+    run = build(gpt2.RunConfig, options, folder=directory)
     how: dict[str, Any] = {"groups": groups, "validation": split.validation, "run": run}
-    again = start.resume and (target.adapter == ALONE or resume.has_snapshot(target.directory))
     fit = gpt2.fit(model, split.train, config, **how, resume=again)
-    name = "" if target.adapter == ALONE else f"{target.adapter}: "
+
     steps = f"{fit.total:,} steps, by {options.config}.{split.message}"
-    console.print(f"{name}{record.examples_line(split.train)} {steps}", soft_wrap=True)
+    line = f"{folder.examples_line(split.train)} {steps}"
+    console.print(line if alone else f"{name}: {line}", soft_wrap=True)
     if processes.rank():  # the first shows and writes for all
         for _ in fit:
             pass
         return {}
+
     files = {Path(file).stem: file for file in options.tasks or ()}
     notes = {
-        "data": Path(files.get(target.adapter, options.data)).name,
+        "data": Path(files.get(name, options.data)).name,
         "seed": options.seed,
         "command": f"train_qa.py --config {folder.OPTIONS}",
     }
-    with saving.saved(fit, target, notes):
-        losses = saving.follow(fit, target, console, options.logging_steps)
-    results: dict[str, Any] = {"steps": fit.taken, "last_losses": losses[-options.logging_steps :]}
-    if fit.evaluated:
-        console.print(_validation_table(fit))
-        results["validation"] = {"losses": fit.evaluated, "best_step": fit.best_step}
-    if split.test is not None:
-        test = gpt2.evaluate(model, split.test, autocast=options.autocast)
-        console.print(f"Test: loss {test.loss:.4f}, perplexity {test.perplexity:,.2f}")
-        results["test"] = {"loss": test.loss, "tokens": test.tokens}
-    results |= {MADE_OF: split.made_of, **adapter_stats.measure(model, split, reader.tokenizer)}
-    if target.directory != target.run:
-        record.write(target.directory, results)
+    with saved(fit, name, root, notes):
+        follow(fit, directory, console, options.logging_steps)
+
+    results = {"steps": fit.taken, MADE_OF: split.made_of, **_evaluated(reader, split, fit)}
+    results |= answers.measure(model, split, reader.tokenizer)
+    if not alone:
+        folder.write(directory, results)
     return results
 
 
-def _validation_table(fit: gpt2.Fit) -> Any:
-    """The validation loss before the first step, of the best step and of the last."""
-    steps = {"none": 0, "best": fit.best_step, "last": max(fit.evaluated)}
-    rows: list[list[str]] = []
-    for name, step in steps.items():
-        if step is not None:
-            loss = fit.evaluated[step]
-            perplexity = gpt2.Evaluation(loss=loss, tokens=1, examples=1).perplexity
-            rows.append([name, f"{step:,}", f"{loss:.4f}", f"{perplexity:,.2f}"])
-    return table("Validation", ("adapter", "step", "loss", "perplexity"), rows)
+def _evaluated(reader: Reader, split: Split, fit: gpt2.Fit) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    if fit.evaluated:
+        steps = {"first": 0, "best": fit.best_step, "last": max(fit.evaluated)}
+        losses = [f"{n} {fit.evaluated[s]:.4f}" for n, s in steps.items() if s is not None]
+        reader.console.print(f"Validation: loss {', '.join(losses)}, best step {fit.best_step}")
+        results["validation"] = {"losses": fit.evaluated, "best_step": fit.best_step}
+    if split.test is not None:
+        test = gpt2.evaluate(reader.model, split.test, autocast=reader.options.autocast)
+        reader.console.print(f"Test: loss {test.loss:.4f}, perplexity {test.perplexity:,.2f}")
+        results["test"] = {"loss": test.loss, "tokens": test.tokens}
+    return results
+
+
+def follow(fit: gpt2.Fit, directory: Path, console: Console, every: int) -> None:
+    """Take the steps, recorded, with a line for every so many."""
+    tokens, began, recent = 0, perf_counter(), list[float]()
+    with bar(console, total=fit.total, completed=fit.told) as advance:
+        for step in recorded(fit, directory):
+            if step.step == 1 and fit.evaluated:
+                console.print(f"step     0 · validation {fit.evaluated[0]:.4f}")
+            recent.append(step.loss)
+            tokens += step.tokens
+            speed = f"{tokens / (perf_counter() - began):,.0f} tokens/s"
+            score = "" if step.validation is None else f" · validation {step.validation:.4f}"
+            advance(1, f"loss {step.loss:.4f}{score} · {speed}")
+            if step.step % every == 0 or step.step == fit.total or score:
+                mean = sum(recent) / len(recent)
+                recent.clear()
+                console.print(f"step {step.step:>5} · loss {mean:.4f}{score} · {speed}")
+    if fit.taken < fit.total:
+        console.print(f"Stopped after step {fit.taken}: the validation loss fell no more.")
+
+
+@contextmanager
+def saved(fit: gpt2.Fit, name: str, root: Path, notes: Mapping[str, Any]) -> Iterator[None]:
+    """Save the adapter, with notes, however the block ends."""
+    try:
+        yield
+        _save(fit, name, root, notes)
+    except BaseException as stop:
+        if not fit.taken:
+            raise
+        try:
+            stop.add_note(_save(fit, name, root, notes))
+        except (OSError, ValueError, RuntimeError) as error:
+            stop.add_note(f"The adapter cannot be saved either: {error}.")
+        if not isinstance(stop, RuntimeError | ValueError):
+            try:
+                fit.save()
+            except OSError as error:
+                stop.add_note(f"The snapshot cannot be saved: {error}.")
+            if fit.saved_step:
+                stop.add_note(f"Go on with --resume {root}.")
+        raise
+
+
+def _save(fit: gpt2.Fit, name: str, root: Path, notes: Mapping[str, Any]) -> str:
+    best, taken = fit.best_step, fit.taken
+    path = root / (folder.ADAPTER if name == ALONE else name)
+    facts = {**notes, "steps": taken if best is None else best}
+    if best is not None:
+        facts["validation loss"] = f"{fit.evaluated[best]:.4f}"
+    with fit.best_weights():
+        lora.save(fit.model, path, adapter=name, notes=facts)
+    if best is None:
+        return f"The adapter as it was after step {taken} is saved in {path}."
+    last = directory_of(root, name) / folder.LAST
+    with fit.last_weights():
+        lora.save(fit.model, last, adapter=name, notes={**notes, "steps": taken})
+    where = f"is saved in {path}, the last, of step {taken}, in {last}."
+    return f"The best adapter, of step {best}, {where}"
+
+
+def recorded(fit: gpt2.Fit, directory: Path) -> Iterator[gpt2.StepRecord]:
+    """Write each step as a line of JSON, as it comes."""
+    file, rows = directory / folder.METRICS, dict[int, str]()
+    if fit.told and file.exists():  # a kill may have torn a line
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+            with suppress(ValueError, LookupError, TypeError):
+                rows[int(json.loads(line)["step"])] = line
+        kept = [line for step, line in sorted(rows.items()) if step <= fit.told]
+        folder.write_whole(file, "".join(kept))
+    with file.open("a", encoding="utf-8", buffering=1) as stream:
+        for step in fit:
+            yield step  # first, in case the disk is full
+            row = {name: value for name, value in asdict(step).items() if value is not None}
+            stream.write(json.dumps(row) + "\n")

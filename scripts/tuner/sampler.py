@@ -1,29 +1,18 @@
-"""What Optuna is used for: it proposes trials, and keeps a study that optuna-dashboard opens.
-
-Optuna stores no sampler's state. So each wave has a study of its own in memory, made anew of what
-is known, and a sampler whose seed is the search's and the wave's: proposals are a function of them.
-"""
-
-from __future__ import annotations
+"""What Optuna is used for: proposals, by a new study of what is known and a seed; study.db."""
 
 import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from .space import INTEGERS, Range, Space
-from .trials import Values
+from .trials import INTEGERS, Range, Space, Values
 
-TRIES = 100  # proposals for a trial that stands in no earlier one
+TRIES = 100  # proposals for a new trial
 
 
-class Known(NamedTuple):
-    """A trial with its losses by rung, from 1; none of one that ended, which is the worst."""
-
-    values: Values
-    losses: Mapping[int, float]
-    complete: bool
+# A trial's values, its losses by rung from 1, and whether it came to the end of the last.
+Known = tuple[Values, Mapping[int, float], bool]
 
 
 def optuna() -> Any:
@@ -41,28 +30,26 @@ def optuna() -> Any:
 def propose(
     space: Space, n: int, known: Sequence[Known], *, sampler: str, seed: int
 ) -> list[Values]:
-    """Values of n trials that are not known; a function of the arguments. TPE learns from `known`.
-
-    The space has to have as many.
-    """
+    """Values of n trials that are not known: a function of the arguments."""
     kinds = optuna().samplers
     kind = kinds.RandomSampler if sampler == "random" else kinds.TPESampler
     study = optuna().create_study(sampler=kind(seed=seed % 2**32))
     axes = _add(study, space, known)
-    seen, proposed, tries = {_key(trial.values) for trial in known}, list[Values](), 0
+    proposed, tries = list[Values](), 0
+    seen = {tuple(values.values()) for values, _, _ in known}
     while len(proposed) < n:
         asked, tries = study.ask(axes).params, tries + 1
         values: Values = {name: asked[name] for name in space.axes}
-        if _key(values) in seen and tries > TRIES * n:  # few are left: take the first
-            values = next(v for v in space.all() if _key(v) not in seen)
-        if _key(values) not in seen:
-            seen.add(_key(values))
+        if tries > TRIES * n:  # few are left: take the first
+            values = next(v for v in space.all() if tuple(v.values()) not in seen)
+        if tuple(values.values()) not in seen:
+            seen.add(tuple(values.values()))
             proposed.append(values)
     return proposed
 
 
 def write_study(file: Path, space: Space, known: Sequence[Known]) -> None:
-    """Write the study anew, in the file that optuna-dashboard opens; whole or not at all."""
+    """Write the study anew, for optuna-dashboard; whole or not at all."""
     part = file.with_name(f".{file.name}.part")
     part.unlink(missing_ok=True)
     storage = optuna().storages.RDBStorage(f"sqlite:///{part}")
@@ -72,8 +59,6 @@ def write_study(file: Path, space: Space, known: Sequence[Known]) -> None:
 
 
 def _add(study: Any, space: Space, known: Sequence[Known]) -> dict[str, Any]:
-    """Add trials to a study: one that did not come to the end is pruned, and TPE ranks it behind
-    those that came farther, and one that ended without a loss last. Gives the space as Optuna's."""
     kinds, trials, axes = optuna().distributions, optuna().trial, dict[str, Any]()
     for name, axis in space.axes.items():
         if isinstance(axis, Range):
@@ -81,8 +66,7 @@ def _add(study: Any, space: Space, known: Sequence[Known]) -> dict[str, Any]:
             axes[name] = kind(axis.low, axis.high, log=True)
         else:
             axes[name] = kinds.CategoricalDistribution(axis)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         for values, losses, complete in known:
             made = trials.create_trial(
                 params=dict(values),
@@ -93,7 +77,3 @@ def _add(study: Any, space: Space, known: Sequence[Known]) -> dict[str, Any]:
             )
             study.add_trial(made)
     return axes
-
-
-def _key(values: Values) -> tuple[Any, ...]:
-    return tuple(values.values())

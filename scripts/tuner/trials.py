@@ -1,11 +1,10 @@
-"""A trial of a search: its recipe, and what is known of a training of it."""
-
-from __future__ import annotations
+"""A trial: how an adapter is made and trained, how far it is; the space of trials."""
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 from torch import Tensor
@@ -13,84 +12,68 @@ from torch import Tensor
 import gpt2
 import lora
 
-DEFAULT = "default"  # the configuration that is trained too and takes no part
+INTEGERS = ("r", "steps", "epochs")
+NAMES = "lr b_ratio r alpha_over_r dropout weight_decay steps epochs targets".split()
+DEFAULT = "default"  # the configuration that takes no part
+Trial = int | str  # its number, or `DEFAULT`
 Values = Mapping[str, float | int | str]
-"""What a trial has of the space by name; several targets stand in one text, as JSON."""
+"""What a trial has of the space by name; its targets as JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """An adapter, how it is trained, and the learning rate of B over that of A (LoRA+)."""
+    """An adapter, its training, and B's learning rate over A's (LoRA+)."""
 
     adapter: lora.LoRAConfig
     training: gpt2.TrainConfig
     b_ratio: float
 
-    def seeded(self, seed: int) -> Recipe:
-        """The same with another seed: of the first A, the order of the data, and dropout."""
+    def seeded(self, seed: int) -> "Recipe":
+        """The same with another seed of A, of the data's order, of dropout."""
         adapter, training = (replace(part, seed=seed) for part in (self.adapter, self.training))
         return replace(self, adapter=adapter, training=training)
 
-    def varied(self, values: Values) -> Recipe:
-        """The same with what a trial has of a space; where r varies, alpha / r stays.
-
-        Raises:
-            ValueError, TypeError: a value that there cannot be.
-        """
-        left: dict[str, Any] = dict(values)
-        own = {name: left.pop(name) for name in ("dropout", "targets") if name in left}
-        if "targets" in own:
-            own["targets"] = tuple(names_of(own["targets"]))
-        if {"r", "alpha_over_r"} & {*left}:
-            ratio = left.pop("alpha_over_r", self.adapter.alpha / self.adapter.r)
-            own["r"] = left.pop("r", self.adapter.r)
-            own["alpha"] = ratio * own["r"]
-        b_ratio = left.pop("b_ratio", self.b_ratio)
+    def varied(self, values: Values) -> "Recipe":
+        """The same with what a trial has of a space; where r varies, alpha / r stays."""
+        training: dict[str, Any] = dict(values)
+        adapter = {n: training.pop(n) for n in ("dropout", "targets", "r") if n in values}
+        if "targets" in adapter:
+            adapter["targets"] = tuple(json.loads(adapter["targets"]))
+        if {"r", "alpha_over_r"} & {*values}:
+            ratio = training.pop("alpha_over_r", self.adapter.alpha / self.adapter.r)
+            adapter["alpha"] = ratio * adapter.get("r", self.adapter.r)
+        b_ratio = training.pop("b_ratio", self.b_ratio)
         if not (b_ratio > 0 and math.isfinite(b_ratio)):
             raise ValueError(f"b_ratio must be finite and above 0, got {b_ratio}.")
         for name, other in (("steps", "epochs"), ("epochs", "steps")):
             if name in values:
-                left[other] = None
-        adapter, training = replace(self.adapter, **own), replace(self.training, **left)
-        return Recipe(adapter=adapter, training=training, b_ratio=b_ratio)
+                training[other] = None
+        return Recipe(
+            adapter=replace(self.adapter, **adapter),
+            training=replace(self.training, **training),
+            b_ratio=b_ratio,
+        )
 
     def values(self, names: Sequence[str]) -> dict[str, Any]:
         """What it has of a space, by name."""
         adapter, targets = self.adapter, self.adapter.targets
-        own = {
-            "b_ratio": self.b_ratio,
-            "alpha_over_r": adapter.alpha / adapter.r,
-            "targets": [targets] if isinstance(targets, str) else list(targets),
-        }
-        known = {**vars(self.training), **vars(adapter), **own}
-        return {name: known[name] for name in names}
-
-
-def names_of(text: str) -> list[str]:
-    """The targets that a value stands for."""
-    return json.loads(text) if text.startswith("[") else [text]
+        values = {**vars(self.training), **vars(adapter), "b_ratio": self.b_ratio}
+        values["alpha_over_r"] = adapter.alpha / adapter.r
+        values["targets"] = [targets] if isinstance(targets, str) else list(targets)
+        return {name: values[name] for name in names}
 
 
 @dataclass(kw_only=True)
 class Run:
-    """A trial's training under a seed.
+    """A trial's training under a seed."""
 
-    Its losses are on the validation data, by step; before the last step, of a copy that cooled
-    down. Its position, if it goes on, is parameters and AdamW's moments; at its end without those.
-    """
-
-    trial: int | str  # its number, or `DEFAULT`
+    trial: Trial
     recipe: Recipe
     total: int  # steps of its whole schedule
     curve: list[float] = field(default_factory=list[float])  # the training loss of each step
-    losses: dict[int, float] = field(default_factory=dict[int, float])
+    losses: dict[int, float] = field(default_factory=dict[int, float])  # by step, of cooled copies
     ended: str | None = None  # why it ended early, if it did
-    position: tuple[Tensor, Tensor, Tensor] | None = None
-
-    @property
-    def seed(self) -> int:
-        """Of its order of data, dropout and first A."""
-        return self.recipe.training.seed
+    position: tuple[Tensor, Tensor, Tensor] | None = None  # parameters, moments; if it goes on
 
     @property
     def taken(self) -> int:
@@ -101,3 +84,102 @@ class Run:
     def loss(self) -> float:
         """The last on the validation data; NaN where it ended."""
         return math.nan if self.ended or not self.losses else self.losses[max(self.losses)]
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`, as likely in each order of magnitude."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a trial may have: by name a `Range`, or a tuple of choices."""
+
+    axes: Mapping[str, Any]
+
+    @property
+    def choices(self) -> list[Sequence[Any]] | None:
+        """What each name may be; None where a range of reals varies."""
+        ranges = {name: axis for name, axis in self.axes.items() if isinstance(axis, Range)}
+        if {*ranges} - {*INTEGERS}:
+            return None
+        whole = {name: range(int(axis.low), int(axis.high) + 1) for name, axis in ranges.items()}
+        return [*{**self.axes, **whole}.values()]
+
+    def all(self) -> Iterator[Values]:
+        """All trials of a space that is finite, in order."""
+        for values in product(*self.choices or ()):
+            yield dict(zip(self.axes, values, strict=True))
+
+    def ends(self, name: str, usual: float) -> tuple[float, float]:
+        """The least and the largest number; `usual` where none varies."""
+        axis = self.axes.get(name, (usual,))
+        numbers = (axis.low, axis.high) if isinstance(axis, Range) else axis
+        return min(numbers), max(numbers)
+
+    def room(self, usual: Recipe) -> lora.LoRAConfig:
+        """The adapter in whose place every trial's fits, and the usual."""
+        adapter, targets = usual.adapter, usual.values(["targets"])["targets"]
+        targets += [name for text in self.axes.get("targets", ()) for name in json.loads(text)]
+        ranks = [*(adapter.rank_pattern or {}).values(), self.ends("r", adapter.r)[1], adapter.r]
+        return replace(
+            adapter,
+            r=int(max(ranks)),
+            targets=tuple(dict.fromkeys(targets)),
+            dropout=max(adapter.dropout, self.ends("dropout", adapter.dropout)[1]),
+            rank_pattern=None,
+            alpha_pattern=None,
+            seed=0,
+        )
+
+
+def read_space(given: Mapping[str, Any], trials: int, usual: Recipe) -> Space:
+    """The space that an option describes; a ValueError lists all that is contradictory."""
+    if not given:
+        raise ValueError(
+            "The space is empty: give what varies, such as {lr: {low: 0.01, high: 0.1}, r: [4]}, "
+            f"of {', '.join(NAMES)}."
+        )
+    faults = [f"{name} is none of {', '.join(NAMES)}" for name in given if name not in NAMES]
+    axes: dict[str, Any] = {}
+    for name in [name for name in given if name in NAMES]:
+        try:
+            axes[name] = _axis(name, given[name], usual)
+        except (ValueError, TypeError) as error:
+            faults.append(str(error).rstrip("."))
+    if {"steps", "epochs"} <= {*given}:
+        faults.append("steps and epochs exclude each other")
+    if not faults and (choices := Space(axes).choices) is not None:
+        if (size := math.prod(map(len, choices))) == 1:
+            faults.append("nothing in it varies")
+        elif size < trials:
+            faults.append(f"it has {size:,} different trials, and {trials:,} are asked for")
+    if faults:
+        raise ValueError(f"The space is contradictory: {'; '.join(faults)}.")
+    return Space(axes)
+
+
+def _axis(name: str, given: Any, usual: Recipe) -> Any:
+    """What one name may be; a recipe, in which each value is tried, raises."""
+    is_range = isinstance(given, Mapping)
+    values: list[Any] = given if isinstance(given, list) else [given]
+    if is_range:
+        if {*given} != {"low", "high"} or name == "targets":
+            raise ValueError(f"{name} must have low and high and nothing else, got {given!r:.80}")
+        values = [given["low"], given["high"]]
+        if not 0 < values[0] < values[1]:
+            raise ValueError(f"{name} needs 0 < low < high, got {values[0]} and {values[1]}")
+    elif name == "targets":
+        values = [json.dumps(c if isinstance(c, list) else [c]) for c in values]
+    for value in values:
+        usual.varied({name: value})
+    if is_range:
+        return Range(*values)
+    if len({frozenset(json.loads(v)) if name == "targets" else v for v in values}) < len(values):
+        raise ValueError(f"{name} has a choice twice: {given!r:.80}")
+    if not values:
+        raise ValueError(f"{name} has no choice")
+    return tuple(values)
