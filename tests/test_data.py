@@ -514,6 +514,12 @@ def test_an_empty_last_example_is_no_other():
     assert data.repeated == 1  # the empty ones
 
 
+def test_a_fingerprint_is_of_ids_of_ends_and_of_what_is_learnt():
+    ids, ends, ignored = np.arange(6), np.array([3, 6]), np.array([0, 1])
+    others = (ids + 1, ends, ignored), (ids, np.array([2, 6]), ignored), (ids, ends, ignored + 1)
+    assert len({Dataset(*each).fingerprint for each in ((ids, ends, ignored), *others)}) == 4
+
+
 def test_a_start_below_zero_is_refused():
     with pytest.raises(ValueError, match="start must be at least 0, got -1"):
         next(batches(encode(["ab"], Letters()), 1, seed=0, epoch=0, start=-1))
