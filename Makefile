@@ -34,8 +34,7 @@ bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks.train_step --B 4 --T 128 --repeats 4 --warmup 1 $(BENCH)
 	$(BIN)/python -m benchmarks.decode --new 24 --peft_new 24 --repeats 4 $(BENCH)
 	$(BIN)/python -m benchmarks.routing --repeats 3 $(BENCH)
-	$(BIN)/python -m benchmarks.memory $(BENCH)
-	$(BIN)/python -m benchmarks.startup --repeats 3 $(BENCH)
+	$(BIN)/python -m benchmarks.article_run --cases startup --repeats 3 $(BENCH)
 	$(BIN)/python -m benchmarks.results --replace $(NEW) $(CPU)
 
 clean:

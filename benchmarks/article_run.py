@@ -1,8 +1,10 @@
 """The article's run, from process start to saved adapter: 2,500 steps of five short texts.
 
-Weights are random, since timing does not depend on them.
+Weights are random, since timing does not depend on them. Beside it, what starting alone takes:
+imports over importing torch, and opening the demo base ready to train.
 
-    python -m benchmarks.article_run --steps 2500 --against peft
+python -m benchmarks.article_run --steps 2500 --against peft
+python -m benchmarks.article_run --cases startup --against peft
 """
 
 from __future__ import annotations
@@ -11,20 +13,12 @@ import statistics
 import subprocess
 import sys
 import time
+from typing import Any
 
 from benchmarks import harness
 
-PARTS = (
-    "start and imports",
-    "model",
-    "adapter",
-    "data",
-    "first steps",
-    "other steps",
-    "save",
-    "exit",
-)
-CODE = """
+PARTS = "start and imports, model, adapter, data, first steps, other steps, save, exit".split(", ")
+OURS = """
 import sys, tempfile, time
 import torch, gpt2, lora
 device, steps, dtype = sys.argv[1], int(sys.argv[2]), getattr(torch, sys.argv[3])
@@ -40,15 +34,15 @@ marks.append(time.time())
 examples = gpt2.read_examples("scripts/data/article.jsonl")
 data = gpt2.encode(examples, gpt2.Tokenizer(), max_length=128)
 marks.append(time.time())
-config = gpt2.TrainConfig(lr=1e-4, steps=steps, sync_every=5)
-records = gpt2.train(model, data, config)
-for record in records:
+for record in gpt2.train(model, data, gpt2.TrainConfig(lr=1e-4, steps=steps)):
     if record.step == 5:  # one of each text: all that is captured is captured
+        record.loss  # waits for the device
         marks.append(time.time())
+seconds = record.seconds
 marks.append(time.time())
 lora.save(model, tempfile.mkdtemp())
 marks.append(time.time())
-print(*[after - before for before, after in zip(marks, marks[1:])], marks[-1], record.seconds)
+print(*[after - before for before, after in zip(marks, marks[1:])], marks[-1], seconds)
 """
 PEFT = """
 import sys, tempfile, time, torch, peft, gpt2
@@ -79,39 +73,62 @@ seconds = time.perf_counter() - began
 model.save_pretrained(tempfile.mkdtemp())
 print(time.time(), seconds)
 """
+CLOCK = "import time; began = time.perf_counter(); {}; print(time.perf_counter() - began)"
+OPENED = 'm = gpt2.GPT2.from_pretrained("demo"); lora.inject(m)'
+STARTUP = {
+    "import torch": CLOCK.format("import torch"),
+    "import torch, lora, gpt2": CLOCK.format("import torch, lora, gpt2"),
+    "open demo, inject": f"import lora, gpt2; {CLOCK.format(OPENED)}",
+}
+PEFT_IMPORTS = "import torch, peft; from transformers import GPT2LMHeadModel"
 
 
 def main() -> None:
-    a = harness.arguments(__doc__, steps=2500, peft_steps=250, dtype="bfloat16")
-    cases = {f"ours, {a.steps} steps": (CODE, a.steps)}
-    if a.against:  # a tenth of the steps is enough to see the rate
-        cases[f"PEFT, {a.peft_steps} steps"] = (PEFT, a.peft_steps)
-    for name, (code, steps) in cases.items():
-        seconds: list[float] = []
-        training: list[float] = []
-        parts: list[list[float]] = []
-        for _ in range(min(a.repeats, 3)):
-            began = time.time()
-            how = [a.device, str(steps), a.dtype, str(began)]
-            command = [sys.executable, "-c", code, *how]
-            ran = subprocess.run(command, capture_output=True, text=True, check=True)
-            *took, saved, last = map(float, ran.stdout.split())
-            parts.append([*took, time.time() - saved])
-            seconds.append(saved - began)
-            training.append(last)
-        harness.emit(
-            "article_run",
-            a.out,
-            case=name,
-            dtype=a.dtype,
-            seconds=harness.spread(seconds),
-            training_seconds=harness.spread(training),
-            parts={
-                name: round(statistics.median(values), 3)
-                for name, *values in zip(PARTS, *parts, strict=False)
-                if code == CODE
-            },
-        )
+    a = harness.arguments(
+        __doc__, cases="startup;run", steps=2500, peft_steps=250, dtype="bfloat16"
+    )
+    if "startup" in a.cases.split(";"):
+        startup(a)
+    if "run" in a.cases.split(";"):
+        whole_run(f"ours, {a.steps} steps", OURS, a.steps, a)
+        if a.against:  # a tenth of the steps is enough to see the rate
+            whole_run(f"PEFT, {a.peft_steps} steps", PEFT, a.peft_steps, a)
+
+
+def startup(a: Any) -> None:
+    """Seconds of each start, in processes of their own, in turns."""
+    cases = dict(STARTUP)
+    if a.against:
+        cases["import torch, transformers, peft"] = CLOCK.format(PEFT_IMPORTS)
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(a.repeats):
+        for name, code in cases.items():
+            seconds[name] += printed(code)
+    for name, values in seconds.items():
+        harness.emit("startup", a.out, case=name, seconds=harness.spread(values))
+
+
+def whole_run(name: str, code: str, steps: int, a: Any) -> None:
+    """Seconds to the saved adapter, of three runs, and of ours what each part takes."""
+    runs: list[list[float]] = []
+    for _ in range(min(a.repeats, 3)):
+        began = time.time()
+        *parts, saved, trained = printed(code, a.device, str(steps), a.dtype, str(began))
+        runs.append([saved - began, trained, *parts, time.time() - saved])
+    seconds, training, *each = ([*column] for column in zip(*runs, strict=True))
+    facts: harness.Facts = {"dtype": a.dtype, "seconds": harness.spread(seconds)}
+    facts["training_seconds"] = harness.spread(training)
+    if code == OURS:
+        medians = [round(statistics.median(part), 3) for part in each]
+        facts["parts"] = dict(zip(PARTS, medians, strict=True))
+    harness.emit("article_run", a.out, case=name, **facts)
+
+
+def printed(code: str, *arguments: str) -> list[float]:
+    """The numbers that a new process prints last."""
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [float(word) for word in done.stdout.splitlines()[-1].split()]
 
 
 if __name__ == "__main__":

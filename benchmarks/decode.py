@@ -6,6 +6,8 @@ python -m benchmarks.decode --B 32 --against peft
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,54 +26,47 @@ def main() -> None:
     dtype = torch.bfloat16 if on_gpu else torch.float32
     model = models.ours(a.size, a.device, dtype, dropout=0.0)
     prompts: list[list[int]] = models.batch(model, a.B, a.prompt).idx.tolist()
-    folded = copy.deepcopy(model)
-    lora.merge(folded)
+    merged = copy.deepcopy(model)
+    lora.merge(merged)
+    ours = {"ours": model, "ours merged": merged}
     config = gpt2.GenerateConfig(max_new_tokens=a.new, eos=None)
-
-    def ours(which: gpt2.GPT2) -> list[list[int]]:
-        return gpt2.generate(which, prompts, config, compile=on_gpu)
-
-    runs: dict[str, Any] = {"ours": lambda: ours(model), "ours merged": lambda: ours(folded)}
-    news: dict[str, int] = dict.fromkeys(runs, int(a.new))
+    runs: dict[str, Callable[[], list[list[int]]]] = {
+        name: partial(gpt2.generate, which, prompts, config, compile=on_gpu)
+        for name, which in ours.items()
+    }
+    new = dict.fromkeys(runs, a.new)
     if a.against:
-        peft = _peft(model, prompts, dtype)
-        runs["PEFT"] = lambda: peft(a.peft_new)
-        runs["PEFT, a quarter"] = lambda: peft(a.peft_new // 4)
-        news |= {"PEFT": a.peft_new, "PEFT, a quarter": a.peft_new // 4}
+        new["PEFT"] = a.peft_new
+        runs["PEFT"] = partial(peft_of(model, prompts, dtype), a.peft_new)
     for run in runs.values():
         run()
     texts = {name: run() for name, run in runs.items()}
     times = harness.interleaved(runs, a.repeats, a.device)
-    steady = _steady({"ours": model, "ours merged": folded}, prompts, config, a.device)
-    if a.against:
-        more = times["PEFT"]["median"] - times.pop("PEFT, a quarter")["median"]
-        steady["PEFT"] = more / (a.peft_new - a.peft_new // 4)
+    each = steady(ours, prompts, config, a.device)
+    if a.against:  # as fast from its first token on
+        each["PEFT"] = times["PEFT"]["median"] / a.peft_new
+    work = {"B": a.B, "prompt": a.prompt, "size": a.size}
+    work["dtype"] = str(dtype).removeprefix("torch.")
     for name, ms in times.items():
-        harness.emit(
-            "decode",
-            a.out,
-            case=name,
-            B=a.B,
-            prompt=a.prompt,
-            new=news[name],
-            size=a.size,
-            dtype=str(dtype).removeprefix("torch."),
-            ms=ms,
-            tokens_per_s=round(a.B * news[name] / ms["median"] * 1e3),
-            steady_tokens_per_s=round(a.B / steady[name] * 1e3),
-            same_tokens_as_ours=_shared(texts["ours"], texts[name]),
-        )
+        facts = {
+            "new": new[name],
+            "ms": ms,
+            "tokens_per_s": round(a.B * new[name] / ms["median"] * 1e3),
+            "steady_tokens_per_s": round(a.B / each[name] * 1e3),
+            "same_tokens_as_ours": equal_share(texts["ours"], texts[name]),
+        }
+        harness.emit("decode", a.out, case=name, **work, **facts)
 
 
-def _shared(ours: list[list[int]], others: list[list[int]]) -> float:
+def equal_share(ours: list[list[int]], others: list[list[int]]) -> float:
     """The share of equal tokens, up to where the shorter texts end."""
     rows = zip(ours, others, strict=True)
     same = [x == y for mine, other in rows for x, y in zip(mine, other, strict=False)]
     return round(sum(same) / len(same), 4)
 
 
-def _steady(
-    cases: dict[str, gpt2.GPT2],
+def steady(
+    cases: Mapping[str, gpt2.GPT2],
     prompts: list[list[int]],
     config: gpt2.GenerateConfig,
     device: str,
@@ -89,19 +84,14 @@ def _steady(
     return {name: ms["median"] / tokens for name, ms in times.items()}
 
 
-def _peft(model: gpt2.GPT2, prompts: list[list[int]], dtype: torch.dtype) -> Any:
+def peft_of(model: gpt2.GPT2, prompts: list[list[int]], dtype: torch.dtype) -> Any:
+    """What gives PEFT's next tokens, so many of them."""
     other = models.theirs(model, dtype)
     ids = torch.tensor(prompts, device=model.lm_head.weight.device)
+    how = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 50256}
 
     def generate(new: int) -> list[list[int]]:
-        out = other.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new,
-            min_new_tokens=new,
-            do_sample=False,
-            pad_token_id=50256,
-        )
+        out = other.generate(input_ids=ids, max_new_tokens=new, min_new_tokens=new, **how)
         return out[:, ids.shape[1] :].tolist()
 
     return generate

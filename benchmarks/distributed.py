@@ -1,210 +1,147 @@
-"""One GPU against two of one host: a step of an adapter, of all weights, and of a sharded model.
+"""One GPU against two of one host: a step of an adapter, and of all weights of a sharded model.
 
-python -m benchmarks.distributed --cases "lora;full;xl" --out results.jsonl
+python -m benchmarks.distributed --cases "check;lora;xl" --out results.jsonl
+
+`check` trains a small model on one GPU and on two, and gives the largest relative difference of
+losses and gradient norms.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import os
 import tempfile
-import traceback
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
-from torch import nn
 from torch.multiprocessing.spawn import spawn
 
 import gpt2
 from benchmarks import harness, models
-from gpt2.data.batches import Batch
 from gpt2.training.sharding import shard
 from gpt2.training.step import Stepper
 
-ORDER = {"all-reduce": False, "in order": True}
-
-
-def adapter(how: str, world: int, B: int, T: int, compile: bool) -> Stepper:
-    """124M, r=8 on c_attn, bfloat16."""
-    model = models.ours("gpt2", "cuda", torch.bfloat16)
-    config = gpt2.TrainConfig(
-        steps=1, lr=1e-4, accumulate=world, compile=compile, in_order=ORDER[how]
-    )
-    return Stepper(model.train(), config)
-
-
-def whole(how: str, world: int, B: int, T: int, compile: bool) -> Stepper:
-    """124M, all weights in float32, computed with in bfloat16."""
-    return Stepper(*_full("gpt2", world, compile, in_order=False))
-
-
-def xl(how: str, world: int, B: int, T: int, compile: bool) -> Stepper:
-    """gpt2-xl, all weights, sharded where there are several processes."""
-    model, config = _full("gpt2-xl", world, compile)
-    return Stepper(shard(model, torch.bfloat16) if world > 1 else model, config)
-
-
-def _full(size: str, world: int, compile: bool, **how: Any) -> tuple[gpt2.GPT2, gpt2.TrainConfig]:
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = gpt2.GPT2(gpt2.SIZES[size])
-    config = gpt2.TrainConfig(
-        steps=1, lr=1e-5, accumulate=world, autocast=True, compile=compile, **how
-    )
-    return model.train(), config
-
-
-CASES: dict[str, tuple[Callable[..., Stepper], str, tuple[str, ...], int]] = {
-    "lora": (adapter, "gpt2 124M, r=8 on c_attn", ("all-reduce", "in order"), 16),
-    "full": (whole, "gpt2 124M, all weights", ("all-reduce",), 16),
-    "xl": (xl, "gpt2-xl, all weights, FSDP2", ("sharded",), 8),
+CASES = {  # what it is, how the two share a step, and the rows of each
+    "lora": ("gpt2 124M, r=8 on c_attn", ("all-reduce", "in order"), 16),
+    "xl": ("gpt2-xl, all weights, FSDP2", ("sharded",), 8),
 }
-
-
-def measured(case: str, how: str, world: int, a: Any) -> dict[str, Any]:
-    """Times and memory of one process's steps."""
-    build, _, _, usual = CASES[case]
-    B = a.B or usual
-    stepper = build(how, world, B, a.T, bool(a.compile))
-    held: list[int] = []
-    hook = stepper.optimizer.register_step_pre_hook(
-        lambda *_: held.append(torch.cuda.memory_allocated())
-    )
-    generator = torch.Generator().manual_seed(0)
-    idx = torch.randint(0, 50000, (B, a.T), generator=generator)
-    batches = [Batch(idx, idx.clone(), B * (a.T - 1)) for _ in range(world)]
-    numbers = iter(range(1, 10**6))
-    loss = 0.0
-    for _ in range(a.warmup):
-        loss = float(stepper(batches, next(numbers))[0])
-    hook.remove()
-    torch.cuda.reset_peak_memory_stats()
-    times = harness.interleaved(
-        {"step": lambda: stepper(batches, next(numbers))}, a.repeats, "cuda"
-    )
-    trained = list(stepper.parameters.values())
-    moments = sum(_local(t) for t in stepper.moments().values())
-    return {
-        "ms": times["step"],
-        "loss": loss,
-        "at_update_gib": round(held[-1] / 2**30, 3),
-        "state_gib": round((2 * sum(map(_local, trained)) + moments) / 2**30, 3),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-        "tokens_per_s_a_gpu": round(B * a.T / times["step"]["median"] * 1e3),
-    }
-
-
-def _local(tensor: Any) -> int:
-    own = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return own.numel() * own.element_size()
-
-
-def process(
-    rank: int, world: int, place: str, pipe: Any, work: Callable[..., Any], *inputs: Any
-) -> None:
-    """One process: its GPU, the group, the work; the first gives what it found."""
-    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
-    torch.cuda.set_device(rank)
-    if world > 1:
-        where = {"init_method": f"file://{place}", "rank": rank, "world_size": world}
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl", **where)
-    try:
-        found = work(*inputs)
-    except Exception as error:  # a case that cannot run is a result too
-        traceback.print_exc()
-        found = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
-    if rank == 0:
-        pipe.put(found)
-        pipe.close()
-        pipe.join_thread()
-    os._exit(0)  # a captured collective keeps the group from ending
-
-
-def run(world: int, work: Callable[..., Any], *inputs: Any) -> Any:
-    """What the first of so many processes found."""
-    context = mp.get_context("spawn")
-    pipe: Any = context.Queue()
-    place = str(Path(tempfile.mkdtemp(), "group"))
-    started: Any = spawn(process, (world, place, pipe, work, *inputs), nprocs=world, join=False)
-    try:
-        return pipe.get(timeout=240)
-    except Exception as error:
-        return {"failed": f"{type(error).__name__}: no answer"}
-    finally:
-        for one in started.processes:
-            one.join(10)
-            one.kill()
-
-
-class Letters:
-    eos = 60
-
-    def encode(self, text: str) -> list[int]:
-        return [ord(letter) - ord("a") for letter in text]
-
-
 WAYS: dict[str, dict[str, Any]] = {
-    "eager, in order": {"cuda_graph": False, "in_order": True},
-    "eager, all-reduce": {"cuda_graph": False, "in_order": False},
-    "graph, in order": {"in_order": True},
-    "graph, all-reduce": {"in_order": False},
-    "compiled graph, in order": {"in_order": True, "compile": True},
+    "in order": {"in_order": True},
+    "all-reduce": {"in_order": False},
+    "compiled, in order": {"in_order": True, "compile": True},
     "sharded": {},
     "sharded, compiled": {"compile": True},
 }
 
 
-def checked(world: int, way: str) -> Any:
-    """Losses and norms of two epochs and a half, whose last step lacks a micro-batch."""
-    sizes = gpt2.GPT2Config(n_layer=2, n_head=2, n_embd=128, block_size=64, vocab_size=64)
-    dry = dataclasses.replace(sizes, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
-    torch.manual_seed(0)
-    model: nn.Module = gpt2.GPT2(dry).to("cuda")
-    texts = ["abc", "hello", "lowrank" * 5, "at", "updates", "beside", "weights"]
-    data = gpt2.encode(texts, Letters())
-    model = shard(model) if world > 1 and way.startswith("sharded") else model
-    config = gpt2.TrainConfig(steps=10, lr=1e-3, accumulate=2, **(WAYS[way] if world > 1 else {}))
-    told = [(r.loss, r.grad_norm) for r in gpt2.train(model, data, config)]
-    return [*told, (gpt2.evaluate(model, data, batch_size=2).loss, 0.0)]
-
-
 def main() -> None:
-    a = harness.arguments(__doc__, cases="check;lora;full;xl", B=0, T=1024, compile=1, warmup=6)
+    a = harness.arguments(__doc__, cases="check;lora;xl", B=0, T=1024, compile=1, warmup=6)
     for case in a.cases.split(";"):
         if case == "check":
-            want = run(1, checked, 1, "eager, in order")
-            with ThreadPoolExecutor() as pool:
-                found = list(pool.map(lambda way: run(2, checked, 2, way), WAYS))
-            for way, got in zip(WAYS, found, strict=True):
-                apart = got if "failed" in got else _apart(want, got)
-                harness.emit("distributed", a.out, case="2 GPUs as 1", way=way, apart=apart)
-            continue
-        _, about, ways, usual = CASES[case]
-        one: dict[str, Any] = run(1, measured, case, ways[0], 1, a)
-        facts = {"case": about, "B": a.B or usual, "T": a.T, "compile": bool(a.compile)}
-        harness.emit("distributed", a.out, **facts, gpus=1, **one)
-        for how in ways:
-            two: dict[str, Any] = run(2, measured, case, how, 2, a)
-            if "ms" in one and "ms" in two:
-                share = one["ms"]["median"] / two["ms"]["median"]
-                two |= {"tokens_a_gpu_over_one": round(share, 4), "times": round(2 * share, 4)}
-                two["state_over_one"] = round(two["at_update_gib"] / one["at_update_gib"], 4)
-            harness.emit("distributed", a.out, **facts, gpus=2, how=how, **two)
+            check(a)
+        else:
+            compare(a, case)
 
 
-def _apart(want: Any, got: Any) -> float | str:
-    if isinstance(want, dict) or len(want) != len(got):
-        return f"{want} and {got}"[:300]
-    pairs = [
-        (x, y)
-        for row, other in zip(want, got, strict=True)
-        for x, y in zip(row, other, strict=True)
-    ]
-    return max(abs(x - y) / max(abs(x), 1e-3) for x, y in pairs)
+def compare(a: Any, case: str) -> None:
+    """A step of one GPU, and of two in each way that they can share it."""
+    about, ways, rows = CASES[case]
+    B = a.B or rows
+    facts = {"case": about, "B": B, "T": a.T, "compile": bool(a.compile)}
+    one = harness.attempt(partial(run, 1, measured, case, ways[0], 1, B, a))
+    harness.emit("distributed", a.out, **facts, gpus=1, **one)
+    for way in ways:
+        two = harness.attempt(partial(run, 2, measured, case, way, 2, B, a))
+        if "ms" in one and "ms" in two:
+            two["times"] = round(2 * one["ms"]["median"] / two["ms"]["median"], 4)
+        harness.emit("distributed", a.out, **facts, gpus=2, how=way, **two)
+
+
+def measured(case: str, way: str, world: int, B: int, a: Any) -> harness.Facts:
+    """Times and memory of one process's steps."""
+    stepper = stepper_of(case, way, world, bool(a.compile))
+    idx = torch.randint(0, 50000, (B, a.T), generator=torch.Generator().manual_seed(0))
+    batches = [gpt2.Batch(idx, idx.clone(), B * (a.T - 1)) for _ in range(world)]
+    losses = [float(stepper(batches, step)[0]) for step in range(1, a.warmup + 1)]
+    torch.cuda.reset_peak_memory_stats()
+    steps = {"step": lambda: stepper(batches, stepper.taken + 1)}
+    ms = harness.interleaved(steps, a.repeats, "cuda")["step"]
+    weights = sum(map(local_bytes, stepper.parameters.values()))
+    moments = sum(map(local_bytes, stepper.moments().values()))
+    return {
+        "ms": ms,
+        "loss": losses[-1],
+        "state_gib": round((2 * weights + moments) / 2**30, 3),  # gradients are as large as weights
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "tokens_per_s_a_gpu": round(B * a.T / ms["median"] * 1e3),
+    }
+
+
+def stepper_of(case: str, way: str, world: int, compile: bool) -> Stepper:
+    """What takes a case's steps, of which each process has a micro-batch."""
+    how: dict[str, Any] = {"steps": 1, "accumulate": world, "compile": compile}
+    if case == "lora":
+        model = models.ours("gpt2", "cuda", torch.bfloat16).train()
+        config = gpt2.TrainConfig(lr=1e-4, in_order=way == "in order", **how)
+        return Stepper(model, config)
+    model = models.base("gpt2-xl", "cuda", torch.float32).train()
+    model = shard(model, torch.bfloat16) if world > 1 else model
+    return Stepper(model, gpt2.TrainConfig(lr=1e-5, autocast=True, **how))
+
+
+def local_bytes(tensor: Any) -> int:
+    """Of the part of a tensor that this process holds."""
+    part = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part.numel() * part.element_size()
+
+
+def check(a: Any) -> None:
+    """Two GPUs as one, in every way."""
+    one = run(1, losses_and_norms, 1, "in order")
+    for way in WAYS:
+        facts = harness.attempt(partial(difference, one, way))
+        harness.emit("distributed", a.out, case="2 GPUs as 1", way=way, **facts)
+
+
+def difference(one: list[float], way: str) -> harness.Facts:
+    """The largest between one GPU's figures and those of two."""
+    pairs = zip(one, run(2, losses_and_norms, 2, way), strict=True)
+    return {"difference": max(abs(x - y) / max(abs(x), 1e-3) for x, y in pairs)}
+
+
+def losses_and_norms(world: int, way: str) -> list[float]:
+    """Of two epochs and a half, whose last step lacks a micro-batch."""
+    model = models.base("demo", "cuda", torch.float32, dropout=False)
+    texts = ["a b c", "hello", "low rank " * 5, "at", "updates", "beside it", "the weights"]
+    data = gpt2.encode(texts, gpt2.Tokenizer())
+    model = shard(model) if world > 1 and way.startswith("sharded") else model
+    config = gpt2.TrainConfig(steps=10, lr=1e-3, accumulate=2, **(WAYS[way] if world > 1 else {}))
+    records = gpt2.train(model, data, config)
+    figures = [figure for record in records for figure in (record.loss, record.grad_norm)]
+    return [*figures, gpt2.evaluate(model, data, batch_size=2).loss]
+
+
+def run(world: int, work: Callable[..., Any], *inputs: Any) -> Any:
+    """What the first of so many processes, each with its GPU, gives."""
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(process, (world, folder, work, *inputs), nprocs=world)
+        return json.loads(Path(folder, "result").read_text())
+
+
+def process(rank: int, world: int, folder: str, work: Callable[..., Any], *inputs: Any) -> None:
+    """One process: its GPU, the group, the work."""
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    torch.cuda.set_device(rank)
+    if world > 1:
+        where = {"init_method": f"file://{folder}/group", "rank": rank, "world_size": world}
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl", **where)
+    result = work(*inputs)
+    if rank == 0:
+        Path(folder, "result").write_text(json.dumps(result))
+    os._exit(0)  # a captured collective keeps the group from ending
 
 
 if __name__ == "__main__":

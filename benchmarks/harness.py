@@ -6,18 +6,22 @@ import argparse
 import datetime
 import gc
 import json
+import os
 import platform
-import resource
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
+ROOT = Path(__file__).resolve().parents[1]
 Run = Callable[[], Any]
+Facts = dict[str, Any]
 
 
 def arguments(description: str | None, **defaults: Any) -> argparse.Namespace:
@@ -28,17 +32,12 @@ def arguments(description: str | None, **defaults: Any) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=15, help="timed rounds")
     parser.add_argument("--out", help="file to append JSON lines to")
     for name, default in defaults.items():
-        kind = str if default is None else type(default)
-        parser.add_argument(f"--{name}", type=kind, default=default)
+        parser.add_argument(f"--{name}", type=type(default), default=default)
     return parser.parse_args()
 
 
 def interleaved(runs: Mapping[str, Run], repeats: int, device: str) -> dict[str, dict[str, float]]:
-    """Time the runs in turns, so that a noisy moment meets all of them.
-
-    Returns:
-        By name the median and the 10th and 90th percentile, in milliseconds.
-    """
+    """Milliseconds by name, of runs in turns, so that a noisy moment meets all of them."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
@@ -68,9 +67,18 @@ def peak_gib(run: Run, device: str, resident: int = 0) -> float | None:
     return round((torch.cuda.max_memory_allocated() - resident) / 2**30, 3)
 
 
+def attempt(work: Callable[[], Facts]) -> Facts:
+    """What the work gives; a case that cannot run is a result too."""
+    try:
+        return work()
+    except Exception as error:
+        return {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
+
+
 def emit(name: str, out: str | None, **fields: Any) -> None:
-    """Print a result as one JSON line with machine, versions and date, and append it to `out`."""
-    record = {"benchmark": name, **fields, **machine(), "date": str(datetime.date.today())}
+    """Print a result as one JSON line with commit, machine and date, and append it to `out`."""
+    record = {"benchmark": name, **fields, "commit": commit(), **machine()}
+    record["date"] = str(datetime.date.today())
     line = json.dumps(record)
     print(line, flush=True)
     if out:
@@ -81,20 +89,29 @@ def emit(name: str, out: str | None, **fields: Any) -> None:
 def machine() -> dict[str, str]:
     """What the figures were measured on."""
     cpu = f"{torch.get_num_threads()} threads, {_cpu_name()}"
-    found = {"cpu": cpu, "python": platform.python_version(), "torch": torch.__version__}
+    facts = {"cpu": cpu, "python": platform.python_version(), "torch": torch.__version__}
     if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
+        facts["gpu"] = torch.cuda.get_device_name()
     for package in ("transformers", "peft"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "absent"
-    return found
+        facts[package] = version(package) if find_spec(package) else "absent"
+    return facts
 
 
-def rss_gib() -> float:
-    """The process's peak resident memory, GiB."""
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+def commit() -> str:
+    """The commit of this code, with a "+" where files have changed since.
+
+    $COMMIT names it where there is no repository, such as on a machine that got a copy.
+    """
+    if given := os.environ.get("COMMIT"):
+        return given
+    head = git("rev-parse", "--short=7", "HEAD").stdout.strip() or "unknown"
+    code = ("lora", "gpt2", "scripts", "benchmarks/*.py")
+    return head + "+" * bool(git("status", "--porcelain", "--", *code).stdout)
+
+
+def git(*words: str) -> subprocess.CompletedProcess[str]:
+    """What git says of this repository."""
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
 
 
 def free() -> None:

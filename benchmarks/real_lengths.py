@@ -1,10 +1,9 @@
-"""Training on examples of real lengths: tokens a second that are no padding, by case.
-
-On a GPU the host looks at it every ten steps, in all of ours alike; an epoch's rate leaves out the
-first ten, in which a shape is compiled. `--warm 1` says that torch's cache holds what is compiled.
+"""Training on examples of real lengths on a GPU: tokens a second that are no padding, by case.
 
 python -m benchmarks.real_lengths --against peft
-python -m benchmarks.real_lengths --against peft --device cpu --lengths E2E --data train.jsonl
+
+Ours trains for two epochs; the rate is the second's, in which nothing is compiled. The rate of one
+shape without padding is that of train_step, B=16 T=1024.
 """
 
 from __future__ import annotations
@@ -25,92 +24,24 @@ from gpt2.data.order import shuffled
 
 # Median and spread of log-normal lengths, how many examples, and how many a padded batch has.
 LENGTHS = {"E2E": (48, 0.27, 16_000, 64), "articles": (320, 0.59, 4_000, 16)}
-EVERY = 10  # steps of ours between two looks at the GPU
-DEMO = gpt2.GPT2Config(n_layer=8, n_head=4, n_embd=256)  # the bundled base's size
+GROUPED = {"": 1, ", grouped by length": 50}  # batches that are sorted by length together
+WARMUP, LOADED = 3, 60  # steps before the clock starts; batches that the loader is timed with
+
+Rows = Iterator[tuple[gpt2.Batch, int]]  # batches, and their tokens that are no padding
 
 
 def main() -> None:
     a = harness.arguments(
-        __doc__,
-        size="gpt2",
-        lengths="E2E;articles",
-        tokens=16_384,
-        cases="",
-        data=None,
-        steps=30,
-        warm=0,
+        __doc__, size="gpt2", lengths="E2E;articles", tokens=16_384, cases="", steps=30
     )
     for lengths in a.lengths.split(";"):
         median, sigma, n, size = LENGTHS[lengths]
-        data = read(a.data) if a.data else drawn(median, sigma, n)
-        if a.device == "cpu":
-            for name, facts in in_turns(data, a.steps, bool(a.against)).items():
+        data = drawn(median, sigma, n)
+        for name, case in cases_of(a, data, size).items():
+            if not a.cases or name in a.cases.split(";"):
+                harness.free()
+                facts = harness.attempt(case)
                 harness.emit("real_lengths", a.out, case=name, lengths=lengths, **facts)
-            continue
-        for name, run in cases(a, data, size).items():
-            if a.cases and name not in a.cases.split(";"):
-                continue
-            harness.free()
-            try:
-                facts = run()
-            except Exception as error:  # a case that cannot run is a result too
-                facts = {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
-            harness.emit("real_lengths", a.out, case=name, lengths=lengths, **facts)
-
-
-def cases(a: Any, data: gpt2.Dataset, size: int) -> dict[str, Callable[[], dict[str, Any]]]:
-    """What is measured on a GPU, by name, in bfloat16; what tells most comes first."""
-    budget = {"tokens_per_batch": a.tokens, "compile": True}
-    found: dict[str, Callable[[], dict[str, Any]]] = {
-        "ours, packed": lambda: ours(model(a), data, a.warm, **budget, packing="always"),
-        "ours, 16 x 1,024 all real": lambda: fixed(model(a), a.steps),
-        "ours, buckets": lambda: ours(model(a), data, a.warm, **budget),
-    }
-    for grouped in (1, 50) if a.against else ():
-        how = ", grouped by length" if grouped > 1 else ""
-        rows = partial(padded, data, size, a.device, grouped=grouped)
-        found[f"PEFT{how}"] = lambda r=rows: peft(model(a), torch.float32, r(), a.steps)
-        found[f"PEFT bf16{how}"] = lambda r=rows: peft(model(a), torch.bfloat16, r(), a.steps)
-    few = first(data, 20 * size)
-    found["ours, padded, not compiled"] = lambda: ours(model(a), few, a.warm, batch_size=size)
-    return found
-
-
-def in_turns(data: gpt2.Dataset, steps: int, against: bool) -> dict[str, dict[str, Any]]:
-    """On a CPU: batches of about eight examples, a step of each case in turn."""
-    budget = 8 * data.n_tokens // len(data)
-    network = models.ours("", "cpu", torch.float32, r=4, base_dropout=False, config=DEMO)
-    ways: dict[str, dict[str, Any]] = {
-        "ours, packed": {"tokens_per_batch": budget, "packing": True},
-        "ours, buckets": {"tokens_per_batch": budget},
-        "ours, padded": {"batch_size": 8},
-    }
-    rows = {name: planned(data, **way) for name, way in ways.items()}
-    some = next(rows["ours, padded"])[0]
-    runs: dict[str, Any] = {name: models.OurStep(network, some) for name in ways}
-    if against:
-        other = models.theirs(network, torch.float32)
-        for name, grouped in (("PEFT", 1), ("PEFT, grouped by length", 50)):
-            rows[name] = padded(data, 8, "cpu", grouped=grouped)
-            runs[name] = models.PeftStep(other, some)
-    seconds, tokens = dict.fromkeys(runs, 0.0), dict.fromkeys(runs, 0)
-    for done in range(steps + 2):
-        for name, run in runs.items():
-            began = time.perf_counter()
-            run.data, real = next(rows[name])
-            run()
-            if done >= 2:
-                seconds[name] += time.perf_counter() - began
-                tokens[name] += real
-    return {
-        name: {"real_tokens_per_s": round(tokens[name] / seconds[name]), "steps": steps}
-        for name in runs
-    }
-
-
-def model(a: Any) -> gpt2.GPT2:
-    """A GPT-2 in bfloat16 with an adapter."""
-    return models.ours(a.size, a.device, torch.bfloat16)
 
 
 def drawn(median: float, sigma: float, n: int) -> gpt2.Dataset:
@@ -121,104 +52,65 @@ def drawn(median: float, sigma: float, n: int) -> gpt2.Dataset:
     return gpt2.Dataset(ids, np.cumsum(lengths), np.zeros(n, np.int32))
 
 
-def read(file: str) -> gpt2.Dataset:
-    """A file's examples, of which the completions are learnt."""
-    return gpt2.encode(gpt2.stream_examples(file), gpt2.Tokenizer(), answer_only=True)
+def cases_of(a: Any, data: gpt2.Dataset, size: int) -> dict[str, Callable[[], harness.Facts]]:
+    """What is measured, in bfloat16."""
+    cases = {
+        "ours, packed": partial(ours, a, data, packing=True),
+        "ours, buckets": partial(ours, a, data, packing=False),
+    }
+    for grouping, grouped in GROUPED.items() if a.against else ():
+        rows = partial(padded, data, size, a.device, grouped=grouped)
+        cases[f"PEFT{grouping}"] = partial(peft, a, rows, torch.float32)
+        cases[f"PEFT bf16{grouping}"] = partial(peft, a, rows, torch.bfloat16)
+    return cases
 
 
-def first(data: gpt2.Dataset, n: int) -> gpt2.Dataset:
-    """The first examples of a data set."""
-    ids, _, lengths = data.take(np.arange(min(n, len(data))))
-    return gpt2.Dataset(ids.astype(np.int32), np.cumsum(lengths), np.zeros(len(lengths), np.int32))
-
-
-def ours(network: gpt2.GPT2, data: gpt2.Dataset, warm: int, **config: Any) -> dict[str, Any]:
-    """Two epochs: the first with all that is compiled in it, and the rate of the second."""
-    options = {k: v for k, v in config.items() if k != "compile"}
-    made = plan(data, **{**options, "packing": bool(options.get("packing"))})
-    loader, epoch = timed_batches(data, made), len(made)
-    run = gpt2.train(network, data, gpt2.TrainConfig(epochs=2, lr=1e-4, sync_every=EVERY, **config))
-    run.run.pauses = lambda step: step == 1 or step % epoch == 0
-    seconds = [record.seconds for record in run]
-    begun, once, twice = seconds[0], seconds[epoch - 1], seconds[-1]
-    later = data.n_tokens * (epoch - 1) / epoch  # in the steps of the first epoch after its first
+def ours(a: Any, data: gpt2.Dataset, *, packing: bool) -> harness.Facts:
+    """Seconds of the first epoch, with all that is compiled in it, and the rate of the second."""
+    made = plan(data, tokens_per_batch=a.tokens, packing=packing)
+    epoch, how = len(made), {"tokens_per_batch": a.tokens, "compile": True}
+    config = gpt2.TrainConfig(epochs=2, lr=1e-4, packing="always" if packing else False, **how)
+    network = models.ours(a.size, a.device, torch.bfloat16)
+    records = gpt2.train(network, data, config)
+    first, both = (record.seconds for record in records if record.step % epoch == 0)
+    began = time.perf_counter()
+    for k in range(LOADED):
+        batch(data, made, k % epoch, seed=0, epoch=1)
+    loader, step = (time.perf_counter() - began) / LOADED, (both - first) / epoch
     return {
-        "real_tokens_per_s": round(data.n_tokens / (twice - once)),
-        "first_epoch_from_cache_s" if warm else "first_epoch_s": round(once, 2),
-        "first_step_s": round(begun, 2),
-        "rate_from_second_step": round(later / (once - begun)),
+        "real_tokens_per_s": round(data.n_tokens / (both - first)),
+        "first_epoch_s": round(first, 2),
         "steps": epoch,
-        "ms_a_step": round((twice - once) / epoch * 1e3, 2),
-        "loader_ms": round(loader * 1e3, 3),
-        "loader_share": round(loader / ((twice - once) / epoch), 4),
+        "ms_a_step": round(step * 1e3, 2),
+        "loader_share": round(loader / step, 4),
     }
 
 
-def planned(data: gpt2.Dataset, **way: Any) -> Iterator[tuple[gpt2.Batch, int]]:
-    """Our batches, and their real tokens."""
-    made, lengths = plan(data, **way), data.lengths
-    for k in range(len(made)):
-        real = int(lengths[made.examples(k, seed=0, epoch=0)].sum())
-        yield batch(data, made, k, seed=0, epoch=0), real
-
-
-def timed_batches(data: gpt2.Dataset, made: Any) -> float:
-    """Seconds that a batch takes to make, the first ones left out."""
-    times: list[float] = []
-    for k in range(min(60, len(made))):
-        began = time.perf_counter()
-        batch(data, made, k, seed=0, epoch=0)
-        times.append(time.perf_counter() - began)
-    return float(np.median(times))
-
-
-def fixed(network: gpt2.GPT2, steps: int) -> dict[str, Any]:
-    """The rate of one shape without padding."""
-    step = models.OurStep(network, models.batch(network, 16, 1024), compile=True)
-    for _ in range(3):
-        step().tolist()
-    began = time.perf_counter()
-    for done in range(1, steps + 1):
-        figures = step()
-        if done % EVERY == 0 or done == steps:
-            figures.tolist()
-    a_step = (time.perf_counter() - began) / steps
-    return {"real_tokens_per_s": round(16 * 1024 / a_step), "ms_a_step": round(a_step * 1e3, 2)}
-
-
-def padded(
-    data: gpt2.Dataset, size: int, device: str, *, grouped: int = 1
-) -> Iterator[tuple[gpt2.Batch, int]]:
-    """Batches padded to their longest, and their real tokens; of every so many sorted by length."""
-    order, lengths = shuffled(np.arange(len(data)), len(data), seed=0, epoch=0), data.lengths
-    for first in range(0, len(data), size * grouped):
-        some = order[first : first + size * grouped]
-        some = some[np.argsort(-lengths[some], kind="stable")] if grouped > 1 else some
-        for start in range(0, len(some) - size + 1, size):
-            chosen = some[start : start + size]
-            real = int(lengths[chosen].sum())
-            rows = collate(data, chosen)
-            yield rows.to(torch.device(device)), real
-
-
-def peft(
-    network: gpt2.GPT2,
-    kind: torch.dtype,
-    rows: Iterator[tuple[gpt2.Batch, int]],
-    steps: int,
-) -> dict[str, Any]:
-    """A plain loop with dynamic padding, the first three steps left out."""
-    autocast = kind is torch.float32 and network.lm_head.weight.is_cuda
+def peft(a: Any, rows: Any, dtype: torch.dtype) -> harness.Facts:
+    """A plain loop with dynamic padding; float32 weights are computed with in bfloat16."""
+    other = models.theirs(models.ours(a.size, a.device, torch.bfloat16), dtype)
     step: Any = None
     began, tokens = 0.0, 0
-    for done, (data, real) in enumerate(itertools.islice(rows, steps + 3)):
-        step = step or models.PeftStep(models.theirs(network, kind), data, autocast=autocast)
-        if done == 3:
+    for done, (data, real) in enumerate(itertools.islice(rows(), a.steps + WARMUP)):
+        step = step or models.PeftStep(other, data, autocast=dtype is torch.float32)
+        if done == WARMUP:
             began, tokens = time.perf_counter(), 0
         step.data = data
         step().item()
         tokens += real
     return {"real_tokens_per_s": round(tokens / (time.perf_counter() - began))}
+
+
+def padded(data: gpt2.Dataset, size: int, device: str, *, grouped: int = 1) -> Rows:
+    """Batches padded to their longest, of examples that were sorted by length within groups."""
+    order, lengths = shuffled(np.arange(len(data)), len(data), seed=0, epoch=0), data.lengths
+    for first in range(0, len(data), size * grouped):
+        group = order[first : first + size * grouped]
+        group = group[np.argsort(-lengths[group], kind="stable")] if grouped > 1 else group
+        for start in range(0, len(group) - size + 1, size):
+            chosen = group[start : start + size]
+            rows = collate(data, chosen).to(torch.device(device))
+            yield rows, int(lengths[chosen].sum())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Make `RESULTS.md` and its plots from the JSON lines in `benchmarks/results/`.
+"""Make `RESULTS.md` and its plots from the JSON lines in `benchmarks/results/`, a file a machine.
 
 python -m benchmarks.results [--replace NEW FILE]
 """
@@ -7,19 +7,42 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from benchmarks import harness
+
 HERE = Path(__file__).parent
-MATMUL = 790e12  # FLOP/s of a large bf16 product measured on an H200
-PARAMETERS = {"gpt2": 124e6, "gpt2-medium": 355e6, "gpt2-large": 774e6, "gpt2-xl": 1558e6}
+NETWORK = ("lora/layer.py", "lora/fast", "gpt2/model.py", "gpt2/fast")
+TRAINING = (*NETWORK, "gpt2/loss.py", "gpt2/training")
+POPULATION = ("lora/population.py", "gpt2/population", "gpt2/model.py", "gpt2/fast")
+SOURCES: dict[str, Sequence[str]] = {  # what a figure depends on: once that changes it is old
+    "train_step": TRAINING,
+    "growth": TRAINING,
+    "kernels": TRAINING,
+    "decode": (*NETWORK, "lora/merging.py", "gpt2/generation.py", "gpt2/cache.py"),
+    "routing": (*NETWORK, "lora/routing.py"),
+    "population": POPULATION,
+    "search": (*POPULATION, "scripts/tuner"),
+    "article_run": ("lora", "gpt2"),
+    "startup": ("lora", "gpt2"),
+    "e2e": (*TRAINING, *POPULATION, "gpt2/beams.py", "scripts/configs/e2e.yaml"),
+    "real_lengths": (*TRAINING, "gpt2/data"),
+    "distributed": TRAINING,
+    "kill_and_resume": ("gpt2/training",),
+}
+MACHINE = ("gpu", "cpu", "torch", "transformers", "peft", "python")
+SAME_WORK = ("B", "T", "size", "targets", "r", "base_dropout", "prompt", "lengths", "machine")
+RATES = ("steady_tokens_per_s", "tokens_per_s", "real_tokens_per_s")
+HIDDEN = ("benchmark", "commit", "date", "machine", *MACHINE)
+HEADINGS = {"_per_s": "/s", "_": " ", "gib": "GiB", "bleu": "BLEU"}
 AXES = {"B": "rows (T=1024)", "T": "tokens a row (B=16)", "r": "rank", "size": "model (B=8)"}
 
 Row = dict[str, Any]
-Cell = Callable[[Row, Sequence[Row]], str]
 
 
 def main() -> None:
@@ -28,15 +51,16 @@ def main() -> None:
     parser.add_argument("--replace", nargs=2, metavar=("NEW", "FILE"), type=Path, help=what)
     if pair := parser.parse_args().replace:
         replace(*pair)
-    parts = ["# Results", "", (HERE / "NOTES.md").read_text().strip()]
-    for file in sorted((HERE / "results").glob("*.jsonl")):
-        records = [json.loads(line) for line in file.read_text().splitlines()]
-        parts += ["", f"## {file.stem}", "", _machine(records[-1])]
-        for name in dict.fromkeys(record["benchmark"] for record in records):
-            rows = [record for record in records if record["benchmark"] == name]
-            if name == "growth" and "gpu" in rows[0]:
-                parts += ["", *_plots(rows)]
-            parts += ["", f"### {name}", "", *_table(rows, COLUMNS.get(name, TIMED))]
+    rows, machines = read(HERE / "results")
+    parts = ["# Results", "", (HERE / "NOTES.md").read_text().strip(), "", "## Machines", ""]
+    parts += [f"- {name}: {about}" for about, name in machines.items()]
+    for name in dict.fromkeys([*SOURCES, *(row["benchmark"] for row in rows)]):
+        if chosen := [row for row in rows if row["benchmark"] == name]:
+            parts += ["", f"## {name}", ""]
+            if name == "growth":
+                last = chosen[-1]["machine"]
+                parts += [*plots([row for row in chosen if row["machine"] == last]), ""]
+            parts += table(chosen)
     (HERE / "RESULTS.md").write_text("\n".join(parts) + "\n")
 
 
@@ -46,230 +70,107 @@ def replace(new: Path, file: Path) -> None:
     made = {json.loads(line)["benchmark"] for line in lines}
     old = file.read_text().splitlines() if file.exists() else []
     kept = [line for line in old if json.loads(line)["benchmark"] not in made]
-    beside = file.with_name(f"{file.name}.new")
-    beside.write_text("\n".join([*kept, *lines]) + "\n")
-    beside.replace(file)
+    whole = file.with_name(f"{file.name}.new")
+    whole.write_text("\n".join([*kept, *lines]) + "\n")
+    whole.replace(file)
 
 
-def _machine(record: Row) -> str:
-    keys = ("gpu", "cpu", "torch", "transformers", "peft", "python", "date")
-    return " · ".join(f"{key} {record[key]}" for key in keys if key in record)
+def read(folder: Path) -> tuple[list[Row], dict[str, str]]:
+    """All results, and the machines' names by what they are."""
+    rows, machines = list[Row](), dict[str, str]()
+    for file in sorted(folder.glob("*.jsonl")):
+        for line in file.read_text().splitlines():
+            row = json.loads(line)
+            about = " · ".join(f"{key} {row[key]}" for key in MACHINE if key in row)
+            names = [name for name in machines.values() if name.partition("-")[0] == file.stem]
+            usual = f"{file.stem}-{len(names) + 1}" if names else file.stem
+            rows.append(row | {"machine": machines.setdefault(about, usual)})
+    return rows, machines
 
 
-# --- tables: a heading and a cell for each column -------------------------------------------------
+# --- tables ---------------------------------------------------------------------------------------
 
 
-def _table(
-    rows: Sequence[Row], columns: dict[str, Callable[[Row, Sequence[Row]], str]]
-) -> list[str]:
+def table(rows: Sequence[Row]) -> list[str]:
+    """A column for each key of the rows, and where, when and at which commit each was measured."""
+    every = dict.fromkeys(key for row in rows for key in row if key not in HIDDEN)
+    keys = [key for key in every if not any(isinstance(row.get(key), list) for row in rows)]
+    alike = [key for key in keys if key != "case" and len({cell(row, key) for row in rows}) == 1]
+    keys = ["case", *(key for key in keys if key not in ("case", *alike))]
+    columns = {heading(key): [cell(row, key) for row in rows] for key in keys}
+    if any(ratios := [faster(row, rows) for row in rows]):
+        columns["times as fast as"] = [ratio or "—" for ratio in ratios]
+    columns["measured"] = [measured(row) for row in rows]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for row in rows:
-        lines.append(f"| {' | '.join(cell(row, rows) or '—' for cell in columns.values())} |")
-    return lines
+    lines += [f"| {' | '.join(cells)} |" for cells in zip(*columns.values(), strict=True)]
+    same = ", ".join(f"{heading(key)} {cell(rows[0], key)}" for key in alike)
+    return [f"All: {same}.", "", *lines] if same else lines
 
 
-def _work(row: Row, _: Sequence[Row]) -> str:
-    words = [row["size"]] if row.get("size", "gpt2") != "gpt2" else []
-    words += [f"{key}={row[key]}" for key in ("B", "T", "new", "targets", "r") if key in row]
-    if row.get("packed"):
-        words += [f"packed {row['packed']}, documents to {row['context']}"]
-    if row.get("base_dropout") is False:
-        words.append("base dropouts off")
-    return " ".join(words)
+def heading(key: str) -> str:
+    """A key in words."""
+    for part, words in HEADINGS.items():
+        key = key.replace(part, words)
+    return key
 
 
-def _took(row: Row, _: Sequence[Row]) -> str:
-    unit, time = ("ms", row["ms"]) if "ms" in row else ("s", row.get("seconds"))
-    if not time:
+def cell(row: Row, key: str) -> str:
+    """A value in few digits; times as their median, with the 10th and 90th percentile."""
+    value = row.get(key)
+    if value is None or value == "":
+        return "—"
+    if isinstance(value, Mapping):
+        parts = {name: number(part) for name, part in value.items()}
+        if "median" in parts:
+            return f"{parts['median']} ({parts['p10']}–{parts['p90']})"
+        return ", ".join(f"{name} {part}" for name, part in parts.items())
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if key.endswith("_bleu"):
+        return f"{value:.1f}"  # more digits than its noise has
+    return value if isinstance(value, str) else number(value)
+
+
+def number(value: float) -> str:
+    """Four digits, or all of those before the point."""
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4g}"
+
+
+def faster(row: Row, rows: Sequence[Row]) -> str:
+    """How many times PEFT's rates at the same work; checkpointing is compared with the same."""
+    rate = next((key for key in RATES if row.get(key)), "")
+    if not rate or row["case"].startswith("PEFT"):
         return ""
-    return f"{time['median']:.4g} ({time['p10']:.4g}–{time['p90']:.4g}) {unit}"
-
-
-def _limit(row: Row, _: Sequence[Row]) -> str:
-    """Of 790 TFLOP/s, at 4 FLOP a parameter and token: forward, and the gradients of inputs."""
-    if "gpu" not in row or not row.get("tokens_per_s"):
-        return ""
-    return f"{row['tokens_per_s'] * 4 * PARAMETERS[row['size']] / MATMUL:.2f}"
-
-
-def _note(row: Row, rows: Sequence[Row]) -> str:
-    if "failed" in row:
-        return row["failed"]
-    if "against_one" in row:
-        return f"{row['against_one']:.2f} × one adapter"
-    notes = ["earlier commit"] if row.get("earlier") else []
-    if row["case"].endswith("compiled") and row.get("targets") == "all":
-        one = [r for r in rows if r["case"] == "ours compiled, c_attn" and _same(r, row)]
-        notes += [f"{_median(row) / _median(r):.2f} × c_attn's time" for r in one]
-        notes += [f"{row['peak_gib'] / r['peak_gib']:.2f} × its memory" for r in one]
-    if not row["case"].startswith("PEFT"):
-        notes += _ratios(row, rows, "tokens_per_s")
-    return ", ".join(notes)
-
-
-def _ratios(row: Row, rows: Sequence[Row], key: str) -> list[str]:
-    checkpointing = "checkpointing" in row["case"]
-    peers = [r for r in rows if r["case"].startswith("PEFT") and _same(r, row)]
-    return [
-        f"{row[key] / r[key]:.2f} × {r['case']}"
-        for r in peers
-        if r.get(key) and row.get(key) and checkpointing == ("checkpointing" in r["case"])
+    ratios = [
+        f"{row[rate] / peer[rate]:.2f} × {peer['case']}"
+        for peer in rows
+        if peer["case"].startswith("PEFT")
+        and peer.get(rate)
+        and all(peer.get(key) == row.get(key) for key in SAME_WORK)
+        and ("checkpointing" in peer["case"]) == ("checkpointing" in row["case"])
     ]
+    return ", ".join(ratios)
 
 
-def _of_fixed(row: Row, rows: Sequence[Row]) -> str:
-    """The share of the rate that one shape without padding reaches."""
-    full = [r for r in rows if "all real" in r["case"] and r["lengths"] == row["lengths"]]
-    if not full or "all real" in row["case"] or not row.get("real_tokens_per_s"):
-        return ""
-    return f"{row['real_tokens_per_s'] / full[-1]['real_tokens_per_s']:.2f}"
+def measured(row: Row) -> str:
+    """The machine, the commit and the day, and whether the figure still is this code's."""
+    where = f"{row['machine']}, {row['commit']}, {row['date']}"
+    old = is_old(row["commit"], row["benchmark"])
+    return f"{where}: to be measured again" if old else where
 
 
-def _median(row: Row) -> float:
-    return row["ms"]["median"]
-
-
-def _same(peer: Row, row: Row) -> bool:
-    keys = ("B", "T", "size", "targets", "r", "base_dropout", "prompt")
-    return all(peer.get(key) == row.get(key) for key in keys)
-
-
-def _number(key: str, form: str = ",") -> Cell:
-    return lambda row, _: f"{row[key]:{form}}" if row.get(key) else ""
-
-
-def _case(row: Row, _: Sequence[Row]) -> str:
-    return row["case"]
-
-
-def _gpus(row: Row) -> str:
-    return row["way"] if "way" in row else f"{row['gpus']} GPUs {row.get('how', '')}".strip()
-
-
-TIMED = {
-    "work": _work,
-    "case": _case,
-    "median (p10–p90)": _took,
-    "tokens/s": _number("tokens_per_s"),
-    "of the limit": _limit,
-    "peak GiB": _number("peak_gib", ".2f"),
-    "loss": _number("loss"),
-    "note": _note,
-}
-COLUMNS: dict[str, dict[str, Cell]] = {
-    "real_lengths": {
-        "work": lambda row, _: row["lengths"],
-        "case": _case,
-        "real tokens/s": _number("real_tokens_per_s"),
-        "of 16 x 1,024's": _of_fixed,
-        "first epoch, compile included, s": _number("first_epoch_s"),
-        "loader's share": _number("loader_share", ".1%"),
-    },
-    "population": {
-        "work": _work,
-        "case": _case,
-        "a step, host included": _took,
-        "on the GPU, ms": _number("gpu_ms", ".2f"),
-        "kernels": _number("kernels"),
-        "peak GiB": _number("peak_gib", ".2f"),
-    },
-    "distributed": {
-        "work": _work,
-        "case": lambda row, _: f"{row['case']}, {_gpus(row)}",
-        "a step": _took,
-        "tokens/s a GPU": _number("tokens_per_s_a_gpu"),
-        "times one": _number("times", ".3f"),
-        "state a GPU, of one's": _number("state_over_one", ".2f"),
-        "apart, relative": lambda row, _: f"{row['apart']:.1e}" if "apart" in row else "",
-    },
-    "restart": {
-        "case": lambda row, _: f"{row['case']}, process {row['killed']} of {row['gpus']}",
-        "s": _number("seconds", ".1f"),
-        "same bytes": lambda row, _: "yes" if row["same_bytes"] else "no",
-    },
-    "search": {
-        "case": lambda row, _: row["case"] + (f", seed {row['seed']}" if "seed" in row else ""),
-        "s": _number("seconds", ".1f"),
-        "adapter-steps": _number("adapter_steps"),
-        "trials/s": _number("trials_per_s", ".2f"),
-        "of all steps": _number("share_of_all_steps", ".1%"),
-        "best held-out loss": _number("best"),
-        "found": _number("found"),
-        "within 1 %": lambda row, _: (
-            ("no", "yes")[row["within_1_percent"]] if "within_1_percent" in row else ""
-        ),
-        "random, at equal cost": _number("random_at_equal_cost", ".0%"),
-    },
-    "kill_and_resume": {
-        "case": lambda row, _: f"{row['case']}, {'CUDA graphs' if row['graphs'] else 'eager'}",
-        "same bits": lambda row, _: "yes" if row["equal"] else "no",
-    },
-    "routing": {"work": _work, "case": _case, "median (p10–p90)": _took, "note": _note},
-    "startup": {"case": _case, "median (p10–p90)": _took},
-    "article_run": {
-        "case": _case,
-        "median (p10–p90)": _took,
-        "seconds of": lambda row, _: ", ".join(
-            f"{part} {seconds:.2f}" for part, seconds in row.get("parts", {}).items()
-        ),
-    },
-    "snapshot": {
-        "work": _work,
-        "case": _case,
-        "file, MB": _number("megabytes", ".1f"),
-        "a save": _took,
-        "of a second": _number("share", ".2%"),
-    },
-    "repeat": {
-        "case": _case,
-        "two runs": lambda row, _: "equal" if row["equal"] else "differ",
-        "where they part": _number("where", ""),
-    },
-    "decode": {
-        "work": _work,
-        "case": _case,
-        "whole call": _took,
-        "its tokens/s": _number("tokens_per_s"),
-        "tokens/s once it runs": _number("steady_tokens_per_s"),
-        "same tokens": _number("same_tokens_as_ours", ".0%"),
-        "note": lambda row, rows: (
-            "" if row["case"] == "PEFT" else ", ".join(_ratios(row, rows, "steady_tokens_per_s"))
-        ),
-    },
-    "memory": {"work": _work, "case": _case, "kept for backward, MiB": _number("kept_mib")},
-    "kernels": {
-        "work": _work,
-        "case": _case,
-        "ms": _number("kernel_ms", ".2f"),
-        "kernels": _number("kernels"),
-    },
-    "e2e": {
-        "case": _case,
-        "trained weights": _number("trainable"),
-        "held-out loss": _number("valid_loss", ".3f"),
-        "BLEU, greedy": _number("greedy_bleu", ".1f"),
-        "BLEU, beams": _number("beams_bleu", ".1f"),
-        "steps": _number("steps"),
-        "training, s": _number("training_seconds", ".0f"),
-        "steps/s": _number("steps_per_s", ".0f"),
-        "greedy, s": _number("greedy_seconds", ".1f"),
-        "beams, s": _number("beams_seconds", ".1f"),
-        "timed": lambda row, _: row.get("timed", "alone"),
-    },
-    "curve": {
-        "base": _case,
-        "mean loss of each tenth of the run": lambda row, _: " · ".join(map(str, row["curve"])),
-        "last 100 steps": _number("end"),
-        "after it, without dropout": _number("end_without_dropout"),
-    },
-}
+@cache
+def is_old(commit: str, benchmark: str) -> bool:
+    """Whether what the benchmark runs has changed since that commit, or git does not know it."""
+    sources = SOURCES.get(benchmark, ())
+    return harness.git("diff", "--quiet", commit, "--", *sources).returncode != 0
 
 
 # --- plots ----------------------------------------------------------------------------------------
 
 
-def _plots(rows: Sequence[Row]) -> list[str]:
-    """Speed and memory over batch, length, rank and model size."""
+def plots(rows: Sequence[Row]) -> list[str]:
+    """Speed and memory on a GPU over batch, length, rank and model size."""
     links: list[str] = []
     for key, label in (("tokens_per_s", "tokens/s"), ("peak_gib", "peak memory, GiB")):
         figure = Figure(figsize=(11, 2.8), layout="constrained")
@@ -278,14 +179,14 @@ def _plots(rows: Sequence[Row]) -> list[str]:
             names = [str(row[axis]).removeprefix("gpt2-") for row in points]
             axes.plot(names, [row[key] for row in points], "o-")
             if key == "tokens_per_s":  # from the 10th to the 90th percentile of the time
-                spread = [
+                band = [
                     [row[key] * row["ms"]["median"] / row["ms"][end] for row in points]
                     for end in ("p90", "p10")
                 ]
-                axes.fill_between(names, *spread, alpha=0.25)
+                axes.fill_between(names, *band, alpha=0.25)
             axes.set(xlabel=title, ylabel=label)
             axes.set_ylim(0, 1.1 * axes.dataLim.y1)
-        path = HERE.parent / "docs" / f"growth-{key}.png"
+        path = harness.ROOT / "docs" / f"growth-{key}.png"
         figure.savefig(path, dpi=110)
         links.append(f"![{label}](../docs/{path.name})")
     return links

@@ -6,7 +6,6 @@ python -m benchmarks.routing --B 32 --T 64 --adapters 16 --against peft
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 
@@ -27,44 +26,28 @@ def main() -> None:
     rows = [names[b % len(names)] for b in range(a.B)]
 
     mixed = copy.deepcopy(model)
-
-    @torch.no_grad()
-    def run(which: Any) -> Any:
-        return which(idx)
-
-    runs: dict[str, Any] = {
-        "ours, one adapter": lambda: run(model),
-        f"ours, {a.adapters} adapters mixed": lambda: run(mixed),
+    runs: dict[str, harness.Run] = {
+        "ours, one adapter": lambda: model(idx),
+        f"ours, {a.adapters} adapters mixed": lambda: mixed(idx),
     }
     if a.against:
         other = models.theirs(model, dtype)
-        import peft
-
-        config = other.peft_config["default"]
         for name in names[1:]:
-            other.add_adapter(name, peft.LoraConfig(**config.to_dict()))
+            other.add_adapter(name, copy.deepcopy(other.peft_config["default"]))
         other.eval()
-
-        @torch.no_grad()
-        def peft_one() -> Any:
-            return other(input_ids=idx)
-
-        @torch.no_grad()
-        def peft_mixed() -> Any:
-            return other(input_ids=idx, adapter_names=rows)
-
-        runs |= {"PEFT, one adapter": peft_one, f"PEFT, {a.adapters} adapters mixed": peft_mixed}
+        runs["PEFT, one adapter"] = lambda: other(input_ids=idx)
+        runs[f"PEFT, {a.adapters} adapters mixed"] = lambda: other(
+            input_ids=idx, adapter_names=rows
+        )
     with torch.no_grad(), lora.routed(mixed, rows):
         for case in runs.values():
             for _ in range(3):
                 case()
         times = harness.interleaved(runs, a.repeats, a.device)
     for name, ms in times.items():
-        one_ms = times[f"{name.split(',')[0]}, one adapter"]["median"]
-        ratio = round(ms["median"] / one_ms, 3)
-        harness.emit(
-            "routing", a.out, case=name, B=a.B, T=a.T, size=a.size, ms=ms, against_one=ratio
-        )
+        one = times[f"{name.partition(',')[0]}, one adapter"]
+        facts = {"ms": ms, "against_one": round(ms["median"] / one["median"], 3)}
+        harness.emit("routing", a.out, case=name, B=a.B, T=a.T, size=a.size, **facts)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""LoRA for any PyTorch module: inject, train, merge, save. `help(lora.inject)` tells of one verb.
+"""LoRA for any PyTorch module: inject, train, merge, save. `help(lora.inject)` shows one verb.
 
 On a model and off it:
     inject                a new adapter beside the target layers; all else is frozen
-    LoRAConfig            what an adapter is made of: rank, alpha, dropout, targets, slices
+    LoRAConfig            what an adapter is made of: rank, alpha, targets
     eject                 every adapter off the model, or folded into it for good
-    Population            many adapters trained in one batch, each as if it were alone
+    Population            many adapters trained in one batch
 
 What is trained:
     count_parameters      trainable and all: a ParameterCount
@@ -20,7 +20,7 @@ Several adapters:
     disabled              the base alone, within a context
     routed                rows of one batch under different adapters, within a context
     remove                one adapter off the model
-    algebra               adapters as values: exact sums, lower ranks with their error
+    algebra               adapters as values: sums, lower ranks
 
 Merging, exactly:
     merge                 the active updates into the weights
@@ -31,7 +31,7 @@ Merging, exactly:
 Files:
     save                  a folder in PEFT's format
     load                  an adapter from such a folder, or from the Hub
-    base_state_dict       the state dict of the base, as if it had never been injected
+    base_state_dict       the state dict of the base alone
 
 One layer, where reading starts (`lora.layer`):
     LoRALinear            an adapted linear layer, or embedding: the formula

@@ -1,19 +1,14 @@
-"""Arithmetic on adapters as values: exact sums, and lower ranks with the error that they cost.
+"""Arithmetic on adapters as values: exact sums, and lower ranks with their error.
 
-An adapter here is a value: for each layer's path a pair of factors in float64, with the scaling
-folded into B. Values come from `factors` (a model), `read` (a folder) or `extract` (a tuned model);
-`implant` puts one on a model.
+A value is a pair of factors in float64 for each layer's path, with the scaling folded into B.
 
 Shapes: A `(r, in)`, B `(out, r)`, delta `(out, in)`.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +18,8 @@ from lora.disk import checkpoint
 from lora.injection import attach, build, generator, require_rank
 from lora.layout import out_in_view
 from lora.targets import find_targets
-from lora.tree import listed, survey, survey_adapted
+from lora.tree import refuse, survey, survey_adapted
 
-T = TypeVar("T")
 Triplets = tuple[Tensor, Tensor, Tensor]
 """An SVD: `(out, n)`, `(n,)`, `(n, in)`."""
 
@@ -39,7 +33,7 @@ class Factors:
 
     @property
     def r(self) -> int:
-        """The number of columns of B; the delta's rank is at most this."""
+        """The delta's rank is at most this."""
         return self.A.shape[0]
 
     def delta(self) -> Tensor:
@@ -60,15 +54,10 @@ class Approximation:
 
 
 def factors(model: nn.Module, adapter: str = "default") -> dict[str, Factors]:
-    """The value of an adapter that a model carries.
-
-    Raises:
-        RuntimeError: no adapter here. ValueError: none of this name, or one that trains a copy.
-    """
+    """The value of an adapter that a model carries; one that trains a copy is a ValueError."""
     tree = survey_adapted(model)
     carrying = tree.carrying(adapter)
-    if whole := [path for path in carrying if path not in tree.layers]:
-        raise ValueError(f"{adapter!r} trains more than factors: a copy of {whole[0]}.")
+    refuse([p for p in carrying if p in tree.copies], "It trains more than factors: a copy of {}.")
     values: dict[str, Factors] = {}
     for path in carrying:
         update = tree.layers[path].update(adapter)
@@ -78,14 +67,9 @@ def factors(model: nn.Module, adapter: str = "default") -> dict[str, Factors]:
 
 
 def read(folder: str | Path) -> dict[str, Factors]:
-    """The value of a saved adapter, ours or PEFT's.
-
-    Raises:
-        FileNotFoundError, ValueError: as `lora.load`, as far as the folder alone can tell.
-    """
+    """The value of a saved adapter, ours or PEFT's; raises what `lora.load` does."""
     config, tensors, _ = checkpoint.read(folder)
-    if more := [*tensors.copies, *tensors.beside]:
-        raise ValueError(f"{folder} holds more than factors: {listed(more)}.")
+    refuse([*tensors.copies, *tensors.beside], f"{folder} holds more than factors: {{}}.")
     values: dict[str, Factors] = {}
     for path, pair in tensors.factors.items():
         if missing := {"A", "B"} - pair.keys():
@@ -96,20 +80,18 @@ def read(folder: str | Path) -> dict[str, Factors]:
 
 
 def implant(model: nn.Module, value: Adapter, adapter: str = "default") -> list[str]:
-    """Put an adapter's value on a model under a new name and make it the active one.
+    """Put a value on a model as a new adapter, and make it the active one.
 
     Args:
         model: with layers at the value's paths.
-        value: its factors are rounded to the dtype that `lora.inject` would choose.
+        value: rounded to the dtype that `lora.inject` would choose.
         adapter: the name.
 
     Returns:
         The dotted paths of the adapted layers.
 
     Raises:
-        ValueError: listing each path that is not there, whose shape differs, whose values are not
-            finite, or whose rank is above the layer's smaller side (`compress` loses nothing down
-            to that).
+        ValueError: listing each path that is not there, or whose shape, values or rank do not fit.
         RuntimeError: the model is merged or routed.
     """
     tree = survey(model)
@@ -124,19 +106,12 @@ def implant(model: nn.Module, value: Adapter, adapter: str = "default") -> list[
             require_rank(tree.bases[path], pair.r)
         except ValueError as error:
             faults.append(f"{path}: {error}")
-    if faults:
-        raise ValueError(f"The adapter does not fit this model: {listed(faults)}.")
+    refuse(faults, "The adapter does not fit this model: {}.")
     return attach(tree, adapter, updates)
 
 
 def scale(value: Adapter, factor: float) -> dict[str, Factors]:
-    """`factor` times the adapter, exactly.
-
-    Raises:
-        ValueError: a factor that is not finite.
-    """
-    if not math.isfinite(factor):
-        raise ValueError(f"The factor must be finite, got {factor}.")
+    """`factor` times the adapter, exactly."""
     return {path: Factors(pair.A, pair.B * float(factor)) for path, pair in value.items()}
 
 
@@ -146,10 +121,11 @@ def add(*values: Adapter) -> dict[str, Factors]:
     Raises:
         ValueError: listing each path where the layers differ in shape.
     """
-    return {
-        path: Factors(torch.cat([q.A for q in pairs]), torch.cat([q.B for q in pairs], dim=1))
-        for path, pairs in _by_path(values).items()
-    }
+    total: dict[str, Factors] = {}
+    for path, pairs in _by_path(values).items():
+        a, b = [pair.A for pair in pairs], [pair.B for pair in pairs]
+        total[path] = Factors(torch.cat(a), torch.cat(b, dim=1))
+    return total
 
 
 def subtract(value: Adapter, other: Adapter) -> dict[str, Factors]:
@@ -161,41 +137,28 @@ def compress(value: Adapter, r: int) -> Approximation:
     """The nearest adapter of rank `r` (in the Frobenius norm), with the error it made.
 
     The SVD is that of an `r × r` core between two QR factors; no dense delta is formed.
-
-    Raises:
-        ValueError: `r` is below 1. torch.linalg.LinAlgError: values that are not finite.
     """
-
-    def svd(pair: Factors) -> Triplets:
+    svds: dict[str, Triplets] = {}
+    for path, pair in value.items():
         q_out, r_out = torch.linalg.qr(pair.B.double())  # (out, r)(r, r)
         q_in, r_in = torch.linalg.qr(pair.A.double().T)  # (in, r)(r, r)
         u, s, vt = torch.linalg.svd(r_out @ r_in.T, full_matrices=False)
-        return q_out @ u, s, vt @ q_in.T
-
-    return _truncated(value, svd, r)
+        svds[path] = q_out @ u, s, vt @ q_in.T
+    return _truncated(svds, r)
 
 
 def approximate(changes: Mapping[str, Tensor], r: int) -> Approximation:
-    """The nearest adapter of rank `r` to dense weight changes, with the error it made.
-
-    Args:
-        changes: `(out, in)` by the dotted path of their layer.
-        r: the rank.
-
-    Raises:
-        ValueError: `r` is below 1. torch.linalg.LinAlgError: values that are not finite.
-    """
-
-    def svd(delta: Tensor) -> Triplets:
-        return torch.linalg.svd(delta.cpu().double(), full_matrices=False)
-
-    return _truncated(changes, svd, r)
+    """The nearest adapter of rank `r` to dense changes `(out, in)` by path, with its error."""
+    svds: dict[str, Triplets] = {}
+    for path, change in changes.items():
+        svds[path] = torch.linalg.svd(change.cpu().double(), full_matrices=False)
+    return _truncated(svds, r)
 
 
 def extract(
     base: nn.Module, tuned: nn.Module, r: int, targets: Names = "all-linear"
 ) -> Approximation:
-    """The adapter that turns `base` into a fully fine-tuned `tuned`, as well as rank `r` can.
+    """The adapter that turns `base` into a fine-tuned `tuned`, as well as rank `r` can.
 
     Args:
         base, tuned: models with the same module tree.
@@ -203,17 +166,15 @@ def extract(
         targets: the layers to take, as for `lora.inject`.
 
     Raises:
-        ValueError: a target that matches nothing or names slices, or layers of other shapes.
+        ValueError: an idle target, or layers of other shapes.
     """
     tree, after = survey(base), survey(tuned).bases
     paths = find_targets(tree, LoRAConfig(targets=targets))
-    if sliced := [path for path, slices in paths.items() if slices]:
-        raise ValueError(f"Slices cannot be extracted, only whole layers: {listed(sliced)}.")
-    if missing := [path for path in paths if path not in after]:
-        raise ValueError(f"The tuned model has no {listed(missing)}.")
-    weights = {path: (_weight(tree.bases[path]), _weight(after[path])) for path in paths}
-    _check_shapes({path: [tuple(w.shape) for w in pair] for path, pair in weights.items()})
-    return approximate({path: new - old for path, (old, new) in weights.items()}, r)
+    refuse([path for path in paths if path not in after], "The tuned model has no {}.")
+    old = {path: _weight(tree.bases[path]) for path in paths}
+    new = {path: _weight(after[path]) for path in paths}
+    _check_shapes({path: [tuple(old[path].shape), tuple(new[path].shape)] for path in paths})
+    return approximate({path: new[path] - old[path] for path in paths}, r)
 
 
 def ties(
@@ -248,7 +209,8 @@ def dare(
     """Sum deltas by DARE: keep each entry by chance and rescale, so that the mean stays.
 
     Args:
-        values, density, weights: as for `ties`; `density` is here each entry's chance to be kept.
+        values, weights: as for `ties`.
+        density: each entry's chance to be kept.
         seed: of the draw.
 
     Returns, Raises: as `ties`.
@@ -266,19 +228,15 @@ def dare(
 def _deltas(
     values: Sequence[Adapter], density: float, weights: Sequence[float] | None
 ) -> Iterator[tuple[str, list[Tensor]]]:
-    """The weighted deltas of each layer."""
     if not 0 < density <= 1:
         raise ValueError(f"density must be in (0, 1], got {density}.")
     weights = [1.0] * len(values) if weights is None else weights
-    if len(weights) != len(values):
-        raise ValueError(f"Give as many weights as adapters: {len(weights)} for {len(values)}.")
     scaled = [scale(value, weight) for value, weight in zip(values, weights, strict=True)]
     for path, pairs in _by_path(scaled).items():
         yield path, [pair.delta() for pair in pairs]
 
 
 def _by_path(values: Sequence[Adapter]) -> dict[str, list[Factors]]:
-    """The factors of each layer, from the adapters that have it."""
     paths = dict.fromkeys(path for value in values for path in value)
     pairs = {path: [value[path] for value in values if path in value] for path in paths}
     _check_shapes({p: [(q.B.shape[0], q.A.shape[1]) for q in qs] for p, qs in pairs.items()})
@@ -286,25 +244,25 @@ def _by_path(values: Sequence[Adapter]) -> dict[str, list[Factors]]:
 
 
 def _check_shapes(shapes: Mapping[str, Sequence[tuple[int, ...]]]) -> None:
-    faults = [f"{p}: {' and '.join(map(str, s))}" for p, s in shapes.items() if len(set(s)) > 1]
-    if faults:
-        raise ValueError(f"Layers differ in shape (out, in): {listed(faults)}.")
+    faults: list[str] = []
+    for path, each in shapes.items():
+        if len(set(each)) > 1:
+            faults.append(f"{path}: {' and '.join(map(str, each))}")
+    refuse(faults, "Layers differ in shape (out, in): {}.")
 
 
 def _largest(change: Tensor, density: float) -> Tensor:
-    """The change with all but its largest entries set to zero."""
     flat = change.flatten()
     kept = flat.abs().topk(math.ceil(density * flat.numel())).indices
     return torch.zeros_like(flat).index_copy(0, kept, flat[kept]).view_as(change)
 
 
-def _truncated(values: Mapping[str, T], svd: Callable[[T], Triplets], r: int) -> Approximation:
+def _truncated(svds: Mapping[str, Triplets], r: int) -> Approximation:
     """The `r` largest singular triplets of each, shared evenly between A and B."""
     if r < 1:
         raise ValueError(f"r must be at least 1, got {r}.")
     kept = Approximation({}, {})
-    for path, value in values.items():
-        u, s, vt = svd(value)
+    for path, (u, s, vt) in svds.items():
         root, total = s[:r].sqrt(), float(s.square().sum())
         kept.adapter[path] = Factors(root[:, None] * vt[:r], u[:, :r] * root)
         kept.errors[path] = math.sqrt(float(s[r:].square().sum()) / total) if total else 0.0

@@ -1,7 +1,5 @@
 """Several adapters on one model: which are there, which are in force."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -11,10 +9,9 @@ from torch import nn
 from lora.config import UpdateConfig, as_number
 from lora.injection import detach
 from lora.merging import refold
-from lora.tree import Tree, listed, survey, survey_adapted
+from lora.tree import Tree, refuse, survey, survey_adapted
 
-Mixture = str | Mapping[str, float]
-"""An adapter's name, or names with the weights of their updates in the sum."""
+Mixture = str | Mapping[str, float]  # an adapter's name, or names with weights
 
 
 def adapters(model: nn.Module) -> dict[str, dict[str, UpdateConfig]]:
@@ -34,18 +31,14 @@ def active(model: nn.Module) -> dict[str, float]:
 
 
 def activate(model: nn.Module, mixture: Mixture) -> None:
-    """Put one adapter, or a weighted sum of several, in force; only these require grad.
-
-    What was frozen in an adapter stays frozen: `requires_grad` is put back as it was when the
-    adapter was last in force.
+    """Put one adapter, or a weighted sum of several, in force; only these are trained.
 
     Args:
         model: a model with adapters.
-        mixture: a name, or `{"legal": 0.7, "poet": 0.3}` for exactly that sum of the updates; an
-            empty one leaves the base alone.
+        mixture: a name, or `{"legal": 0.7, "poet": 0.3}`, or `{}` for the base alone.
 
     Raises:
-        ValueError: a name that the model does not carry, or a weight that is not finite.
+        ValueError: an adapter that is not here, or a weight that is not finite.
         RuntimeError: no adapter here, or the model is merged, routed or wrapped in DDP.
     """
     tree = survey_adapted(model)
@@ -59,9 +52,7 @@ def activate(model: nn.Module, mixture: Mixture) -> None:
 
 @contextmanager
 def activated(model: nn.Module, mixture: Mixture) -> Generator[None]:
-    """Within the context the mixture is in force; after it, what was before.
-
-    What is trained stays as it is: for that, see `activate`.
+    """Within the context the mixture is in force; what is trained stays as it is.
 
     Raises:
         ValueError, RuntimeError: as `activate`.
@@ -74,7 +65,7 @@ def activated(model: nn.Module, mixture: Mixture) -> Generator[None]:
     try:
         yield
     finally:
-        tree = survey(model)  # the body may have injected, or ejected all
+        tree = survey(model)  # the body may have injected or ejected
         for module in tree.adapted.values():
             module.activate(before)
         if tree.is_merged:
@@ -85,8 +76,8 @@ def remove(model: nn.Module, adapter: str) -> list[str]:
     """Take one adapter off; a layer that carries no other goes back to its base.
 
     Args:
-        model: a model with adapters.
-        adapter: its name. If it was in force, the others in force stay so.
+        model: a model with adapters; others in force stay so.
+        adapter: its name.
 
     Returns:
         The dotted paths of the layers that carried it.
@@ -110,8 +101,6 @@ def remove(model: nn.Module, adapter: str) -> list[str]:
 def disabled(model: nn.Module) -> Generator[None]:
     """Within the context the model computes exactly what its base does, merged, routed or not.
 
-    Contexts may overlap in any order; the model is enabled when the last one ends.
-
     Raises:
         RuntimeError: no adapter here.
     """
@@ -128,19 +117,17 @@ def disabled(model: nn.Module) -> Generator[None]:
 def as_mixture(mixture: Mixture, tree: Tree) -> dict[str, float]:
     """The mixture as names with weights."""
     if not isinstance(mixture, str | Mapping):
-        raise ValueError(f"Give an adapter's name, or names with weights, not {mixture!r:.80}.")
+        raise ValueError(f"Give a name, or names with weights, not {mixture!r:.80}.")
     given = {mixture: 1.0} if isinstance(mixture, str) else mixture
     weights = {name: as_number(weight) for name, weight in given.items()}
     faults: list[str] = []
-    for name, weight in weights.items():
-        if name not in tree.adapters:
-            faults.append(f"no adapter {name!r} here ({tree.named()})")
-        if not math.isfinite(weight):
-            faults.append(f"the weight of {name!r} must be a finite number, got {weight}")
+    if missing := [repr(name) for name in weights if name not in tree.adapters]:
+        faults.append(f"there is no adapter {', '.join(missing)} here ({tree.named()})")
+    if infinite := [repr(name) for name, weight in weights.items() if not math.isfinite(weight)]:
+        faults.append(f"the weight of {', '.join(infinite)} must be finite")
     for path, module in tree.copies.items():
         mixed = [name for name in weights if name in module.updates]
         if len(mixed) > 1 or any(weights[name] != 1 for name in mixed):
             faults.append(f"{' and '.join(mixed)} train copies of {path}, which have no mixture")
-    if faults:
-        raise ValueError(f"{listed(faults)}.")
+    refuse(faults)
     return {name: float(weight) for name, weight in weights.items()}

@@ -1,13 +1,10 @@
 """One adapted layer: `y = x W + b + s · drop(x) Aᵀ Bᵀ`, with `s = alpha / r`. Read this first.
 
-`LoRALinear` is the frozen base layer `x W + b` with the updates of any number of adapters beside
-it; `LowRankUpdate` is one adapter's `s · drop(x) Aᵀ Bᵀ`. Everything else in this package is
-bookkeeping around these two.
-
-Seven forms of the formula, which tests hold equal:
+`LoRALinear` is the frozen base layer with the updates of any number of adapters beside it;
+`LowRankUpdate` is one adapter's `s · drop(x) Aᵀ Bᵀ`. Seven forms, which tests hold equal:
 
     LowRankUpdate.forward        as written above: for embeddings, autocast, torch.func
-    LoRALinear.weight            `W + s·B A` in the base's dtype, for whoever reads the weight
+    LoRALinear.weight            `W + s·B A` in the base's dtype, for who reads it
     LoRALinear.ideal             the same in the widest float, for merging
     fast.forms.add_update        one differentiable function that keeps little: most calls
     fast.forms.wide_linear       base and update in one product: large steps on a GPU
@@ -17,13 +14,11 @@ Seven forms of the formula, which tests hold equal:
 Shapes: in, out features of the base layer · r rank · … any leading axes.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import zlib
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,16 +31,14 @@ from lora.layout import gain_of, is_hooked, out_in_view, why_not_adaptable, wide
 
 
 class LowRankUpdate(nn.Module):
-    """`s · drop(x) Aᵀ Bᵀ`: A is `(r, in)`, B is `(out, r)`, whatever the base layer's layout.
-
-    A and B are used in the dtype of `x`.
+    """`s · drop(x) Aᵀ Bᵀ`: A is `(r, in)`, B is `(out, r)`, both used in the dtype of `x`.
 
     Args:
         in_features, out_features: of the base layer.
         config: rank, alpha and dropout.
         dtype, device: of A and B.
 
-    Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1.
+    Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
     """
 
     def __init__(
@@ -64,10 +57,8 @@ class LowRankUpdate(nn.Module):
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
-        """Draw A from U(±1/√in), that is Kaiming-uniform with a = √5, and set B to zero.
-
-        A is drawn in float32 on the CPU, so that a seed gives the same adapter on every device.
-        """
+        """Draw A from U(±1/√in), which is Kaiming's with a = √5, and set B to zero."""
+        # In float32 on the CPU, so that a seed gives the same adapter on every device.
         a = torch.empty(self.A.shape, dtype=torch.float32, device="cpu")
         self.A.copy_(nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator))
         self.B.zero_()
@@ -100,32 +91,23 @@ class LowRankUpdate(nn.Module):
         return F.linear(x, a.to(x))
 
     def delta(self) -> Tensor:
-        """What the update adds to the weight: `s · B A`, `(out, in)`, in the widest float."""
+        """What the update adds to the weight: `s · B A`, `(out, in)`."""
         a, b = (factor.to(widest_float(factor.device)) for factor in self.factors())
         return b @ a * self.config.scaling
 
     def extra_repr(self) -> str:
-        """Shown by `print(model)`."""
         c = self.config
         return f"in={self.A.shape[1]}, out={self.B.shape[0]}, r={c.r}, alpha={c.alpha:g}"
 
 
 class EmbeddingUpdate(LowRankUpdate):
-    """The update of an `nn.Embedding`: its input is a token id, so `x Aᵀ` is a row of Aᵀ.
+    """The update of an `nn.Embedding`: its input is a token id, so `x Aᵀ` is a row of Aᵀ."""
 
-    Here A starts at zero and B is drawn, since a looked-up row of a small A would learn slowly.
-    `padding_idx` is the id whose row neither the base nor the update trains.
-
-    Source: loralib's `Embedding`, which PEFT follows too.
-    """
-
-    def __init__(self, *sizes: Any, padding_idx: int | None = None, **options: Any) -> None:
-        super().__init__(*sizes, **options)
-        self.padding_idx = padding_idx
+    padding_idx: int | None = None  # whose row never trains
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
-        """Set A to zero and draw B from a standard normal."""
+        """Set A to zero and draw B from a standard normal, as loralib and PEFT do."""
         self.A.zero_()
         b = torch.randn(self.B.shape, generator=generator, dtype=torch.float32, device="cpu")
         self.B.copy_(b)
@@ -138,9 +120,8 @@ class EmbeddingUpdate(LowRankUpdate):
 class Adapted(nn.Module):
     """A frozen base module, and beside it what any number of adapters add.
 
-    The base is the very module that stood here. It is no child: its parameters and buffers are
-    registered here in the same dictionaries, under their names, so that whoever replaces one
-    (`functional_call`, `fully_shard`, accelerate) replaces the base's.
+    The base is no child: its parameters are registered here in its own dictionaries, so that
+    whoever replaces one (`functional_call`, `fully_shard`) replaces the base's.
     """
 
     def __init__(self, base: nn.Module) -> None:
@@ -167,10 +148,7 @@ class Adapted(nn.Module):
         self.active = {name: weights[name] for name in sorted(weights) if name in self.updates}
 
     def train_only(self, names: Collection[str]) -> None:
-        """Freeze all other adapters; one that was frozen so trains again what it trained before.
-
-        What a user froze in an adapter stays frozen.
-        """
+        """Freeze all other adapters; these train again, but for what a user froze."""
         for name, update in self.updates.items():
             if name in names:
                 for key in self.resting.pop(name, ()):
@@ -179,20 +157,16 @@ class Adapted(nn.Module):
                 self.resting[name] = [k for k, p in update.named_parameters() if p.requires_grad]
                 update.requires_grad_(False)
 
-    def train(self, mode: bool = True) -> Adapted:
-        """As of any module; the base, which is no child, goes along."""
+    def train(self, mode: bool = True) -> Self:
         self.base.training = mode
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies are outside of the contexts that this module is in."""
-        return {**vars(self), "pauses": 0}
+        return {**vars(self), "pauses": 0}  # a copy is outside of contexts
 
 
 class LoRALinear(Adapted):
     """A frozen linear layer with the updates of any number of adapters beside it.
-
-    The base's weight is never written: merging puts a double of the base beside it.
 
     Args:
         base: an `nn.Linear`, an `nn.Embedding`, or a Conv1D that stores its weight `(in, out)`.
@@ -201,8 +175,7 @@ class LoRALinear(Adapted):
         ValueError: `base` is none of them, or computes something else than their formula.
     """
 
-    fused = True
-    """Whether the fast forms are taken where they apply; False is for comparing with them."""
+    fused = True  # whether the fast forms are taken where they apply
 
     def __init__(self, base: nn.Module) -> None:
         if reason := why_not_adaptable(base):
@@ -233,7 +206,7 @@ class LoRALinear(Adapted):
         return _watched(y, self)
 
     def merge(self, weight: Tensor | None) -> None:
-        """Compute with this weight, in the base's layout, and no update; or with none again."""
+        """Compute with this weight, in the base's layout, and no update; None goes back."""
         double = None
         if weight is not None:
             double, merged = copy.copy(self.base), nn.Parameter(weight, requires_grad=False)
@@ -241,7 +214,7 @@ class LoRALinear(Adapted):
         vars(self)["merged"] = double  # no child, as the base is none
 
     def update(self, adapter: str) -> LowRankUpdate:
-        """The adapter's update of this layer."""
+        """The adapter's update."""
         return cast(LowRankUpdate, self.updates[adapter])
 
     def active_updates(self) -> list[tuple[LowRankUpdate, float]]:
@@ -257,9 +230,7 @@ class LoRALinear(Adapted):
 
     @property
     def weight(self) -> Tensor:
-        """The weight in force, in the base's layout: whoever reads it computes the adapted layer.
-
-        Computed at each reading, in the base's dtype.
+        """The weight in force, in the base's layout and dtype, computed at each reading.
 
         Raises:
             RuntimeError: the model is routed, so that each row has a weight of its own.
@@ -292,7 +263,6 @@ class LoRALinear(Adapted):
         return ideal
 
     def extra_repr(self) -> str:
-        """Shown by `print(model)`."""
         return f"base={self.base!r}"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -303,7 +273,7 @@ class LoRALinear(Adapted):
             raise RuntimeError("The model is merged. Call lora.unmerge before load_state_dict.")
         super()._load_from_state_dict(*arguments, **named)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALinear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         if self.merged is not None:
             self.merged._apply(fn)
@@ -328,14 +298,13 @@ class _Watch(torch.autograd.Function):
         # Where a checkpointed layer runs again, torch compares the shapes of what was saved.
         ctx.save_for_backward(y.new_empty(state, 0))
         ctx.trained = trained
-        return torch.ops.aten._unsafe_view(y, y.shape)  # a view could not be changed in place
+        return torch.ops.aten._unsafe_view(y, y.shape)  # no view: it may be changed in place
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         if not all(p.requires_grad for p in ctx.trained):
             raise RuntimeError(
-                "A gradient comes to an adapter that was switched off after the loss was made. "
-                "Call backward before lora.activate."
+                "An adapter was switched off after the loss. Call backward before lora.activate."
             )
         return grad_outputs[0], None, None
 
@@ -343,7 +312,7 @@ class _Watch(torch.autograd.Function):
 def why_not_usable(tensor: Tensor, dtype: torch.dtype | None = None) -> str | None:
     """What keeps these from being values of a factor of this dtype, or None."""
     if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
-        return f"is {tensor.dtype}, and only floats of 16 bits and more are read and written"
+        return f"is {tensor.dtype}, which is no float of 16 bits or more"
     if not torch.isfinite(tensor.to(dtype)).all():
         return f"has NaN or infinite values in {dtype or tensor.dtype}"
     return None

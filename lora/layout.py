@@ -1,6 +1,4 @@
-"""How base layers store their weights and compute with them, so that nothing else has to ask."""
-
-from __future__ import annotations
+"""How base layers store their weights and compute with them."""
 
 import torch
 from torch import Tensor, nn
@@ -28,18 +26,8 @@ def is_hooked(module: nn.Module) -> bool:
     return "forward" in vars(module)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module does more than its forward."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(vars(module)[name] for name in hooks)
-
-
 def is_plain(base: nn.Module) -> bool:
-    """Whether the class computes the formula of `nn.Linear`, Conv1D or `nn.Embedding`.
-
-    A subclass of `nn.Linear` whose forward computes the same in another way says so by
-    `computes_linear = True`.
-    """
+    """Whether the class computes the formula itself, or says so by `computes_linear = True`."""
     cls = type(base)
     if cls.__name__ == "Conv1D" or vars(cls).get("computes_linear"):
         return True
@@ -64,10 +52,8 @@ def gain_of(base: nn.Module) -> float:
         gain = float((y.double() * formula.double()).sum() / formula.double().square().sum())
         torch.testing.assert_close(y, (gain * formula).to(y.dtype), rtol=0.02, atol=0.02)
     except Exception as error:
-        raise ValueError(
-            f"the forward of {type(base).__name__} is not a multiple of its class's formula, so no "
-            "update can be added; leave it out (exclude=)"
-        ) from error
+        name = type(base).__name__
+        raise ValueError(f"{name}.forward is no multiple of its formula (exclude=)") from error
     return gain
 
 
@@ -81,7 +67,7 @@ def why_not_adaptable(module: nn.Module) -> str | None:
         return "max_norm makes it rewrite its weight"
     weight = dict(module.named_parameters(recurse=False)).get("weight")
     if weight is None or weight.dim() != 2 or not weight.is_floating_point():
-        return "its weight is no 2-D floating-point parameter"
+        return "its weight is no 2-D floating-point parameter (is it quantised?)"
     return None
 
 

@@ -1,29 +1,23 @@
-"""Fold the active updates into the base weights, and back: merge, unmerge, merged().
-
-A merged weight is computed from the pristine base in the widest float there is and rounded once.
-"""
-
-from __future__ import annotations
+"""Merging: a weight beside the base's, computed from it in the widest float and rounded once."""
 
 import math
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lora.copies import ModuleCopy
 from lora.layer import LoRALinear
 from lora.layout import is_hooked, out_in_view
-from lora.tree import Tree, listed, survey, survey_adapted
+from lora.tree import Tree, refuse, survey, survey_adapted
 
 
 @torch.no_grad()
 def merge(model: nn.Module) -> dict[str, float]:
-    """Fold the active updates into the weights, so that a forward pass costs what the base's does.
-
-    The model's state dict still holds the base's weights and the adapters; `lora.eject(model,
-    merge=True)` makes the merged weights the model's own.
+    """Fold the active updates into the weights: a forward pass then costs what the base's does.
 
     Args:
         model: a model with adapters, in eval mode if they have dropout.
@@ -33,36 +27,24 @@ def merge(model: nn.Module) -> dict[str, float]:
 
     Raises:
         RuntimeError: no adapter here, merged or routed already, or in training mode with dropout.
-        ValueError: listing each layer whose weight another module shares, is moved by a hook, or
-            would not be finite.
+        ValueError: listing each weight that cannot be merged, or would not be finite.
     """
     tree = survey_adapted(model)
     tree.require_settled()
-    faults = [
-        f"{names} are one tensor, and merging would change both"
-        for names in tree.shared_weights(tree.layers)
-    ]
+    refuse(tree.shared_weights(tree.layers), "{} are one tensor. Merging would change both.")
+    faults: list[str] = []
     weights: dict[str, Tensor] = {}
     errors: dict[str, float] = {}
     for path, layer in tree.layers.items():
         if any(update.drop_rate for update, _ in layer.active_updates()):
-            raise RuntimeError(
-                f"{path} is in training mode with dropout on, which a merged weight cannot show. "
-                "Call model.eval() first."
-            )
-        if is_hooked(layer.base):
-            faults.append(f"{path}: a hook moves its weight, so that it cannot be merged")
-            continue
-        if is_traceable_wrapper_subclass(layer.weight_out_in):
-            faults.append(f"{path}: its weight is quantised, and cannot be merged")
+            raise RuntimeError(f"{path} trains with dropout. Call model.eval() before merging.")
+        if is_hooked(layer.base) or is_traceable_wrapper_subclass(layer.weight_out_in):
+            faults.append(f"{path} cannot be merged: a hook moves its weight, or it is quantised")
             continue
         weights[path], errors[path] = _folded(layer)
-        if math.isnan(errors[path]):
+        if not math.isfinite(errors[path]):
             faults.append(f"the merged weight of {path} has NaN or infinite values")
-        elif math.isinf(errors[path]):
-            faults.append(f"the merged weight of {path} overflows {weights[path].dtype}")
-    if faults:
-        raise ValueError(f"{listed(faults)}.")
+    refuse(faults)
     for path, layer in tree.layers.items():
         layer.merge(weights[path])
     return errors
@@ -91,7 +73,7 @@ def is_merged(model: nn.Module) -> bool:
 
 @contextmanager
 def merged(model: nn.Module) -> Generator[None]:
-    """Within the context the model is merged; after it, merged or not as it was before.
+    """Within the context the model is merged; after it, as it was before.
 
     Raises:
         RuntimeError, ValueError: as `merge`.
@@ -107,28 +89,26 @@ def merged(model: nn.Module) -> Generator[None]:
 
 
 def unfold(tree: Tree) -> None:
-    """Go back to the updates beside the base weights."""
     for layer in tree.layers.values():
         layer.merge(None)
 
 
 @torch.no_grad()
 def refold(tree: Tree) -> None:
-    """Fold what is in force, whatever was folded before."""
+    """Fold what is in force now."""
     for layer in tree.layers.values():
         layer.merge(_folded(layer)[0])
 
 
 @torch.no_grad()
 def keep_folded(tree: Tree) -> None:
-    """Make the merged weights, and the copies in force, the bases' own."""
-    if shared := tree.shared_weights(tree.copies):
-        raise ValueError(f"{listed(shared)} are one tensor. Keeping a copy would change both.")
+    """Write the merged weights, and the copies in force, into the bases."""
+    refuse(tree.shared_weights(tree.copies), "{} are one tensor. Keeping a copy would change both.")
     for layer in tree.layers.values():
         if layer.merged is not None:
             layer.base.get_parameter("weight").data = layer.merged.get_parameter("weight").data
     for module in tree.copies.values():
-        for name, trained in module.in_force.named_parameters():
+        for name, trained in cast(ModuleCopy, module).in_force.named_parameters():
             module.base.get_parameter(name).data = trained.detach()
 
 

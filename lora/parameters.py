@@ -1,6 +1,4 @@
-"""What there is to train, to count, and what the base alone holds."""
-
-from __future__ import annotations
+"""What there is to train and to count, and what the base alone holds."""
 
 import math
 from dataclasses import dataclass
@@ -13,18 +11,16 @@ from lora.tree import survey_adapted, unwrap
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that an optimiser should be given: those that require grad, each once."""
+    """The parameters that require grad, each once."""
     return [p for p in unwrap(model).parameters() if p.requires_grad]
 
 
 def parameter_groups(model: nn.Module, lr: float, *, b_ratio: float = 16.0) -> list[dict[str, Any]]:
-    """Optimiser groups in which B learns `b_ratio` times as fast as the rest (LoRA+).
-
-    Of an embedding's update it is A that does, since there A is the factor that starts at zero.
+    """Optimiser groups in which B (of an embedding A) learns `b_ratio` times as fast (LoRA+).
 
     Args:
         model: a model with adapters.
-        lr: learning rate of A, and of whatever else requires grad.
+        lr: learning rate of all else.
         b_ratio: learning rate of B over that of A.
 
     Returns:
@@ -37,7 +33,8 @@ def parameter_groups(model: nn.Module, lr: float, *, b_ratio: float = 16.0) -> l
     """
     if not (0 < lr < math.inf and 0 < b_ratio < math.inf):
         raise ValueError(f"lr and b_ratio must be finite and above 0, got {lr} and {b_ratio}.")
-    updates = [u for layer in survey_adapted(model).layers.values() for u in layer.updates.values()]
+    layers = survey_adapted(model).layers.values()
+    updates = [update for layer in layers for update in layer.updates.values()]
     faster = {id(u.A if isinstance(u, EmbeddingUpdate) else u.B) for u in updates}
     trainable = trainable_parameters(model)
     return [
@@ -62,7 +59,7 @@ class ParameterCount:
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Count trainable and all parameters; prints as PEFT's `print_trainable_parameters` does."""
+    """Count trainable and all parameters; prints as PEFT does."""
     parameters = list(unwrap(model).parameters())
     return ParameterCount(
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
@@ -71,7 +68,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict that the model would have had it never been injected, merged or not."""
+    """The state dict of the base, as if it had never been injected, merged or not."""
     root = unwrap(model)
     modules = root.named_modules(remove_duplicate=False)
     adapted = [path for path, module in modules if isinstance(module, Adapted)]

@@ -1,31 +1,25 @@
 """Many adapters of one model that run in one batch: each in a slot, all in one stacked tensor.
 
-A slot's parameters are one row of `flat`: the A's of every layer, then the B's. A layer sees its
-columns of it as `(k, r, in)` and `(k, out, r)`, so nothing is stacked in a step. Ranks are padded
-to the largest; the padding is zero, has a zero gradient and stays zero.
+A slot's parameters are one row of `flat`: the A's of every layer, then the B's. Ranks are padded
+to the largest by zeros.
 
 Shapes: k slots · b rows of a slot · r rank, padded · in, out of a layer · P parameters of a slot ·
 … any axes between.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from lora.config import LoRAConfig, UpdateConfig
-from lora.injection import attach, build, config_of, detach, draw
+from lora.config import LoRAConfig, UpdateConfig, config_of
+from lora.injection import attach, build, detach, draw
 from lora.layer import LowRankUpdate
 from lora.layout import is_hooked, is_plain
-from lora.tree import listed, survey, survey_adapted
-
-Updates = Mapping[str, LowRankUpdate]
-"""An adapter off the model: its updates by the path of their layer."""
+from lora.tree import refuse, survey
 
 
 class StackedLinear(nn.Module):
@@ -38,8 +32,8 @@ class StackedLinear(nn.Module):
 
     Attributes:
         scales: `(k,)`, each slot's factor, zero at first.
-        rates: `(k,)`, each slot's probability of dropping an input feature in training.
-        drops: maps the input and the rates to what is kept; without it nothing is dropped.
+        rates: `(k,)`, each slot's probability of dropout in training.
+        drops: maps the input and the rates to what is kept.
     """
 
     is_stacked = True
@@ -69,17 +63,10 @@ class StackedLinear(nn.Module):
         stacked = y.reshape(k, -1, y.shape[-1])
         return torch.baddbmm(stacked, h, self.B.to(y.dtype).mT).view(y.shape)
 
-    def extra_repr(self) -> str:
-        """Shown by `print(model)`."""
-        k, r, features = self.A.shape
-        return f"slots={k}, r={r}, in={features}, out={self.B.shape[1]}"
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StackedLinear:
-        # A and B are views of the population's `flat`, and are used in any dtype of the input.
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # A and B are views of `flat`, and are used in any dtype of the input.
         if fn(self.scales).device != self.scales.device:
-            raise RuntimeError(
-                "A model under a population cannot be moved. Call its eject() first."
-            )
+            raise RuntimeError("Eject the population before you move the model.")
         self.base._apply(fn)
         return self
 
@@ -87,26 +74,24 @@ class StackedLinear(nn.Module):
 class Population:
     """k adapters of one model, each under its own equal block of a batch's rows.
 
-    Until `eject` the model is frozen, and block i of the rows, the batch's first axis, runs under
-    slot i. A slot begins empty, as the base.
+    Until `eject` the model is frozen, and block i of the rows runs under slot i, at first empty.
 
     Args:
         model: a model without adapters, on its device and in its dtype.
         slots: k, how many adapters there is room for.
-        config: the largest adapter that there is room for; or its fields as keywords. Its targets
-            are the layers that any may adapt, its r the largest rank, its dropout above zero if
-            any may have dropout.
+        config: the largest adapter that there is room for, or its fields as keywords: all layers
+            that any may adapt, the largest rank, some dropout if any may have it.
         settings: see `lora.LoRAConfig`.
 
     Attributes:
         flat: `(k, P)`, all parameters; float32, or float64 beside a base in that.
         grad: `(k, P)`, room for their gradients.
         parameters, gradients: views of them, `(k, r, in)` and `(k, out, r)` of each layer.
-        parts: the columns of the A's and of the B's: `{"A": slice, "B": slice}`.
+        parts: the columns of the A's and of the B's.
         layers: the stacked layers by their path.
 
     Raises:
-        ValueError: what has no room: an embedding, slices, copies of modules; and as `lora.inject`.
+        ValueError: a target that is no plain linear layer; and as `lora.inject`.
         RuntimeError: the model carries adapters.
     """
 
@@ -115,18 +100,15 @@ class Population:
     ) -> None:
         if slots < 1:
             raise ValueError(f"slots must be at least 1, got {slots}.")
-        self.room, self.model, self._tree = config_of(config, settings), model, survey(model)
+        self.room = config_of(config, settings)
+        self.model, self._tree = model, survey(model)
         if self._tree.adapted:
-            raise RuntimeError(
-                "The model carries adapters. Take them off with lora.eject, and put them into "
-                "slots with population.adopting."
-            )
+            raise RuntimeError("The model carries adapters. Take them off with lora.eject.")
         drawn = _low_rank(draw(self._tree, replace(self.room, seed=0)))
-        if shared := self._tree.shared_weights(drawn):
-            raise ValueError(f"{listed(shared)} are one tensor: leave them out of the targets.")
+        refuse(self._tree.shared_weights(drawn), "{} are one tensor: leave them out (exclude=).")
         bases = {path: self._tree.bases[path] for path in drawn}
-        if other := [p for p, base in bases.items() if is_hooked(base) or not is_plain(base)]:
-            raise ValueError(f"{other[0]} has a forward of its own: leave it out of the targets.")
+        other = [p for p, base in bases.items() if is_hooked(base) or not is_plain(base)]
+        refuse(other, "{} have a forward of their own: leave them out (exclude=).")
         self._shapes = {path: (u.A.shape, u.B.shape) for path, u in drawn.items()}
         n_a, n_b = (sum(pair[i].numel() for pair in self._shapes.values()) for i in (0, 1))
         self.parts: Mapping[str, slice] = {"A": slice(0, n_a), "B": slice(n_a, n_a + n_b)}
@@ -154,8 +136,8 @@ class Population:
 
         Args:
             slot: its number.
-            config: what the adapter is made of, taken whole; or, as keywords, fields that differ
-                from those that the population was made with. A seed is not taken from there.
+            config: what the adapter is made of, taken whole.
+            settings: or the fields in which it differs from the population's; not the seed.
 
         Raises:
             ValueError: as `lora.inject`; there is no such slot; no room for the adapter.
@@ -163,11 +145,11 @@ class Population:
         self.put(slot, _low_rank(draw(self._tree, config_of(config, settings, self.room))))
 
     @torch.no_grad()
-    def put(self, slot: int, updates: Updates) -> None:
-        """Give a slot these updates, which are copied.
+    def put(self, slot: int, updates: Mapping[str, LowRankUpdate]) -> None:
+        """Give a slot these updates by path, which are copied.
 
         Raises:
-            ValueError: there is no such slot, or listing what has no room in one.
+            ValueError: there is no such slot, or no room in it.
         """
         self._check_slot(slot)
         faults: list[str] = []
@@ -177,10 +159,8 @@ class Population:
             elif update.config.r > (most := self.layers[path].A.shape[1]):
                 faults.append(f"{path} has rank {update.config.r}, at most {most} fits")
             elif update.config.dropout and not self.room.dropout:
-                why = "for which the population was not made (dropout=)"
-                faults.append(f"{path} has dropout, {why}")
-        if faults:
-            raise ValueError(f"There is no room in the population: {listed(faults)}.")
+                faults.append(f"{path} has dropout, and the population has none (dropout=)")
+        refuse(faults, "There is no room in the population: {}.")
         self._configs[slot] = {path: update.config for path, update in updates.items()}
         self.flat[slot], self.grad[slot] = 0, 0
         for path, layer in self.layers.items():
@@ -215,43 +195,22 @@ class Population:
     def adapter(self, slot: int, name: str = "default") -> Generator[nn.Module]:
         """Within, the model carries the slot's adapter alone, as an ordinary one.
 
-        There it can be saved, merged, generated with; the slot is as it was after.
-
         Raises:
-            ValueError: there is no such slot, it is empty, or the name is none.
+            ValueError: there is no such slot, or it is empty.
         """
         updates = self.take(slot)
         with self._lifted():
             attach(survey(self.model), name, updates)
             yield self.model
 
-    @contextmanager
-    def adopting(self, slot: int) -> Generator[nn.Module]:
-        """Within, the model is the bare base; the adapter that it is given then goes into the slot.
-
-        As in `with population.adopting(3) as model: lora.load(model, folder)`.
-
-        Raises:
-            ValueError: there is no such slot; no room for the adapter, or more than one.
-            RuntimeError: the model was given none.
-        """
-        self._check_slot(slot)
-        with self._lifted():
-            yield self.model
-            tree = survey_adapted(self.model)
-            if len(tree.adapters) > 1:
-                raise ValueError(f"A slot takes one adapter, and {tree.named()}.")
-            updates = {p: m.updates[tree.adapters[0]] for p, m in tree.adapted.items()}
-        self.put(slot, _low_rank(updates))
-
     def eject(self) -> None:
-        """Take the population off, for good: the model is, object for object, the one it was."""
+        """Take the population off, for good: the model is the one it was."""
         self._take_off()
         for parameter in self._thawed:
             parameter.requires_grad_(True)
 
     def _views(self, rows: Tensor) -> dict[str, list[Tensor]]:
-        """Each layer's A and B, `(…, r, in)` and `(…, out, r)`, as views of rows `(…, P)`."""
+        """Each layer's A and B as views of rows `(…, P)`."""
         views: dict[str, list[Tensor]] = {path: [] for path in self._shapes}
         start = 0
         for which in (0, 1):
@@ -263,7 +222,7 @@ class Population:
 
     @contextmanager
     def _lifted(self) -> Generator[None]:
-        """The model without the population within, whatever is injected taken off after."""
+        """Within, the model without the population."""
         self._take_off()
         try:
             yield
@@ -274,7 +233,7 @@ class Population:
 
     def _take_off(self) -> None:
         if not {*self.model.modules()} & {*self.layers.values()}:
-            raise RuntimeError("The population is not on the model: it was taken off before.")
+            raise RuntimeError("The population is not on the model.")
         self._tree.replace({path: layer.base for path, layer in self.layers.items()})
 
     def _install(self) -> None:
@@ -290,7 +249,6 @@ class Population:
 
 
 def _low_rank(modules: Mapping[str, nn.Module]) -> dict[str, LowRankUpdate]:
-    """The modules, if all are plain low-rank updates, else a ValueError."""
     updates: dict[str, LowRankUpdate] = {}
     for path, module in modules.items():
         if type(module) is not LowRankUpdate:

@@ -1,12 +1,8 @@
 """Rows of one batch under different adapters, without a loop over adapters.
 
-The factors are stacked, each row picks its own, and two batched products do the rest.
-
 Shapes: B rows · n adapters · k adapters in a row's mixture · r rank, padded to the largest ·
 … any axes between the rows and the features.
 """
-
-from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,41 +16,34 @@ from lora.bank import Mixture, as_mixture
 from lora.fast.dropout import drop
 from lora.layer import EmbeddingUpdate, LoRALinear
 from lora.layout import widest_float
-from lora.tree import listed, survey_adapted
+from lora.tree import survey_adapted
 
 
 @contextmanager
 def routed(model: nn.Module, rows: Sequence[Mixture | None]) -> Generator[None]:
     """Within the context row b of every batch is under the adapter(s) `rows[b]`, and no other.
 
-    Rows are the first axis of every adapted layer's input. Each gets what it would get alone (in
-    16 bits, to rounding). To train several adapters in one batch, `lora.activate` them all before.
-    Entered with gradients off, it uses the factors of that moment: a forward pass then costs about
-    what one adapter's does.
+    Rows are the first axis of every adapted layer's input. To train several adapters in one batch,
+    `lora.activate` them all before. Entered with gradients off, it uses the factors of that moment.
 
     Args:
         model: a model with adapters.
-        rows: for each row an adapter's name, a mixture such as `{"legal": 0.7, "poet": 0.3}`, or
-            None for the base.
+        rows: for each row an adapter's name, a mixture as for `lora.activate`, or None.
 
     Raises:
-        ValueError: no rows, a name that the model does not carry, a weight that is not finite.
-        RuntimeError: no adapter here, the model is merged, or in training mode the adapters named
-            differ in dropout, or some of them train and others do not.
+        ValueError: no rows, an adapter that is not here, a weight that is not finite.
+        RuntimeError: no adapter here, the model is merged, or adapters that train together differ
+            in dropout, or one of them is not active.
     """
     tree = survey_adapted(model)
     tree.require_unmerged()
     if isinstance(rows, str | Mapping) or not rows:
-        raise ValueError("rows must give an adapter (or None) for each row of the batch.")
-    named = [name for row in rows for name in ([row] if isinstance(row, str) else row or ())]
-    names = list(dict.fromkeys(named))
-    if missing := [repr(name) for name in names if name not in tree.adapters]:
-        raise ValueError(f"There is no adapter {listed(missing)} here ({tree.named()}).")
-    mixtures = [as_mixture({} if row is None else row, tree) for row in rows]
+        raise ValueError("rows must give an adapter (or None) for each row.")
     if tree.copies:
-        raise RuntimeError(
-            f"Adapters train a copy of {next(iter(tree.copies))}, so rows cannot be routed."
-        )
+        raise RuntimeError(f"Rows cannot be routed: {next(iter(tree.copies))} is trained whole.")
+    named = [name for row in rows for name in ([row] if isinstance(row, str) else row or ())]
+    names = as_mixture(dict.fromkeys(named, 1.0), tree)
+    mixtures = [as_mixture({} if row is None else row, tree) for row in rows]
     layers = list(tree.layers.values())
     updates = [layer.update(name) for layer in layers for name in names if name in layer.updates]
     if model.training and torch.is_grad_enabled():
@@ -62,7 +51,7 @@ def routed(model: nn.Module, rows: Sequence[Mixture | None]) -> Generator[None]:
         if any(trained) and not all(trained):
             raise RuntimeError(f"To train {', '.join(names)} together, lora.activate them all.")
     if len({update.drop_rate for update in updates}) > 1:
-        raise RuntimeError("Adapters that are trained in one batch must have the same dropout.")
+        raise RuntimeError("Adapters that train in one batch must have the same dropout.")
     routings = [BankRouting(layer, mixtures) for layer in layers]
     before = [layer.routing for layer in layers]
     for layer, routing in zip(layers, routings, strict=True):
@@ -75,12 +64,7 @@ def routed(model: nn.Module, rows: Sequence[Mixture | None]) -> Generator[None]:
 
 
 class BankRouting:
-    """The updates that each row of a batch gets in one layer.
-
-    Args:
-        layer: the adapted layer.
-        rows: for each row, the weights of its adapters by name.
-    """
+    """The updates in one layer of each row of a batch: `rows` gives the weights by name."""
 
     def __init__(self, layer: LoRALinear, rows: Sequence[Mapping[str, float]]) -> None:
         self.rows, self.like = rows, next(layer.update(name) for name in layer.updates)
@@ -89,7 +73,7 @@ class BankRouting:
         self.rank = max(layer.update(name).config.r for name in layer.updates)
         self.dropout = max((update.config.dropout for update in self.bank), default=0.0)
         k = max(1, *map(len, rows))
-        # Number n, after the last update, is a zero update, to which empty entries point.
+        # Empty entries point to a zero update, number n.
         index = [[len(names)] * k for _ in rows]
         scales = [[0.0] * k for _ in rows]
         for b, row in enumerate(rows):
@@ -120,7 +104,7 @@ class BankRouting:
         return (h @ b.to(h.dtype).mT).reshape(*leading, b.shape[1])
 
     def _looked_up(self, ids: Tensor, bank: Tensor) -> Tensor:
-        """What `(B, T)` ids select of each row's own Aᵀ, `(B, T, k·r)`, out of all Aᵀ's."""
+        """What ids `(B, T)` select of each row's own Aᵀ, `(B, T, k·r)`."""
         padding_idx = cast(EmbeddingUpdate, self.like).padding_idx
         h = F.embedding(ids, bank.flatten(0, 1).t(), padding_idx)  # (B, T, n·r)
         h = h.reshape(*ids.shape, len(bank), self.rank)
@@ -128,11 +112,12 @@ class BankRouting:
         return h.gather(2, index).flatten(2)
 
     def _picked(self) -> tuple[Tensor, Tensor]:
-        """Each row's A's `(B, k·r, in)` (an embedding's all) and scaled B's `(B, out, k·r)`."""
-        blank = tuple(torch.zeros_like(factor) for factor in self.like.factors())
-        pairs = [*(update.factors() for update in self.bank), blank]
-        whole = [self._padded(*pair) for pair in pairs]
-        a, b = (torch.stack([pair[i] for pair in whole]) for i in (0, 1))  # (n+1, r, in)(…, out, r)
+        """Each row's A's `(B, k·r, in)` (an embedding's all) and B's `(B, out, k·r)`."""
+        pairs = [self._padded(*update.factors()) for update in self.bank]
+        a, b = self._padded(*self.like.factors())
+        pairs.append((torch.zeros_like(a), torch.zeros_like(b)))
+        a = torch.stack([pair[0] for pair in pairs])  # (n+1, r, in)
+        b = torch.stack([pair[1] for pair in pairs])  # (n+1, out, r)
         if not isinstance(self.like, EmbeddingUpdate):
             a = a[self.index].flatten(1, 2)  # (B, k·r, in)
         b = b[self.index] * self.scales[:, :, None, None].to(b.dtype)  # (B, k, out, r)

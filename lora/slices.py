@@ -1,11 +1,4 @@
-"""Updates of some slices of a fused projection: `"c_attn[q,v]"` leaves the keys alone.
-
-Together they are a plain update of rank k·r whose B is block-structured.
-
-Source: Hu et al. 2021, section 4.2, which adapts query and value only; loralib's `MergedLinear`.
-"""
-
-from __future__ import annotations
+"""Updates of some slices of a fused projection: `"c_attn[q,v]"` leaves the keys alone."""
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
@@ -23,9 +16,9 @@ from lora.layout import out_in_view
 class SlicedUpdate(LowRankUpdate):
     """k updates side by side: A is `(k·r, in)`; B holds their B's stacked, `(rows adapted, r)`.
 
-    Args:
-        sizes, options: as for `LowRankUpdate`; a slice's rank is `config.r / k`.
-        slices: `(start, stop)` of each adapted slice of the output, by name.
+    `slices` is the `(start, stop)` of each adapted slice of the output, by name.
+
+    Source: loralib's `MergedLinear`.
     """
 
     def __init__(self, *sizes: Any, slices: Mapping[str, tuple[int, int]], **options: Any) -> None:
@@ -48,7 +41,7 @@ class SlicedUpdate(LowRankUpdate):
         return self.A, b.index_copy(0, self.rows, torch.cat(blocks))
 
     def set_factors(self, a: Tensor, b: Tensor) -> None:
-        """As of any update; a B with values outside the blocks is a ValueError."""
+        """Copy values; those of B outside the blocks are a ValueError."""
         r = self.B.shape[1]
         spans = self.slices.values()
         blocks = [b[start:stop, i * r : (i + 1) * r] for i, (start, stop) in enumerate(spans)]
@@ -63,7 +56,8 @@ def split_target(target: str) -> tuple[str, tuple[str, ...]]:
     if not bracket and "]" not in target:
         return target, ()
     names = tuple(part.strip() for part in inside.removesuffix("]").split(","))
-    if not inside.endswith("]") or not all(names) or len(set(names)) < len(names) or "]" in name:
+    distinct = all(names) and len(set(names)) == len(names)
+    if not inside.endswith("]") or "]" in name or not distinct:
         raise ValueError(f"Target {target!r} is not of the form 'c_attn[q,v]'.")
     return name, names
 
@@ -71,23 +65,20 @@ def split_target(target: str) -> tuple[str, tuple[str, ...]]:
 def spans_of(
     base: nn.Module, names: Sequence[str], given: Slices | None = None
 ) -> dict[str, tuple[int, int]]:
-    """Where the named slices of a layer's output lie, by the given `slices` or the layer's own.
-
-    Names alone are equal parts of the output; a mapping gives each part's size, in its order.
-    """
+    """Where the named slices of a layer's output lie, by `given` or the layer's `slices`."""
     if not names:
         return {}
     out_features = out_in_view(base, base.get_parameter("weight")).shape[0]
     known: Slices = given or getattr(base, "slices", ())
     if not known:
-        raise ValueError("it names no slices; pass slices=('q', 'k', 'v') or such")
+        raise ValueError("it names no slices; pass slices=('q', 'k', 'v')")
     if missing := [name for name in names if name not in known]:
-        raise ValueError(f"it has slices {', '.join(known)}, but no {', '.join(missing)}")
+        raise ValueError(f"it has slices {', '.join(known)}, no {', '.join(missing)}")
     if isinstance(known, Mapping):
         sizes = dict(known)
     else:
         sizes = dict.fromkeys(known, out_features // len(known))
     if sum(sizes.values()) != out_features:
-        raise ValueError(f"its {out_features} outputs are not divided by slices {known}")
+        raise ValueError(f"its {out_features} outputs are not those of slices {known}")
     ends = dict(zip(sizes, accumulate(sizes.values()), strict=True))
     return {name: (ends[name] - sizes[name], ends[name]) for name in names}

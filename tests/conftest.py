@@ -24,9 +24,11 @@ import torch
 from filelock import FileLock
 from hypothesis import settings
 
+import lora
 from gpt2.config import GPT2Config
 from gpt2.model import GPT2
 from gpt2.tokenizer import Tokenizer
+from tests.toys import IDX, randomize, tiny_gpt2
 
 # Timings of a shared machine say nothing about an example.
 settings.register_profile("timeless", deadline=None, derandomize=True)
@@ -81,6 +83,16 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def demo_expected() -> dict:
     """What an independent implementation computes with the demo base."""
     return json.loads((files("gpt2") / "assets" / "demo" / "expected.json").read_text())
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, torch.Tensor]:
+    """A folder with an adapter for `tiny_gpt2`, and the logits it gives."""
+    model = tiny_gpt2()
+    lora.inject(model, r=4, alpha=6, dropout=0.25, targets=("c_attn", "mlp.c_fc"), seed=0)
+    randomize(model)
+    lora.save(model, tmp_path / "adapter")
+    return tmp_path / "adapter", model(IDX)
 
 
 @pytest.fixture

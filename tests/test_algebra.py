@@ -14,10 +14,9 @@ from torch import nn
 import lora
 from lora import algebra
 from lora.algebra import Factors
-from tests.test_peft import peft_model, theirs_of
-from tests.toys import MLP, TINY, deltas, randomize, raw, snapshot, tiny_gpt2
+from tests.folders import edit, peft_model, theirs_of
+from tests.toys import IDX, MLP, deltas, randomize, raw, snapshot, tiny_gpt2
 
-IDX = torch.randint(0, TINY.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 SHAPES = {"up": (5, 4), "down": (4, 7), "side": (3, 3)}  # out, in
 
@@ -201,7 +200,7 @@ ones = torch.ones
             r"lora_A is \(2, 1\), this layer takes \(2, 16\)",
         ),
         ({A_PATH: Factors(ones(2, 16), ones(48, 1))}, r"lora_B is \(48, 1\), this layer takes"),
-        ({A_PATH: Factors(ones(2, 48), ones(16, 2))}, "lora_A is .*, lora_B is"),
+        ({A_PATH: Factors(ones(2, 48), ones(16, 2))}, "lora_A is .*; lora_B is"),
         ({A_PATH: Factors(ones(17, 16), ones(48, 17))}, "r 17 is above 16"),
         ({A_PATH: Factors(ones(1, 16) / 0, ones(48, 1))}, "lora_A has NaN or infinite"),
         ({"lm_head": Factors(ones(1, 16), ones(61, 1))}, "are one tensor"),
@@ -245,15 +244,11 @@ def test_what_cannot_be_extracted():
         algebra.extract(tiny_gpt2(), MLP(), 2)
     with pytest.raises(ValueError, match=r"up: \(6, 6\) and \(9, 6\)"):
         algebra.extract(MLP(), MLP(6, 9), 2)
-    with pytest.raises(ValueError, match="Slices cannot be extracted"):
-        algebra.extract(tiny_gpt2(), tiny_gpt2(), 2, targets="c_attn[q]")
     with pytest.raises(ValueError, match="r must be"):
         algebra.extract(MLP(), MLP(), 0)
 
 
 def test_half_a_pair_cannot_be_read(tmp_path):
-    from tests.test_checkpoint import edit
-
     model = bank()
     lora.save(model, tmp_path, adapter="a")
     edit(tmp_path, lambda t: t.pop(f"base_model.model.{A_PATH}.lora_B.weight"))
@@ -325,7 +320,7 @@ def test_recipes_refuse(recipe):
         with pytest.raises(ValueError, match="density must be"):
             recipe([value], density)
     for given_weights in ([], [1, 2]):
-        with pytest.raises(ValueError, match="as many weights"):
+        with pytest.raises(ValueError, match="shorter|longer"):
             recipe([value], 0.5, given_weights)
 
 

@@ -205,17 +205,17 @@ def test_importing_touches_no_random_state_and_little_else():
 
 # Lines of Python as `wc -l` counts them: they only fall, but for what a new capability is given.
 BUDGET = {
-    "lora": 3_576,
+    "lora": 3_185,
     "gpt2": 6_546,
     "scripts": 4_226,
-    "tests": 19_918,
-    "benchmarks": 2_696,
+    "tests": 19_653,
+    "benchmarks": 1_797,
 }
 MOST_LINES = {"lora": 400, "gpt2": 400, "scripts": 400, "tests": 700, "benchmarks": 400}
 # What a newcomer reads first, and the data's rooms.
 CORE = "layer config layout tree targets injection bank merging".split()
 PARTS = {
-    "lora core": ([ROOT / "lora" / f"{name}.py" for name in CORE], 1_578),
+    "lora core": ([ROOT / "lora" / f"{name}.py" for name in CORE], 1_341),
     "gpt2 core": (sorted((ROOT / "gpt2").glob("*.py")), 1_499),
     "gpt2/data": (sorted((ROOT / "gpt2" / "data").glob("*.py")), 1_016),
 }

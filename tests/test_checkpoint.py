@@ -12,58 +12,12 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from safetensors import safe_open
 from torch import nn
 
 import lora
 from lora.disk import checkpoint
-from tests.toys import MLP, TINY, randomize, raw, snapshot, tiny_gpt2
-
-IDX = torch.randint(0, TINY.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
-C_ATTN = "base_model.model.transformer.h.0.attn.c_attn"
-# What Unsloth writes as target_modules.
-UNSLOTH = (
-    r"(?:.*?(?:vision|image|visual|patch|language|text).*?"
-    r"(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?"
-    r"(?:k_proj|v_proj|q_proj|out_proj|fc1|fc2|o_proj|gate_proj|up_proj|down_proj).*?)"
-    r"|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)"
-    r"\.(?:(?:k_proj|v_proj|q_proj|out_proj|fc1|fc2|o_proj|gate_proj|up_proj|down_proj)))"
-)
-
-
-@pytest.fixture
-def saved(tmp_path):
-    """A folder with an adapter for `tiny_gpt2`, and the logits it gives."""
-    model = tiny_gpt2()
-    lora.inject(model, r=4, alpha=6, dropout=0.25, targets=("c_attn", "mlp.c_fc"), seed=0)
-    randomize(model)
-    lora.save(model, tmp_path / "adapter")
-    return tmp_path / "adapter", model(IDX)
-
-
-def edit(folder, change, metadata="keep") -> None:
-    """Rewrite the tensors of a saved adapter."""
-    file = folder / checkpoint.WEIGHTS
-    with safe_open(file, "pt") as f:
-        tensors, kept = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()  # noqa: SIM118
-    change(tensors)
-    safetensors.torch.save_file(tensors, file, kept if metadata == "keep" else metadata)
-
-
-def edit_config(folder, **fields) -> None:
-    """Rewrite the config of a saved adapter, in weights that do not say which one is theirs."""
-    file = folder / checkpoint.CONFIG
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
-    with safe_open(folder / checkpoint.WEIGHTS, "pt") as f:
-        metadata = {key: value for key, value in f.metadata().items() if key != checkpoint.DIGEST}
-    edit(folder, lambda tensors: None, metadata)
-
-
-def refuses(model, folder, words, error=ValueError, **arguments) -> None:
-    before = snapshot(model)
-    with pytest.raises(error, match=words):
-        lora.load(model, folder, **arguments)
-    assert snapshot(model) == before
+from tests.folders import C_ATTN, UNSLOTH, contents, edit, edit_config, refuses
+from tests.toys import IDX, MLP, TINY, randomize, raw, tiny_gpt2
 
 
 def test_round_trip(saved):
@@ -90,14 +44,10 @@ def test_a_merged_model_saves_the_same_adapter(saved, tmp_path):
     assert contents(tmp_path / "again") == contents(folder)
 
 
-def contents(folder) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.iterdir()}
-
-
 def test_the_same_adapter_gives_the_same_bytes_in_another_process(saved, tmp_path):
     folder, _ = saved
     code = (
-        "import sys; from tests.test_checkpoint import *; m = tiny_gpt2(); "
+        "import lora; from tests.toys import tiny_gpt2; m = tiny_gpt2(); "
         f"lora.load(m, {str(folder)!r}); lora.save(m, {str(tmp_path / 'other')!r})"
     )
     env = os.environ | {"PYTHONHASHSEED": "12345"}
@@ -243,14 +193,6 @@ def test_a_slightly_tuned_base_is_another_base(saved):
     refuses(model, saved[0], r"another base, whose weights differ in transformer.h.1.attn.c_attn ")
 
 
-def test_a_base_of_another_size_is_refused(saved):
-    model = tiny_gpt2()
-    with torch.no_grad():
-        for p in model.parameters():
-            p *= 1.01
-    refuses(model, saved[0], "made for another base")
-
-
 def test_files_without_our_metadata_load(saved):
     folder, want = saved
     edit(folder, lambda tensors: None, metadata={"format": "pt"})
@@ -262,7 +204,12 @@ def test_files_without_our_metadata_load(saved):
 
 def test_broken_files(saved, tmp_path):
     folder, _ = saved
-    refuses(tiny_gpt2(), tmp_path / "nowhere", "are missing", FileNotFoundError)
+    refuses(
+        tiny_gpt2(),
+        tmp_path / "nowhere",
+        "has no adapter_config.json and no adapter_model",
+        FileNotFoundError,
+    )
     config = (folder / checkpoint.CONFIG).read_bytes()
     for content in (b"\xff{", b"[]", b"", b"{"):
         (folder / checkpoint.CONFIG).write_bytes(content)
@@ -274,33 +221,26 @@ def test_broken_files(saved, tmp_path):
         file.write_bytes(content)
         refuses(tiny_gpt2(), folder, "is not an intact safetensors file")
     file.unlink()
-    refuses(tiny_gpt2(), folder, f"{checkpoint.WEIGHTS} is missing", FileNotFoundError)
+    refuses(tiny_gpt2(), folder, f"has no {checkpoint.WEIGHTS}", FileNotFoundError)
 
 
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
-        ({"bias": "all"}, "bias is 'all': trained biases are not supported"),
-        ({"bias": "lora_only"}, "bias is 'lora_only'"),
-        ({"use_dora": True}, "use_dora is True, which is not supported"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"init_lora_weights": "pissa_niter_4"}, "changed the base weights"),
         ({"init_lora_weights": "olora", "use_dora": True}, r"changed the base.*use_dora"),
         ({"some_future_field": 3}, "some_future_field is 3, which is not supported"),
         ({"lora_alpha": -1}, "alpha must be"),
-        ({"lora_alpha": "x"}, "alpha must be a number, got 'x'"),
-        ({"alpha_pattern": {"c_attn": "x"}}, "alpha must be a number, got 'x'"),
+        ({"lora_alpha": "x"}, "alpha cannot be 'x'"),
+        ({"alpha_pattern": {"c_attn": "x"}}, "alpha cannot be 'x'"),
         ({"alpha_pattern": {"(": 1}}, "adapter_config.json: missing \\)"),
         ({"lora_dropout": 1}, r"dropout must be in \[0, 1\)"),
-        ({"init_lora_weights": "mica"}, "init_lora_weights 'mica' changed"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights 'loftq' changed"),
         ({"ensure_weight_tying": True}, "ensure_weight_tying is True, which is not supported"),
         ({"modules_to_save": ["ln_f"]}, "modules_to_save names ln_f, of which the file has no"),
         ({"modules_to_save": "ln_f"}, "modules_to_save names ln_f, of which the file has no"),
-        ({"lora_bias": True}, "lora_bias is True, which is not supported"),
         ({"target_parameters": ["w"]}, r"target_parameters is \['w'\], which is not supported"),
-        ({"trainable_token_indices": [3]}, r"trainable_token_indices is \[3\]"),
         ({"alora_invocation_tokens": [3]}, r"alora_invocation_tokens is \[3\]"),
         ({"layer_replication": [[0, 1]]}, r"layer_replication is \[\[0, 1\]\]"),
     ],

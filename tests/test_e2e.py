@@ -8,12 +8,11 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-import torch
-
-import gpt2
 
 pytest.importorskip("yaml", reason="the benchmark reads its recipe (extra: scripts)")
 pytest.importorskip("peft", reason="the benchmark trains PEFT's adapter too (extra: peers)")
+
+import yaml
 
 from benchmarks import e2e
 
@@ -23,9 +22,11 @@ FOODS, AREAS = ("Thai", "Greek", "French", "Indian", "Fast"), ("riverside", "cit
 @pytest.fixture
 def data(small_base, tmp_path, monkeypatch):
     """Twenty meaning representations, two descriptions each; the recipe's base is a small one."""
-    recipe = e2e.RECIPE.read_text().replace("r: 64, alpha: 64", "r: 8, alpha: 8")
-    recipe = recipe.replace("model_name: demo", f"model_name: {small_base}")
-    (tmp_path / "recipe.yaml").write_text(recipe)
+    recipe = yaml.safe_load(e2e.RECIPE.read_text())
+    recipe["lora"] |= {"r": 8, "alpha": 8}
+    recipe["generate"] |= {"max_new_tokens": 8, "num_beams": 2}
+    recipe |= {"model_name": small_base, "epochs": 1}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     monkeypatch.setattr(e2e, "RECIPE", tmp_path / "recipe.yaml")
     rows = [
         {"prompt": f"name : {name} | food : {food} | area : {area} ||", "completion": said}
@@ -56,54 +57,41 @@ def judged(monkeypatch):
     return calls
 
 
-def started(monkeypatch, *argv) -> None:
-    monkeypatch.setattr(sys, "argv", ["e2e", *map(str, argv), "--device", "cpu"])
+def started(monkeypatch, folder, *argv) -> list[dict]:
+    """The lines of a run."""
+    argv = ["e2e", str(folder), "--device", "cpu", "--out", str(folder / "out.jsonl"), *argv]
+    monkeypatch.setattr(sys, "argv", argv)
     e2e.main()
+    return [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
 
 
 def test_every_case_runs_and_tells_its_loss_bleu_and_seconds(data, judged, monkeypatch):
-    started(monkeypatch, data, "--quick", "--out", data / "out.jsonl")
-    lines = [json.loads(line) for line in (data / "out.jsonl").read_text().splitlines()]
+    lines = started(monkeypatch, data)
     assert [line["case"] for line in lines] == list(e2e.CASES)
-    base, ours, plain, theirs, full = lines
-    assert [line["steps"] for line in lines] == [0, 3, 2, 3, 3]
-    assert "valid_loss" not in plain
+    base, ours, theirs, full = lines
+    assert [line["steps"] for line in lines] == [0, 3, 3, 3]
     assert base["valid_loss"] > ours["valid_loss"]
     assert base["valid_loss"] > full["valid_loss"]
     assert ours["valid_loss"] == pytest.approx(theirs["valid_loss"], abs=2e-3)  # the same run
-    assert {(line["prompts"], line["timed"]) for line in lines} == {(4, "alone")}
     assert {"greedy_bleu", "beams_bleu", "greedy_seconds", "beams_seconds"} <= ours.keys()
     assert [len(texts) for texts, _ in judged[1:]] == [4] * 8
     assert judged[1][1] == judged[-1][1]
     assert len(judged[1][1]) == 2
 
 
-def test_choosing_sees_no_test_file(data, judged, monkeypatch):
-    (data / "test.jsonl").unlink()
-    grid = ["r=2", "targets=[[c_attn], ['c_attn[q,v]']]"]
-    started(monkeypatch, data, "--quick", "--out", data / "out.jsonl", "--choose", *grid)
-    lines = [json.loads(line) for line in (data / "out.jsonl").read_text().splitlines()]
-    assert [line["benchmark"] for line in lines] == ["e2e_choose"] * 2
-    assert [line["trainable"] for line in lines] == [2 * 2 * (32 + 96), 2 * 2 * 2 * (32 + 32)]
-    with pytest.raises(SystemExit, match="recipe has no rank, only"):
-        started(monkeypatch, data, "--quick", "--choose", "rank=2")
-
-
-def test_the_held_out_loss_is_each_tokens_alone(demo, tokenizer):
-    examples = [
-        gpt2.Example("a b c", " d e"),
-        gpt2.Example("f", " g h i j k"),
-        gpt2.Example("l", " m"),
-    ]
-    data = gpt2.encode(examples, tokenizer, answer_only=True)
-    total = torch.zeros((), dtype=torch.float64)
-    with torch.no_grad():
-        for ids, labels in data:
-            total += demo(ids[None], labels[None])
-    tokens = sum(int((labels[1:] >= 0).sum()) for _, labels in data)
-    for size in (1, 2, 64):
-        found = e2e.held_out_loss(demo, data, batch_size=size)
-        assert found == pytest.approx(total.item() / tokens, rel=1e-6)
+def test_seeds_in_one_population_are_what_each_is_alone(data, judged, monkeypatch, capsys):
+    recipe = e2e.RECIPE.read_text()
+    line, *_ = started(monkeypatch, data, "--seeds", "2")
+    assert (line["case"], line["label_smoothing"]) == ("ours, 2 seeds", 0.1)
+    every = line["valid_loss_of_each"]
+    assert line["valid_loss"]["mean"] == pytest.approx(sum(every) / 2, abs=1e-4)
+    assert line["valid_loss"]["sd"] == pytest.approx(abs(every[0] - every[1]) / 2**0.5, abs=1e-4)
+    assert "valid_loss: " in capsys.readouterr().out
+    for seed, loss in zip((42, 43), every, strict=True):
+        alone = {**yaml.safe_load(recipe), "seed": seed, "label_smoothing": 0.1}
+        e2e.RECIPE.write_text(yaml.safe_dump(alone))
+        *_, line = started(monkeypatch, data, "--cases", "ours")
+        assert line["valid_loss"] == pytest.approx(loss, abs=2e-4)
 
 
 def test_bleu_takes_any_number_of_references():

@@ -305,7 +305,7 @@ def fault_of(error: Exception, strict: bool) -> str | None:
     if not strict:
         return kind if isinstance(error, (AssertionError, NameError, RecursionError)) else None
     if isinstance(error, TypeError):  # of Python's signatures and paths, or a keyword of ours
-        return None if PYTHONS.search(message) or raised_in(error, "config_of", "checked") else kind
+        return None if PYTHONS.search(message) or raised_in(error, "config_of") else kind
     if not isinstance(error, (ValueError, RuntimeError, OSError)):
         return kind
     if len(message) < 15 or (len(message) > 2000 and not isinstance(error, OSError)):

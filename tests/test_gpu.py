@@ -227,3 +227,27 @@ def test_documents_end_to_end_step_as_documents_padded(how, dtype):
         assert loss == pytest.approx(wanted, rel=2e-5 if dtype == torch.float32 else 1e-2)
     if stepper.graphs is not None:
         assert len(stepper.graphs.captured) <= 1
+
+
+def test_the_weight_that_is_read_is_the_one_in_force():
+    """After replays of a graph, which write to the factors unseen, and after a write to `.data`."""
+    model = build(DRY, torch.float32).train()
+    layer = model.transformer.h[0].attn.c_attn
+    update = layer.updates["default"]
+    stepper = Stepper(model, gpt2.TrainConfig(steps=101, lr=1e-3))
+    before = layer.weight.clone()
+    for step in range(1, 102):
+        stepper([batch(1, 64)], step)
+    assert stepper.graphs is not None
+    assert stepper.graphs.captured
+
+    def check() -> None:
+        want = layer.base.weight + 2 * (update.B @ update.A).t()
+        torch.testing.assert_close(layer.weight, want, rtol=1e-5, atol=1e-6)
+        with lora.merged(model):
+            torch.testing.assert_close(layer.weight, want, rtol=1e-5, atol=1e-6)
+
+    check()
+    assert (layer.weight - before).norm() > 1e-3 * before.norm()
+    update.B.data.mul_(-3)
+    check()

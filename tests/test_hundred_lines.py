@@ -11,10 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 import lora
-from tests.toys import TINY, raw, tiny_gpt2
+from tests.toys import IDX, raw, tiny_gpt2
 
 FILE = Path(__file__).parents[1] / "docs" / "lora_in_100_lines.py"
-IDX = torch.randint(0, TINY.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 

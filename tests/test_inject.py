@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import copy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from torch import nn
 
 import gpt2
 import lora
-from tests.toys import MLP, TINY, randomize, raw, snapshot, tiny_gpt2
+from tests.toys import IDX, MLP, TINY, randomize, raw, snapshot, tiny_gpt2
 
-IDX = torch.randint(0, TINY.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
 ALL = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_at_birth_an_adapter_changes_nothing(dtype):
-    model = tiny_gpt2(dtype=dtype)
-    before = model(IDX)
-    lora.inject(model, r=4, targets=ALL)
-    assert raw(model(IDX)) == raw(before)
 
 
 def test_paths_freezing_and_counts():
@@ -63,47 +54,51 @@ def test_counts_of_the_larger_sizes(name, attention, every):
 
 
 def test_a_target_is_matched_on_whole_segments():
-    model = tiny_gpt2()
-    assert lora.inject(model, r=2, targets=["attn.c_proj"]) == [
-        f"transformer.h.{i}.attn.c_proj" for i in (0, 1)
-    ]
-    model = tiny_gpt2()
-    assert len(lora.inject(model, r=2, targets="c_proj")) == 4
+    """`up` ends `block.up`, and neither `backup` nor `block.backup`."""
+
+    def build() -> nn.Module:
+        names = ("up", "backup", "block")
+        model = nn.ModuleDict({name: nn.Linear(4, 4) for name in names[:2]})
+        model["block"] = nn.ModuleDict({name: nn.Linear(4, 4) for name in names[:2]})
+        return model
+
+    assert lora.inject(build(), r=2, targets="up") == ["up", "block.up"]
+    assert lora.inject(build(), r=2, targets="block.up") == ["block.up"]
+    assert lora.inject(build(), r=2, targets=("up", "backup"), exclude="up") == [
+        "backup", "block.backup"
+    ]  # fmt: skip
+    for part in ("u", "ock.up", "lock.backup"):
+        with pytest.raises(ValueError, match=f"No module matches target '{part}'"):
+            lora.inject(build(), r=2, targets=part)
 
 
-def test_works_on_a_plain_mlp_and_learns():
-    torch.manual_seed(0)
-    model = MLP()
-    lora.inject(model, r=2, targets=("up", "down"), seed=0)
-    before = lora.base_state_dict(model)
-    before = {k: v.clone() for k, v in before.items()}
-    x, y = torch.randn(32, 6), torch.randn(32, 6)
-    optimizer = torch.optim.AdamW(lora.trainable_parameters(model), lr=0.05)
-    losses = []
-    for _ in range(60):
-        loss = nn.functional.mse_loss(model(x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.7 * losses[0]
-    after = lora.base_state_dict(model)
-    assert {k: raw(v) for k, v in after.items()} == {k: raw(v) for k, v in before.items()}
+@pytest.mark.parametrize(("verb", "most"), [("inject", 8), ("merge", 4), ("load", 9)])
+def test_a_reader_of_a_verb_enters_few_files(tmp_path, verb, most):
+    """The files of `lora` whose functions one call on the demo's shape runs."""
+    model, entered = tiny_gpt2(), set()
+    lora.inject(model, r=2)
+    if verb == "load":
+        lora.save(model, tmp_path)
+    if verb != "merge":
+        lora.eject(model)
+    call = {
+        "inject": lambda: lora.inject(model, r=2),
+        "merge": lambda: lora.merge(model),
+        "load": lambda: lora.load(model, tmp_path),
+    }[verb]
+    package = Path(lora.__file__).parent
 
+    def enter(frame, event, argument):
+        file = Path(frame.f_code.co_filename)
+        if event == "call" and file.is_relative_to(package):
+            entered.add(file.name)
 
-def test_works_on_transformers_gpt2():
-    config = transformers.GPT2Config(
-        n_layer=2, n_head=2, n_embd=16, n_positions=32, vocab_size=61, resid_pdrop=0
-    )
-    model = transformers.GPT2LMHeadModel(config).eval()
-    ours = gpt2.GPT2(TINY).eval()
-    ours.load_state_dict(model.state_dict())
-    for m in (model, ours):
-        assert lora.inject(m, r=4, seed=5) == [f"transformer.h.{i}.attn.c_attn" for i in (0, 1)]
-        randomize(m)
-    torch.testing.assert_close(ours(IDX), model(IDX).logits, rtol=1e-5, atol=1e-5)
-    with lora.merged(model):
-        torch.testing.assert_close(ours(IDX), model(IDX).logits, rtol=1e-5, atol=1e-5)
+    sys.setprofile(enter)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    assert len(entered) <= most, entered
 
 
 def test_a_module_under_several_paths_is_adapted_once_under_each():
@@ -193,22 +188,6 @@ def test_eject_with_merge_keeps_the_merged_weights():
     assert set(model.state_dict()) == names
 
 
-def test_deepcopy_is_independent():
-    model = tiny_gpt2()
-    lora.inject(model, r=4)
-    randomize(model)
-    twin = copy.deepcopy(model)
-    want = model(IDX)
-    assert torch.equal(twin(IDX), want)
-    randomize(twin, seed=9)
-    lora.merge(twin)
-    assert torch.equal(model(IDX), want)
-    lora.eject(twin, merge=True)
-    assert torch.equal(model(IDX), want)
-    assert all(p.requires_grad for p in twin.parameters())
-    assert not model.transformer.wte.weight.requires_grad
-
-
 def test_the_mode_of_the_base_is_taken_over():
     model = tiny_gpt2().train()
     lora.inject(model, r=2, dropout=0.5)
@@ -216,76 +195,6 @@ def test_the_mode_of_the_base_is_taken_over():
     lora.eject(model)
     lora.inject(model.eval(), r=2, dropout=0.5)
     assert not any(m.training for m in model.modules())
-
-
-def test_a_compiled_or_parallel_wrapper_is_seen_through():
-    model = tiny_gpt2()
-    wrapped = nn.DataParallel(torch.compile(model))
-    assert lora.inject(wrapped, r=2)[0] == "transformer.h.0.attn.c_attn"
-    randomize(model)
-    with lora.disabled(wrapped):
-        assert not model.transformer.h[0].attn.c_attn.enabled
-    assert set(lora.base_state_dict(wrapped)) == set(tiny_gpt2().state_dict())
-    lora.eject(wrapped)
-    assert isinstance(model.transformer.h[0].attn.c_attn, gpt2.Conv1D)
-
-
-REFUSED = [
-    ({"r": 0}, "r must be at least 1"),
-    ({"r": 17}, r"transformer.h.0.attn.c_attn.*: r 17 is above 16, its smaller side"),
-    ({"alpha": -3}, "alpha must be"),
-    ({"alpha": float("inf")}, "alpha must be"),
-    ({"dropout": 1.0}, "dropout must be"),
-    (
-        {"targets": "q_proj"},
-        r"No module matches target 'q_proj'. Linear modules here end in: "
-        r"attn.c_attn, attn.c_proj, lm_head, mlp.c_fc, mlp.c_proj",
-    ),
-    ({"targets": ("c_attn", "c_atn")}, "No module matches target 'c_atn'"),
-    ({"targets": ("x", "y")}, r"target 'x'.*target 'y'"),
-    ({"targets": ("c_attn", "ln_1")}, "matches transformer.h.0.ln_1 .and 1 more., but it is no"),
-    ({"targets": ()}, "targets must name"),
-    ({"targets": ("",)}, "targets must be a name"),
-    ({"targets": "attn"}, "but it is no nn.Linear, Conv1D or"),
-    ({"adapter": "a.b"}, "cannot name an adapter"),
-    ({"adapter": ""}, "cannot name an adapter"),
-    ({"adapter": "keys"}, "cannot name an adapter"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "words"), REFUSED)
-def test_inject_refuses_and_changes_nothing(arguments, words):
-    model = tiny_gpt2()
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=words):
-        lora.inject(model, **arguments)
-    assert snapshot(model) == before
-
-
-def test_a_second_inject_of_the_same_name_is_refused():
-    model = tiny_gpt2()
-    lora.inject(model, r=2)
-    before = snapshot(model)
-    with pytest.raises(ValueError, match="carries an adapter 'default' already"):
-        lora.inject(model, r=2, targets=ALL)
-    assert snapshot(model) == before
-
-
-def test_inject_while_merged_is_refused():
-    model = tiny_gpt2()
-    lora.inject(model, r=2)
-    lora.merge(model)
-    before = snapshot(model)
-    with pytest.raises(RuntimeError, match="is merged"):
-        lora.inject(model, r=2, adapter="second")
-    assert snapshot(model) == before
-
-
-def test_a_layer_that_its_parent_never_calls_is_refused():
-    """nn.MultiheadAttention reads out_proj.weight itself: an update there would do nothing."""
-    model = nn.TransformerEncoderLayer(8, 2)
-    with pytest.raises(ValueError, match="without calling it"):
-        lora.inject(model, r=2, targets="out_proj")
 
 
 def test_without_adapters_every_call_says_so():

@@ -8,11 +8,9 @@ from torch import nn
 
 import gpt2
 import lora
-from tests.toys import TINY, tiny_gpt2
+from tests.toys import IDX, tiny_gpt2
 
 loralib = pytest.importorskip("loralib", reason="loralib is the oracle here")
-
-IDX = torch.randint(0, TINY.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
 def merged_linear(r: int = 2, **more) -> loralib.MergedLinear:

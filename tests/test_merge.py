@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lora
-from tests.toys import TINY, dense, layer, randomize, raw, snapshot, tiny_gpt2, untie
+from tests.toys import IDX, dense, layer, randomize, raw, snapshot, tiny_gpt2, untie
 
-IDX = torch.randint(0, TINY.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ALL = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
@@ -43,17 +42,6 @@ def test_a_merged_weight_is_the_float64_ideal_rounded_once(shape, dtype):
     merged = model[0].weight if shape[0] == "linear" else model[0].weight.t()
     assert merged.dtype == dtype
     assert torch.equal(merged, ideal.detach().to(dtype))
-
-
-@given(shapes, st.integers(1, 3))
-def test_merged_and_unmerged_outputs_agree_in_float32(shape, r):
-    kind, n_in, n_out = shape
-    model = one_layer(kind, n_in, n_out, min(r, n_in, n_out), torch.float32)
-    x = torch.randn(4, n_in)
-    unmerged = model(x)
-    with lora.merged(model):
-        merged = model(x)
-    assert (merged - unmerged).norm() <= 1e-5 * unmerged.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -112,20 +100,6 @@ def test_a_merged_model_that_is_cast_takes_its_merged_weights_along():
     torch.testing.assert_close(model.double()(IDX), want, rtol=1e-3, atol=1e-3)
 
 
-def test_merging_again_after_a_change_is_computed_from_the_pristine_base():
-    model = adapted_gpt2(torch.bfloat16)
-    for seed in range(5):
-        randomize(model, seed=seed)
-        with lora.merged(model):
-            got = [m.weight for m in model.modules() if isinstance(m, lora.LoRALinear)]
-    fresh = tiny_gpt2(dtype=torch.bfloat16)
-    lora.inject(fresh, r=4, targets=ALL)
-    randomize(fresh, seed=4)
-    lora.merge(fresh)
-    want = [m.weight for m in fresh.modules() if isinstance(m, lora.LoRALinear)]
-    assert [raw(g) for g in got] == [raw(w) for w in want]
-
-
 def test_the_contexts_nest_survive_exceptions_and_restore_what_was():
     model = adapted_gpt2()
     base = raw(tiny_gpt2()(IDX))
@@ -172,7 +146,7 @@ def test_merging_in_training_mode_with_dropout_is_refused():
     lora.unmerge(model)
     model.train()
     before = snapshot(model)
-    with pytest.raises(RuntimeError, match=r"h.0.attn.c_attn is in training mode with dropout on"):
+    with pytest.raises(RuntimeError, match=r"h.0.attn.c_attn trains with dropout. Call model.eval"):
         lora.merge(model)
     assert snapshot(model) == before
 
@@ -211,7 +185,7 @@ def test_a_merged_weight_that_overflows_its_dtype_is_refused():
     model = one_layer("linear", 4, 4, 2, torch.float16)
     with torch.no_grad():
         model[0].updates["default"].B.fill_(1e5)
-    with pytest.raises(ValueError, match="overflows torch.float16"):
+    with pytest.raises(ValueError, match="has NaN or infinite values"):
         lora.merge(model)
     assert not lora.is_merged(model)
 
@@ -226,3 +200,15 @@ def test_a_layer_without_an_active_update_merges_to_a_weight_that_is_not_the_bas
         with lora.merged(model):
             assert model[0].weight.data_ptr() != model[0].base.weight.data_ptr()
             assert torch.equal(model(torch.eye(4, dtype=torch.float64)), want)
+
+
+def test_merging_computes_each_weight_once(monkeypatch):
+    model, computed = tiny_gpt2(), []
+    lora.inject(model, r=2, targets=("c_attn", "c_fc"))
+    randomize(model)
+    ideal = lora.LoRALinear.ideal
+    monkeypatch.setattr(
+        lora.LoRALinear, "ideal", lambda layer: computed.append(layer) or ideal(layer)
+    )
+    lora.merge(model)
+    assert len(computed) == len(set(computed)) == 4

@@ -7,41 +7,14 @@ import json
 import pytest
 import torch
 
-import gpt2
 import lora
-from tests.toys import TINY, randomize, tiny_gpt2
+from tests.folders import peft_model, theirs_of
+from tests.toys import IDX, TINY, randomize, tiny_gpt2
 
 peft = pytest.importorskip("peft", reason="PEFT is the oracle here")
 transformers = pytest.importorskip("transformers", reason="PEFT adapts its models")
 
-IDX = torch.randint(0, TINY.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
 ALL = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
-
-
-def theirs_of(ours: gpt2.GPT2) -> transformers.GPT2LMHeadModel:
-    """transformers' model with the same weights."""
-    config = transformers.GPT2Config(
-        n_layer=TINY.n_layer,
-        n_head=TINY.n_head,
-        n_embd=TINY.n_embd,
-        n_positions=TINY.block_size,
-        vocab_size=TINY.vocab_size,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    model = transformers.GPT2LMHeadModel(config).eval()
-    model.load_state_dict(ours.state_dict())
-    return model
-
-
-def peft_config(**fields) -> peft.LoraConfig:
-    settings = {"r": 4, "lora_alpha": 6, "target_modules": ["c_attn"], "fan_in_fan_out": True}
-    return peft.LoraConfig(task_type="CAUSAL_LM", **settings | fields)
-
-
-def peft_model(ours: gpt2.GPT2, **fields) -> peft.PeftModel:
-    torch.manual_seed(0)
-    return peft.get_peft_model(theirs_of(ours), peft_config(init_lora_weights=False, **fields))
 
 
 @pytest.mark.parametrize("targets", [["c_attn"], ALL, ["attn.c_proj"]])
@@ -86,15 +59,11 @@ def test_peft_reads_our_config_without_a_warning(tmp_path, recwarn):
     lora.inject(model, r=4)
     lora.save(model, tmp_path)
     recwarn.clear()
-    peft.PeftModel.from_pretrained(theirs_of(model_base()), tmp_path)
+    peft.PeftModel.from_pretrained(theirs_of(tiny_gpt2()), tmp_path)
     assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
     fields = json.loads((tmp_path / "adapter_config.json").read_text())
     known = set(peft.LoraConfig.__dataclass_fields__)
     assert set(fields) <= known
-
-
-def model_base() -> gpt2.GPT2:
-    return tiny_gpt2()
 
 
 def test_our_loader_works_on_transformers_model(tmp_path):
@@ -104,20 +73,6 @@ def test_our_loader_works_on_transformers_model(tmp_path):
     plain = theirs_of(tiny_gpt2())
     lora.load(plain, tmp_path)
     torch.testing.assert_close(plain(IDX).logits, want, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("init", ["pissa_niter_2", "olora"])
-def test_an_adapter_whose_init_changed_the_base_is_refused(tmp_path, init):
-    theirs = peft.get_peft_model(theirs_of(tiny_gpt2()), peft_config(init_lora_weights=init))
-    theirs.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="changed the base weights"):
-        lora.load(tiny_gpt2(), tmp_path)
-
-
-def test_dora_is_refused(tmp_path):
-    peft_model(tiny_gpt2(), use_dora=True).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="dora"):
-        lora.load(tiny_gpt2(), tmp_path)
 
 
 def test_the_update_has_pefts_gradients():

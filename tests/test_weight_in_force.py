@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lora
-from tests.toys import MLP, layer, randomize, raw, snapshot, tiny_gpt2
+from tests.toys import layer, randomize, raw, tiny_gpt2
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
@@ -75,28 +75,28 @@ def test_torchs_encoder_layer_reads_the_weight_in_force_in_eval_mode(state):
     assert not torch.allclose(y, base)
 
 
-FOLDED = ["t5", "mt5", "umt5", "longt5", "switch_transformers"]
-
-
-@pytest.mark.parametrize("name", FOLDED)
-def test_encoders_and_decoders_of_transformers_that_read_weights_run(name):
-    transformers = pytest.importorskip("transformers")
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
-    config = transformers.AutoConfig.for_model(
-        name, vocab_size=40, decoder_start_token_id=0, **sizes
-    )
+def test_t5_whose_code_reads_a_weights_dtype_is_pefts(tmp_path):
+    """Its gated feed-forward reads `wo.weight` twice in a call."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    config = transformers.T5Config(
+        vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2,
+        feed_forward_proj="gated-gelu", decoder_start_token_id=0,
+    )  # fmt: skip
     torch.manual_seed(0)
-    model = transformers.AutoModelForSeq2SeqLM.from_config(config).eval()
-    ids = torch.tensor([[3, 4, 5]])
-    paths = lora.inject(model, targets="all-linear", r=1)
-    randomize(model, std=0.1)
-    y = model(input_ids=ids, decoder_input_ids=ids).logits
-    y.square().mean().backward()
-    idle = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    assert len(idle) < len(paths)  # only experts that no token chose
-    with torch.no_grad(), lora.merged(model):
-        again = model(input_ids=ids, decoder_input_ids=ids).logits
-    torch.testing.assert_close(again, y, rtol=1e-3, atol=1e-4)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    theirs = transformers.T5ForConditionalGeneration(config).eval()
+    theirs.load_state_dict(model.state_dict())
+    lora.inject(model, r=2, alpha=3, targets=("q", "v", "wo", "wi_0"))
+    randomize(model)
+    lora.save(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path, is_trainable=True).eval()
+    ids = torch.randint(1, 40, (2, 7))
+    grads = []
+    for each in (model, theirs):
+        y = each(input_ids=ids, labels=ids)
+        y.loss.backward()
+        grads.append((y.logits, [p.grad for p in each.parameters() if p.requires_grad]))
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -139,29 +139,3 @@ def test_a_state_dict_goes_round_and_a_plain_model_takes_the_bases_part():
 
 
 # Messages that say what to do
-
-
-@pytest.mark.parametrize(
-    ("model", "settings", "error", "message"),
-    [
-        (nn.Sequential(nn.Linear(4, 4)), {}, ValueError, "Linear modules here end in: 0"),
-        (nn.Linear(4, 4), {}, ValueError, "wrap it, as in torch.nn.Sequential(layer)"),
-        (MLP(), {"targets": "q_proj"}, ValueError, "Linear modules here end in: down, up"),
-        (nn.Sequential(MLP(), nn.Linear(6, 2)), {"targets": "all-linear", "r": 4}, ValueError,
-         "1: r 4 is above 2, its smaller side; choose less, or leave it out (exclude=)"),
-        (MLP(), {"lora_alpha": 3}, TypeError, "PEFT's name: here it is alpha"),
-        (MLP(), {"target_modules": "up"}, TypeError, "here it is targets"),
-        (MLP(), {"tragets": "up"}, TypeError, "did you mean targets?"),
-        (MLP(), {"fan_in_fan_out": True}, TypeError, "the layer's class tells the layout"),
-        (nn.Sequential(nn.ReLU()), {}, ValueError, "There are no linear modules here."),
-        (3, {}, ValueError, "must be a torch.nn.Module, got int"),
-    ],
-)  # fmt: skip
-def test_a_message_says_what_to_do(model, settings, error, message):
-    before = snapshot(model) if isinstance(model, nn.Module) else None
-    with pytest.raises(error) as raised:
-        lora.inject(model, **settings)
-    assert message in str(raised.value)
-    assert len(str(raised.value)) < 500
-    if before is not None:
-        assert snapshot(model) == before

@@ -11,6 +11,7 @@ import lora
 from gpt2.data.held_out import sides, within
 
 TINY = gpt2.GPT2Config(n_layer=2, n_head=2, n_embd=16, block_size=32, vocab_size=61)
+IDX = torch.randint(0, TINY.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
 def tiny_gpt2(seed: int = 0, dtype: torch.dtype = torch.float32) -> gpt2.GPT2:

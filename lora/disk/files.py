@@ -1,6 +1,4 @@
-"""An adapter's two files: located in a folder or on the Hub, read as bytes, written together."""
-
-from __future__ import annotations
+"""An adapter's two files: located in a folder or on the Hub, read, written together."""
 
 import json
 import os
@@ -19,35 +17,30 @@ if sys.platform != "win32":
     import fcntl
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-SAVING = ".saving-"  # how the folder begins in which files wait; a killed save leaves it behind
-_OTHER_FORMATS = {
-    "adapter_model.bin": "a pickle, which is not read: load it with PEFT and call save_pretrained",
-    "adapters.safetensors": "mlx-lm's format, which is not read",
-    "pytorch_lora_weights.safetensors": "diffusers' format, which is not read",
-}
+SAVING = ".saving-"  # a folder in which files wait; a killed save leaves it
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_PICKLE = "adapter_model.bin"  # as PEFT wrote before
 
 
 def locate(name: str | Path) -> tuple[Path, Path]:
     """The config and the weights of a folder, or of "org/repo" on the Hub."""
     folder = Path(name)
-    if isinstance(name, str) and not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-        from huggingface_hub import hf_hub_download  # not at the top: it takes longer than the rest
+    if isinstance(name, str) and not folder.exists() and _REPOSITORY.fullmatch(name):
+        from huggingface_hub import hf_hub_download  # not at the top: it takes long
 
         return Path(hf_hub_download(name, CONFIG)), Path(hf_hub_download(name, WEIGHTS))
     if missing := [file for file in (CONFIG, WEIGHTS) if not (folder / file).is_file()]:
-        verb = "are" if len(missing) > 1 else "is"
-        message = f"{folder}: {' and '.join(missing)} {verb} missing."
-        for file, reason in _OTHER_FORMATS.items():
-            if (folder / file).exists():
-                message = f"{message} There is {file}: {reason}."
+        message = f"{folder} has no {' and no '.join(missing)}."
+        if (folder / _PICKLE).exists():
+            message = f"{message} {_PICKLE} is not read: load it with PEFT and save it."
         if named := sorted(path.parent for path in folder.glob(f"*/{CONFIG}")):
-            message = f"{message} There are adapters in {', '.join(map(str, named))}: name one."
+            message = f"{message} Name one of {', '.join(map(str, named))}."
         raise FileNotFoundError(message)
     return folder / CONFIG, folder / WEIGHTS
 
 
 def to_bytes(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file; its metadata in sorted order, where the library's differs by run."""
+    """A safetensors file, its metadata sorted, where the library's order differs by run."""
     plain = save(tensors)
     size = int.from_bytes(plain[:8], "little")
     header = {"__metadata__": metadata, **json.loads(plain[8 : 8 + size])}
@@ -68,10 +61,7 @@ def read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def write(folder: Path, content: Mapping[str, bytes]) -> None:
-    """Write files into a folder, which an error, such as a full disk, leaves as it was.
-
-    A kill between two names leaves a `.saving-` folder.
-    """
+    """Write files into a folder, which an error, such as a full disk, leaves as it was."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=SAVING) as beside:
         for name, data in content.items():
@@ -86,7 +76,7 @@ def write(folder: Path, content: Mapping[str, bytes]) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Generator[None]:
-    """Hold the folder's lock, which goes with the process; Windows has none of a folder."""
+    """Hold the folder's lock, which goes with the process; Windows has none."""
     if sys.platform == "win32":
         yield
         return

@@ -1,6 +1,4 @@
-"""A few entries of each base weight, by which loading detects an adapter of another base."""
-
-from __future__ import annotations
+"""Some entries of each base weight, by which another base is detected."""
 
 import json
 import math
@@ -12,24 +10,26 @@ from torch import nn
 
 from lora.layout import out_in_view
 
-BASE = "lora_base_entries"  # key in a safetensors file's metadata
-ENTRIES = 16
+BASE, ENTRIES = "lora_base_entries", 16  # key in our metadata; how many of a weight
 
-Fingerprint = list[float | str]
-"""The dtype of a weight, then some of its entries."""
+Fingerprint = list[float | str]  # the dtype of a weight, then some of its entries
 
 
 def describe(bases: Mapping[str, nn.Module]) -> dict[str, str]:
-    """The metadata for these base layers by path; those that cannot be read are left out."""
+    """The metadata for base layers by path, without those that cannot be read."""
     prints = {path: _fingerprint(base) for path, base in bases.items()}
     return {BASE: json.dumps({path: entries for path, entries in prints.items() if entries})}
 
 
 def differing(metadata: Mapping[str, str], bases: Mapping[str, nn.Module]) -> list[str]:
-    """The paths of layers that are not those of the metadata, to the rounding of their dtypes."""
+    """The paths of layers that differ by more than the rounding of their dtypes."""
     saved: dict[str, Fingerprint] = json.loads(metadata.get(BASE, "{}"))
-    here = {path: _fingerprint(base) for path, base in bases.items() if path in saved}
-    return [path for path, entries in here.items() if entries and not _close(entries, saved[path])]
+    other: list[str] = []
+    for path, base in bases.items():
+        entries = _fingerprint(base) if path in saved else None
+        if entries and not _close(entries, saved[path]):
+            other.append(path)
+    return other
 
 
 def _fingerprint(base: nn.Module) -> Fingerprint | None:
@@ -40,7 +40,7 @@ def _fingerprint(base: nn.Module) -> Fingerprint | None:
         if hasattr(weight, "full_tensor"):  # each process has a part of it
             weight = weight.full_tensor()
         view = out_in_view(base, weight)
-        # Steps of large primes, so that the entries lie in no pattern.
+        # Steps of large primes lie in no pattern.
         steps = torch.arange(1, ENTRIES + 1, device=view.device)
         entries = view[steps * 7919 % view.shape[0], steps * 104729 % view.shape[1]].tolist()
     except (IndexError, NotImplementedError):  # packed by a quantiser

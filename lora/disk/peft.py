@@ -5,12 +5,8 @@ PEFT writes, each key behind `base_model.model.`:
     PATH.base_layer.NAME                     a tensor of the base, beside an update
     PATH.NAME                                a tensor of a module that was trained whole
 
-Which layers are adapted, and their ranks, is read from the tensors alone.
-
-Source: PEFT, `LoraConfig`, `save_and_load` and `tuners_utils`.
+The tensors say which layers are adapted, and their ranks.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
@@ -28,17 +24,17 @@ PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
 _BASE = re.compile(r".+\.(?:base_layer|original_module)\..+")
 
-# Fields that say nothing about what the adapter computes, or what its tensors say too.
+# Fields that change nothing in what the adapter computes.
 _NOTES = frozenset(
     "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode "
     "fan_in_fan_out megatron_core qalora_group_size runtime_config loftq_config eva_config".split()
 )
-# Any other field that is set is refused, so that no feature is dropped in silence.
+# Any other field that is set is refused.
 _KNOWN = frozenset(
     "r lora_alpha lora_dropout use_rslora target_modules exclude_modules layers_to_transform "
     "layers_pattern rank_pattern alpha_pattern bias modules_to_save init_lora_weights".split()
 )
-# Ways of drawing A and B that leave the base and the formula as they are; others do not.
+# Ways of drawing A and B that leave the base and the formula as they are.
 _INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 T = TypeVar("T")
@@ -53,9 +49,9 @@ class PeftConfig:
     alpha: float
     dropout: float
     rslora: bool
-    alpha_pattern: Mapping[re.Pattern[str], float]  # other alphas, by a pattern for a whole path
-    copies: tuple[str, ...]  # ends of the paths of modules that were trained whole
-    digest: str  # of all fields that change what the adapter computes
+    alpha_pattern: Mapping[re.Pattern[str], float]  # by a pattern for a whole path
+    copies: tuple[str, ...]  # ends of paths of modules that were trained whole
+    digest: str  # of the fields that change what it computes
 
     def update_config(self, path: str, r: int) -> UpdateConfig:
         """The config of an update of this rank at this path."""
@@ -86,10 +82,7 @@ def parse(text: bytes | str) -> PeftConfig:
     if (bias := fields.get("bias") or "none") != "none":
         faults.append(f"bias is {bias!r}: trained biases are not supported")
     if (init := fields.get("init_lora_weights")) not in _INITS:
-        faults.append(
-            f"init_lora_weights {init!r} changed the base weights or the formula, so the adapter "
-            "fits no plain base"
-        )
+        faults.append(f"init_lora_weights {init!r} changed the base weights or the formula")
     for name in sorted(fields.keys() - _NOTES - _KNOWN):
         if fields[name]:
             faults.append(f"{name} is {fields[name]!r:.120}, which is not supported")
@@ -129,7 +122,7 @@ def sort_tensors(tensors: Mapping[str, Tensor], config: PeftConfig) -> Tensors:
 def to_tensors(
     factors: Mapping[str, Sequence[Tensor]], embeddings: Collection[str], copies: ByPath
 ) -> dict[str, Tensor]:
-    """The tensors of a file by PEFT's keys: each layer's A and B, and what was trained whole."""
+    """The tensors of a file by PEFT's keys."""
     tensors: dict[str, Tensor] = {}
     for path, pair in factors.items():
         for name, factor in zip("AB", pair, strict=True):
@@ -146,18 +139,13 @@ def to_config(
     copies: Collection[str] = (),
     **notes: object,
 ) -> str:
-    """The config of an adapter, which fits exactly its layers; the same adapter, the same text.
-
-    `paths` are those of all modules of the base, `copies` those of modules that were trained whole.
-    """
+    """The config of an adapter, which fits none but its layers among the `paths` of a base."""
     first = next(iter(updates.values()))  # dropout and rsLoRA are one choice an adapter
     r = _most_common(u.r for u in updates.values())
     alpha = _most_common(u.alpha for u in updates.values())
     if clashes := [p for p in paths if p not in copies and any(p.endswith(c) for c in copies)]:
-        raise ValueError(
-            f"PEFT would take {', '.join(clashes[:3])} for a module in modules_to_save, since its "
-            f"path ends like one of {', '.join(copies)}; rename one."
-        )
+        ends = ", ".join(copies)
+        raise ValueError(f"PEFT takes {', '.join(clashes)} for {ends}, as their paths end alike.")
     fields: dict[str, object] = {
         "peft_type": "LORA",
         "r": r,
@@ -180,10 +168,7 @@ def to_config(
 
 
 def _copied(name: str, ends: Collection[str]) -> tuple[str, str] | None:
-    """The module trained whole in which a tensor is, and its name there.
-
-    PEFT compares the ends of paths, and not on whole segments.
-    """
+    """The path of the module trained whole that holds a tensor, and its name there."""
     parts = name.split(".")
     paths = (".".join(parts[:i]) for i in range(1, len(parts)))
     path = next((path for path in paths if path.endswith(tuple(ends))), None)
@@ -195,16 +180,12 @@ def _most_common(values: Iterable[T]) -> T:
 
 
 def _exact(path: str, paths: Collection[str]) -> str:
-    """A pattern that fits this path and none of the others."""
     alone = not any(other.endswith(f".{path}") for other in paths)
     return re.escape(path) if alone else f"^{re.escape(path)}"
 
 
 def _targets(adapted: set[str], paths: Collection[str]) -> list[str] | str:
-    """The last segments of the paths where they fit no other module, else the paths.
-
-    A path that ends another module's, as `up` ends `block.up`, takes a regular expression.
-    """
+    """The ends of the paths, the paths, or a regular expression: what fits no other path."""
     other = [path for path in paths if path not in adapted]
     others = {path.rpartition(".")[2] for path in other}
     ends = {path: path.rpartition(".")[2] for path in adapted}

@@ -1,12 +1,9 @@
 """The formula as single differentiable functions: the fast forms of `LoRALinear`.
 
-The forms keep the input once, in its own dtype, and of dropout a byte an element at most. Their
-backward passes are differentiable themselves, so that second derivatives are right.
+They keep the input once, and of dropout a byte an element. Second derivatives are right.
 
 Shapes: N rows of the input, all leading axes flattened · in, out · r rank.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
@@ -15,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lora.fast.dropout import drop
-from lora.layout import has_hooks, is_conv1d, is_hooked
+from lora.layout import is_conv1d, is_hooked
 
 FEW = 64  # rows up to which compiled inference writes the products as sums
-WIDE = 2048  # rows from which widening the weight by B costs less than products of B's own
+_HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
+WIDE = 2048  # rows from which widening the weight by B pays
 
 
 class Term(NamedTuple):
@@ -31,7 +29,7 @@ class Term(NamedTuple):
 
 
 def applies(layer: nn.Module, x: Tensor) -> bool:
-    """Whether the forms apply: no ids, no autocast, no transform of torch.func, no moved weight."""
+    """Whether the forms apply: no ids, autocast, transform of torch.func, or moved weight."""
     device = x.device.type
     return (
         x.is_floating_point()
@@ -48,7 +46,7 @@ def in_transform() -> bool:
 
 
 def linear(base: nn.Module, x: Tensor, weight: Tensor, terms: Sequence[Term]) -> Tensor:
-    """`base(x)` and the terms, for `x` `(…, in)` and the base's weight seen as `(out, in)`."""
+    """`base(x)` and the terms, for `x` `(…, in)` and the base's weight `(out, in)`."""
     if len(terms) == 1 and _widens(base, x, weight, terms[0]):
         return wide_linear(x, weight, cast(Tensor | None, base.bias), terms[0])
     y = base(x)
@@ -66,7 +64,7 @@ def add_update(y: Tensor, x: Tensor, term: Term) -> Tensor:
 
 
 def _add_in_one_kernel(y: Tensor, x: Tensor, term: Term) -> Tensor:
-    """The products as sums, which a compiler fuses with what is around them."""
+    """The products as sums, which a compiler fuses."""
     h = (_rows(x)[:, None] * term.a).sum(-1) * term.scaling  # (N, r), in A's dtype if wider
     return y + (h[:, None] * term.b).sum(-1).view(y.shape).to(y.dtype)
 
@@ -79,9 +77,9 @@ class _AddUpdate(torch.autograd.Function):
         h, keep = _down(x, a, p)
         ctx.save_for_backward(x, keep, h, a, b)
         ctx.scaling, ctx.p = scaling, p
-        # The product is scaled, not a factor of it: zeros stay zeros, whatever the scaling.
+        # The product is scaled, and no factor: zeros stay zeros.
         out = torch.addmm(_rows(y), h, b.to(x.dtype).t(), alpha=scaling)
-        return torch.ops.aten._unsafe_view(out, y.shape)  # a view could not be changed in place
+        return torch.ops.aten._unsafe_view(out, y.shape)  # no view: it may be changed in place
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -96,29 +94,26 @@ class _AddUpdate(torch.autograd.Function):
 
 
 def _widens(base: nn.Module, x: Tensor, weight: Tensor, term: Term) -> bool:
-    """Whether `wide_linear` computes here what the base and the term do, and pays."""
+    """Whether `wide_linear` computes the same here, and pays."""
     return (
         x.dtype == weight.dtype
         and (type(base) is nn.Linear or is_conv1d(base))
-        # A frozen update is inference, which at birth is the base's to the bit.
+        # At birth inference is the base's to the bit.
         and term.a.requires_grad
         and pays_wide(x, len(term.a))
-        and not has_hooks(base)
+        and not any(getattr(base, f"_{name}_hooks") for name in _HOOKS)
         and not any(p.requires_grad for p in base.parameters())
     )
 
 
 def pays_wide(x: Tensor, rank: int) -> bool:
-    """Whether `wide_linear` is worth it: in a large training step on a GPU, if well aligned."""
+    """Whether `wide_linear` pays: in a large, aligned training step on a GPU."""
     width = x.shape[-1] + rank
     return x.is_cuda and torch.is_grad_enabled() and len(_rows(x)) >= WIDE and width % 8 == 0
 
 
 def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None, term: Term) -> Tensor:
-    """`x Wᵀ + bias` and the term, as one product `[x | h] [W | sB]ᵀ`.
-
-    `x` `(…, in)` has the dtype of `weight` `(out, in)`, which may have any strides.
-    """
+    """`x Wᵀ + bias` and the term, as one product `[x | h] [W | sB]ᵀ`."""
     return _WideLinear.apply(x, weight, bias, *term)
 
 
@@ -159,24 +154,19 @@ class _WideLinear(torch.autograd.Function):
 
 
 def _down(x: Tensor, a: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
-    """`h = drop(x) Aᵀ` `(N, r)`, and what dropout kept, `(N, in)`.
-
-    Rows are dropped, not `x`: only so does torch.compile make the mask again, and keep none.
-    """
-    rows = _rows(x)
+    """`h = drop(x) Aᵀ` `(N, r)`, and what dropout kept, `(N, in)`."""
+    rows = _rows(x)  # dropped instead of x: only so does torch.compile keep no mask
     dropped, keep = drop(rows, p) if p else (rows, None)
     return dropped @ a.to(x.dtype).t(), keep
 
 
 def _again(h: Tensor, x: Tensor, keep: Tensor | None, a: Tensor, p: float) -> Tensor:
-    """`h`; for second derivatives made again from x and A, on which it depends."""
     if not torch.is_grad_enabled():
         return h
     return _masked(_rows(x), keep, p) @ a.to(x.dtype).t()
 
 
 def _grad_of_a(dh: Tensor, x: Tensor, keep: Tensor | None, a: Tensor, p: float) -> Tensor:
-    """From the gradient of `drop(x) Aᵀ`, `(N, r)`."""
     return (dh.t() @ _masked(_rows(x), keep, p)).to(a.dtype)
 
 
@@ -194,12 +184,11 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _scaled(b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    """`s B`, scaled in B's own dtype."""
     return (b * scaling).to(dtype)
 
 
 def _widened(weight: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """`[W | sB]ᵀ`, `(in + r, out)`, copied along W's own layout."""
+    """`[W | sB]ᵀ`, `(in + r, out)`, in W's layout."""
     b = _scaled(b, scaling, weight.dtype)
     if weight.stride(0) == 1:  # a Conv1D's
         return torch.cat([weight.t(), b.t()])

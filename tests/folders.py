@@ -1,0 +1,92 @@
+"""Adapter folders that tests write, spoil and hand to PEFT."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors import safe_open
+
+import gpt2
+import lora
+from lora.disk import checkpoint
+from tests.toys import TINY, snapshot
+
+C_ATTN = "base_model.model.transformer.h.0.attn.c_attn"
+# What Unsloth writes as target_modules.
+UNSLOTH = (
+    r"(?:.*?(?:vision|image|visual|patch|language|text).*?"
+    r"(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?"
+    r"(?:k_proj|v_proj|q_proj|out_proj|fc1|fc2|o_proj|gate_proj|up_proj|down_proj).*?)"
+    r"|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)"
+    r"\.(?:(?:k_proj|v_proj|q_proj|out_proj|fc1|fc2|o_proj|gate_proj|up_proj|down_proj)))"
+)
+
+
+def edit(folder, change, metadata="keep") -> None:
+    """Rewrite the tensors of a saved adapter."""
+    file = folder / checkpoint.WEIGHTS
+    with safe_open(file, "pt") as f:
+        tensors, kept = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()  # noqa: SIM118
+    change(tensors)
+    safetensors.torch.save_file(tensors, file, kept if metadata == "keep" else metadata)
+
+
+def edit_config(folder, **fields) -> None:
+    """Rewrite the config of a saved adapter, in weights that do not say which one is theirs."""
+    file = folder / checkpoint.CONFIG
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    with safe_open(folder / checkpoint.WEIGHTS, "pt") as f:
+        metadata = {key: value for key, value in f.metadata().items() if key != checkpoint.DIGEST}
+    edit(folder, lambda tensors: None, metadata)
+
+
+def refuses(model, folder, words, error=ValueError, **arguments) -> None:
+    before = snapshot(model)
+    with pytest.raises(error, match=words):
+        lora.load(model, folder, **arguments)
+    assert snapshot(model) == before
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def theirs_of(ours: gpt2.GPT2):
+    """transformers' model with the same weights."""
+    transformers = pytest.importorskip("transformers", reason="PEFT adapts its models")
+    config = transformers.GPT2Config(
+        n_layer=TINY.n_layer,
+        n_head=TINY.n_head,
+        n_embd=TINY.n_embd,
+        n_positions=TINY.block_size,
+        vocab_size=TINY.vocab_size,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = transformers.GPT2LMHeadModel(config).eval()
+    model.load_state_dict(ours.state_dict())
+    return model
+
+
+def peft_model(ours: gpt2.GPT2, **fields):
+    """PEFT's model of the same weights, its adapter random."""
+    peft = pytest.importorskip("peft", reason="PEFT is the oracle here")
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": ["c_attn"], "init_lora_weights": False}
+    config = peft.LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True, **settings | fields)
+    torch.manual_seed(0)
+    return peft.get_peft_model(theirs_of(ours), config)
+
+
+def llama(tied: bool = False, kind: str = "LlamaForCausalLM"):
+    """A tiny Llama of transformers."""
+    transformers = pytest.importorskip("transformers", reason="PEFT adapts its models")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=31, hidden_size=8, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=32,
+        attention_bias=True, tie_word_embeddings=tied, pad_token_id=0,
+    )  # fmt: skip
+    return getattr(transformers, kind)(config).eval()
