@@ -409,17 +409,13 @@ def test_one_token_is_enough(example, options):
     assert batch.n_tokens == 1
 
 
-def test_a_long_list_of_untaught_examples_is_cut():
-    with pytest.raises(ValueError, match=r"^500 examples .*: 1, 2, 3, 4, 5, 6, 7, 8, 9, 10…\."):
-        encode([""] * 500, Letters())
-
-
 @pytest.mark.parametrize(
     ("examples", "options", "said"),
     [
         ([], {}, "no examples"),
         ("a text", {}, "examples is one str: give a list"),
         (["ab"], {"max_length": 1}, "1 examples leave no token to learn: 1. .* raise max_length"),
+        ([""] * 500, {}, r"^500 examples .*: 1, 2, 3, 4, 5, 6, 7, 8, 9, 10…\."),
     ],
 )
 def test_bad_arguments_of_encode(examples, options, said):
