@@ -186,10 +186,11 @@ def _table(file: TextIO) -> Rows:
             said = f"one column, {short(heading[0])}: cells seem to be separated by ';'"
             yield ":1", ValueError(f"{said}; a .csv takes commas, a .tsv tabs")
             return
+        row: Any
         for row in rows:
-            whole = None not in row and None not in row.values()
-            fault = ValueError(f"has more or fewer cells than the heading's {len(heading)}")
-            yield f":{rows.line_num}", row if whole else fault
+            if None in row or None in row.values():
+                row = ValueError(f"has more or fewer cells than the heading's {len(heading)}")
+            yield f":{rows.line_num}", row
     except csv.Error as error:  # nothing tells where the next row begins
         yield f":{rows.line_num + 1}", ValueError(f"not {kind} ({error})")
     finally:
