@@ -223,7 +223,7 @@ def test_plain_text_has_documents_between_blank_lines_and_a_prompt_a_line(tmp_pa
         ("question,answer\na,b\nonly", ":3: has more or fewer cells than the heading's 2"),
         ("question,answer\na,b,c", ":2: has more or fewer cells than the heading's 2"),
         ('text\n"a\nb"\n""', ":4: 'text' is empty"),
-        ('text\n"never closed', ":2: not CSV (unexpected end of data)"),
+        ('text\n"never closed', ":2: not a .csv (unexpected end of data)"),
         ("text", " holds no examples"),
     ],
 )
