@@ -206,7 +206,7 @@ def test_importing_touches_no_random_state_and_little_else():
 # Lines of Python as `wc -l` counts them: they only fall, but for what a new capability is given.
 BUDGET = {
     "lora": 3_185,
-    "gpt2": 6_541,
+    "gpt2": 6_539,
     "scripts": 4_226,
     "tests": 19_532,
     "benchmarks": 1_797,
@@ -217,7 +217,7 @@ CORE = "layer config layout tree targets injection bank merging".split()
 PARTS = {
     "lora core": ([ROOT / "lora" / f"{name}.py" for name in CORE], 1_341),
     "gpt2 core": (sorted((ROOT / "gpt2").glob("*.py")), 1_499),
-    "gpt2/data": (sorted((ROOT / "gpt2" / "data").glob("*.py")), 1_014),
+    "gpt2/data": (sorted((ROOT / "gpt2" / "data").glob("*.py")), 1_012),
 }
 # Characters a line and the share of blank lines when the budget began, and how far a line may have
 # grown: lines do not go by becoming denser. Those of scripts/ have, and have to come back to 5 %.
