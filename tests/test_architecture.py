@@ -206,9 +206,9 @@ def test_importing_touches_no_random_state_and_little_else():
 # Lines of Python as `wc -l` counts them: they only fall, but for what a new capability is given.
 BUDGET = {
     "lora": 3_199,
-    "gpt2": 6_546,
+    "gpt2": 6_539,
     "scripts": 3_249,
-    "tests": 19_735,
+    "tests": 19_588,
     "benchmarks": 1_797,
 }
 MOST_LINES = {"lora": 400, "gpt2": 400, "scripts": 400, "tests": 700, "benchmarks": 400}
@@ -217,7 +217,7 @@ CORE = "layer config layout tree targets injection bank merging".split()
 PARTS = {
     "lora core": ([ROOT / "lora" / f"{name}.py" for name in CORE], 1_350),
     "gpt2 core": (sorted((ROOT / "gpt2").glob("*.py")), 1_499),
-    "gpt2/data": (sorted((ROOT / "gpt2" / "data").glob("*.py")), 1_016),
+    "gpt2/data": (sorted((ROOT / "gpt2" / "data").glob("*.py")), 1_012),
 }
 # Characters a line and the share of blank lines when the budget began, and how far a line may have
 # grown: lines do not go by becoming denser. Those of scripts/ have, and have to come back to 5 %.

@@ -70,6 +70,11 @@ def test_epochs_seeds_and_streams_differ():
         for stream in range(5)
     }
     assert len(orders) == 125
+    # And they stay what they are, so that a run of an older version is resumed.
+    few = shuffled(np.arange(9), 9, seed=1, epoch=2, stream=3)
+    assert few.tolist() == [6, 7, 4, 5, 0, 3, 1, 2, 8]
+    many = shuffled(np.array([0, 10**6]), 10**9, seed=5, epoch=0)
+    assert many.tolist() == [940009088, 644860774]
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5])

@@ -128,13 +128,19 @@ def test_rows_of_different_lengths_are_each_as_alone():
 
 
 @torch.no_grad()
-def test_no_position_sees_a_later_one():
-    model = tiny()
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_no_position_sees_a_later_one(dropout):
+    model = tiny(attn_pdrop=dropout).train()
+
+    def logits(idx: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(0)
+        return model(idx)
+
     a = torch.randint(50, (1, 16), generator=torch.Generator().manual_seed(3))
     b = a.clone()
     b[0, 10:] = (b[0, 10:] + 1) % 50
-    torch.testing.assert_close(model(a)[:, :10], model(b)[:, :10], rtol=0, atol=1e-12)
-    assert not torch.allclose(model(a)[:, 10:], model(b)[:, 10:])
+    torch.testing.assert_close(logits(a)[:, :10], logits(b)[:, :10], rtol=0, atol=1e-12)
+    assert not torch.allclose(logits(a)[:, 10:], logits(b)[:, 10:])
 
 
 @pytest.mark.parametrize("site", DRY)

@@ -126,26 +126,6 @@ def test_all_layouts_load_alike(tiny, folder):
         GPT2.from_pretrained(folder)
 
 
-def shard(folder: Path) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").rename(folder / "whole")
-    halves = [dict(list(tensors.items())[i::2]) for i in range(2)]
-    names = [f"model-0000{i + 1}-of-00002.safetensors" for i in range(2)]
-    for name, half in zip(names, halves, strict=True):
-        save_file(half, folder / name)
-    weight_map = {key: name for name, half in zip(names, halves, strict=True) for key in half}
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def test_sharded(tiny, folder):
-    shard(folder)
-    assert same_weights(GPT2.from_pretrained(folder), tiny)
-    (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"lacks model-00002-of-00002\.safetensors"):
-        GPT2.from_pretrained(folder)
-
-
 def test_one_file_with_the_config_beside_it(tiny, folder):
     file = (folder / "model.safetensors").rename(folder / "anything.safetensors")
     model = GPT2.from_pretrained(file)
@@ -400,7 +380,7 @@ def test_transformers_loads_what_is_saved(transformers, demo, tmp_path, caplog, 
     logger.addHandler(caplog.handler)
     theirs, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
     logger.removeHandler(caplog.handler)
-    assert not caplog.records
+    assert not [r for r in caplog.records if r.name.startswith("transformers")]
     assert not recwarn.list
     assert not any(info.values())
     assert theirs.dtype == dtype

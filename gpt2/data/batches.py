@@ -113,8 +113,7 @@ def collate(data: Dataset, chosen: Array) -> Batch:
     """Right-pad examples to one length; what is padding is told by position, never by id."""
     ids, learnt, lengths = data.take(chosen)
     at = np.arange(lengths.max()) < lengths[:, None]  # (B, T)
-    idx = np.zeros(at.shape, np.int64)
-    labels = np.full(at.shape, IGNORE, np.int64)
+    idx, labels = np.zeros(at.shape, np.int64), np.full(at.shape, IGNORE, np.int64)
     idx[at], labels[at] = ids, np.where(learnt, ids, IGNORE)
     n_tokens = int(np.count_nonzero(labels[:, 1:] != IGNORE))
     return Batch(torch.from_numpy(idx), torch.from_numpy(labels), n_tokens)
@@ -124,13 +123,13 @@ def _end_to_end(data: Dataset, chosen: Array, plan: Rows) -> Batch:
     ids, learnt, lengths = data.take(chosen)
     ends, more = np.cumsum(lengths), (0, plan.width - len(ids))
     learnt[ends - lengths] = False  # no document says how the next begins
-    idx = np.pad(ids, more)[None]
-    labels = np.pad(np.where(learnt, ids, IGNORE), more, constant_values=IGNORE)[None]
+    labels = np.where(learnt, ids, IGNORE)
+    row = np.stack([np.pad(ids, more), np.pad(labels, more, constant_values=IGNORE)])
     # What is left of the row is documents too, in which nothing is learnt.
     empty = np.arange(1, plan.slots + 1 - len(ends)) * plan.longest + len(ids)
     starts = np.concatenate([[0], ends, np.minimum(empty, plan.width)]).astype(np.int32)
-    row = torch.from_numpy(np.stack([idx, labels]))
-    return Batch(row[0], row[1], int(learnt.sum()), torch.from_numpy(starts))
+    idx, wanted = torch.from_numpy(row[:, None])
+    return Batch(idx, wanted, int(learnt.sum()), torch.from_numpy(starts))
 
 
 class Counted:
@@ -250,10 +249,9 @@ def _widths(counts: Integers, tokens: int) -> list[int]:
     cost = np.where(edges == 0, 0.0, np.inf)
     befores: list[Integers] = []
     while cost[-1] * (1 - ENOUGH) > real and len(befores) < min(SHAPES, len(edges) - 1):
-        table = cost[:, None] + (below[None] - below[:, None]) * edges[None]
-        before = np.where(earlier, table, np.inf).argmin(0)
-        cost = np.where(edges == 0, np.inf, table[before, np.arange(len(edges))])
-        befores.append(before)
+        table = np.where(earlier, cost[:, None] + (below - below[:, None]) * edges, np.inf)
+        befores.append(table.argmin(0))
+        cost = table.min(0)
     widths, at = list[int](), len(edges) - 1
     for before in reversed(befores):
         widths.append(int(edges[at]))

@@ -136,9 +136,6 @@ def _value(row: Mapping[str, Any], name: str, form: tuple[str, ...]) -> str:
     return value
 
 
-# The rows of each format.
-
-
 def _lines(file: TextIO) -> Rows:
     """The lines that are not blank."""
     for number, line in enumerate(file, 1):
@@ -178,8 +175,9 @@ def _json(text: str) -> Any:
 
 def _table(file: TextIO) -> Rows:
     """The rows of a .csv or .tsv under its heading, each with the line that ends it."""
-    limit, kind = csv.field_size_limit(CELL), Path(file.name).suffix[1:].upper()
-    rows = csv.DictReader(file, dialect="excel-tab" if kind == "TSV" else "excel", strict=True)
+    limit, kind = csv.field_size_limit(CELL), Path(file.name).suffix.lower()
+    dialect = "excel-tab" if kind == ".tsv" else "excel"
+    rows: Any = csv.DictReader(file, dialect=dialect, strict=True)
     try:
         heading = rows.fieldnames or [""]
         if len(heading) == 1 and ";" in heading[0]:
@@ -187,11 +185,11 @@ def _table(file: TextIO) -> Rows:
             yield ":1", ValueError(f"{said}; a .csv takes commas, a .tsv tabs")
             return
         for row in rows:
-            whole = None not in row and None not in row.values()
-            fault = ValueError(f"has more or fewer cells than the heading's {len(heading)}")
-            yield f":{rows.line_num}", row if whole else fault
+            if None in row or None in row.values():
+                row = ValueError(f"has more or fewer cells than the heading's {len(heading)}")
+            yield f":{rows.line_num}", row
     except csv.Error as error:  # nothing tells where the next row begins
-        yield f":{rows.line_num + 1}", ValueError(f"not {kind} ({error})")
+        yield f":{rows.line_num + 1}", ValueError(f"not a {kind} ({error})")
     finally:
         csv.field_size_limit(limit)
 

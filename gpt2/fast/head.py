@@ -94,13 +94,10 @@ class _FrozenHeadLoss(torch.autograd.Function):
         else:
             hidden = F.pad(hidden, (0, 0, 0, -n % 8))
             targets = F.pad(targets, (0, -n % 8), value=IGNORE)
-        pairs: list[tuple[Tensor, Tensor]] = []
-        size = devices.positions_at_a_time(hidden.device)
-        for start in range(0, len(hidden), size):
-            rows, few = hidden[start : start + size], targets[start : start + size]
-            pairs.append(chunk_loss(rows, weight, few, vocab, ctx.needs_input_grad[0], smoothing))
-        empty = hidden.new_zeros(0, dtype=wide_enough(hidden.dtype)), hidden
-        losses, gradients = zip(*pairs or [empty], strict=True)
+        size, how = devices.positions_at_a_time(hidden.device), (ctx.needs_input_grad[0], smoothing)
+        chunks = zip(hidden.split(size), targets.split(size), strict=True)
+        pairs = [chunk_loss(rows, weight, few, vocab, *how) for rows, few in chunks]
+        losses, gradients = zip(*pairs, strict=True)
         ctx.save_for_backward(torch.cat(gradients)[:n])
         return torch.cat(losses)[:n]
 
