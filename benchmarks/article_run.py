@@ -40,7 +40,7 @@ marks.append(time.time())
 examples = gpt2.read_examples("scripts/data/article.jsonl")
 data = gpt2.encode(examples, gpt2.Tokenizer(), max_length=128)
 marks.append(time.time())
-config = gpt2.TrainConfig(lr=1e-4, steps=steps, sync_every=5)
+config = gpt2.TrainConfig(lr=1e-4, steps=steps)
 records = gpt2.train(model, data, config)
 for record in records:
     if record.step == 5:  # one of each text: all that is captured is captured

@@ -30,7 +30,7 @@ def main() -> None:
         for seed in range(a.seeds):
             model = gpt2.GPT2.from_pretrained(a.base, dtype=dtype, device=a.device).eval()
             lora.inject(model, r=8, alpha=16, dropout=0.1, seed=seed)
-            config = gpt2.TrainConfig(lr=3e-3, steps=a.steps, seed=seed, sync_every=END)
+            config = gpt2.TrainConfig(lr=3e-3, steps=a.steps, seed=seed)
             losses = [record.loss for record in gpt2.train(model, data, config)]
             ends.append(statistics.mean(losses[-END:]))
             curves.append(losses)

@@ -22,7 +22,7 @@ from torch.multiprocessing.spawn import spawn
 import gpt2
 from benchmarks import harness, models
 from gpt2.data.batches import Batch
-from gpt2.training.sharding import shard
+from gpt2.training.distributed import shard
 from gpt2.training.step import Stepper
 
 ORDER = {"all-reduce": False, "in order": True}
@@ -87,7 +87,7 @@ def measured(case: str, how: str, world: int, a: Any) -> dict[str, Any]:
         {"step": lambda: stepper(batches, next(numbers))}, a.repeats, "cuda"
     )
     trained = list(stepper.parameters.values())
-    moments = sum(_local(t) for t in stepper.moments().values())
+    moments = sum(_local(t) for t in stepper.state().moments.values())
     return {
         "ms": times["step"],
         "loss": loss,
@@ -150,9 +150,7 @@ class Letters:
 WAYS: dict[str, dict[str, Any]] = {
     "eager, in order": {"cuda_graph": False, "in_order": True},
     "eager, all-reduce": {"cuda_graph": False, "in_order": False},
-    "graph, in order": {"in_order": True},
-    "graph, all-reduce": {"in_order": False},
-    "compiled graph, in order": {"in_order": True, "compile": True},
+    "compiled, in order": {"in_order": True, "compile": True},
     "sharded": {},
     "sharded, compiled": {"compile": True},
 }

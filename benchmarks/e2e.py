@@ -61,10 +61,7 @@ class Task:
         """How to train, as the recipe says; batches so small are replayed as CUDA graphs."""
         names = {f.name for f in dataclasses.fields(gpt2.TrainConfig)} & {*self.recipe}
         options = {name: self.recipe[name] for name in names}
-        every = 1 if self.device == "cpu" else 100
-        return gpt2.TrainConfig(
-            **options, batch_size=self.recipe["train_batch_size"], sync_every=every
-        )
+        return gpt2.TrainConfig(**options, batch_size=self.recipe["train_batch_size"])
 
     def base(self) -> gpt2.GPT2:
         """The base that the recipe names."""

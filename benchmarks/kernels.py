@@ -46,6 +46,8 @@ def main() -> None:
         raise SystemExit("benchmarks.kernels needs a GPU.")
     config = gpt2.SIZES[a.size]
     config = dataclasses.replace(config, block_size=a.context or config.block_size)
+    if a.packed:
+        config = dataclasses.replace(config, attn_pdrop=0.0)
     model = models.ours(a.size, a.device, torch.bfloat16, targets=a.targets, r=a.r, config=config)
     work: dict[str, Any] = {"B": a.B, "T": a.T, "size": a.size, "targets": a.targets}
     data, how = models.batch(model, a.B, min(a.T, config.block_size)), {}
@@ -54,7 +56,7 @@ def main() -> None:
         budget = {"tokens_per_batch": a.B * a.T, "packing": True}
         examples = real_lengths.drawn(median, sigma, n)
         data, _ = next(real_lengths.planned(examples, **budget))
-        data, how = data.to(torch.device(a.device)), budget | {"packing": "always"}
+        data, how = data.to(torch.device(a.device)), budget
         work |= {"packed": a.packed, "context": config.block_size}
     step = models.OurStep(model, data, compile=True, **how)
     for _ in range(a.warmup):

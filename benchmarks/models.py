@@ -12,6 +12,7 @@ from torch import Tensor
 import gpt2
 import lora
 from gpt2.data.batches import Batch
+from gpt2.fast.graphs import GraphedCalls
 from gpt2.training.config import TrainConfig
 from gpt2.training.step import Stepper
 
@@ -107,7 +108,8 @@ class OurStep:
 
     def forget(self) -> None:
         """Drop the CUDA graph: the next call captures one, and shows what memory a step takes."""
-        self.stepper.forget_graphs()
+        if self.stepper.graphs is not None:
+            self.stepper.graphs = GraphedCalls()
 
 
 class PeftStep:

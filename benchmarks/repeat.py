@@ -20,7 +20,7 @@ from benchmarks import harness, models, real_lengths
 
 CONFIG = gpt2.GPT2Config(n_layer=2, n_head=4, n_embd=256)
 DRY = dataclasses.replace(CONFIG, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
-PACKED = {"tokens_per_batch": 2048, "packing": "always"}
+PACKED = {"tokens_per_batch": 2048, "packing": True}
 PADDED = {"batch_size": 16}
 KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WAYS = {

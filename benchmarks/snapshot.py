@@ -13,7 +13,6 @@ import torch
 
 import gpt2
 from benchmarks import harness, models
-from gpt2.training.run import Run
 from gpt2.training.snapshots import NAME, Snapshot, write
 
 
@@ -21,8 +20,8 @@ def main() -> None:
     a = harness.arguments(__doc__, size="gpt2", r=8, folder=None)
     model = models.ours(a.size, a.device, torch.float32, r=a.r)
     data = gpt2.encode(["A short text to take a step on."] * 4, gpt2.Tokenizer())
-    run = Run(model, data, gpt2.TrainConfig(steps=3, lr=1e-4), None)
-    next(run.records())
+    run = gpt2.train(model, data, gpt2.TrainConfig(steps=3, lr=1e-4))
+    next(run)
     state = run.state()
     cases = {
         "no best adapter yet": {},
@@ -32,7 +31,7 @@ def main() -> None:
         for case, best in cases.items():
             folder = Path(place) / case.replace(" ", "-")
             folder.mkdir()
-            snapshot = Snapshot(made_of={}, state=state, evaluated={}, best=best)
+            snapshot = Snapshot({}, state, None, {}, best)
             write(folder, snapshot)
             seconds: list[float] = []
             for _ in range(a.repeats):

@@ -23,7 +23,7 @@ from . import folder, processes
 from .data import shares
 
 TRANSIENT = ("config", "resume", "overwrite", "res_path")  # options of one start, not of the run
-FREE = ("logging_steps", "prompts", "generate", "device", "cache", "sync_every", "save_every")
+FREE = ("logging_steps", "prompts", "generate", "device", "cache", "save_every")
 
 
 @dataclass(frozen=True, kw_only=True)

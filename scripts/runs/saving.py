@@ -121,7 +121,7 @@ def _snapshot(fit: gpt2.Fit, target: Target) -> str:
     """Keep a snapshot if that can be; say how to go on."""
     try:
         fit.save()
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         return f"The snapshot cannot be saved: {error}."
     return f"Go on with --resume {target.run}." if fit.saved_step else ""
 

@@ -71,8 +71,8 @@ def train_one(
     steps = f"{fit.total:,} steps, by {options.config}.{split.message}"
     console.print(f"{name}{record.examples_line(split.train)} {steps}", soft_wrap=True)
     if processes.rank():  # the first shows and writes for all
-        for _ in fit:
-            pass
+        for step in fit:
+            _ = step.loss  # as the first reads it, so that all end at the same step
         return {}
     files = {Path(file).stem: file for file in options.tasks or ()}
     notes = {
