@@ -213,12 +213,6 @@ def test_attention_dropout_is_never_lost_in_silence(monkeypatch):
         losses(model(attn_pdrop=0.1), **config)
 
 
-def test_packing_takes_a_gpt2():
-    network = torch.nn.Sequential(torch.nn.Embedding(20, 20))
-    with pytest.raises(ValueError, match="packing takes a GPT-2, and the model is a Sequential"):
-        train(network, data(), TrainConfig(steps=1, tokens_per_batch=64, packing=True))
-
-
 def test_a_copy_of_a_row_moves_whole():
     batch = row(data())
     moved = batch.to(torch.device("cpu"))

@@ -140,25 +140,6 @@ def test_training_a_compiled_model_runs_what_was_compiled():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("wrap", [Logits, lambda _: nn.Embedding(64, 64)], ids=["ids", "table"])
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"compile": True}, r"compile=True needs a GPT2; give torch.compile\(model\) instead"),
-        ({"checkpointing": True}, "checkpointing=True needs a GPT2"),
-    ],
-    ids=str,
-)
-def test_flags_that_reach_nothing_are_refused(options, said, wrap):
-    with pytest.raises(ValueError, match=said):
-        train(wrap(model_of()), DATA, TrainConfig(steps=1, **options))
-
-
-def test_a_cuda_graph_of_a_step_on_a_cpu_is_refused():
-    with pytest.raises(ValueError, match="cuda_graph=True needs a CUDA device"):
-        train(model_of(), DATA, TrainConfig(steps=1, cuda_graph=True))
-
-
 # Other models
 
 
