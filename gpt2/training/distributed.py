@@ -125,9 +125,9 @@ def in_order(trained: Trained, rows: Sequence[Tensor], count: int) -> Tensor:
     )
     for k, own in enumerate(rows):
         mine[k] = own
-    every = mine.new_empty(size() * len(mine), mine.shape[1])
-    group: Any = torch.distributed  # torch 2.13 renames the function
-    (getattr(group, "all_gather_single", None) or group.all_gather_into_tensor)(every, mine)
+    parts = [torch.empty_like(mine) for _ in range(size())]
+    torch.distributed.all_gather(parts, mine)
+    every = torch.cat(parts)
     gradients = [
         [g.view_as(p).to(p.dtype) for g, p in zip(one.split(sizes), trained, strict=True)]
         for one in every[:count, :-1]

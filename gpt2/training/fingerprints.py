@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from hashlib import blake2b
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,10 +78,12 @@ def of_modules(model: nn.Module) -> str:
     """Classes and plain attributes, since what modules print differs between versions of torch."""
     lines: list[str] = []
     for path, module in model.named_modules():
-        own = {n: v for n, v in sorted(vars(module).items()) if not n.startswith("_")}
-        plain = {n: v for n, v in own.items() if type(v) in (int, float, str) or is_dataclass(v)}
-        plain |= {n: v for n, v in own.items() if _are_weights(v)}
-        lines.append(f"{path} {type(module).__name__.replace('FSDP', '')} {plain}")
+        lines.append(f"{path} {type(module).__name__.replace('FSDP', '')}")
+        for name, value in sorted(vars(module).items()):
+            weights = isinstance(value, dict) and {*map(type, value.values())} == {float}
+            plain = weights or type(value) in (int, float, str) or is_dataclass(value)
+            if plain and not name.startswith("_"):
+                lines.append(f"{name} {value}")
     return _digest("\n".join(lines))
 
 
@@ -90,10 +91,6 @@ def differences(then: Mapping[str, str], now: Mapping[str, str]) -> str:
     """What differs, in words; "" for nothing."""
     names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
     return listed([f"{n} was {then.get(n, 'not there')}, is {now.get(n, 'gone')}" for n in names])
-
-
-def _are_weights(value: Any) -> bool:
-    return isinstance(value, dict) and {type(weight) for weight in value.values()} == {float}
 
 
 def _of(data: Dataset) -> str:

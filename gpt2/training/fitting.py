@@ -74,6 +74,7 @@ class Fit(Training):
         resume: bool,
     ) -> None:
         super().__init__(model, data, config, groups)
+        self._used = True  # which is not warned of where it is refused
         self.validation, self.options = validation, run
         # Evaluations and the best weights: one value, so that no interrupt leaves half of it.
         self._kept: tuple[Mapping[int, float], Weights] = {}, {}
@@ -82,18 +83,15 @@ class Fit(Training):
         self.told, self.saved_step, self._saved_at = 0, 0, time.monotonic()
         self._sharded = any(map(is_sharded, model.parameters()))
         self._made_of: Mapping[str, str] = {}
-        try:
-            if validation is not None:
-                check_readable(model, validation)
-            elif run.patience is not None or run.eval_every is not None:
-                raise ValueError("patience and eval_every need validation data.")
-            if run.folder is not None:
-                self._made_of = fingerprints.of_run(model, data, config, self.groups, validation)
-            if resume:
-                self._resume()
-        except BaseException:
-            self.close()
-            raise
+        if validation is not None:
+            check_readable(model, validation)
+        elif run.patience is not None or run.eval_every is not None:
+            raise ValueError("patience and eval_every need validation data.")
+        if run.folder is not None:
+            self._made_of = fingerprints.of_run(model, data, config, self.groups, validation)
+        if resume:
+            self._resume()
+        self._used = False
 
     def _run(self) -> Generator[StepRecord]:
         self._evaluate_if_due(self.taken)
@@ -156,7 +154,7 @@ class Fit(Training):
             RuntimeError: a step was not finite.
         """
         self.wait()
-        whole = self.taken and self._begun().whole and not self._last
+        whole = self.taken and self.stepper.whole and not self._last
         writes = self._sharded or not distributed.rank()
         if self.options.folder is None or not whole or not writes:
             return False

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from gpt2.fast import devices
+from gpt2.files import listed as listing
 from gpt2.training.config import TrainConfig
 
 Groups = Sequence[Mapping[str, Any]]
@@ -38,13 +39,13 @@ def grouped(model: nn.Module, config: TrainConfig, groups: Groups | None) -> lis
             faults.append(f"group {i}: {error}")
     ids = [id(p) for group in given for p in group["params"]]
     if lacking := [name for i, name in names.items() if i not in ids]:
-        faults.append(f"in no group: {_few(lacking)}")
+        faults.append(f"in no group: {', '.join(lacking)}")
     if twice := [name for i, name in names.items() if ids.count(i) > 1]:
-        faults.append(f"in two groups: {_few(twice)}")
+        faults.append(f"in two groups: {', '.join(twice)}")
     if strangers := sum(i not in names for i in ids):
         faults.append(f"{strangers} of their parameters are not the model's, or require no grad")
     if faults:
-        raise ValueError(f"groups: {'; '.join(faults)}.")
+        raise ValueError(f"groups: {listing(faults)}.")
     return [{**usual, **group} for group in given]
 
 
@@ -74,7 +75,3 @@ def listed(groups: Groups) -> list[dict[str, Any]]:
         {**g, "params": [p] if isinstance(p := g.get("params", ()), nn.Parameter) else list(p)}
         for g in groups
     ]
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")

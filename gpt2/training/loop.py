@@ -20,10 +20,10 @@ from gpt2.data.dataset import Dataset
 from gpt2.model import GPT2, in_mode
 from gpt2.training import distributed, fingerprints
 from gpt2.training.config import TrainConfig, require_config
-from gpt2.training.groups import Groups, grouped, listed
+from gpt2.training.groups import Groups, listed
 from gpt2.training.losses import check_readable, inner
 from gpt2.training.schedule import lr_scale, planned
-from gpt2.training.step import RunState, Stepper, check_options
+from gpt2.training.step import RunState, Stepper
 
 UNREAD = 1000  # steps after which the host waits for the device even if nobody reads
 
@@ -115,14 +115,12 @@ class Training(Iterator[StepRecord]):
     ) -> None:
         check_readable(model, data)
         require_config(config)
-        check_options(model, config)
-        groups = None if groups is None else listed(groups)
-        grouped(model, config, groups)
-        self.model, self.data, self.config, self.groups = model, data, config, groups
+        self.model, self.data, self.config = model, data, config
+        self.groups = None if groups is None else listed(groups)
+        self.stepper = Stepper(model, config, self.groups, data.longest)
         self.plan = planned(data, config)
         self.steps_an_epoch = math.ceil(len(self.plan) / config.accumulate)
         self.total = config.steps or (config.epochs or 0) * self.steps_an_epoch
-        self._stepper: Stepper | None = None
         self._readings = Readings(1, 0.0)
         self._used = False
         # By a weak reference, so that a run that is dropped takes its CUDA graphs along at once.
@@ -134,8 +132,8 @@ class Training(Iterator[StepRecord]):
         return next(self._records)
 
     def _run(self) -> Generator[StepRecord]:
-        stepper = self._begun()
-        self._agree(stepper.taken)
+        stepper = self.stepper
+        self._agree()
         try:
             for step in range(stepper.taken + 1, self.total + 1):
                 began = time.perf_counter()
@@ -177,7 +175,7 @@ class Training(Iterator[StepRecord]):
         self._readings.read()
         if self._readings.fault:
             return self._readings.first + len(self._readings.rows) - 1
-        return self._stepper.taken if self._stepper else 0
+        return self.stepper.taken
 
     def state(self) -> RunState:
         """Where the run is; the next step changes the tensors.
@@ -185,31 +183,24 @@ class Training(Iterator[StepRecord]):
         Raises:
             RuntimeError: an interrupt fell in the midst of an update.
         """
-        stepper = self._begun()
-        if not stepper.whole:
+        if not self.stepper.whole:
             raise RuntimeError("The run was interrupted in the midst of an update.")
         taken = self.taken
-        return replace(stepper.state(), step=taken, seconds=self._readings.seconds)
+        return replace(self.stepper.state(), step=taken, seconds=self._readings.seconds)
 
     def resume(self, state: RunState) -> None:
         """Begin where that state was taken; a RuntimeError where the run has begun."""
-        if self._stepper is not None:
+        if self.stepper.taken:
             raise RuntimeError("The run has begun: only a new one can be resumed.")
-        self._begun().resume(state)
+        self.stepper.resume(state)
         self._readings = Readings(state.step + 1, state.seconds)
 
-    def _begun(self) -> Stepper:
-        if self._stepper is None:
-            longest = self.data.longest
-            self._stepper = Stepper(self.model, self.config, self.groups, longest)
-        return self._stepper
-
-    def _agree(self, taken: int) -> None:
+    def _agree(self) -> None:
         """Find out whether all processes begin alike."""
         if distributed.size() == 1:
             return
         mine = fingerprints.of_start(self.model, self.data, self.config, self.groups)
-        every = distributed.gathered(f"{taken} {mine}")
+        every = distributed.gathered(f"{self.stepper.taken} {mine}")
         if other := [i for i, start in enumerate(every) if start != every[0]]:
             raise RuntimeError(
                 f"Process {other[0]} begins with other weights, data or options than process 0: "
@@ -228,7 +219,7 @@ class Training(Iterator[StepRecord]):
         limit = network.config.block_size
         shapes = [plan.shape(b.idx.shape[1], limit) for b in batches]
         compiled = self.config.compile or network is not self.model
-        if compiled or self._begun().is_graphed(math.prod(shapes[0])):
+        if compiled or self.stepper.is_graphed(math.prod(shapes[0])):
             return [b.padded(*shape) for b, shape in zip(batches, shapes, strict=True)]
         return batches
 
@@ -238,7 +229,7 @@ class Training(Iterator[StepRecord]):
             self.wait()
             self._readings = Readings(step, self._readings.seconds)
         self._readings.figures.append(figures)
-        self._readings.parameters = self._begun().parameters
+        self._readings.parameters = self.stepper.parameters
         self._readings.seconds += time.perf_counter() - began
         return self._readings
 

@@ -57,7 +57,6 @@ class Stepper:
         self.sharded = is_sharded(self.trained[0])
         capturable = devices.on_cuda(self.device) and not self.sharded
         self.optimizer: Any = adamw(grouped(model, config, groups), self.device, capturable)
-        self.optimizer.zero_grad()  # of what the caller left
         self.peaks = [float(group["initial_lr"]) for group in self.optimizer.param_groups]
         self.graphs = GraphedCalls() if capturable and distributed.size() == 1 else None
         self.randomness = RandomState(config.seed, self.device)
