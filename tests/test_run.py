@@ -20,7 +20,6 @@ import lora
 from gpt2 import TrainConfig, batches, encode, learning_rate, total_steps, train
 from gpt2.data.order import seed_of
 from gpt2.training.randomness import RandomState
-from gpt2.training.schedule import lr_scale
 from gpt2.training.step import Stepper
 from tests.test_train import DATA, Letters, model_of, run, weights
 from tests.toys import TINY, randomize
@@ -37,25 +36,6 @@ def table() -> nn.Module:
 
 
 # A pure function
-
-
-@pytest.mark.parametrize("adapter", [False, True], ids=["all weights", "an adapter"])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_run_that_starts_at_a_step_gives_the_bits_of_one_that_never_stopped(accumulate, adapter):
-    config = TrainConfig(lr=1e-2, steps=4, accumulate=accumulate)
-    whole, first = (model_of(dropout=True, adapter=adapter) for _ in range(2))
-    records = list(train(whole, DATA, config))
-    stepper, steps = Stepper(first.train(), config), micro_batches(config)
-    for step in (1, 2):
-        stepper(steps[step - 1], step, lr_scale(step, 4, config))
-    torch.rand(5)
-    second = model_of(dropout=True, adapter=adapter, seed=9).train()
-    second.load_state_dict(first.state_dict())
-    other = Stepper(second, config)
-    other.optimizer.load_state_dict(stepper.optimizer.state_dict())
-    got = [other(steps[step - 1], step, lr_scale(step, 4, config)).tolist() for step in (3, 4)]
-    assert got == [[r.loss, r.grad_norm] for r in records[2:]]
-    assert weights(second) == weights(whole)
 
 
 def test_a_micro_batch_sees_the_dropout_that_it_would_see_in_a_process_of_its_own():
