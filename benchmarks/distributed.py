@@ -21,7 +21,7 @@ from torch.multiprocessing.spawn import spawn
 
 import gpt2
 from benchmarks import harness, models
-from gpt2.training.sharding import shard
+from gpt2.training.distributed import shard
 from gpt2.training.step import Stepper
 
 CASES = {  # what it is, how the two share a step, and the rows of each
@@ -70,7 +70,7 @@ def measured(case: str, way: str, world: int, B: int, a: Any) -> harness.Facts:
     steps = {"step": lambda: stepper(batches, stepper.taken + 1)}
     ms = harness.interleaved(steps, a.repeats, "cuda")["step"]
     weights = sum(map(local_bytes, stepper.parameters.values()))
-    moments = sum(map(local_bytes, stepper.moments().values()))
+    moments = sum(map(local_bytes, stepper.state().moments.values()))
     return {
         "ms": ms,
         "loss": losses[-1],

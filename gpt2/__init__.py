@@ -59,6 +59,7 @@ from gpt2.model import GPT2 as GPT2
 from gpt2.model import Conv1D as Conv1D
 from gpt2.sampling import GenerateConfig as GenerateConfig
 from gpt2.tokenizer import Tokenizer as Tokenizer
+from gpt2.training.config import RunConfig as RunConfig
 from gpt2.training.config import TrainConfig as TrainConfig
 from gpt2.training.evaluation import Evaluation as Evaluation
 from gpt2.training.evaluation import evaluate as evaluate
@@ -67,7 +68,6 @@ from gpt2.training.fitting import fit as fit
 from gpt2.training.loop import StepRecord as StepRecord
 from gpt2.training.loop import Training as Training
 from gpt2.training.loop import train as train
-from gpt2.training.run_config import RunConfig as RunConfig
+from gpt2.training.losses import summed_loss as summed_loss
 from gpt2.training.schedule import learning_rate as learning_rate
 from gpt2.training.schedule import total_steps as total_steps
-from gpt2.training.wrapped import summed_loss as summed_loss

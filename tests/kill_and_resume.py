@@ -61,10 +61,10 @@ def child(place: Path, device: str, config: gpt2.TrainConfig = CONFIG) -> None:
 def outcome(fit: gpt2.Fit) -> dict[str, object]:
     """All that must be equal, in short."""
     with fit.last_weights():
-        state = fit.training.run.state()
+        state = fit.state()
         found = {"last": digest(state.parameters), "moments": digest(state.moments)}
     with fit.best_weights():
-        best = digest(fit.training.run.state().parameters)
+        best = digest(fit.state().parameters)
     return {**found, "best": best, "best_step": fit.best_step, "evaluated": str(fit.evaluated)}
 
 

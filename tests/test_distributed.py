@@ -10,16 +10,13 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 import gpt2
 import lora
-from gpt2.data.batches import collate
-from gpt2.training import fitting, step
-from gpt2.training.distributed import whole
-from gpt2.training.sharding import shard
+from gpt2.training import fitting
+from gpt2.training.distributed import shard, whole
 from tests.processes import end, together
 from tests.test_train import DATA, Letters, model_of
 from tests.toys import raw
@@ -59,7 +56,7 @@ def fitted(adapter: bool, options: dict[str, Any], nan_on: int | None = None) ->
     except RuntimeError as failed:
         error = str(failed)
     with fit.last_weights():
-        state = fit.training.run.state()
+        state = fit.state()
         return {
             "told": told,
             "error": error,
@@ -192,6 +189,26 @@ def sharded_fit(world: int, folder: str, stop: int | None, resume: bool) -> Any:
     return told, fit.evaluated, fit.best_step
 
 
+def asked(folder: str, every: int | str) -> int:
+    """How often processes ask one another in the steps of a sharded run."""
+    model, calls = shard(model_of()), list[int]()
+    run = gpt2.RunConfig(save_every=every, folder=folder) if every else None
+    fit = gpt2.fit(model, DATA, gpt2.TrainConfig(steps=4, accumulate=2), run=run)
+    next(fit)
+    real = torch.distributed.all_gather_object
+    torch.distributed.all_gather_object = lambda *a: (calls.append(1), real(*a))[1]
+    try:
+        list(fit)
+    finally:
+        torch.distributed.all_gather_object = real
+    return len(calls)
+
+
+@pytest.mark.parametrize(("every", "calls"), [(0, 0), ("99s", 4)])
+def test_a_sharded_run_asks_who_saves_only_where_clocks_decide(every, calls, tmp_path):
+    assert together(2, asked, str(tmp_path), every) == [calls] * 2
+
+
 @pytest.fixture(scope="module")
 def unsharded(tmp_path_factory) -> tuple[Any, Path]:
     """What a run of a whole model comes to, and where it is saved."""
@@ -269,44 +286,3 @@ def test_an_adapter_of_a_sharded_model_is_saved_as_of_a_whole_one_and_the_rest_r
     assert sorted(file.name for file in tmp_path.iterdir()) == ["0", "whole"]
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "0" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-
-
-class Repeated(step.GraphedCalls):
-    """As a CUDA graph is made: trial runs, whose effects on the state are undone, then replays."""
-
-    def prepare(self, function, state, *inputs):
-        if (key := tuple(t.shape for t in inputs)) in self.captured:
-            return
-        before = [t.clone() for t in state()]
-        for _ in range(2):
-            function(*inputs)
-        after = state()
-        with torch.no_grad():
-            for tensor, value in zip(after, before, strict=False):
-                tensor.copy_(value)
-            for tensor in after[len(before) :]:
-                tensor.zero_()
-        self.captured[key] = ((), (), torch.empty(0))
-
-    def __call__(self, function, state, *inputs):
-        self.prepare(function, state, *inputs)
-        return function(*inputs)
-
-
-def captured(in_order: bool, graphs: bool) -> Any:
-    model = model_of(adapter=True)
-    config = gpt2.TrainConfig(steps=3, accumulate=2, in_order=in_order, weight_decay=0.1)
-    stepper = step.Stepper(model.train(), config)
-    batches = [collate(DATA, np.array([i])) for i in (0, 1)]
-    if graphs:
-        stepper.graphs, stepper._updates = Repeated(), Repeated()
-        stepper._is_graphed = lambda batches: True
-    figures = [stepper(batches, number).tolist() for number in (1, 2, 3)]
-    return figures, digest({n: p.detach() for n, p in stepper.parameters.items()})
-
-
-@pytest.mark.parametrize("in_order", [True, False])
-def test_a_step_that_is_captured_is_the_step_that_is_not(in_order):
-    want = together(2, captured, in_order, False)
-    assert isinstance(want[0], tuple), want
-    assert together(2, captured, in_order, True) == want

@@ -122,7 +122,7 @@ INJECT: dict[str, list[Any]] = {
 TRAIN: dict[str, list[Any]] = {
     "lr": [1e-3], "epochs": [None, 1], "steps": [None, 5], "batch_size": [1, 4],
     "accumulate": [1, 2], "schedule": ["linear", "cosine"], "warmup_ratio": [0.0, 0.5],
-    "weight_decay": [0.0], "clip": [None, 1.0], "seed": [0], "sync_every": [1],
+    "weight_decay": [0.0], "clip": [None, 1.0], "seed": [0],
 }  # fmt: skip
 SIZES: dict[str, list[Any]] = {
     "n_layer": [1], "n_head": [1, 2], "n_embd": [4], "block_size": [8], "vocab_size": [11],

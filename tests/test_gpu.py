@@ -182,9 +182,9 @@ def test_a_graph_is_not_replayed_on_what_was_changed(change):
         stepper([batch()], 2)
 
 
-def test_a_wrapper_is_called_in_each_step_and_groups_have_their_rates():
+def test_what_was_compiled_is_called_in_each_step_and_groups_have_their_rates():
     model = build(DRY, torch.float32).train()
-    wrapped = torch.nn.DataParallel(model, device_ids=[0])
+    wrapped = torch.compile(model, backend="eager")
     calls: list[int] = []
     wrapped.register_forward_hook(lambda *_: calls.append(1))
     groups = lora.parameter_groups(model, lr=1e-3)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 import gpt2
 import lora
 from gpt2.population.training import PopulationTraining
-from gpt2.training.run import Run as Training
+from gpt2.training.loop import Training
 from tests.test_population import base, data
 
 ROOT = Path(__file__).parents[1]
@@ -80,8 +80,8 @@ def cooled(training, recipe, total: int) -> float:
         ends = {"steps": taken + max(1, taken // 8), "schedule": "linear"}
         groups = lora.parameter_groups(model, recipe.training.lr, b_ratio=recipe.b_ratio)
         own = Training(model, data(7), replace(recipe.training, **ends), groups)
-        own.go_on_from(copy.deepcopy(training.state()))
-        steps = [record.step for record in own.records()]
+        own.resume(copy.deepcopy(training.state()))
+        steps = [record.step for record in own]
         assert steps[-1] == own.total == own.taken > taken
     return gpt2.evaluate(model, data(5)).loss
 
@@ -100,7 +100,7 @@ def test_each_trial_is_what_its_configuration_is_alone(made):
         groups = lora.parameter_groups(model, recipe.training.lr, b_ratio=recipe.b_ratio)
         curve, losses = list[float](), dict[int, float]()
         training = Training(model, data(7), recipe.training, groups)
-        for record in training.records():
+        for record in training:
             curve.append(record.loss)
             if record.step in run.losses:
                 losses[record.step] = cooled(training, recipe, run.total)

@@ -1,9 +1,7 @@
-"""Training through wrappers: the model that was given is the one that is called."""
+"""Training what was compiled, sharded or is no GPT-2: the model that was given is called."""
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,13 +9,9 @@ import torch
 from torch import nn
 from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
-from torch.nn.parallel import DistributedDataParallel
 
-import gpt2
-import lora
 from gpt2 import IGNORE, StepRecord, TrainConfig, summed_loss, train
-from gpt2.training.wrapped import inner
-from tests.test_train import DATA, STILL, Letters, model_of, weights
+from tests.test_train import DATA, model_of
 
 
 @pytest.fixture
@@ -28,19 +22,6 @@ def _one_process():
     )
     yield
     torch.distributed.destroy_process_group()
-
-
-class Counting(nn.Module):
-    """A wrapper of the usual kind."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.module = model
-        self.calls = 0
-
-    def forward(self, *inputs: object, **options: object) -> object:
-        self.calls += 1
-        return self.module(*inputs, **options)
 
 
 class Logits(nn.Module):
@@ -101,53 +82,44 @@ def test_the_head_computes_what_a_linear_layer_does():
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["all weights", "an adapter"])
-@pytest.mark.parametrize("wrap", [Counting, Logits, Output])
+@pytest.mark.parametrize("wrap", [Logits, Output])
 def test_a_step_calls_what_it_was_given(wrap, adapter):
     plain, wrapped = model_of(adapter=adapter), wrap(model_of(adapter=adapter))
     calls: list[int] = []
     wrapped.register_forward_hook(lambda *_: calls.append(1))
     assert losses(run(wrapped, accumulate=2)) == pytest.approx(losses(run(plain, accumulate=2)))
     assert len(calls) == 6
-    if wrap is Counting:
-        assert weights(inner(wrapped)) == weights(plain)
 
 
 @pytest.mark.usefixtures("_one_process")
-def test_ddp_reduces_the_gradients_of_a_step():
-    plain, wrapped = model_of(adapter=True), model_of(adapter=True)
-    ddp, reduced = DistributedDataParallel(wrapped), []
-
-    def hook(_, bucket):
-        reduced.append(bucket.buffer())
-        future = torch.futures.Future()
-        future.set_result(bucket.buffer())
-        return future
-
-    ddp.register_comm_hook(None, hook)
-    assert losses(run(ddp)) == pytest.approx(losses(run(plain)))
-    assert len(reduced) >= 3
-    assert weights(wrapped) == weights(plain)
-
-
-def sharded(model: nn.Module, how: str) -> nn.Module:
-    """A model whose parameters are shared out among processes."""
-    if how == "fully_shard":
-        return fsdp.fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-    return fsdp.FullyShardedDataParallel(
-        model, device_id=torch.device("cpu"), use_orig_params=how == "FSDP, parameters kept"
-    )
+def test_a_sharded_model_trains_as_a_whole_one():
+    plain, sharded = model_of(), fsdp.fully_shard(model_of(), mesh=init_device_mesh("cpu", (1,)))
+    options = {"accumulate": 2, "checkpointing": True}
+    want, got = run(plain, **options), run(sharded, **options)
+    assert losses(got) == pytest.approx(losses(want), rel=1e-5)
+    assert [r.grad_norm for r in got] == pytest.approx([r.grad_norm for r in want], rel=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.usefixtures("_one_process")
-@pytest.mark.parametrize("how", ["FSDP", "FSDP, parameters kept", "fully_shard"])
-def test_a_sharded_model_trains_as_a_whole_one(how):
-    plain, wrapped = model_of(), sharded(model_of(), how)
-    assert isinstance(inner(wrapped), gpt2.GPT2)
-    options = {"accumulate": 2, "checkpointing": True}
-    want, got = run(plain, **options), run(wrapped, **options)
-    assert losses(got) == pytest.approx(losses(want), rel=1e-5)
-    assert [r.grad_norm for r in got] == pytest.approx([r.grad_norm for r in want], rel=1e-4)
+@pytest.mark.parametrize(
+    ("wrap", "said"),
+    [
+        (nn.DataParallel, "DataParallel is not trained: start a process for each GPU by torchrun"),
+        (
+            nn.parallel.DistributedDataParallel,
+            "DistributedDataParallel is not trained: give the model in it",
+        ),
+        (
+            lambda model: fsdp.FullyShardedDataParallel(model, device_id=torch.device("cpu")),
+            r"FullyShardedDataParallel is not trained: give .*fully_shard \(FSDP2\)",
+        ),
+    ],
+    ids=["DataParallel", "DDP", "FSDP1"],
+)
+def test_wrappers_of_several_devices_are_refused_with_what_takes_their_place(wrap, said):
+    with pytest.raises(ValueError, match=said):
+        train(wrap(model_of()), DATA, TrainConfig(steps=1))
 
 
 def test_training_a_compiled_model_runs_what_was_compiled():
@@ -166,53 +138,6 @@ def test_training_a_compiled_model_runs_what_was_compiled():
     graphs.clear()
     run(compiled, compile=True)  # it is: nothing within is compiled twice
     torch._dynamo.reset()
-
-
-def test_flags_reach_the_gpt2_within_a_wrapper():
-    model = model_of(adapter=True)
-    seen: list[bool] = []
-    model.transformer.register_forward_hook(lambda m, *_: seen.append("forward" in vars(m.h[0])))
-    run(Counting(Counting(model)), checkpointing=True)
-    assert seen == [True] * 3
-    assert "forward" not in vars(model.transformer.h[0])
-
-
-def test_compiling_a_wrapped_model_compiles_its_blocks():
-    if not (shutil.which("c++") or shutil.which("g++")):
-        pytest.skip("torch.compile needs a C++ compiler here")
-    model = gpt2.GPT2(replace(STILL, n_layer=1))
-    lora.inject(model, r=2, seed=0)
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    data = gpt2.encode(["compile"], Letters())
-    list(train(Counting(model), data, TrainConfig(steps=2, compile=True)))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("wrap", [Logits, lambda _: nn.Embedding(64, 64)], ids=["ids", "table"])
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"compile": True}, r"compile=True needs a GPT2; give torch.compile\(model\) instead"),
-        ({"checkpointing": True}, "checkpointing=True needs a GPT2"),
-    ],
-    ids=str,
-)
-def test_flags_that_reach_nothing_are_refused(options, said, wrap):
-    with pytest.raises(ValueError, match=said):
-        train(wrap(model_of()), DATA, TrainConfig(steps=1, **options))
-
-
-def test_a_cuda_graph_of_a_step_on_a_cpu_is_refused():
-    with pytest.raises(ValueError, match="cuda_graph=True needs a CUDA device"):
-        train(model_of(), DATA, TrainConfig(steps=1, cuda_graph=True))
-
-
-def test_the_context_is_that_of_the_gpt2_within():
-    data = gpt2.encode(["a" * 32], Letters())
-    with pytest.raises(ValueError, match="33 tokens"):
-        train(Counting(model_of()), data, TrainConfig(steps=1))
 
 
 # Other models

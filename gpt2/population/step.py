@@ -23,9 +23,8 @@ from gpt2.model import GPT2
 from gpt2.population.adamw import update
 from gpt2.population.dropout import Hashes, Streams, places
 from gpt2.population.slots import OWN
-from gpt2.training.checks import require_config
-from gpt2.training.config import TrainConfig
-from gpt2.training.wrapped import logits_of
+from gpt2.training.config import TrainConfig, require_config
+from gpt2.training.losses import logits_of
 
 
 class Slots(Protocol):

@@ -32,10 +32,10 @@ from gpt2.population.slots import (
     rows_of,
 )
 from gpt2.population.step import Slots, StackStep, check, check_own, check_under
-from gpt2.training.checks import check_readable, require_count
-from gpt2.training.config import TrainConfig
+from gpt2.training.config import TrainConfig, require_count
+from gpt2.training.loop import StepRecord
+from gpt2.training.losses import check_readable
 from gpt2.training.randomness import RandomState
-from gpt2.training.run import StepRecord
 
 Taken = tuple[int, Slot, StepRecord]  # a step in this slot, of which the figures are not known yet
 

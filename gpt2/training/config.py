@@ -1,13 +1,13 @@
-"""How to train: the options of a run."""
+"""The options of a run: how to train, and when to look at validation data, stop and save."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import re
 from dataclasses import dataclass
-from typing import Literal, cast
+from pathlib import Path
+from typing import Any
 
-from gpt2.config import is_number
+from gpt2.config import is_number, outside
 from gpt2.files import listed
 
 SCHEDULES = ("linear", "cosine", "constant")
@@ -26,33 +26,29 @@ class TrainConfig:
         batch_size: examples a micro-batch.
         tokens_per_batch: tokens a micro-batch at most, in place of `batch_size`: examples of about
             one length are padded together.
-        packing: lay whole examples end to end in one row of `tokens_per_batch` tokens, each read as
-            if it stood alone: nothing is padded, and one shape is all there is. On a GPU attention
-            then has no dropout; where the model wants it, the run says so and pads instead, unless
-            packing is "always".
-        accumulate: micro-batches an optimiser step; the step's loss is the mean over all their
-            supervised tokens.
+        packing: lay whole examples end to end in one row of `tokens_per_batch` tokens, each read
+            as if it stood alone. A GPU's attention then has no dropout: a model with some is
+            refused.
+        accumulate: micro-batches an optimiser step; its loss is the mean over all their supervised
+            tokens.
         schedule: "linear" or "cosine" decay to zero, or "constant", after the warm-up.
         warmup_ratio: share of the steps, in [0, 1], in which the learning rate rises from zero; a
             run of one step has none.
-        warmup_steps: the same as a number of steps, in place of `warmup_ratio`.
-        weight_decay: AdamW's.
-        betas: AdamW's, how much of the averages of gradient and square a step keeps.
-        eps: AdamW's, added to the root of the average square.
-        label_smoothing: share of each target, in [0, 1), that is spread evenly over all tokens; the
-            records' loss has it, an evaluation's has not.
+        warmup_steps: the same as a number of steps.
+        weight_decay, betas, eps: AdamW's.
+        label_smoothing: share of each target, in [0, 1), that is spread evenly over all tokens; of
+            the records' loss, not of an evaluation's.
         clip: largest global norm of the gradient; None leaves it as it is.
         seed: of the order of examples and of dropout.
         autocast: compute in bfloat16 beside float32 weights.
-        compile: run the loss through torch.compile; a shape takes some 15 s to compile on a GPU.
+        compile: run the loss through torch.compile; a shape takes some 15 s on a GPU.
         checkpointing: keep only each block's input for the backward pass and recompute the rest.
-        cuda_graph: replay each shape's whole step as one CUDA graph; None does so on a GPU for
+        cuda_graph: replay each shape's whole step as one CUDA graph; None does so on one GPU for
             compiled steps and for batches of at most `GRAPHED_TOKENS` tokens, but not beside
-            `accumulate` or `checkpointing`, nor of a model that is wrapped.
+            `accumulate` or `checkpointing`.
         in_order: where several processes share a step, add gradients in the order of the
             micro-batches, so that any number of processes gives the same bits; False for an
-            all-reduce. None does so up to 256 MiB of gradients a step. A sharded model does not.
-        sync_every: steps between two looks at the device; records then come in bursts.
+            all-reduce. None does so up to 256 MiB of gradients a step.
 
     Raises:
         ValueError: naming each field that is out of range.
@@ -63,7 +59,7 @@ class TrainConfig:
     steps: int | None = None
     batch_size: int = 1
     tokens_per_batch: int | None = None
-    packing: bool | Literal["always"] = False
+    packing: bool = False
     accumulate: int = 1
     schedule: str = "linear"
     warmup_ratio: float = 0.0
@@ -79,62 +75,105 @@ class TrainConfig:
     checkpointing: bool = False
     cuda_graph: bool | None = None
     in_order: bool | None = None
-    sync_every: int = 1
 
     def __post_init__(self) -> None:
-        faults = self._faulty_counts()
+        counts = ("epochs", "steps", "batch_size", "tokens_per_batch", "accumulate")
+        least = dict.fromkeys(counts, 1) | {"seed": 0, "warmup_steps": 0}
+        intervals = {
+            "lr": "(0, inf)",
+            "eps": "(0, inf)",
+            "weight_decay": "[0, inf)",
+            "label_smoothing": "[0, 1)",
+            "warmup_ratio": "[0, 1]",
+        }
+        if self.clip is not None:
+            intervals["clip"] = "(0, inf]"
+        faults = outside(self, least, **intervals)
+        given: Any = self.betas
+        betas = given if isinstance(given, tuple | list) else ()
+        if len(betas) != 2 or not all(is_number(b) and 0 <= b < 1 for b in betas):
+            faults.append(f"betas must be two numbers in [0, 1), got {given!r}")
+        choices: dict[str, tuple[Any, ...]] = {
+            "schedule": SCHEDULES,
+            "packing": (True, False),
+            "autocast": (True, False),
+            "compile": (True, False),
+            "checkpointing": (True, False),
+            "cuda_graph": (True, False, None),
+            "in_order": (True, False, None),
+        }
+        for name, known in choices.items():
+            if (value := getattr(self, name)) not in known:
+                listing = ", ".join(map(str, known))
+                faults.append(f"{name} must be one of {listing}, got {value!r}")
         if (self.epochs is None) == (self.steps is None):
             faults.append("give epochs or steps, and not both")
         if self.warmup_steps is not None and self.warmup_ratio:
             faults.append("give warmup_ratio or warmup_steps, and not both")
         if self.tokens_per_batch is not None and self.batch_size != 1:
             faults.append("give batch_size or tokens_per_batch, and not both")
-        if self.packing not in (False, True, "always"):
-            faults.append(f"packing must be True, False or 'always', got {self.packing!r}")
-        elif self.packing and self.tokens_per_batch is None:
+        if self.packing and self.tokens_per_batch is None:
             faults.append("packing takes tokens_per_batch, the length of a row")
-        faults += self._faulty_rates()
-        if not isinstance(cast(object, self.schedule), str) or self.schedule not in SCHEDULES:
-            faults.append(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
-        if self.cuda_graph is True and (self.accumulate > 1 or self.checkpointing):
+        if self.cuda_graph and (self.accumulate != 1 or self.checkpointing):
             faults.append("cuda_graph=True takes accumulate=1 and no checkpointing")
-        for name in ("autocast", "compile", "checkpointing"):
-            if type(getattr(self, name)) is not bool:
-                faults.append(f"{name} must be True or False, got {getattr(self, name)!r}")
-        for name in ("cuda_graph", "in_order"):
-            if getattr(self, name) not in (None, True, False):
-                faults.append(f"{name} must be True, False or None, got {getattr(self, name)!r}")
         if faults:
             raise ValueError(f"TrainConfig: {listed(faults)}.")
 
-    def _faulty_counts(self) -> list[str]:
-        counts = {"epochs": 1, "steps": 1, "batch_size": 1, "accumulate": 1, "seed": 0}
-        counts |= {"sync_every": 1, "warmup_steps": 0, "tokens_per_batch": 1}
-        optional = ("epochs", "steps", "warmup_steps", "tokens_per_batch")
-        return [
-            f"{name} must be an integer of at least {least}, got {value!r}"
-            for name, least in counts.items()
-            if (value := getattr(self, name)) is not None or name not in optional
-            if type(value) is not int or value < least
-        ]
 
-    def _faulty_rates(self) -> list[str]:
-        betas = self.betas if isinstance(cast(object, self.betas), Sequence) else ()
-        sound = {
-            "lr must be finite and above 0": _within(self.lr, 0, math.inf) and self.lr > 0,
-            "weight_decay must be at least 0": _within(self.weight_decay, 0, math.inf),
-            "betas must be two numbers in [0, 1)": len(betas) == 2
-            and all(_within(beta, 0, 1) for beta in betas),
-            "eps must be finite and above 0": _within(self.eps, 0, math.inf) and self.eps > 0,
-            "clip must be above 0, or None": self.clip is None
-            or (is_number(self.clip) and self.clip > 0),
-            "label_smoothing must be in [0, 1)": _within(self.label_smoothing, 0, 1),
-            "warmup_ratio must be in [0, 1]": self.warmup_ratio == 1
-            or _within(self.warmup_ratio, 0, 1),
-        }
-        values = {rule: getattr(self, rule.partition(" ")[0]) for rule in sound}
-        return [f"{rule}, got {values[rule]!r}" for rule, holds in sound.items() if not holds]
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What is done around the steps; nothing here changes a step.
+
+    Args:
+        eval_every: steps between two evaluations; None for once an epoch. The last step is
+            evaluated too.
+        patience: evaluations in a row without a lower loss after which the run stops; None for
+            never.
+        min_delta: by how much, in nats, a loss must be lower to count for `patience`.
+        save_every: steps between two snapshots, or seconds as "30s"; None for none.
+        folder: where snapshots are kept; made if it is missing.
+
+    Raises:
+        ValueError: naming each field that is out of range.
+    """
+
+    eval_every: int | None = None
+    patience: int | None = None
+    min_delta: float = 0.0
+    save_every: int | str | None = None
+    folder: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        faults = outside(self, {"eval_every": 1, "patience": 1}, min_delta="[0, inf)")
+        if self.save_every is not None and not any(self._steps_and_seconds()):
+            faults.append(
+                "save_every must be steps, such as 500, or seconds, such as '30s', "
+                f"got {self.save_every!r}"
+            )
+        if self.save_every is not None and self.folder is None:
+            faults.append("save_every needs a folder")
+        if faults:
+            raise ValueError(f"RunConfig: {listed(faults)}.")
+
+    def is_save_due(self, step: int, seconds: float) -> bool:
+        """Whether to keep a snapshot after this step, so long after the last."""
+        steps, every = self._steps_and_seconds()
+        return step % steps == 0 if steps else 0 < every <= seconds
+
+    def _steps_and_seconds(self) -> tuple[int, float]:
+        """Between two snapshots; 0 for the one that does not count."""
+        number = r"(\d{1,15})|(\d{1,9}(?:\.\d{1,9})?) ?s"
+        found = re.fullmatch(number, str(self.save_every))
+        return (int(found[1] or 0), float(found[2] or 0)) if found else (0, 0.0)
 
 
-def _within(value: object, low: float, below: float) -> bool:
-    return is_number(value) and low <= value < below
+def require_count(name: str, value: object) -> None:
+    """Raise a ValueError unless the value is an integer of at least 1."""
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+
+
+def require_config(value: object) -> None:
+    """Raise a ValueError unless the value is a TrainConfig."""
+    if not isinstance(value, TrainConfig):
+        raise ValueError(f"config must be a gpt2.TrainConfig, got {type(value).__name__}.")

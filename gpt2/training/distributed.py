@@ -1,18 +1,40 @@
-"""Several processes that train one model: who they are, what each takes, what all have to share.
+"""Several processes that train one model: those of torch's default group, if there is one.
 
-They are those of torch's default group, if the caller has made one; it is made outside.
+A step is a number of micro-batches, wherever they run. Their gradients are added in order, by an
+all-reduce, or by FSDP.
+
+Shapes: R micro-batches of a process · N elements of all trained parameters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from functools import reduce
+from math import ceil
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from gpt2.data.batches import Batch
 from gpt2.files import is_sharded
+from gpt2.loss import IGNORE
+from gpt2.model import GPT2
 from gpt2.training.config import TrainConfig
+
+Model = TypeVar("Model", bound=nn.Module)
+Value = TypeVar("Value")
+Trained = Sequence[nn.Parameter]
+
+GATHERED_BYTES = 2**28
+"""Bytes of a step's gradients up to which they are added in order by default."""
+UNITS = 8  # in which a sharded model's blocks are put together: each takes the host 2 ms a step
+REFUSED = {
+    "DataParallel": "start a process for each GPU by torchrun, and give it the model itself",
+    "DistributedDataParallel": "give the model in it: gradients of processes are added up here",
+    "FullyShardedDataParallel": "give what torch.distributed.fsdp.fully_shard (FSDP2) makes",
+}
 
 
 def rank() -> int:
@@ -25,69 +47,29 @@ def size() -> int:
     return torch.distributed.get_world_size() if _is_in_group() else 1
 
 
-def gathered(text: str) -> list[str]:
-    """What each process gives, in their order."""
-    found: list[Any] = [text] * size()
+def gathered(value: Value) -> list[Value]:
+    """What each process gives, in the order of their numbers."""
+    values = [value] * size()
     if size() > 1:
-        torch.distributed.all_gather_object(found, text)
-    return found
+        torch.distributed.all_gather_object(values, value)
+    return values
 
 
-def gathered_rows(rows: Tensor) -> Tensor:
-    """The rows of all processes, `(R, …)` to `(W · R, …)`."""
-    if size() == 1:
-        return rows
-    found = rows.new_empty(size() * len(rows), *rows.shape[1:])
-    group: Any = torch.distributed  # torch 2.13 renames the function
-    gather = getattr(group, "all_gather_single", None) or group.all_gather_into_tensor
-    gather(found, rows)
-    return found
-
-
-def strided(items: Sequence[int]) -> list[int]:
-    """Every so-manieth of the items; as many for each process, the last for who has none left."""
-    each = -(-len(items) // size())
-    return [items[min(rank() + k * size(), len(items) - 1)] for k in range(each)]
-
-
-def interleaved(rows: list[list[float]], device: torch.device) -> list[list[float]]:
-    """What the processes found of their `strided` items, in the items' order."""
-    if size() == 1:
-        return rows
-    found = gathered_rows(torch.tensor(rows, dtype=torch.float64, device=device))
-    return found.view(size(), len(rows), -1).transpose(0, 1).flatten(0, 1).tolist()
-
-
-def first_says(what: bool) -> bool:
-    """What the first process says."""
-    return gathered(str(what))[0] == "True"
-
-
-def own(count: int) -> range:
-    """Which of so many things, in order, are this process's: a run of them."""
-    each = -(-count // size())
-    return range(min(rank() * each, count), min((rank() + 1) * each, count))
+def whole(tensor: Any) -> Tensor:
+    """The tensor, put together where processes hold a part of it each."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def faults(model: nn.Module, config: TrainConfig) -> list[str]:
-    """What keeps these processes from training the model together."""
-    count = size()
-    if count == 1:
-        return []
-    found: list[str] = []
-    if config.accumulate % count:
-        fit = [n for n in range(1, config.accumulate + 1) if config.accumulate % n == 0]
-        sizes = ", ".join(map(str, fit[:12]))
+    """What keeps these processes from training the model."""
+    classes = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
+    found = [f"{name} is not trained: {what}" for name, what in REFUSED.items() if name in classes]
+    count, accumulate = size(), config.accumulate
+    if accumulate % count:
+        fit = [str(n) for n in range(1, accumulate + 1) if accumulate % n == 0]
         found.append(
-            f"{count} processes cannot share the {config.accumulate} micro-batches of a step "
-            f"(accumulate): start {sizes} of them, or let {count} divide accumulate"
-        )
-    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    kinds = {type(m) for m in model.modules()}
-    if any(issubclass(k, wrappers) or k.__name__ == "FullyShardedDataParallel" for k in kinds):
-        found.append(
-            "give the model itself or one of torch.distributed.fsdp.fully_shard: "
-            "gradients of several processes are added up here"
+            f"{count} processes cannot share the {accumulate} micro-batches of a step (accumulate)"
+            f": start {', '.join(fit[:12])} of them, or let {count} divide accumulate"
         )
     trained = [p for p in model.parameters() if p.requires_grad]
     sharded = sum(map(is_sharded, trained))
@@ -98,42 +80,131 @@ def faults(model: nn.Module, config: TrainConfig) -> list[str]:
     return found
 
 
-def _is_in_group() -> bool:
-    group = torch.distributed
-    return group.is_available() and group.is_initialized()
+def shares(batches: Sequence[Batch], *, sharded: bool) -> list[tuple[int, Batch]]:
+    """This process's micro-batches of a step, with their numbers.
+
+    A sharded model runs in all processes at once, so each takes as many.
+    """
+    count, each = len(batches), ceil(len(batches) / size())
+    mine = list(enumerate(batches))[rank() * each :][:each]
+    if sharded and len(mine) < each:  # at the end of an epoch
+        unlearnt = torch.full_like(batches[-1].labels, IGNORE)
+        mine += [(count, replace(batches[-1], labels=unlearnt, n_tokens=0))] * (each - len(mine))
+    return mine
 
 
-def whole(tensor: Any) -> Tensor:
-    """The tensor itself, put together where several devices hold a part of it each."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
+def adds_in_order(trained: Trained, config: TrainConfig) -> bool:
+    """Whether the gradients of several processes are added as one process adds them."""
+    if size() == 1 or is_sharded(trained[0]):
+        return False
+    held = config.accumulate * sum(p.numel() * p.element_size() for p in trained)
+    return held <= GATHERED_BYTES if config.in_order is None else config.in_order
 
 
-def own_part(tensor: Any) -> Tensor:
-    """What this process holds of it: all, unless it is sharded."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
+def row(trained: Trained, loss: Tensor) -> Tensor:
+    """The gradients taken from the parameters, and the loss, `(N + 1,)`."""
+    grads = [p.grad for p in trained if p.grad is not None]
+    if lacking := len(trained) - len(grads):
+        raise RuntimeError(
+            f"{lacking} trained parameters have no part in the loss: freeze them, or train in one "
+            "process."
+        )
+    for p in trained:
+        p.grad = None
+    return torch.cat([grad.reshape(-1) for grad in (*grads, loss)]).to(_holding(trained))
 
 
-def part_like(tensor: Tensor, other: Any) -> Tensor:
-    """What this process holds of a tensor that is sharded as the other is; all if that is whole."""
-    if not is_sharded(other):
+def in_order(trained: Trained, rows: Sequence[Tensor], count: int) -> Tensor:
+    """The step's loss and gradients from all `count` rows, added in their order.
+
+    So any number of processes gives the same bits.
+    """
+    sizes = [p.numel() for p in trained]
+    mine = torch.zeros(  # (R, N + 1)
+        (ceil(count / size()), sum(sizes) + 1), dtype=_holding(trained), device=trained[0].device
+    )
+    for k, own in enumerate(rows):
+        mine[k] = own
+    parts = [torch.empty_like(mine) for _ in range(size())]
+    torch.distributed.all_gather(parts, mine)
+    every = torch.cat(parts)
+    gradients = [
+        [g.view_as(p).to(p.dtype) for g, p in zip(one.split(sizes), trained, strict=True)]
+        for one in every[:count, :-1]
+    ]
+    for later in gradients[1:]:
+        torch._foreach_add_(gradients[0], later)  # pyright: ignore[reportPrivateImportUsage]
+    for p, grad in zip(trained, gradients[0], strict=True):
+        p.grad = grad
+    return every[:count, -1].float().contiguous().sum()
+
+
+def all_reduce(trained: Trained, losses: Sequence[Tensor]) -> Tensor:
+    """The step's loss; all gradients are added up, in an order of the backend's."""
+    loss = sum(losses, trained[0].new_zeros((), dtype=torch.float32))
+    for dtype in dict.fromkeys(p.dtype for p in trained):
+        alike = [p for p in trained if p.dtype == dtype]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in alike]
+        flat = torch.cat([grad.reshape(-1) for grad in grads])
+        torch.distributed.all_reduce(flat)
+        for p, part in zip(alike, flat.split([p.numel() for p in alike]), strict=True):
+            p.grad = part.view_as(p)
+    torch.distributed.all_reduce(loss)
+    return loss
+
+
+def sharded(losses: Sequence[Tensor]) -> Tensor:
+    """The step's loss; FSDP has shared out the mean of the processes' gradients."""
+    loss = torch.stack([*losses]).sum() / size()
+    torch.distributed.all_reduce(loss)
+    return loss
+
+
+def shard(model: Model, dtype: torch.dtype | None = None) -> Model:
+    """Share out the model's parameters among the processes of torch's default group, by FSDP2.
+
+    Call it in every process, on a model on the process's own device, after adapters were injected
+    and before `gpt2.train`. It is the model that is changed, and given back.
+
+    Args:
+        model: a GPT-2; a ValueError for any other.
+        dtype: what weights are sent and computed with in, their own if none is given. Gradients
+            are added up in float32 then, and the shared-out weights keep their own dtype.
+    """
+    # Not at the top: they import the compiler, which takes a second.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    if not isinstance(model, GPT2):
+        raise ValueError(f"shard takes a GPT-2, got {type(model).__name__}: see fully_shard.")
+    # So that between two steps each parameter is sharded.
+    how: Any = {"reshard_after_forward": True}
+    how["mesh"] = init_device_mesh(next(model.parameters()).device.type, (size(),))
+    if dtype is not None:
+        how["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    blocks = list[nn.Module](model.transformer.h)
+    together = ceil(len(blocks) / UNITS)
+    for first in range(0, len(blocks), together):
+        fully_shard(blocks[first : first + together], **how)
+    fully_shard(model, **how)
+    return model
+
+
+def like(tensor: Tensor, other: Any) -> Tensor:
+    """The tensor, sharded as the other is."""
+    if not is_sharded(other) or not tensor.dim():
         return tensor
     from torch.distributed.tensor import distribute_tensor  # a sharded model has imported it
 
-    home, mesh = tensor.to(other.device), other.device_mesh
-    return distribute_tensor(home, mesh, other.placements, src_data_rank=None).to_local().clone()
+    mesh, placements = other.device_mesh, other.placements
+    return distribute_tensor(tensor.to(other.device), mesh, placements, src_data_rank=None).clone()
 
 
-def as_part(part: Tensor, other: Any) -> Tensor:
-    """A tensor sharded as the other is, of which this is what the process holds."""
-    if not is_sharded(other):
-        return part
-    from torch.distributed.tensor import DTensor
+def _holding(trained: Trained) -> torch.dtype:
+    """The dtype that holds each gradient as it is, and the loss."""
+    return reduce(torch.promote_types, (p.dtype for p in trained), torch.float32)
 
-    return DTensor.from_local(
-        part.to(other.device, copy=True),
-        other.device_mesh,
-        other.placements,
-        run_check=False,
-        shape=other.shape,
-        stride=other.stride(),
-    )
+
+def _is_in_group() -> bool:
+    group = torch.distributed
+    return group.is_available() and group.is_initialized()

@@ -1,4 +1,4 @@
-"""The loss on examples that are only read: of a base, of an adapter, in the middle of a run."""
+"""The loss on examples that are only read."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from gpt2.files import is_sharded
 from gpt2.loss import IGNORE
 from gpt2.model import GPT2, in_mode
 from gpt2.training import distributed
-from gpt2.training.checks import check_readable, require_count
-from gpt2.training.randomness import RandomState
-from gpt2.training.wrapped import logits_of, summed_loss
+from gpt2.training.config import require_count
+from gpt2.training.losses import check_readable, logits_of, summed_loss
+from gpt2.training.randomness import TURN, RandomState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,58 +46,55 @@ def evaluate(
 ) -> Evaluation:
     """The mean loss over all supervised tokens of the data, without dropout.
 
-    Modes, gradients and random states are afterwards as before. A frozen head's logits exist for a
-    few positions at a time, so that no more memory is taken than a training step takes.
+    Modes, gradients and random states are afterwards as before.
 
     Args:
         model: as for `gpt2.train`.
         data: the examples.
-        batch_size: examples a forward pass. Each pass gives a float32 sum, and the sums are added
-            in float64, so that another batch size changes the loss by rounding only (about 1e-6 of
-            it).
+        batch_size: examples a forward pass; another one changes the loss by rounding only.
         autocast: compute in bfloat16 beside float32 weights.
         references: take completions for references, and find out which prompts the model would
-            continue greedily with one of theirs, the token that ends it included.
+            continue greedily with one of theirs and its end.
 
     Raises:
-        ValueError: the model cannot be called on the data; `batch_size` is below 1; references of
-            data without prompts.
+        ValueError: the data does not fit the model; references of data without prompts.
     """
     check_readable(model, data)
     require_count("batch_size", batch_size)
     device = next(iter(model.parameters())).device
     order = data.by_length[::-1]  # alike in length: little padding; the largest batch first
-    starts, found = range(0, len(data), batch_size), list[list[float]]()
+    starts = range(0, len(data), batch_size)
     exact, asked = np.zeros(len(data), bool), np.asarray(data.prompts)
     if references and not asked.any():
         raise ValueError("references=True takes examples with a prompt, and no example has one.")
     if references and any(map(is_sharded, model.parameters())):
         raise ValueError("references=True takes a model that is not sharded.")
-    with in_mode(model, training=False), RandomState(0, device), torch.no_grad():
-        for start in distributed.strided(starts):
-            some = order[start : start + batch_size]
-            batch = collate(data, some)
-            moved, right = batch.to(device), np.zeros(batch_size)
+    rank, size = distributed.rank(), distributed.size()
+    mine: list[tuple[float, int, Array]] = []
+    with TURN, in_mode(model, training=False), RandomState(0, device), torch.no_grad():
+        # Each takes as many, since a sharded model runs in all processes at once.
+        for number in range(rank, math.ceil(len(starts) / size) * size, size):
+            start = starts[min(number, len(starts) - 1)]
+            chosen = order[start : start + batch_size]
+            batch = collate(data, chosen)
+            moved, right = batch.to(device), np.zeros(len(chosen), bool)
             with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                 loss = summed_loss(model, moved.idx, moved.labels)
                 if references:
-                    right[: len(some)] = _are_greedy(model, moved, torch.from_numpy(asked[some]))
-            found.append([float(loss), batch.n_tokens, *right])
+                    right = _are_greedy(model, moved, torch.from_numpy(asked[chosen]))
+            mine.append((float(loss), batch.n_tokens, right))
+    every = distributed.gathered(mine)
     total, tokens = 0.0, 0
-    for start, row in zip(starts, distributed.interleaved(found, device), strict=False):
-        total, tokens = total + row[0], tokens + int(row[1])
-        some = order[start : start + batch_size]
-        exact[some] = row[2 : 2 + len(some)]
+    for number, start in enumerate(starts):
+        loss, count, right = every[number % size][number // size]
+        total, tokens = total + loss, tokens + count
+        exact[order[start : start + batch_size]] = right
     share = _share_of_prompts(data, exact) if references else None
     return Evaluation(loss=total / tokens, tokens=tokens, examples=len(data), exact_match=share)
 
 
 def _are_greedy(model: nn.Module, batch: Batch, prompts: Tensor) -> Array:
-    """Whether each row's completion is the greedy one.
-
-    It is if each of its tokens is the most likely one after those before it, so that nothing need
-    be generated.
-    """
+    """Whether each token of a row's completion is the most likely one, so nothing is generated."""
     idx, targets = batch.idx, batch.labels[:, 1:]
     places = torch.arange(1, idx.shape[1], device=idx.device)
     wanted = (targets != IGNORE) & (places >= prompts.to(idx.device)[:, None])

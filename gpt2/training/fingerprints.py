@@ -1,9 +1,9 @@
-"""What a run was made of, in a few words each: so that it is gone on with as it was begun."""
+"""What a run was made of, in a few words each: so that it is resumed as it was begun."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from hashlib import blake2b
 
 import torch
@@ -11,29 +11,29 @@ from torch import Tensor, nn
 
 from gpt2.data.dataset import Dataset
 from gpt2.files import listed
-from gpt2.model import GPT2
 from gpt2.training.config import TrainConfig
 from gpt2.training.distributed import whole
-from gpt2.training.wrapped import inner
+from gpt2.training.groups import OPTIONS, Groups
 
 PROBED = 1024  # elements of each tensor that are read one by one, beside the sum of all
-FREE = ("sync_every",)  # options that change no result
 
 
 def of_run(
-    model: nn.Module, data: Dataset, config: TrainConfig, validation: Dataset | None
+    model: nn.Module,
+    data: Dataset,
+    config: TrainConfig,
+    groups: Groups | None,
+    validation: Dataset | None,
 ) -> dict[str, str]:
     """Everything that a run is a function of, by name."""
-    options = {name: repr(value) for name, value in asdict(config).items() if name not in FREE}
     trained = {n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad}
-    network = inner(model)
-    sizes = network.config if isinstance(network, GPT2) else ""  # and attention's dropout
     return {
-        **options,
+        **{name: repr(value) for name, value in asdict(config).items()},
         **of_data(data, validation),
+        **of_groups(model, groups),
         "base": of_base(model),
-        "modules": _digest(f"{model} {sizes}".replace("FSDP", "").encode()),
-        "trained parameters": _digest(repr(sorted(trained.items())).encode()),
+        "modules": of_modules(model),
+        "trained parameters": _digest(repr(sorted(trained.items()))),
         "kind of device": next(iter(model.parameters())).device.type,
     }
 
@@ -43,9 +43,20 @@ def of_data(data: Dataset, validation: Dataset | None) -> dict[str, str]:
     return {"data": _of(data), "validation data": _of(validation) if validation else "none"}
 
 
-def of_start(model: nn.Module, data: Dataset, config: TrainConfig, taken: int) -> str:
+def of_groups(model: nn.Module, groups: Groups | None) -> dict[str, str]:
+    """The optimiser's groups, their options in full; nothing where there are none."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    found: dict[str, str] = {}
+    for i, group in enumerate(groups or ()):
+        of = _digest(repr([names[id(p)] for p in group["params"]]))
+        options = {name: group[name] for name in OPTIONS if name in group}
+        found[f"group {i}"] = f"{len(group['params'])} parameters ({of}), {options}"
+    return found
+
+
+def of_start(model: nn.Module, data: Dataset, config: TrainConfig, groups: Groups | None) -> str:
     """What processes that train together must have alike, in short."""
-    digest = blake2b(f"{taken} {config} {_of(data)}".encode(), digest_size=8)
+    digest = blake2b(f"{config} {_of(data)} {of_groups(model, groups)}".encode())
     for name, p in model.named_parameters():
         if p.requires_grad and not hasattr(p, "full_tensor"):
             digest.update(name.encode() + _probe(p.detach()))
@@ -61,6 +72,19 @@ def of_base(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(_probe(whole(tensor)))
     return digest.hexdigest()
+
+
+def of_modules(model: nn.Module) -> str:
+    """Classes and plain attributes, since what modules print differs between versions of torch."""
+    lines: list[str] = []
+    for path, module in model.named_modules():
+        lines.append(f"{path} {type(module).__name__.replace('FSDP', '')}")
+        for name, value in sorted(vars(module).items()):
+            weights = isinstance(value, dict) and {*map(type, value.values())} == {float}
+            plain = weights or type(value) in (int, float, str) or is_dataclass(value)
+            if plain and not name.startswith("_"):
+                lines.append(f"{name} {value}")
+    return _digest("\n".join(lines))
 
 
 def differences(then: Mapping[str, str], now: Mapping[str, str]) -> str:
@@ -84,5 +108,5 @@ def _probe(tensor: Tensor) -> bytes:
     return few.contiguous().view(torch.uint8).cpu().numpy().tobytes() + str(total).encode()
 
 
-def _digest(text: bytes) -> str:
-    return blake2b(text, digest_size=8).hexdigest()
+def _digest(text: str) -> str:
+    return blake2b(text.encode(), digest_size=8).hexdigest()

@@ -1,32 +1,29 @@
-"""A run with what people do around its steps: validation, the best kept, a stop, snapshots.
-
-It composes `train`, `evaluate` and snapshots, and knows of weights by their names only: what is
-kept as the best is whatever is trained.
-"""
+"""A run with what people do around its steps: validation, the best kept, a stop, snapshots."""
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from gpt2.data.dataset import Dataset
 from gpt2.files import is_sharded
 from gpt2.training import distributed, fingerprints, snapshots
-from gpt2.training.checks import check_readable
-from gpt2.training.config import TrainConfig
+from gpt2.training.config import RunConfig, TrainConfig
 from gpt2.training.evaluation import evaluate
 from gpt2.training.groups import Groups
-from gpt2.training.loop import StepRecord, train
-from gpt2.training.run_config import RunConfig, lowest, waited
-from gpt2.training.schedule import steps_an_epoch
+from gpt2.training.loop import StepRecord, Training
+from gpt2.training.losses import check_readable
 from gpt2.training.snapshots import Snapshot
-from gpt2.training.weights import parts_of, put, swapped, trained
+
+Weights = Mapping[str, Tensor]
 
 
 def fit(
@@ -39,11 +36,10 @@ def fit(
     run: RunConfig | None = None,
     resume: bool = False,
 ) -> Fit:
-    """Train as `gpt2.train` does; evaluate, keep the best, stop early, save and go on again.
+    """Train as `gpt2.train` does; evaluate, keep the best, stop early, save and resume.
 
-    Iterate the result: `for record in gpt2.fit(...)`. Before the first step the model is evaluated
-    as it is. When the run has come to its end the model has the weights of the lowest validation
-    loss; of equal ones the first. Evaluations and snapshots change no bit of a step.
+    Iterate the result: `for record in gpt2.fit(...)`. The model is evaluated before the first
+    step too. At the end it has the weights of the lowest validation loss, of equal ones the first.
 
     Args:
         model, data, config, groups: as for `gpt2.train`.
@@ -52,31 +48,20 @@ def fit(
         resume: go on, bit for bit on a CPU, from the snapshot in the run's folder.
 
     Raises:
-        ValueError: as `gpt2.train`; the validation data cannot be read by the model; patience
-            without validation data; the snapshot is of a run of other data, base or options.
-        FileNotFoundError: there is no snapshot to go on from.
-        RuntimeError: as `gpt2.train`.
+        ValueError, RuntimeError: as `gpt2.train`; also for validation data that does not fit, and
+            a snapshot of a run of other data, base or options.
+        FileNotFoundError: there is no snapshot to resume from.
     """
-    run = run or RunConfig()
-    if validation is not None:
-        check_readable(model, validation)
-    elif run.patience is not None or run.eval_every is not None:
-        raise ValueError("patience and eval_every need validation data.")
-    if resume and run.folder is None:
-        raise ValueError("To resume, name the folder of the snapshots: RunConfig(folder=...).")
-    return Fit(model, data, config, groups, validation, run, resume)
+    return Fit(model, data, config, groups, validation, run or RunConfig(), resume)
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """What was found so far; replaced as a whole, so that no interrupt leaves half of it."""
+class Fit(Training):
+    """A run as `fit` makes it: its records, and what became of the model.
 
-    evaluated: Mapping[int, float] = field(default_factory=dict[int, float])
-    best: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
-
-
-class Fit(Iterator[StepRecord]):
-    """A run as `fit` makes it: its records, and what was found on the validation data."""
+    Attributes:
+        told: how many steps the caller has dealt with: he came back for the next.
+        saved_step: of the last snapshot; 0 for none.
+    """
 
     def __init__(
         self,
@@ -88,72 +73,58 @@ class Fit(Iterator[StepRecord]):
         run: RunConfig,
         resume: bool,
     ) -> None:
-        self.model, self.validation, self.options = model, validation, run
-        self.training = train(model, data, config, groups=groups)
-        config = self.config = self.training.run.config  # which may pack no more
-        every = run.eval_every or steps_an_epoch(data, config)
-        total = self.training.run.total
-
-        def is_due(step: int) -> bool:
-            return validation is not None and (step % every == 0 or step == total)
-
-        def pauses(step: int) -> bool:
-            return is_due(step) or run.is_save_step(step)
-
-        self._is_due, self.training.run.pauses = is_due, pauses
-        self.made_of: Mapping[str, str] = {}
-        self._kept, self._last = _Kept(), dict[str, Tensor]()
+        super().__init__(model, data, config, groups)
+        self._used = True  # which is not warned of where it is refused
+        self.validation, self.options = validation, run
+        # Evaluations and the best weights: one value, so that no interrupt leaves half of it.
+        self._kept: tuple[Mapping[int, float], Weights] = {}, {}
+        self._last: Weights = {}  # once the run is over and the model has the best
+        self._record: StepRecord | None = None  # that the caller has not dealt with
+        self.told, self.saved_step, self._saved_at = 0, 0, time.monotonic()
         self._sharded = any(map(is_sharded, model.parameters()))
-        self._saved_at, self.saved_step = time.monotonic(), 0
-        try:
-            if run.folder is not None:
-                self.made_of = fingerprints.of_run(model, data, config, validation)
-                if resume:
-                    self._resume(Path(run.folder))
-        except BaseException:
-            self.training.close()
-            raise
-        self._told: StepRecord | None = None
+        self._made_of: Mapping[str, str] = {}
+        if validation is not None:
+            check_readable(model, validation)
+        elif run.patience is not None or run.eval_every is not None:
+            raise ValueError("patience and eval_every need validation data.")
+        if run.folder is not None:
+            self._made_of = fingerprints.of_run(model, data, config, self.groups, validation)
+        if resume:
+            self._resume()
+        self._used = False
 
-    def __next__(self) -> StepRecord:
-        """Take the next step."""
-        if self._told is not None:
-            self.training.run.tell(self._told)
-            self._save_if_due(self._told.step)
-            self._told = None
-        self._evaluate(0)
-        record = None if self._is_out_of_patience() else next(self.training, None)
-        if record is None:
-            self._ended()
-            raise StopIteration
-        if self.taken == record.step:
-            self._evaluate(record.step)
-        self._told = replace(record, validation=self._kept.evaluated.get(record.step))
-        return self._told
+    def _run(self) -> Generator[StepRecord]:
+        self._evaluate_if_due(self.taken)
+        if self._record is not None:  # of a run that was resumed
+            yield self._validated(self._record)
+            self._tell()
+        steps, patience = super()._run(), self.options.patience or math.inf
+        while waited(self.evaluated.values(), self.options.min_delta) < patience:
+            self._record = next(steps, None)
+            if self._record is None:
+                break
+            self._evaluate_if_due(self._record.step)
+            yield self._validated(self._record)
+            self._tell()
+            self._save_if_due(self.told)
+        steps.close()
+        if self._kept[1] and self.best_step != self.taken:
+            self._last = trained(self.model)
+            put(self.model, self._kept[1])
 
-    def close(self) -> None:
-        """End the run where it is."""
-        self.training.close()
+    def _validated(self, record: StepRecord) -> StepRecord:
+        validation = self.evaluated.get(record.step)
+        return record if validation is None else replace(record, validation=validation)
 
-    @property
-    def taken(self) -> int:
-        """How many steps the weights have taken."""
-        return self.training.run.taken
-
-    @property
-    def told(self) -> int:
-        """How many steps the records told of, in this process and before."""
-        return self.training.run.told
-
-    @property
-    def total(self) -> int:
-        """Steps of the whole run, if nothing stops it early."""
-        return self.training.run.total
+    def _tell(self) -> None:
+        """The caller came back for the next record."""
+        if self._record is not None:
+            self.told, self._record = self._record.step, None
 
     @property
     def evaluated(self) -> dict[int, float]:
         """The validation loss after each step that was evaluated; 0 is before the first."""
-        return dict(self._kept.evaluated)
+        return dict(self._kept[0])
 
     @property
     def best_step(self) -> int | None:
@@ -163,7 +134,7 @@ class Fit(Iterator[StepRecord]):
     @contextmanager
     def best_weights(self) -> Generator[None]:
         """The model has the best weights within, and its own after; the last, where none is."""
-        with swapped(self.model, self._kept.best):
+        with swapped(self.model, self._kept[1]):
             yield
 
     @contextmanager
@@ -173,54 +144,47 @@ class Fit(Iterator[StepRecord]):
             yield
 
     def save(self) -> bool:
-        """Keep a snapshot; False where there is nothing that could be gone on from.
+        """Keep a snapshot; False where there is nothing that could be resumed from.
 
-        That is so before the first step, where an interrupt fell in the midst of an update, and in
-        all processes but the first, which writes for all; of a sharded model call it in each.
+        That is so before the first step, in the midst of an update, and in all processes but the
+        first; of a sharded model call it in each.
 
         Raises:
             OSError: it cannot be written; those of before are as they were.
+            RuntimeError: a step was not finite.
         """
-        run = self.training.run
-        can = self.options.folder is not None and self.taken and run.is_whole and not self._last
-        if not can or (distributed.rank() and not self._sharded):
+        self.wait()
+        whole = self.taken and self.stepper.whole and not self._last
+        writes = self._sharded or not distributed.rank()
+        if self.options.folder is None or not whole or not writes:
             return False
-        kept, state = self._kept, run.state()
-        best = {
-            name: distributed.as_part(t, state.parameters[name]) for name, t in kept.best.items()
-        }
-        found = Snapshot(made_of=self.made_of, state=state, evaluated=kept.evaluated, best=best)
-        snapshots.write(Path(self.options.folder or ""), found)
+        (evaluated, best), state = self._kept, self.state()
+        if self._sharded:  # processes of a GPU's group meet there
+            best = {n: t.to(state.parameters[n].device) for n, t in best.items()}
+        found = Snapshot(self._made_of, state, self._record, evaluated, best)
+        snapshots.write(Path(self.options.folder), found)
         self.saved_step = state.step
         return True
 
-    def _ended(self) -> None:
-        """Let go of the run; the model gets the best weights."""
-        self.training.close()
-        if self._kept.best and self.best_step != self.taken and not self._last:
-            self._last = trained(self.model)
-            put(self.model, self._kept.best)
-
-    def _evaluate(self, step: int) -> None:
-        if self.validation is None or step in self._kept.evaluated or not self._is_due(step):
+    def _evaluate_if_due(self, step: int) -> None:
+        every = self.options.eval_every or self.steps_an_epoch
+        due = step % every == 0 or step == self.total
+        if self.validation is None or not due or step in self.evaluated:
             return
+        self.wait()
         size, autocast = self.config.batch_size, self.config.autocast
         if budget := self.config.tokens_per_batch:
             size = max(1, budget // self.validation.longest)
         loss = evaluate(self.model, self.validation, batch_size=size, autocast=autocast).loss
-        evaluated = {**self._kept.evaluated, step: loss}
-        best = trained(self.model) if lowest(evaluated) == step else self._kept.best
-        self._kept = _Kept(evaluated, best)
-
-    def _is_out_of_patience(self) -> bool:
-        patience = self.options.patience
-        losses = self._kept.evaluated.values()
-        return patience is not None and waited(losses, self.options.min_delta) >= patience
+        evaluated = {**self.evaluated, step: loss}
+        best = trained(self.model) if lowest(evaluated) == step else self._kept[1]
+        self._kept = evaluated, best
 
     def _save_if_due(self, step: int) -> None:
-        since = time.monotonic() - self._saved_at
-        due = self.taken == step and self.options.is_save_due(step, since)
-        if not (distributed.first_says(due) if self._sharded else due):
+        due = self.options.is_save_due(step, time.monotonic() - self._saved_at)
+        if self._sharded and self.options.save_every is not None:  # clocks differ
+            due = distributed.gathered(due)[0]
+        if not due:
             return
         try:
             self.save()
@@ -233,9 +197,12 @@ class Fit(Iterator[StepRecord]):
             )
         self._saved_at = time.monotonic()
 
-    def _resume(self, folder: Path) -> None:
-        found, fault = snapshots.read(folder, parts_of(self.model))
-        if differs := fingerprints.differences(found.made_of, self.made_of):
+    def _resume(self) -> None:
+        if self.options.folder is None:
+            raise ValueError("To resume, name the folder of the snapshots: RunConfig(folder=...).")
+        folder = Path(self.options.folder)
+        found, fault = snapshots.read(folder, dict(self.model.named_parameters()))
+        if differs := fingerprints.differences(found.made_of, self._made_of):
             raise ValueError(
                 f"The run in {folder} cannot be gone on with: {differs}. Give what it was begun "
                 "with, or begin anew in another folder."
@@ -246,5 +213,47 @@ class Fit(Iterator[StepRecord]):
                 RuntimeWarning,
                 stacklevel=2,
             )
-        self._kept, self.saved_step = _Kept(found.evaluated, found.best), found.state.step
-        self.training.run.go_on_from(found.state)
+        self.resume(found.state)
+        self._kept, self._record = (found.evaluated, found.best), found.record
+        self.saved_step, self.told = self.taken, self.taken - (found.record is not None)
+
+
+def waited(losses: Iterable[float], min_delta: float) -> int:
+    """How many losses at the end are not lower, by more than `min_delta`, than those before."""
+    least, since = math.inf, 0
+    for loss in losses:
+        since += 1
+        if loss < least - min_delta:  # NaN is never
+            least, since = loss, 0
+    return since
+
+
+def lowest(evaluated: Mapping[int, float]) -> int | None:
+    """The step of the lowest loss, the first of equal ones; None where none is finite."""
+    finite = {step: loss for step, loss in evaluated.items() if math.isfinite(loss)}
+    return min(finite, key=finite.__getitem__, default=None)
+
+
+def trained(model: nn.Module) -> Weights:
+    """Copies of what is trained, in the host's memory."""
+    named = model.named_parameters()
+    return {name: p.detach().to("cpu", copy=True) for name, p in named if p.requires_grad}
+
+
+@torch.no_grad()
+def put(model: nn.Module, values: Weights) -> None:
+    """Give the parameters of these names these values."""
+    for name, p in model.named_parameters():
+        if name in values:
+            p.copy_(values[name])
+
+
+@contextmanager
+def swapped(model: nn.Module, values: Weights) -> Generator[None]:
+    """The parameters of these names have these values within, and their own after."""
+    own = trained(model) if values else {}
+    try:
+        put(model, values)
+        yield
+    finally:
+        put(model, own)

@@ -1,49 +1,240 @@
 """The training loop, which optimises whatever requires grad: one adapter or every weight.
 
-A run is a pure function of model, data, config and seed, whatever its caller does between steps.
+A run is a function of model, data, config and seed, whatever its caller does between steps.
 """
 
 from __future__ import annotations
 
+import math
+import time
 import warnings
-from collections.abc import Iterator
+import weakref
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass, replace
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from gpt2.data.batches import Batch, batch
 from gpt2.data.dataset import Dataset
-from gpt2.training.checks import check_options, check_readable, require_config
-from gpt2.training.config import TrainConfig
+from gpt2.model import GPT2, in_mode
+from gpt2.training import distributed, fingerprints
+from gpt2.training.config import TrainConfig, require_config
 from gpt2.training.groups import Groups, listed
-from gpt2.training.packing import settled
-from gpt2.training.run import Run, StepRecord
-from gpt2.training.wrapped import inner
+from gpt2.training.losses import check_readable, inner
+from gpt2.training.schedule import lr_scale, planned
+from gpt2.training.step import RunState, Stepper
 
-__all__ = ["StepRecord", "Training", "train"]
+UNREAD = 1000  # steps after which the host waits for the device even if nobody reads
+
+
+class Readings:
+    """Loss, gradient norm and time of steps in a row, until one is read on the device."""
+
+    def __init__(self, first: int, seconds: float) -> None:
+        self.first = first  # the first step's number
+        self.seconds = seconds  # of training so far
+        self.figures: list[Tensor] = []  # (2,) each, that were not read
+        self.rows: list[list[float]] = []  # those that were, as far as they are finite
+        self.fault = ""
+        self.parameters: Mapping[str, Tensor] = {}
+
+    def read(self) -> None:
+        """Wait for the device."""
+        if not self.figures:
+            return
+        began = time.perf_counter()
+        rows = torch.stack(self.figures).tolist()
+        good = [*(all(map(math.isfinite, row)) for row in rows), False].index(False)
+        if good < len(rows):  # that step and those after it were not applied
+            loss, norm = rows[good]
+            step = f"Step {self.first + good}: the loss is {loss}"
+            self.fault = blamed(f"{step} and the gradient's norm {norm}", self.parameters)
+        self.seconds += time.perf_counter() - began
+        self.rows, self.figures, self.parameters = rows[:good], [], {}
+
+    def of(self, step: int, name: str) -> float:
+        """A number of a step; a RuntimeError if it, or one before, was not finite."""
+        self.read()
+        if self.first + len(self.rows) <= step:
+            raise RuntimeError(self.fault)
+        loss, norm = self.rows[step - self.first]
+        return {"loss": loss, "grad_norm": norm, "seconds": self.seconds}[name]
+
+
+class Reading:
+    """A field of a record: a number, or the `Readings` where it will be."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __set__(self, record: StepRecord, value: float | Readings) -> None:
+        vars(record)[self.name] = value
+
+    def __get__(self, record: StepRecord | None, owner: type) -> float:
+        if record is None:
+            raise AttributeError(self.name)  # so that the field has no default
+        value = vars(record)[self.name]
+        if isinstance(value, Readings):
+            return value.of(record.step, self.name)
+        return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """One optimiser step, numbered from 1.
+
+    Loss, norm and seconds lie on the device until one of them is read, which waits. It raises
+    a RuntimeError if the step was not finite.
+    """
+
+    step: int
+    epoch: int
+    loss: Reading = Reading()  # mean over the step's supervised tokens, nats
+    lr: float  # the first group's
+    grad_norm: Reading = Reading()  # before clipping
+    tokens: int  # supervised
+    seconds: Reading = Reading()  # of training until it was read
+    validation: float | None = None  # loss on the validation data after this step, from `fit`
 
 
 class Training(Iterator[StepRecord]):
-    """A run: each item takes a step, or a burst of `sync_every` steps, and tells of one.
+    """A run: each item takes a step, and is its record. Arguments and errors as `train`.
 
-    It says so if it was thrown away without a step, as Python does of a coroutine that nobody
-    awaited.
+    Attributes:
+        total: steps of the whole run.
+        steps_an_epoch: steps of a pass over the data.
     """
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self._records, self._used = run.records(), False
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Dataset,
+        config: TrainConfig,
+        groups: Groups | None = None,
+    ) -> None:
+        check_readable(model, data)
+        require_config(config)
+        self.model, self.data, self.config = model, data, config
+        self.groups = None if groups is None else listed(groups)
+        self.stepper = Stepper(model, config, self.groups, data.longest)
+        self.plan = planned(data, config)
+        self.steps_an_epoch = math.ceil(len(self.plan) / config.accumulate)
+        self.total = config.steps or (config.epochs or 0) * self.steps_an_epoch
+        self._readings = Readings(1, 0.0)
+        self._used = False
+        # By a weak reference, so that a run that is dropped takes its CUDA graphs along at once.
+        self._records = type(self)._run(weakref.proxy(self))
 
     def __next__(self) -> StepRecord:
         """Take the next step."""
         self._used = True
         return next(self._records)
 
+    def _run(self) -> Generator[StepRecord]:
+        stepper = self.stepper
+        self._agree()
+        try:
+            for step in range(stepper.taken + 1, self.total + 1):
+                began = time.perf_counter()
+                micro_batches = self._batches_of(step)  # a function of seed and step
+                scale = lr_scale(step, self.total, self.config)
+                with in_mode(self.model, training=True):
+                    figures = stepper(micro_batches, step, scale)
+                readings = self._readings_with(step, figures, began)
+                yield StepRecord(
+                    step=step,
+                    epoch=(step - 1) // self.steps_an_epoch + 1,
+                    loss=readings,
+                    lr=stepper.peaks[0] * scale,
+                    grad_norm=readings,
+                    tokens=sum(batch.n_tokens for batch in micro_batches),
+                    seconds=readings,
+                )
+            self.wait()
+        finally:
+            self._readings.read()  # so that no record holds the model
+        if not_finite(stepper.parameters):
+            outcome = f"Step {self.total}, the last, was not finite in its outcome"
+            raise RuntimeError(blamed(outcome, stepper.parameters))
+
     def close(self) -> None:
         """End the run where it is."""
         self._used = True
         self._records.close()
 
+    def wait(self) -> None:
+        """Wait for the device; a RuntimeError names a step that was not finite."""
+        self._readings.read()
+        if self._readings.fault:
+            raise RuntimeError(self._readings.fault)
+
+    @property
+    def taken(self) -> int:
+        """How many steps the weights have taken; waits for the device."""
+        self._readings.read()
+        if self._readings.fault:
+            return self._readings.first + len(self._readings.rows) - 1
+        return self.stepper.taken
+
+    def state(self) -> RunState:
+        """Where the run is; the next step changes the tensors.
+
+        Raises:
+            RuntimeError: an interrupt fell in the midst of an update.
+        """
+        if not self.stepper.whole:
+            raise RuntimeError("The run was interrupted in the midst of an update.")
+        taken = self.taken
+        return replace(self.stepper.state(), step=taken, seconds=self._readings.seconds)
+
+    def resume(self, state: RunState) -> None:
+        """Begin where that state was taken; a RuntimeError where the run has begun."""
+        if self.stepper.taken:
+            raise RuntimeError("The run has begun: only a new one can be resumed.")
+        self.stepper.resume(state)
+        self._readings = Readings(state.step + 1, state.seconds)
+
+    def _agree(self) -> None:
+        """Find out whether all processes begin alike."""
+        if distributed.size() == 1:
+            return
+        mine = fingerprints.of_start(self.model, self.data, self.config, self.groups)
+        every = distributed.gathered(f"{self.stepper.taken} {mine}")
+        if other := [i for i, start in enumerate(every) if start != every[0]]:
+            raise RuntimeError(
+                f"Process {other[0]} begins with other weights, data or options than process 0: "
+                "give all the same, and lora.inject a seed."
+            )
+
+    def _batches_of(self, step: int) -> list[Batch]:
+        """Those of a step, of few shapes where each costs a compile or a capture."""
+        size, plan, seed = self.config.accumulate, self.plan, self.config.seed
+        epoch, at = divmod(step - 1, self.steps_an_epoch)
+        numbers = range(at * size, min((at + 1) * size, len(plan)))
+        batches = [batch(self.data, plan, k, seed=seed, epoch=epoch) for k in numbers]
+        network = inner(self.model)
+        if not isinstance(network, GPT2):
+            return batches
+        limit = network.config.block_size
+        shapes = [plan.shape(b.idx.shape[1], limit) for b in batches]
+        compiled = self.config.compile or network is not self.model
+        if compiled or self.stepper.is_graphed(math.prod(shapes[0])):
+            return [b.padded(*shape) for b, shape in zip(batches, shapes, strict=True)]
+        return batches
+
+    def _readings_with(self, step: int, figures: Tensor, began: float) -> Readings:
+        """Where the step's numbers will be."""
+        if not 0 < len(self._readings.figures) < UNREAD:
+            self.wait()
+            self._readings = Readings(step, self._readings.seconds)
+        self._readings.figures.append(figures)
+        self._readings.parameters = self.stepper.parameters
+        self._readings.seconds += time.perf_counter() - began
+        return self._readings
+
     def __del__(self) -> None:
-        if not getattr(self, "_used", True):  # a copy may have been refused halfway
+        if not getattr(self, "_used", True):  # it may have been refused
             warnings.warn(
                 "gpt2.train(...) was never iterated, so nothing was trained: "
                 "write `for record in gpt2.train(...)`, or `list(gpt2.train(...))`.",
@@ -51,6 +242,8 @@ class Training(Iterator[StepRecord]):
                 stacklevel=2,
                 source=self,
             )
+        if hasattr(self, "_records"):
+            self._records.close()
 
 
 def train(
@@ -59,32 +252,38 @@ def train(
     """Train whatever requires grad in the model, yielding a record after each optimiser step.
 
     Nothing happens until the result is iterated: `for record in gpt2.train(...)`. The model is in
-    training mode within steps only: at each record, and however the run ends, every module is in
-    its own mode. An interrupt leaves the weights of the last whole step; given several groups it
-    may come between two of them.
+    training mode within steps only. An interrupt leaves the weights of the last whole step. A
+    step that is not finite is not applied, nor any after it: reading its record is an error, and
+    so is the end. Several processes read the same records.
 
     Args:
-        model: a GPT-2, with adapters or without, or a wrapper around one, such as
-            `torch.compile(model)` or `DistributedDataParallel(model)`; see
-            `gpt2.training.wrapped.summed_loss` for others. Only what is given is called.
+        model: a GPT-2, `torch.compile` of one, or any model that `gpt2.summed_loss` takes.
         data: the examples.
         config: how.
-        groups: optimiser groups such as `lora.parameter_groups` gives: dicts of `params` and, where
-            they differ from the config's, `lr`, `weight_decay`, `betas`, `eps`. The schedule scales
-            each group's `lr`.
+        groups: optimiser groups such as `lora.parameter_groups` gives: dicts of `params` and,
+            where they differ from the config's, `lr`, `weight_decay`, `betas`, `eps`.
 
     Raises:
-        ValueError: nothing requires grad; the data is no `Dataset`, empty, too long for the model
-            or of another vocabulary; the config no `TrainConfig`; groups that do not hold each
-            trained parameter once; options that the model cannot follow.
-        RuntimeError: what requires grad has no part in the loss; the model was changed between two
-            steps; a loss, a gradient or a trained weight is not finite.
+        ValueError: nothing requires grad; data, groups or options do not fit the model.
+        RuntimeError: what requires grad has no part in the loss; the model was changed between
+            two steps; a loss, a gradient or a trained weight is not finite.
     """
-    check_readable(model, data)
-    require_config(config)
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError("Nothing in the model requires grad: inject an adapter or unfreeze it.")
-    config = settled(inner(model), config)
-    groups = None if groups is None else listed(groups)
-    check_options(model, config, groups)
-    return Training(Run(model, data, config, groups))
+    return Training(model, data, config, groups)
+
+
+def not_finite(parameters: Mapping[str, Tensor]) -> list[str]:
+    """The names of those that hold an infinity or NaN."""
+    whole = {name: distributed.whole(p.detach()) for name, p in parameters.items()}
+    return [name for name, tensor in whole.items() if not tensor.isfinite().all()]
+
+
+def blamed(fault: str, parameters: Mapping[str, Tensor]) -> str:
+    """What went wrong, and whether the weights can still be used."""
+    if not (bad := not_finite(parameters)):
+        good = "The step was not applied; the weights are good"
+        return f"{fault}. {good}. Try a lower learning rate."
+    more = f" and {len(bad) - 3} more" if bad[3:] else ""
+    return (
+        f"{fault}. The update before made values infinite or NaN in {', '.join(bad[:3])}{more}: "
+        "load the weights anew, and try a lower learning rate."
+    )

@@ -1,16 +1,20 @@
 """Random numbers of a run's own: a function of seed, step and micro-batch, and of no history.
 
-So an interrupted run goes on with the numbers that it would have had, and it does not matter which
-process takes a micro-batch. Neither side, run or caller, disturbs the other's numbers.
+So it does not matter which process takes a micro-batch, or when a run was resumed.
 """
 
 from __future__ import annotations
+
+import threading
 
 import torch
 from torch import Tensor
 
 from gpt2.data.order import seed_of
 from gpt2.fast.devices import Generator
+
+TURN = threading.RLock()
+"""Held by the thread that has torch's generators: runs in several threads take turns."""
 
 
 class RandomState:

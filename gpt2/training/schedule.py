@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import cast
 
 from gpt2.data.batches import Plan, plan
 from gpt2.data.dataset import Dataset
@@ -14,28 +13,20 @@ def total_steps(data: Dataset | int, config: TrainConfig) -> int:
     """The optimiser steps of a run over the data; how many examples it has is enough for most.
 
     Raises:
-        ValueError: there are none; a number of examples, where their lengths count; an example
-            longer than `tokens_per_batch`.
+        ValueError: there are none; or with `tokens_per_batch`, which needs the data, a number.
     """
     if (data if isinstance(data, int) else len(data)) < 1:
         raise ValueError("There is no example to train on.")
-    if config.steps is not None:
-        if not isinstance(data, int):
-            planned(data, config)  # raises what would stop the first step
+    if config.steps is not None and isinstance(data, int):
         return config.steps
-    return (config.epochs or 0) * steps_an_epoch(data, config)
+    steps = steps_an_epoch(data, config)  # raises what would stop the first step
+    return config.steps or (config.epochs or 0) * steps
 
 
 def learning_rate(step: int, total: int, config: TrainConfig) -> float:
-    """The learning rate of step 1, 2, …, `total`.
-
-    Raises:
-        ValueError: a step that is none of them.
-    """
-    if type(step) is not int or type(total) is not int or not 1 <= step <= total:
-        raise ValueError(f"step must be in 1..{str(total)[:20]}, got {str(step)[:20]}.")
-    if not isinstance(cast(object, config), TrainConfig):
-        raise ValueError(f"config must be a gpt2.TrainConfig, got {type(config).__name__}.")
+    """The learning rate of step 1, 2, …, `total`; a ValueError for any other."""
+    if not 1 <= step <= total:
+        raise ValueError(f"step must be in 1..{total}, got {step}.")
     return config.lr * lr_scale(step, total, config)
 
 
@@ -65,13 +56,11 @@ def steps_an_epoch(data: Dataset | int, config: TrainConfig) -> int:
     elif config.tokens_per_batch is None:
         batches = math.ceil(data / config.batch_size)
     else:
-        raise ValueError(
-            "Steps of tokens_per_batch are counted in a Dataset: give it, not a number."
-        )
+        raise ValueError("To count steps of tokens_per_batch give the Dataset, not its length.")
     return math.ceil(batches / config.accumulate)
 
 
 def planned(data: Dataset, config: TrainConfig) -> Plan:
     """How an epoch of the data falls into micro-batches."""
     size = config.batch_size if config.tokens_per_batch is None else None
-    return plan(data, size, config.tokens_per_batch, bool(config.packing))
+    return plan(data, size, config.tokens_per_batch, config.packing)

@@ -1,66 +1,58 @@
 """A run's state on disk: one file, written beside, flushed and moved; the one before is kept.
 
 A file holds, beside its tensors (`parameters.NAME`, `moments.KIND.NAME`, `best.NAME`), one JSON
-text in its metadata: what the run was made of, the step, what was found on the validation data.
+text in its metadata: what the run was made of, the step, its record, the validation losses.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gpt2.files import gathered, write_tensors
-from gpt2.training.run import RunState
+from gpt2.training.distributed import like
+from gpt2.training.loop import StepRecord
+from gpt2.training.step import RunState
 
 NAME, BEFORE = "snapshot.safetensors", "snapshot-before.safetensors"
 NAMES, PART = (NAME, BEFORE), f".{NAME}.part"
-FORMAT = 1
+FORMAT = 2
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Snapshot:
-    """What is kept of a run.
+    """What is kept of a run."""
 
-    Args:
-        made_of: base, data and options, by name, each as a short text.
-        state: where the run is.
-        evaluated: the validation loss after some steps, in their order.
-        best: the trained parameters of the lowest of them.
-    """
-
-    made_of: Mapping[str, str]
+    made_of: Mapping[str, str]  # base, data and options, by name
     state: RunState
-    evaluated: Mapping[int, float]
-    best: Mapping[str, Tensor]
+    record: StepRecord | None  # of its last step, if the caller has not dealt with it
+    evaluated: Mapping[int, float]  # validation losses by step
+    best: Mapping[str, Tensor]  # the trained parameters of the lowest
 
 
 def write(folder: Path, snapshot: Snapshot) -> None:
-    """Write a snapshot; after an error, such as a full disk, those of before are as they were.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write a snapshot; after an OSError those of before are as they were."""
     state = snapshot.state
-    tensors = {f"parameters.{n}": t for n, t in state.parameters.items()}
-    tensors |= {f"moments.{n}": t for n, t in state.moments.items()}
-    tensors |= {f"best.{n}": t for n, t in snapshot.best.items()}
+    kinds = {"parameters": state.parameters, "moments": state.moments, "best": snapshot.best}
+    tensors = {f"{kind}.{n}": t for kind, named in kinds.items() for n, t in named.items()}
+    if (whole := gathered(tensors)) is None:
+        return  # another process writes
     about = {
         "format": FORMAT,
         "made_of": dict(snapshot.made_of),
         "step": state.step,
         "seconds": state.seconds,
-        "untold": state.untold,
+        "record": snapshot.record and asdict(snapshot.record),
         "evaluated": list(snapshot.evaluated.items()),
     }
-    if (whole := gathered(tensors)) is None:
-        return  # another process writes
+    folder.mkdir(parents=True, exist_ok=True)
     made = folder / PART
     try:
         write_tensors(made, whole, {"run": json.dumps(about)})
@@ -72,11 +64,7 @@ def write(folder: Path, snapshot: Snapshot) -> None:
 
 
 def check(folder: Path) -> None:
-    """Find out whether there is anything to go on from.
-
-    Raises:
-        FileNotFoundError: there is not.
-    """
+    """Raise a FileNotFoundError if there is nothing to resume from."""
     if not any((folder / name).is_file() for name in NAMES):
         raise FileNotFoundError(
             f"{folder} holds no snapshot ({NAME}) to go on from: none was saved there, or the run "
@@ -84,15 +72,10 @@ def check(folder: Path) -> None:
         )
 
 
-def read(
-    folder: Path, part: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor
-) -> tuple[Snapshot, str]:
+def read(folder: Path, parameters: Mapping[str, Tensor] | None = None) -> tuple[Snapshot, str]:
     """The last snapshot that is whole; and what is wrong with a later one, "" for nothing.
 
-    Args:
-        folder: where it is.
-        part: given a parameter's name and a tensor like it, what is to be kept of that; by
-            default all.
+    What belongs to a sharded one of these parameters is sharded as it is.
 
     Raises:
         FileNotFoundError: there is none.
@@ -100,11 +83,9 @@ def read(
     """
     check(folder)
     faults: list[str] = []
-    for file in (folder / name for name in NAMES):
-        if not file.is_file():
-            continue
+    for file in (folder / name for name in NAMES if (folder / name).is_file()):
         try:
-            return _read(file, part), "; ".join(faults)
+            return _read(file, parameters or {}), "; ".join(faults)
         except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
             faults.append(f"{file} is cut short or damaged ({str(error)[:200]})")
     raise ValueError(f"{'; '.join(faults)}: there is no whole snapshot to go on from.")
@@ -116,26 +97,18 @@ def remove(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _read(file: Path, part: Callable[[str, Tensor], Tensor]) -> Snapshot:
+def _read(file: Path, parameters: Mapping[str, Tensor]) -> Snapshot:
     tensors: dict[str, dict[str, Tensor]] = {"parameters": {}, "moments": {}, "best": {}}
-    with cast(Any, safe_open(file, "pt")) as opened:
-        about: Any = json.loads(cast(dict[str, str], opened.metadata() or {})["run"])
-        for key in cast(list[str], opened.keys()):
+    opener: Any = safe_open(file, "pt")
+    with opener as opened:
+        about = json.loads(opened.metadata()["run"])
+        for key in list(opened.keys()):
             kind, _, name = key.partition(".")
             of = name.partition(".")[2] if kind == "moments" else name
-            tensors[kind][name] = part(of, opened.get_tensor(key))
+            tensors[kind][name] = like(opened.get_tensor(key), parameters.get(of))
     if about["format"] != FORMAT:
         raise ValueError(f"it is of format {about['format']}, and this version reads {FORMAT}")
-    state = RunState(
-        step=about["step"],
-        seconds=about["seconds"],
-        untold=[tuple(row) for row in about["untold"]],
-        parameters=tensors["parameters"],
-        moments=tensors["moments"],
-    )
-    return Snapshot(
-        made_of=about["made_of"],
-        state=state,
-        evaluated=dict(about["evaluated"]),
-        best=tensors["best"],
-    )
+    best, about["evaluated"] = tensors.pop("best"), dict(about["evaluated"])
+    state = RunState(step=about["step"], seconds=about["seconds"], **tensors)
+    record = about["record"] and StepRecord(**about["record"])
+    return Snapshot(about["made_of"], state, record, about["evaluated"], best)

@@ -13,7 +13,7 @@ from jsonargparse import Namespace
 from . import folder, processes
 
 TRANSIENT = ("config", "resume", "overwrite", "res_path")  # of a start
-FREE = "logging_steps prompts generate device cache sync_every save_every".split()
+FREE = "logging_steps prompts generate device cache save_every".split()
 FREE += ["patience", "min_delta", "eval_every"]
 
 

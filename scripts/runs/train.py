@@ -84,8 +84,8 @@ def train_one(
     line = f"{folder.examples_line(split.train)} {steps}"
     console.print(line if alone else f"{name}: {line}", soft_wrap=True)
     if processes.rank():  # the first shows and writes for all
-        for _ in fit:
-            pass
+        for step in fit:
+            _ = step.loss  # as the first reads it, so that all end at the same step
         return {}
 
     files = {Path(file).stem: file for file in options.tasks or ()}
@@ -154,7 +154,7 @@ def saved(fit: gpt2.Fit, name: str, root: Path, notes: Mapping[str, Any]) -> Ite
         if not isinstance(stop, RuntimeError | ValueError):
             try:
                 fit.save()
-            except OSError as error:
+            except (OSError, RuntimeError) as error:
                 stop.add_note(f"The snapshot cannot be saved: {error}.")
             if fit.saved_step:
                 stop.add_note(f"Go on with --resume {root}.")
