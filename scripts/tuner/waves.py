@@ -13,7 +13,7 @@ from torch import Tensor
 
 import gpt2
 import lora
-from gpt2.population.slots import SlotState
+from gpt2.population.slots import Slot
 from gpt2.population.training import PopulationTraining
 
 from .halving import Halving
@@ -126,7 +126,7 @@ class Waves:
                 copy.curve = copy.curve + [record.loss for record in own.records]
                 copy.ended = own.ended
         alive = [i for i, copy in enumerate(copies) if copy.ended is None]
-        moments = (self.training.step.first, self.training.step.second)
+        moments = [*self.training.moments]
         if all(copies[i].taken >= copies[i].total for i in alive):
             moments = [stack[:, :0] for stack in moments]
         assert self.population
@@ -207,14 +207,14 @@ class Waves:
             if run.position is None:
                 training.start(slot, config, ratios=ratios, until=step)
                 continue
-            flat, first, second = run.position
+            flat, *moments = run.position
             with torch.no_grad():
                 slots.flat[slot] = flat.to(slots.flat.device)
             if run.taken < run.total:
-                state = {"first": first, "second": second, "taken": run.taken, "ended": None}
-                state |= {"config": config, "ratios": ratios, "records": list[gpt2.StepRecord]()}
-                kept = SlotState(occupant=slots.take(slot), **state)
-                training.go_on(slot, kept, until=max(step, 1))
+                kept = {"occupant": slots.take(slot), "moments": torch.stack(moments)}
+                options = {"config": config, "ratios": ratios, "taken": run.taken}
+                state = Slot(data=self.data, **options, **kept)
+                training.go_on(slot, state, until=max(step, 1))
 
 
 def largest_rank(model: gpt2.GPT2, room: lora.LoRAConfig) -> int:
