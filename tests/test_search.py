@@ -24,6 +24,7 @@ import gpt2
 import lora
 from gpt2.population.training import PopulationTraining
 from gpt2.training.run import Run as Training
+from tests.devices import pretended_device
 from tests.test_population import base, data
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +46,7 @@ def made(script):
     spaces, searching, waving = (script(f"tuner.{n}") for n in ("space", "search", "waves"))
     recipe, halving = script("tuner.trials").Recipe, script("tuner.halving").Halving
 
-    def make(folder=None, given=SPACE, rungs=3, keep=2, trials=8, room=None, **plan):
+    def make(folder=None, given=SPACE, rungs=3, keep=2, trials=8, room=None, model=None, **plan):
         usual = recipe(
             adapter=lora.LoRAConfig(r=2, alpha=4, targets=("c_attn",), dropout=0.1),
             training=gpt2.TrainConfig(steps=8, batch_size=2, lr=1e-2, seed=3),
@@ -56,7 +57,7 @@ def made(script):
         rungs = halving(trials=trials, rungs=rungs, keep=keep)
         own = searching.Plan(space=space, usual=usual, halving=rungs, **how)
         room = room or space.room(usual, 16)
-        waves = waving.Waves(base(), data(7), data(5), usual.training, room, own.slots)
+        waves = waving.Waves(model or base(), data(7), data(5), usual.training, room, own.slots)
         files = None
         if folder is not None:
             files = script("tuner.checkpoint").Checkpoint(folder)
@@ -109,6 +110,19 @@ def test_each_trial_is_what_its_configuration_is_alone(made):
         assert losses == pytest.approx(run.losses, rel=1e-6)  # sums of float32
     for run in complete:
         assert [*run.losses] == [run.total // 4, run.total // 2, run.total]
+
+
+def test_a_search_on_an_apple_gpu_finds_what_one_on_a_cpu_does(made):
+    space, found = {"b_ratio": [1, 4], "dropout": [0.0]}, []
+    with pretended_device() as device:
+        for where in ("cpu", device):
+            model = base(torch.float32, dropout=0.0, device=str(where))
+            few = {"trials": 2, "rungs": 2, "finalists": 1, "seeds": 2}
+            course = made(model=model, given=space, **few)
+            course.search(data(4))
+            found.append([[*run.losses.values(), *run.curve] for run in course.runs])
+    for one, other in zip(*found, strict=True):
+        assert other == pytest.approx(one, rel=1e-4)
 
 
 def test_all_of_a_rung_rest_at_the_same_share_and_the_worst_retire(made):

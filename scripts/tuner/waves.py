@@ -130,7 +130,7 @@ class Waves:
         if all(copies[i].taken >= copies[i].total for i in alive):
             moments = [stack[:, :0] for stack in moments]
         assert self.population
-        stacks = [stack.detach()[alive].cpu() for stack in (self.population.flat, *moments)]
+        stacks = [stack.detach().cpu()[alive] for stack in (self.population.flat, *moments)]
         for i, position in zip(alive, zip(*stacks, strict=True), strict=True):
             copies[i].position = position
         in_slots = {id(run): copy for run, copy in zip(self._runs, copies, strict=True)}
