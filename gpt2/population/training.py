@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from gpt2.data.dataset import Dataset
 from gpt2.data.order import Integers
 from gpt2.fast import devices, head
-from gpt2.fast.compiling import blocks_run, bucket, compiled
+from gpt2.fast.compiling import blocks_run, compiled
 from gpt2.fast.graphs import GraphedCalls
 from gpt2.loss import cross_entropies, shifted
 from gpt2.model import GPT2, in_mode
@@ -207,18 +207,18 @@ class PopulationTraining:
         order = data.by_length[::-1]
         lengths = data.lengths
         total = torch.zeros(k, dtype=torch.float64)
+        tokens = 0
         with in_mode(self.model, training=False), self._randomness:
             for start in range(0, len(data), batch_size):
                 chosen = order[start : start + batch_size]
                 width = int(lengths[chosen[0]])
-                most = int(data.supervised(chosen).sum())
-                if devices.on_cuda(self.device):  # where chunks may be compiled
-                    most = bucket(most, len(chosen) * width)
+                n = int(data.supervised(chosen).sum())
                 batches = [Batch(0, chosen, width)] * k
-                inputs = pass_inputs(data, len(chosen), width, most, batches)
+                inputs = pass_inputs(data, len(chosen), width, n, batches)
                 idx, labels, at = (tensor.to(self.device) for tensor in inputs)
                 total += self._summed(idx, labels, at).cpu().double()
-        return (total / int(data.supervised(order).sum())).tolist()
+                tokens += n
+        return (total / tokens).tolist()
 
     def _check(self, slot: int, training: Slot) -> None:
         """Whether a slot can be trained so beside the others."""
@@ -300,7 +300,7 @@ class PopulationTraining:
             for module, drops in zip(self._dropping, each, strict=True):
                 module.drops = drops
         slots.run_under(None if len(keys) == len(slots.flat) else keys[:, 0])
-        losses = self._summed(idx, labels, at, self.config.label_smoothing)
+        losses = self._summed(idx, labels, at)
         gradients = torch.autograd.grad(losses.sum(), slots.parameters, materialize_grads=True)
         with torch.no_grad():
             for summed, gradient in zip(slots.gradients, gradients, strict=True):
@@ -308,20 +308,17 @@ class PopulationTraining:
             self._losses.index_add_(0, keys[:, 0], losses.to(self._losses.dtype))
             return self._losses if rates is None else self._update(rates)
 
-    def _summed(self, idx: Tensor, labels: Tensor, at: Tensor, smoothing: float = 0.0) -> Tensor:
-        """The summed loss of each block, `(m,)`."""
+    def _summed(self, idx: Tensor, labels: Tensor, at: Tensor) -> Tensor:
+        """The summed loss of each block, `(m,)`; in training compiled and smoothed."""
         model = self.model
-        config = self.config
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.autocast):
+        smoothing, compiling = 0.0, False
+        if torch.is_grad_enabled():
+            smoothing, compiling = self.config.label_smoothing, self.config.compile
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast):
             if isinstance(model, GPT2):
-                return head.losses(
-                    model.lm_head,
-                    model.transformer(idx),
-                    labels,
-                    at,
-                    compiling=config.compile,
-                    smoothing=smoothing,
-                )
+                x = model.transformer(idx)
+                how: Any = {"compiling": compiling, "smoothing": smoothing}
+                return head.losses(model.lm_head, x, labels, at, **how)
             logits = logits_of(model, idx).flatten(0, 1)
             losses = cross_entropies(logits, shifted(labels), smoothing)
             return losses.view(len(at), -1).sum(1)
