@@ -18,7 +18,8 @@ from gpt2.data.order import Order
 from gpt2.population.step import Streams
 from gpt2.population.training import PopulationTraining
 from tests.devices import pretended_device
-from tests.toys import TINY
+from tests.toys import TINY, tiny_gpt2
+from tests.toys import tiny_data as data
 
 STEPS = 200 if "LONG" in os.environ else 30
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -27,23 +28,7 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def base(
     dtype: torch.dtype = torch.float64, dropout: float = 0.1, device: str = "cpu"
 ) -> gpt2.GPT2:
-    rates = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), dropout)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = gpt2.GPT2(replace(TINY, **rates)).to(dtype)
-        with torch.no_grad():
-            for p in model.parameters():
-                p.copy_(torch.randn(p.shape) * 0.3)
-    return model.eval().to(device)
-
-
-def data(n: int = 7, long: tuple[int, ...] = ()) -> gpt2.Dataset:
-    """Examples of 4 to 12 tokens, but for the long ones, which have 30."""
-    random = np.random.default_rng(1)
-    lengths = random.integers(4, 13, n)
-    lengths[[*long]] = 30
-    ids = random.integers(0, TINY.vocab_size, int(lengths.sum()), np.int32)
-    return gpt2.Dataset(ids, np.cumsum(lengths), random.integers(0, 3, n).astype(np.int32))
+    return tiny_gpt2(0, dtype, dropout, device)
 
 
 ROOM = lora.LoRAConfig(r=4, targets=("c_attn", "mlp.c_fc", "c_proj"), dropout=0.1)
@@ -312,13 +297,6 @@ def test_what_a_rank_or_a_layer_leaves_out_stays_zero():
             assert not there or layer.B[i].any()
 
 
-def test_a_new_adapter_in_a_slot_has_no_gradient_of_the_last_one():
-    slots = lora.Population(nn.Sequential(nn.Linear(3, 4)), 2, r=2, targets="0")
-    slots.grad.fill_(1)
-    slots.draw(0, seed=0)
-    assert slots.grad.any(1).tolist() == [False, True]
-
-
 def test_gradients_are_right_with_dropout_replayed():
     """Of a layer's input and factors, against finite differences under the very same masks."""
     model = nn.Sequential(nn.Linear(3, 4)).double()
@@ -327,8 +305,7 @@ def test_gradients_are_right_with_dropout_replayed():
     slots.draw(1, r=1, targets="0", seed=1)
     layer = slots.layers["0"]
     mask = torch.rand(4, 5, 3, dtype=torch.float64).round() / 0.7
-    layer.drops = lambda x, rates: x * torch.where(rates.repeat_interleave(2)[:, None, None] > 0,
-                                                   mask, 1.0)  # fmt: skip
+    layer.drops = lambda x, rates: torch.cat([x[:2] * mask[:2], x[2:]])  # slot 1 drops nothing
     a, b = (torch.randn_like(t, requires_grad=True) for t in (layer.A, layer.B))
     x = torch.randn(4, 5, 3, dtype=torch.float64, requires_grad=True)
 
@@ -339,14 +316,13 @@ def test_gradients_are_right_with_dropout_replayed():
     assert torch.autograd.gradgradcheck(run, (x, a, b))
 
 
-def test_held_out_losses_are_those_of_each_adapter_alone():
-    training, slots = population(base())
+def test_held_out_losses_are_those_of_each_adapter_alone_and_not_smoothed():
+    training, slots = population(base(), label_smoothing=0.3)
     training.advance(20)
     found = training.evaluate(data(5), batch_size=2)
     for i in range(4):
         with slots.adapter(i) as model:
-            want = gpt2.evaluate(model, data(5))
-        assert found[i] == pytest.approx(want.loss, rel=1e-12)
+            assert found[i] == pytest.approx(gpt2.evaluate(model, data(5)).loss, rel=1e-12)
 
 
 def test_an_adapter_goes_out_and_comes_in_as_an_ordinary_one(tmp_path):
@@ -375,12 +351,14 @@ def test_an_adapter_goes_out_and_comes_in_as_an_ordinary_one(tmp_path):
     assert [p.requires_grad for p in model.parameters()] == flags
 
 
-def test_an_empty_slot_is_the_base():
+def test_an_empty_slot_is_the_base_and_a_new_adapter_has_no_old_gradient():
     model, idx = base(), torch.randint(0, TINY.vocab_size, (2, 6))
     want = model(idx)
     slots = lora.Population(model, 2, ROOM)
     torch.testing.assert_close(model(idx), want, rtol=0, atol=1e-14)
+    slots.grad.fill_(1)
     slots.draw(0, ADAPTERS[0])
+    assert slots.grad.any(1).tolist() == [False, True]
     slots.clear(0)
     assert not slots.flat.any()
     with pytest.raises(ValueError, match="Slot 0 is empty"):
@@ -406,62 +384,50 @@ def test_what_has_no_room_is_refused_and_changes_nothing():
     with pytest.raises(ValueError, match="5 rows, which are not 2 equal blocks"):
         model(torch.zeros(5, 3, dtype=torch.long))
     slots.eject()
+    with pytest.raises(RuntimeError, match="is not on the model"):
+        slots.eject()
     lora.inject(model)
     with pytest.raises(RuntimeError, match="carries adapters"):
         lora.Population(model, 2, r=2)
 
 
-def test_configs_that_differ_in_what_all_share_are_refused():
-    training, slots = population(base())
-    with pytest.raises(ValueError, match="batch_size is 3 here and 2 in all"):
-        training.start(0, replace(CONFIGS[0], batch_size=3))
-    with pytest.raises(ValueError, match="'C' has the ratio 2.0: give A and B"):
-        training.start(0, CONFIGS[0], ratios={"C": 2.0})
-    with pytest.raises(ValueError, match="checkpointing is for one training alone"):
-        PopulationTraining(base(), slots, data(), replace(CONFIGS[0], checkpointing=True))
-    with pytest.raises(ValueError, match="cuda_graph=True needs a CUDA device"):
-        PopulationTraining(training.model, slots, data(), replace(CONFIGS[0], cuda_graph=True))
-    dropping = nn.Sequential(nn.Embedding(61, 8), nn.Dropout(0.1), nn.Linear(8, 61))
-    own = lora.Population(dropping, 2, r=2, targets="2")
-    with pytest.raises(ValueError, match="1 cannot drop by slots"):
-        PopulationTraining(dropping, own, data(), CONFIGS[0])
-
-
-def test_what_cannot_be_started_or_advanced_is_one_clear_line():
+def test_what_cannot_be_trained_is_refused_and_changes_nothing():
+    """A state of another batch size would stand in a neighbour's block."""
     training, slots = population(base(), (0, None))
-    config = CONFIGS[0]
-    for fault, start in {
-        "'B' has the ratio -1: give A and B numbers above 0": lambda: training.start(
-            0, config, ratios={"B": -1}
+    training.advance(3)
+    dropping = nn.Sequential(nn.Embedding(61, 8), nn.Dropout(0.1), nn.Linear(8, 61))
+    others = lora.Population(dropping, 2, r=2, targets="2")
+    wanted = slots.flat.clone(), [copy.copy(own) for own in training.trainings]
+    config, state, start = CONFIGS[0], training.state(0), training.start
+    larger = replace(config, batch_size=3)
+    for fault, call in {
+        "batch_size is 3 here and 2 in all": lambda: start(0, larger),
+        "batch_size is 3 here and 2": lambda: training.go_on(0, replace(state, config=larger)),
+        "must match the size": lambda: training.go_on(0, replace(state, moments=torch.ones(2, 7))),
+        "'C' has the ratio 2.0: give A and B": lambda: start(0, config, ratios={"C": 2.0}),
+        "'B' has the ratio -1: give A and B": lambda: start(0, config, ratios={"B": -1}),
+        "Slot 1 is empty": lambda: start(1, config),
+        "slot must be in 0..1, got 5": lambda: start(5, config),
+        "checkpointing is for one training alone": lambda: PopulationTraining(
+            training.model, slots, data(), replace(config, checkpointing=True)
         ),
-        "Slot 1 is empty": lambda: training.start(1, config),
-        "slot must be in 0..1, got 5": lambda: training.start(5, config),
+        "cuda_graph=True needs a CUDA device": lambda: PopulationTraining(
+            training.model, slots, data(), replace(config, cuda_graph=True)
+        ),
+        "1 cannot drop by slots": lambda: PopulationTraining(dropping, others, data(), config),
     }.items():
-        with pytest.raises(ValueError, match=fault):
-            start()
+        with pytest.raises((ValueError, RuntimeError), match=fault):
+            call()
+    assert torch.equal(slots.flat, wanted[0])
+    assert training.trainings == wanted[1]
     to_the_end(training)
     same(outcome(training, slots, 0), outcome(*only(base()), 0))
-
-
-def test_a_population_is_taken_off_once():
-    slots = lora.Population(base(), 2, ROOM)
-    slots.eject()
-    with pytest.raises(RuntimeError, match="is not on the model"):
-        slots.eject()
 
 
 def only(model: gpt2.GPT2) -> tuple[PopulationTraining, lora.Population]:
     training, slots = population(model, (0, None))
     to_the_end(training)
     return training, slots
-
-
-def test_an_evaluation_knows_no_label_smoothing():
-    training, slots = population(base(), label_smoothing=0.3)
-    losses = training.evaluate(data(5))
-    for i in range(4):
-        with slots.adapter(i) as model:
-            assert losses[i] == pytest.approx(gpt2.evaluate(model, data(5)).loss, rel=1e-6)
 
 
 def test_the_head_looks_only_where_something_may_be_learnt(monkeypatch):
@@ -507,26 +473,6 @@ def test_a_model_that_does_not_run_under_the_slots_is_not_judged_in_their_place(
     with pytest.raises(RuntimeError, match="is not on the model"), slots.adapter(0):
         pass
     lora.inject(training.model, targets="c_attn")  # it is a plain model still
-
-
-def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
-    """Of another batch size its rows would stand in a neighbour's block."""
-    training, slots = population(base())
-    training.advance(3)
-    wanted = slots.flat.clone(), [copy.copy(own) for own in training.trainings]
-    state = training.state(0)
-    larger = replace(state.config, batch_size=4)
-    for fault, go_on in {
-        "batch_size is 4 here and 2 in all": lambda: training.go_on(
-            1, replace(state, config=larger)
-        ),
-    }.items():
-        with pytest.raises(ValueError, match=fault):
-            go_on()
-    with pytest.raises(RuntimeError, match="must match the size"):
-        training.go_on(1, replace(state, moments=torch.zeros(2, 7)))
-    assert torch.equal(slots.flat, wanted[0])
-    assert training.trainings == wanted[1]
 
 
 def test_a_slot_is_refilled_after_an_interrupt(monkeypatch):
