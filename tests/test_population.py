@@ -494,6 +494,25 @@ def test_a_slot_is_refilled_after_an_interrupt(monkeypatch):
     same(outcome(training, slots, 0), outcome(*only(base()), 0))
 
 
+def test_a_slot_that_failed_rests_until_a_training_goes_on_in_it():
+    """Neither the step that was not finite is applied nor those after it."""
+    want, wanted = population(base(), (0, 1))
+    to_the_end(want)
+    training, slots = population(base(), (0, 1))
+    training.advance(3)
+    state, flat = training.state(1), slots.flat.clone()
+    slots.grad[1] = torch.inf
+    training.advance(5)
+    assert torch.equal(slots.flat[1], flat[1])
+    failed = training.trainings[1]
+    assert failed.ended.startswith("Step 4: the loss is 4.")
+    assert (failed.taken, len(failed.records), len(state.records)) == (3, 4, 3)
+    training.go_on(1, state)
+    to_the_end(training)
+    for i in (0, 1):
+        same(outcome(training, slots, i), outcome(want, wanted, i))
+
+
 def test_a_ratio_above_what_the_type_holds_ends_its_own_slot_alone():
     training, _ = population(base(torch.float32), (0, 1))
     training.start(0, CONFIGS[0], ratios={"B": 1e308})

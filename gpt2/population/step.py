@@ -85,7 +85,8 @@ class Streams:
     """What drops on a CPU: each block's slot draws as if it were alone."""
 
     def __init__(self, batches: Sequence[Batch | None]) -> None:
-        self.batches, self._generator = batches, Generator(torch.device("cpu"))
+        self.batches = batches
+        self._generator = Generator(torch.device("cpu"))
         self._states = list[Tensor | None]()
         for batch in batches:
             self._generator.seed(batch.seed if batch else 0)
@@ -124,7 +125,7 @@ class Hashes:
         threshold = (rates * 2**32).to(torch.int64).clamp(max=2**32 - 1) - 2**31
         rows = x.reshape(len(rates), -1)
         h = torch.arange(rows.shape[1], dtype=torch.int32, device=x.device)[None]
-        h = (h ^ first) * 0x7FEB352D  # an odd factor mixes upwards, the shift downwards
+        h = (h ^ first) * 0x7FEB352D
         h = (h ^ ((h >> 15) & 0x1FFFF)) + second
         keep = h * (0x846CA68B - 2**32) >= threshold.to(torch.int32)[:, None]
         scale = (1 / (1 - rates)).to(x.dtype)[:, None]

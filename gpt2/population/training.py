@@ -32,7 +32,7 @@ from gpt2.training.config import TrainConfig
 from gpt2.training.randomness import RandomState
 from gpt2.training.wrapped import logits_of
 
-ALIGNED = 8  # rows between whose multiples a CPU's product has other last bits
+ALIGNED = 8  # rows: between, a CPU's product has other last bits
 VARYING = frozenset(
     "lr epochs steps accumulate schedule warmup_ratio warmup_steps weight_decay betas eps clip "
     "seed".split()
@@ -135,9 +135,8 @@ class PopulationTraining:
             self.slots.run_under(None)
             for module in self._dropping:
                 module.drops = None
-            on_device = [figures for _, figures in taken]
-            figures = torch.stack(on_device).tolist() if taken else []
-            for (steps, _), (losses, norms) in zip(taken, figures, strict=True):
+            for steps, figures in taken:
+                losses, norms = figures.tolist()
                 for i, slot in enumerate(self.trainings):
                     if slot and steps[i]:
                         slot.keep(int(steps[i]), losses[i], norms[i])
@@ -171,7 +170,20 @@ class PopulationTraining:
         Raises:
             ValueError: as `start`; no room for what is trained.
         """
-        self._check(slot, state)
+        common = asdict(self.config)
+        parts = self.slots.parts
+        faults = [
+            f"{name} is {value!r} here and {common[name]!r} in all"
+            for name, value in asdict(state.config).items()
+            if name not in VARYING and value != common[name]
+        ]
+        faults += [
+            f"{name!r} has the ratio {ratio!r}: give {' and '.join(parts)} numbers above 0"
+            for name, ratio in state.ratios.items()
+            if name not in parts or not 0 < ratio < math.inf
+        ]
+        if faults:
+            raise ValueError(f"Slot {slot} cannot be trained so: {'; '.join(faults)}.")
         moments = torch.empty_like(self.moments[:, slot])
         moments.copy_(torch.as_tensor(state.moments))
         self.slots.put(slot, state.occupant)
@@ -219,23 +231,6 @@ class PopulationTraining:
                 total += self._summed(idx, labels, at).cpu().double()
                 tokens += n
         return (total / tokens).tolist()
-
-    def _check(self, slot: int, training: Slot) -> None:
-        """Whether a slot can be trained so beside the others."""
-        common = asdict(self.config)
-        parts = self.slots.parts
-        faults = [
-            f"{name} is {value!r} here and {common[name]!r} in all"
-            for name, value in asdict(training.config).items()
-            if name not in VARYING and value != common[name]
-        ]
-        faults += [
-            f"{name!r} has the ratio {ratio!r}: give {' and '.join(parts)} numbers above 0"
-            for name, ratio in training.ratios.items()
-            if name not in parts or not 0 < ratio < math.inf
-        ]
-        if faults:
-            raise ValueError(f"Slot {slot} cannot be trained so: {'; '.join(faults)}.")
 
     def _tick(self) -> tuple[Integers, Tensor]:
         """One micro-batch of each slot: the steps that end, `(k,)`, and their figures."""
@@ -311,9 +306,11 @@ class PopulationTraining:
     def _summed(self, idx: Tensor, labels: Tensor, at: Tensor) -> Tensor:
         """The summed loss of each block, `(m,)`; in training compiled and smoothed."""
         model = self.model
-        smoothing, compiling = 0.0, False
+        smoothing = 0.0
+        compiling = False
         if torch.is_grad_enabled():
-            smoothing, compiling = self.config.label_smoothing, self.config.compile
+            smoothing = self.config.label_smoothing
+            compiling = self.config.compile
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast):
             if isinstance(model, GPT2):
                 x = model.transformer(idx)
