@@ -31,12 +31,14 @@ class StackedLinear(nn.Module):
         dropping: whether any slot may have dropout.
 
     Attributes:
+        slots: `(m,)`, the slot of each block of the rows; None for all k in order.
         scales: `(k,)`, each slot's factor, zero at first.
         rates: `(k,)`, each slot's probability of dropout in training.
         drops: maps the input and the rates to what is kept.
     """
 
     is_stacked = True
+    slots: Tensor | None = None
     drops: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __init__(self, base: nn.Module, a: Tensor, b: Tensor, *, dropping: bool) -> None:
@@ -47,21 +49,21 @@ class StackedLinear(nn.Module):
         self.dropping, self.training = dropping, base.training
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `(k·b, …, in)` to `(k·b, …, out)`.
-
-        Raises:
-            ValueError: the rows are not k equal blocks.
-        """
-        y, k = self.base(x), len(self.A)
+        """Map `(k·b, …, in)` to `(k·b, …, out)`; k is m where `slots` is set."""
+        factors = self.A, self.B, self.scales, self.rates
+        if self.slots is not None:
+            factors = [factor.index_select(0, self.slots) for factor in factors]
+        a, b, scales, rates = factors
+        y, k = self.base(x), len(a)
         if x.shape[0] % k:
             raise ValueError(f"The batch has {x.shape[0]} rows, which are not {k} equal blocks.")
         drops = self.drops if self.training and self.dropping else None
-        rows = x if drops is None else drops(x, self.rates)
+        rows = x if drops is None else drops(x, rates)
         rows = rows.reshape(k, -1, x.shape[-1])
-        h = rows @ self.A.to(x.dtype).mT  # (k, b·…, r)
-        h = (h * self.scales[:, None, None].to(h.dtype)).to(y.dtype)
+        h = rows @ a.to(x.dtype).mT  # (k, b·…, r)
+        h = (h * scales[:, None, None].to(h.dtype)).to(y.dtype)
         stacked = y.reshape(k, -1, y.shape[-1])
-        return torch.baddbmm(stacked, h, self.B.to(y.dtype).mT).view(y.shape)
+        return torch.baddbmm(stacked, h, b.to(y.dtype).mT).view(y.shape)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # A and B are views of `flat`, and are used in any dtype of the input.
@@ -191,6 +193,11 @@ class Population:
         """Empty a slot: its rows run under the base."""
         self.put(slot, {})
 
+    def run_under(self, slots: Tensor | None) -> None:
+        """Run block i of the rows under slot `slots[i]`, or with None under slot i."""
+        for layer in self.layers.values():
+            layer.slots = slots
+
     @contextmanager
     def adapter(self, slot: int, name: str = "default") -> Generator[nn.Module]:
         """Within, the model carries the slot's adapter alone, as an ordinary one.
@@ -199,9 +206,14 @@ class Population:
             ValueError: there is no such slot, or it is empty.
         """
         updates = self.take(slot)
-        with self._lifted():
+        self._take_off()
+        try:
             attach(survey(self.model), name, updates)
             yield self.model
+        finally:
+            tree = survey(self.model)
+            detach(tree, tree.adapted)
+            self._install()
 
     def eject(self) -> None:
         """Take the population off, for good: the model is the one it was."""
@@ -219,17 +231,6 @@ class Population:
                 views[path].append(rows[..., start:stop].unflatten(-1, pair[which]))
                 start = stop
         return views
-
-    @contextmanager
-    def _lifted(self) -> Generator[None]:
-        """Within, the model without the population."""
-        self._take_off()
-        try:
-            yield
-        finally:
-            tree = survey(self.model)
-            detach(tree, tree.adapted)
-            self._install()
 
     def _take_off(self) -> None:
         if not {*self.model.modules()} & {*self.layers.values()}:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,15 +17,27 @@ TINY = gpt2.GPT2Config(n_layer=2, n_head=2, n_embd=16, block_size=32, vocab_size
 IDX = torch.randint(0, TINY.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
-def tiny_gpt2(seed: int = 0, dtype: torch.dtype = torch.float32) -> gpt2.GPT2:
+def tiny_gpt2(
+    seed: int = 0, dtype: torch.dtype = torch.float32, dropout: float = 0.1, device: str = "cpu"
+) -> gpt2.GPT2:
     """A GPT-2 of two blocks with weights large enough to matter, in eval mode."""
+    rates = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), dropout)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = gpt2.GPT2(TINY).to(dtype)
+        model = gpt2.GPT2(replace(TINY, **rates)).to(dtype)
         with torch.no_grad():
             for p in model.parameters():
                 p.copy_(torch.randn(p.shape) * 0.3)
-    return model.eval()
+    return model.eval().to(device)
+
+
+def tiny_data(n: int = 7, long: tuple[int, ...] = ()) -> gpt2.Dataset:
+    """Examples of 4 to 12 tokens, but for the long ones, which have 30."""
+    random = np.random.default_rng(1)
+    lengths = random.integers(4, 13, n)
+    lengths[[*long]] = 30
+    ids = random.integers(0, TINY.vocab_size, int(lengths.sum()), np.int32)
+    return gpt2.Dataset(ids, np.cumsum(lengths), random.integers(0, 3, n).astype(np.int32))
 
 
 def twin(model: gpt2.GPT2) -> nn.Module:

@@ -1,1 +1,1 @@
-"""Many sets of parameters of one model, trained in one batch. Nothing else imports it."""
+"""Many adapters of one model, trained in one batch. Nothing else imports it."""

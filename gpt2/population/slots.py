@@ -1,224 +1,156 @@
-"""What the host knows of each training in a population: its config, its place in the data, its end.
+"""What the host knows of each slot's training, and what a pass reads.
 
-Shapes: b rows of a slot · n examples.
+Shapes: k slots · m blocks of a pass · b rows of a block · T time · S positions that learn.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from gpt2.data.dataset import Dataset, places
-from gpt2.data.order import Integers, Order
+from gpt2.data.order import Integers, Order, seed_of
+from gpt2.fast import devices
+from gpt2.fast.compiling import bucket
 from gpt2.loss import IGNORE
-from gpt2.training.config import TrainConfig, require_count
-from gpt2.training.loop import StepRecord
-from gpt2.training.schedule import lr_scale, planned, steps_an_epoch, total_steps
-
-OWN = frozenset(
-    "lr epochs steps accumulate schedule warmup_ratio warmup_steps weight_decay betas eps clip "
-    "seed".split()
-)
-"""The fields of a TrainConfig in which slots may differ."""
+from gpt2.training.config import TrainConfig
+from gpt2.training.schedule import lr_scale, total_steps
 
 
-@dataclass(frozen=True, kw_only=True)
-class SlotState:
-    """A training taken out of its slot, with which it goes on in any slot.
+class SlotRecord(NamedTuple):
+    """One step of a slot."""
 
-    Args:
-        occupant: what the slots give for what is trained.
-        first, second: AdamW's moments, `(P,)` on the CPU.
-        config, ratios, taken, records, ended: as `Slot` has them.
-    """
+    step: int  # from 1
+    loss: float  # mean over the step's supervised tokens, nats
+    grad_norm: float  # before clipping
 
-    occupant: Any
-    first: Tensor
-    second: Tensor
-    config: TrainConfig
-    ratios: Mapping[str, float]
-    taken: int
-    records: list[StepRecord]
-    ended: str | None
+
+class Batch(NamedTuple):
+    """The micro-batch that a slot reads next."""
+
+    slot: int
+    examples: Integers  # by number
+    width: int  # of the longest
+    seed: int = 0  # of dropout
+    tokens: int = 0  # supervised in the step that ends with it; else 0
 
 
 @dataclass(kw_only=True)
 class Slot:
-    """A training in a slot.
+    """A training in a slot, or taken out of it between two steps.
 
     Args:
+        data: the examples.
         config: how it trains.
-        data, order: the examples, and each epoch's order of them.
-        total: steps of its whole schedule.
-        batches, steps_an_epoch: micro-batches and steps of one pass over the data.
-        until: the step after which it rests.
-        ratios: factors of the learning rate for the slots' parts, by their name.
+        ratios: factors of the learning rate by the slots' parts.
+        until: the step after which it rests; None for its last.
         taken: steps that it has taken.
-        micro: micro-batches of its step under way.
-        records: of its steps.
-        ended: why it has come to an end of its own, if it has.
+        micro: micro-batches that its current step has taken.
+        records: one a step.
+        ended: why it ended before its last step, or None.
+        occupant: out of a slot, what was in it.
+        moments: out of a slot, AdamW's, `(2, P)`.
     """
 
-    config: TrainConfig
     data: Dataset
-    order: Order
-    total: int
-    batches: int
-    steps_an_epoch: int
-    until: int
+    config: TrainConfig
     ratios: Mapping[str, float]
+    until: int | None = None
     taken: int = 0
     micro: int = 0
-    records: list[StepRecord] = field(default_factory=list[StepRecord])
+    records: list[SlotRecord] = field(default_factory=list[SlotRecord])
     ended: str | None = None
+    occupant: Any = None
+    moments: Tensor | float = 0.0
+
+    def __post_init__(self) -> None:
+        self.total = total_steps(self.data, self.config)
+        self.order = Order(len(self.data))
 
     @property
     def is_under_way(self) -> bool:
         """Whether it has a step to take."""
-        return self.taken < self.until and self.ended is None
+        end = self.total if self.until is None else min(self.until, self.total)
+        return self.taken < end and self.ended is None
 
     @property
-    def epoch(self) -> int:
-        """The epoch of its step under way, from 0."""
-        return self.taken // self.steps_an_epoch
+    def lr(self) -> float:
+        """The learning rate of the last step that was taken."""
+        return self.config.lr * lr_scale(self.taken, self.total, self.config)
 
-    @property
-    def numbers(self) -> range:
-        """The numbers, in its epoch, of the micro-batches of its step under way."""
-        first = self.taken % self.steps_an_epoch * self.config.accumulate
-        return range(first, min(first + self.config.accumulate, self.batches))
+    def next_batch(self, slot: int, widths: Integers) -> Batch:
+        """Take the next micro-batch, given the width of each example."""
+        config = self.config
+        n = len(self.data)
+        size = config.batch_size * config.accumulate
+        epoch, nth = divmod(self.taken, -(-n // size))
+        span = np.arange(nth * size, min((nth + 1) * size, n))
+        of_step = self.order.at(span, seed=config.seed, epoch=epoch)[0]
+        start = self.micro * config.batch_size
+        examples = of_step[start : start + config.batch_size]
+        seed = seed_of(config.seed, self.taken + 1, self.micro)
+        self.micro += 1
+        tokens = 0
+        if self.micro * config.batch_size >= len(of_step):
+            self.taken += 1
+            self.micro = 0
+            tokens = int(self.data.supervised(of_step).sum())
+        return Batch(slot, examples, int(widths[examples].max()), seed, tokens)
 
-    @property
-    def rate(self) -> float:
-        """The learning rate of its step under way."""
-        return self.config.lr * lr_scale(self.taken + 1, self.total, self.config)
-
-    def micro_batch(self) -> tuple[Integers, int, bool]:
-        """The examples of the next micro-batch, its step's tokens, and whether it is the last."""
-        numbers = self.numbers
-        tokens = int(self.data.supervised(self._examples(numbers)).sum())
-        own = numbers[self.micro : self.micro + 1]
-        return self._examples(own), tokens, self.micro + 1 == len(numbers)
-
-    def record(self, tokens: int) -> StepRecord:
-        """Of the step under way, whose loss, norm and time are not known yet."""
-        return StepRecord(
-            step=self.taken + 1,
-            epoch=self.epoch + 1,
-            loss=math.nan,
-            lr=self.rate,
-            grad_norm=math.nan,
-            tokens=tokens,
-            seconds=math.nan,
-        )
-
-    def go_on(self, *, is_last: bool) -> None:
-        """The micro-batch was taken, and if it was the last the step too."""
-        self.micro = 0 if is_last else self.micro + 1
-        self.taken += is_last
-
-    def tell(self, record: StepRecord, loss: float, norm: float, seconds: float) -> None:
-        """What the device says of a step; one not finite was not applied, nor any after it."""
+    def keep(self, step: int, loss: float, norm: float) -> None:
+        """Keep a step's figures. If they are not finite, no later step was applied."""
         if self.ended is not None:
             return
-        record = replace(record, loss=loss, grad_norm=norm, seconds=seconds)
-        self.records.append(record)
+        self.records.append(SlotRecord(step, loss, norm))
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            self.taken, self.micro = record.step - 1, 0
-            self.ended = f"Step {record.step}: the loss is {loss} and the gradient's norm {norm}"
-
-    def _examples(self, numbers: range) -> Integers:
-        """The examples of these micro-batches of the epoch."""
-        n, size, config = len(self.data), self.config.batch_size, self.config
-        span = np.arange(numbers.start * size, min(numbers.stop * size, n))
-        return self.order.at(span, seed=config.seed, epoch=self.epoch)[0]
+            figures = f"the loss is {loss} and the gradient's norm {norm}"
+            self.ended = f"Step {step}: {figures}"
+            self.taken = step - 1
+            self.micro = 0
 
 
-def check_state(state: SlotState, size: int) -> None:
-    """Whether this is a training out of a slot of so many parameters.
+def pass_widths(
+    data: Dataset, k: int, size: int, limit: int, device: torch.device
+) -> tuple[int, Integers]:
+    """The width of the pass of all k slots, and the width that each example needs.
 
-    Raises:
-        ValueError: it is not.
+    A slot with a wider batch runs alone. The choice makes the fewest tokens in a tick. It depends
+    on the data, k and b, and not on the slots that meet in a tick: the last bits of a product
+    change with its number of rows.
     """
-    if not isinstance(state, SlotState):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ValueError(f"state must be what state() gave, got {type(state).__name__}.")
-    if {*state.first.shape, *state.second.shape} != {size}:
-        there = f"{state.first.numel():,} parameters, and these have {size:,}"
-        raise ValueError(f"The state is of slots of {there}.")
+    lengths = np.arange(data.longest + 1)
+    widths = lengths
+    if devices.on_cuda(device):  # where each width is captured
+        widths = np.array([bucket(max(1, n), limit) for n in lengths.tolist()])
+    fitting = (np.cumsum(data.histogram) / len(data)) ** size  # share of batches
+    extra = 32 if devices.on_cpu(device) else 1024  # tokens that cost as much as a pass
+    tokens = k * size * widths + k * (1 - fitting) * (extra + size * widths[-1])
+    return int(widths[tokens.argmin()]), widths[data.lengths]
 
 
-def opened(
-    data: Dataset, config: TrainConfig, ratios: Mapping[str, float], until: int | None
-) -> Slot:
-    """A training at its beginning, that rests after step `until`, at the latest at its end.
-
-    Raises:
-        ValueError: `until` is no number of steps.
-    """
-    if until is not None:
-        require_count("until", until)
-    total = total_steps(data, config)
-    until = total if until is None else min(until, total)
-    return Slot(
-        config=config,
-        data=data,
-        order=Order(len(data)),
-        total=total,
-        batches=len(planned(data, config)),
-        steps_an_epoch=steps_an_epoch(data, config),
-        until=until,
-        ratios=dict(ratios),
-    )
-
-
-def most_learnt(data: Dataset, size: int) -> int:
-    """The most tokens that so many examples can have learnt, rounded up to a multiple of 8.
-
-    So each slot's begin at such a multiple: a product's rows differ in their last bits by that.
-    """
-    each = np.sort(data.supervised(np.arange(len(data))))
-    return -(-int(each[-size:].sum()) // 8) * 8
-
-
-def learnt_at(labels: Any, k: int, most: int) -> Integers:
-    """Where in its block of `labels` `(k·b, T)` each slot learns, `(k, most)`.
-
-    What is left of the room is a row's last position, after which nothing is learnt.
-    """
-    wanted = np.zeros(labels.shape, bool)
-    wanted[:, :-1] = labels[:, 1:] != IGNORE
-    slots, found = np.nonzero(wanted.reshape(k, -1))
-    counts = np.bincount(slots, minlength=k)
-    at = np.full((k, most), labels.shape[1] - 1)
-    at[slots, places(counts)] = found
-    return at
-
-
-def rows_of(
-    data: Dataset, chosen: Sequence[Integers], size: int, width: int
-) -> tuple[Any, Any, list[tuple[int, int]]]:
-    """A batch in which each slot's examples stand in its own block, and nothing else is learnt.
-
-    Args:
-        data: the examples.
-        chosen: each slot's, at most `size`.
-        size, width: b and T.
-
-    Returns:
-        Ids and labels `(k·b, T)`, int64, and how many rows and columns each slot fills.
-    """
-    idx = np.zeros((len(chosen) * size, width), np.int64)
+def pass_inputs(
+    data: Dataset, size: int, width: int, most: int, batches: Sequence[Batch | None]
+) -> list[Tensor]:
+    """Ids and labels `(m·b, T)`, and where in its block each slot learns, `(m, S)`."""
+    m = len(batches)
+    idx = np.zeros((m * size, width), np.int64)
     labels = np.full_like(idx, IGNORE)
-    counts = [len(some) for some in chosen]
-    rows = np.concatenate([np.arange(n) + i * size for i, n in enumerate(counts)])
+    chosen = [batch.examples for batch in batches if batch]
+    rows = [i * size + np.arange(len(batch.examples)) for i, batch in enumerate(batches) if batch]
     ids, learnt, lengths = data.take(np.concatenate(chosen))
-    at = np.repeat(rows, lengths), places(lengths)
-    idx[at], labels[at] = ids, np.where(learnt, ids, IGNORE)
-    ends = np.cumsum(counts)
-    longest = [int(lengths[e - n : e].max()) if n else 0 for n, e in zip(counts, ends, strict=True)]
-    return idx, labels, list(zip(counts, longest, strict=True))
+    at = np.repeat(np.concatenate(rows), lengths), places(lengths)
+    idx[at] = ids
+    labels[at] = np.where(learnt, ids, IGNORE)
+    learns = np.zeros(labels.shape, bool)
+    learns[:, :-1] = labels[:, 1:] != IGNORE
+    block, position = np.nonzero(learns.reshape(m, -1))
+    positions = np.full((m, most), width - 1)  # of a row's last nothing is learnt
+    positions[block, places(np.bincount(block, minlength=m))] = position
+    arrays = idx, labels, positions
+    return [torch.from_numpy(array) for array in arrays]

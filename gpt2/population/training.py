@@ -1,76 +1,88 @@
-"""Many sets of parameters of one model, such as adapters, trained in one batch, each as if alone.
+"""Many adapters of one model, trained in one batch, each as if it were alone.
 
-A tick is one micro-batch of each slot; a slot's step is over when its own micro-batches are.
-Everything has one shape, whatever the slots do: an idle slot's rows learn nothing. So on a GPU a
-tick is one CUDA graph, captured once.
+A tick is one micro-batch of each slot. They run together in a pass of one shape, whatever the
+others do. A slot with a longer example than usual runs in a pass of its own.
 
-Shapes: k slots · P parameters of a slot · b rows of a slot · T time.
+Shapes: k slots · P parameters of a slot · m blocks of a pass, k or 1.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gpt2.data.batches import collate
 from gpt2.data.dataset import Dataset
-from gpt2.data.order import Integers, seed_of
-from gpt2.fast.compiling import bucket
+from gpt2.data.order import Integers
+from gpt2.fast import devices, head
+from gpt2.fast.compiling import blocks_run, compiled
+from gpt2.fast.graphs import GraphedCalls
+from gpt2.loss import cross_entropies, shifted
 from gpt2.model import GPT2, in_mode
-from gpt2.population.adamw import IDLE, Rates
-from gpt2.population.slots import (
-    Slot,
-    SlotState,
-    check_state,
-    learnt_at,
-    most_learnt,
-    opened,
-    rows_of,
-)
-from gpt2.population.step import Slots, StackStep, check, check_own, check_under
-from gpt2.training.config import TrainConfig, require_count
-from gpt2.training.loop import StepRecord
-from gpt2.training.losses import check_readable
+from gpt2.population.slots import Batch, Slot, pass_inputs, pass_widths
+from gpt2.population.step import Rates, Streams, adamw, hashes
+from gpt2.training.config import TrainConfig
+from gpt2.training.losses import check_readable, logits_of
 from gpt2.training.randomness import RandomState
 
-Taken = tuple[int, Slot, StepRecord]  # a step in this slot, of which the figures are not known yet
+ALIGNED = 8  # rows: between, a CPU's product has other last bits
+VARYING = frozenset(
+    "lr epochs steps accumulate schedule warmup_ratio warmup_steps weight_decay betas eps clip "
+    "seed".split()
+)
+"""The fields of a TrainConfig in which slots may differ."""
 
 
 class PopulationTraining:
     """Trainings in the slots of a population.
 
     Args:
-        model: a model that runs under `slots`, and is frozen but for them.
-        slots: what is trained, such as a `lora.Population`.
+        model: runs under the slots, and is frozen but for them.
+        slots: what is trained, a `lora.Population`.
         data: the examples.
-        config: what all slots have in common; see `start`.
+        config: what all slots have in common.
 
     Attributes:
-        trainings: what is known of each slot's training; None where none was started.
+        trainings: each slot's training; None where none was started.
+        moments: AdamW's, `(2, k, P)`.
 
     Raises:
-        ValueError: no slots; the model cannot be called on the data, or drops where no slot can
-            have a mask of its own; packing, token budgets, checkpointing: a population has none.
+        ValueError: the model cannot be called on the data, or drops where slots cannot have masks
+            of their own; packing, token budgets, checkpointing.
         RuntimeError: the model does not run under the slots.
     """
 
-    def __init__(self, model: nn.Module, slots: Slots, data: Dataset, config: TrainConfig) -> None:
+    def __init__(self, model: nn.Module, slots: Any, data: Dataset, config: TrainConfig) -> None:
         check_readable(model, data)
-        if not hasattr(slots, "flat"):
-            raise ValueError(f"slots must be a lora.Population, got {type(slots).__name__}.")
         check(model, slots, config)
-        self.model, self.slots, self.data, self.config = model, slots, data, config
-        self.trainings: list[Slot | None] = [None] * len(slots.flat)
-        self.step = StackStep(model, slots, config)
-        limit = model.config.block_size if isinstance(model, GPT2) else data.longest
-        self.width = bucket(data.longest, limit) if self.step.graphs else data.longest
-        self._most = most_learnt(data, config.batch_size)
-        self._randomness = RandomState(config.seed, slots.flat.device)
-        self._untold: list[tuple[list[Taken], Tensor]] = []
+        self.model = model
+        self.slots = slots
+        self.data = data
+        self.config = config
+        self.device = slots.flat.device
+        k = len(slots.flat)
+        self.trainings: list[Slot | None] = [None] * k
+        limit = data.longest
+        if isinstance(model, GPT2):
+            limit = model.config.block_size
+        self.width, self._widths = pass_widths(data, k, config.batch_size, limit, self.device)
+        learnt = np.sort(data.supervised(np.arange(len(data))))
+        self._most_learnt = int(learnt[-config.batch_size :].sum())
+        self._randomness = RandomState(config.seed, self.device)
+        self._dropping: list[Any] = [m for m in model.modules() if hasattr(m, "drops")]
+        self.moments = slots.flat.new_zeros(2, *slots.flat.shape)
+        self._losses = slots.flat.new_zeros(k)  # of the current steps
+        self._state = [slots.flat, slots.grad, self.moments, self._losses]
+        self.graphs: GraphedCalls | None = None
+        if devices.on_cuda(self.device) and config.cuda_graph is not False:
+            self.graphs = GraphedCalls()
+        self._adamw = compiled(adamw) if config.compile else adamw
 
     def start(
         self,
@@ -84,60 +96,69 @@ class PopulationTraining:
 
         Args:
             slot: its number.
-            config: as for `gpt2.train`; slots may differ in learning rate, schedule, warm-up, steps
-                or epochs, accumulation, weight decay, betas, eps, clip and seed.
+            config: as for `gpt2.train`; slots may differ in the fields of `VARYING`.
             ratios: factors of the learning rate by the slots' parts; 1 where none is given.
             until: the step to rest after; None for the end of its schedule.
 
         Raises:
-            ValueError: a config that differs in more; a part or a slot that there is not, or that
-                is empty; a ratio or a step out of range.
+            ValueError: a config that differs in more; no such part, no such slot or an empty one.
         """
-        own = self._opened(slot, config, ratios or {}, until)
-        self.slots.take(slot)  # raises of a slot that is empty, in which nothing would be trained
-        self._begin(slot, own)
+        training = Slot(
+            data=self.data,
+            config=config,
+            ratios=ratios or {},
+            occupant=self.slots.take(slot),  # raises for an empty slot
+        )
+        self.go_on(slot, training, until=until)
 
     def advance(self, ticks: int) -> int:
-        """Take at most so many micro-batches of each slot under way; then look at the device.
+        """Take at most so many micro-batches of each slot; then wait for the device.
 
         Returns:
-            How many were taken: fewer where all slots have come to rest, 0 where none is under way.
+            How many were taken: fewer where all slots rest.
 
         Raises:
-            ValueError: no such number of ticks.
             RuntimeError: the model does not run under the slots any more.
         """
-        require_count("ticks", ticks)
-        check_under(self.model, self.slots)
-        began, done = time.perf_counter(), 0
-        with in_mode(self.model, training=True), self._randomness, self.step.in_force():
-            while done < ticks and any(own and own.is_under_way for own in self.trainings):
-                self._tick()
-                done += 1
-        self._tell(began)
-        return done
+        check_attached(self.model, self.slots)
+        compiling: Any = nullcontext()
+        if self.config.compile:
+            blocks: Any = self.model.transformer
+            compiling = blocks_run(blocks, compile=True, checkpointing=False)
+        taken = list[tuple[Integers, Tensor]]()
+        try:
+            with in_mode(self.model, training=True), self._randomness, compiling:
+                while len(taken) < ticks and any(s and s.is_under_way for s in self.trainings):
+                    taken.append(self._tick())
+        finally:
+            self.slots.run_under(None)
+            for module in self._dropping:
+                module.drops = None
+            for steps, figures in taken:
+                losses, norms = figures.tolist()
+                for i, slot in enumerate(self.trainings):
+                    if slot and steps[i]:
+                        slot.keep(int(steps[i]), losses[i], norms[i])
+        return len(taken)
 
-    def state(self, slot: int) -> SlotState:
+    def state(self, slot: int) -> Slot:
         """A training between two of its steps, to go on with in any slot.
 
         Raises:
-            ValueError: nothing was started there, or it is in the midst of a step.
+            ValueError: the slot has none, or it is in the middle of a step.
         """
-        own = self._training(slot)
-        if own.micro:
-            raise ValueError(f"Slot {slot} is in the midst of a step: let it come to rest first.")
-        return SlotState(
+        training = self.trainings[slot]
+        if training is None or training.micro:
+            raise ValueError(f"Slot {slot} has no training between two steps.")
+        moments = self.moments[:, slot].to("cpu", copy=True)
+        return replace(
+            training,
             occupant=self.slots.take(slot),
-            first=self.step.first[slot].to("cpu", copy=True),
-            second=self.step.second[slot].to("cpu", copy=True),
-            config=own.config,
-            ratios=own.ratios,
-            taken=own.taken,
-            records=list(own.records),
-            ended=own.ended,
+            moments=moments,
+            records=[*training.records],
         )
 
-    def go_on(self, slot: int, state: SlotState, *, until: int | None = None) -> None:
+    def go_on(self, slot: int, state: Slot, *, until: int | None = None) -> None:
         """Put a training into a slot, where it goes on as if it had never left its own.
 
         Args:
@@ -146,19 +167,37 @@ class PopulationTraining:
             until: as for `start`.
 
         Raises:
-            ValueError: as `start`; the state is none, or of slots of another size.
+            ValueError: as `start`; no room for what is trained.
         """
-        check_state(state, self.slots.flat.shape[1])
-        own = self._opened(slot, state.config, state.ratios, until)
+        common = asdict(self.config)
+        parts = self.slots.parts
+        faults = [
+            f"{name} is {value!r} here and {common[name]!r} in all"
+            for name, value in asdict(state.config).items()
+            if name not in VARYING and value != common[name]
+        ]
+        faults += [
+            f"{name!r} has the ratio {ratio!r}: give {' and '.join(parts)} numbers above 0"
+            for name, ratio in state.ratios.items()
+            if name not in parts or not 0 < ratio < math.inf
+        ]
+        if faults:
+            raise ValueError(f"Slot {slot} cannot be trained so: {'; '.join(faults)}.")
+        moments = torch.empty_like(self.moments[:, slot])
+        moments.copy_(torch.as_tensor(state.moments))
         self.slots.put(slot, state.occupant)
-        own.taken, own.records, own.ended = state.taken, list(state.records), state.ended
-        self._begin(slot, own)
-        self.step.first[slot] = state.first.to(self.step.device)
-        self.step.second[slot] = state.second.to(self.step.device)
+        self.moments[:, slot] = moments
+        self._losses[slot] = 0
+        self.trainings[slot] = replace(
+            state,
+            until=until,
+            records=[*state.records],
+            occupant=None,
+            moments=0.0,
+        )
 
     def retire(self, slot: int) -> None:
         """End a training: its slot is idle, and keeps what was trained."""
-        self._training(slot)
         self.trainings[slot] = None
 
     @torch.no_grad()
@@ -174,76 +213,151 @@ class PopulationTraining:
             RuntimeError: the model does not run under the slots any more.
         """
         check_readable(self.model, data)
-        check_under(self.model, self.slots)
-        require_count("batch_size", batch_size)
-        k, order = len(self.trainings), data.by_length[::-1]
-        total, tokens = torch.zeros(k, dtype=torch.float64), 0
+        check_attached(self.model, self.slots)
+        k = len(self.trainings)
+        order = data.by_length[::-1]
+        lengths = data.lengths
+        total = torch.zeros(k, dtype=torch.float64)
+        tokens = 0
         with in_mode(self.model, training=False), self._randomness:
             for start in range(0, len(data), batch_size):
-                batch = collate(data, order[start : start + batch_size])
-                n = batch.n_tokens  # on a GPU few numbers occur, since chunks may be compiled
-                most = bucket(n, batch.labels.numel()) if self.step.graphs else n
-                at = torch.from_numpy(learnt_at(batch.labels.numpy(), 1, most))
-                idx, labels, at = (
-                    t.repeat(k, 1).to(self.step.device) for t in (batch.idx, batch.labels, at)
-                )
-                total += self.step.losses(idx, labels, at).double().cpu()
-                tokens += batch.n_tokens
+                chosen = order[start : start + batch_size]
+                width = int(lengths[chosen[0]])
+                n = int(data.supervised(chosen).sum())
+                batches = [Batch(0, chosen, width)] * k
+                inputs = pass_inputs(data, len(chosen), width, n, batches)
+                idx, labels, at = (tensor.to(self.device) for tensor in inputs)
+                total += self._summed(idx, labels, at).cpu().double()
+                tokens += n
         return (total / tokens).tolist()
 
-    def _opened(
-        self, slot: int, config: TrainConfig, ratios: Mapping[str, float], until: int | None
-    ) -> Slot:
-        self._require_slot(slot)
-        check_own(slot, config, self.config, ratios, self.slots.parts)
-        return opened(self.data, config, ratios, until)
-
-    def _begin(self, slot: int, own: Slot) -> None:
-        self.trainings[slot] = own
-        self.step.begin(slot, own.ratios)
-
-    def _require_slot(self, slot: int) -> None:
-        if type(slot) is not int or not 0 <= slot < len(self.trainings):
-            raise ValueError(f"slot must be in 0..{len(self.trainings) - 1}, got {slot!r}.")
-
-    def _training(self, slot: int) -> Slot:
-        self._require_slot(slot)
-        if (own := self.trainings[slot]) is None:
-            raise ValueError(f"No training was started in slot {slot}.")
-        return own
-
-    def _tick(self) -> None:
-        """One micro-batch of each slot under way."""
+    def _tick(self) -> tuple[Integers, Tensor]:
+        """One micro-batch of each slot: the steps that end, `(k,)`, and their figures."""
         k = len(self.trainings)
-        chosen: list[Integers] = [np.empty(0, np.int64)] * k
-        seeds: list[int | None] = [None] * k
-        numbers, over = [[*IDLE, 0.0, 0.0] for _ in range(k)], list[Taken]()
-        for i, own in enumerate(self.trainings):
-            if own is None or not own.is_under_way:
+        parts = self.slots.parts
+        usual: list[Batch | None] = [None] * k
+        passes = [(self.width, usual)]
+        rates = np.zeros((len(Rates._fields) + len(parts), k))
+        for i, slot in enumerate(self.trainings):
+            if slot is None or not slot.is_under_way:
                 continue
-            seeds[i] = seed_of(own.config.seed, own.taken + 1, own.micro)
-            chosen[i], tokens, is_last = own.micro_batch()
-            rates = Rates.of(own.config, own.rate, own.taken + 1)
-            share = float(np.float32(1 / tokens))  # as one training alone rounds it
-            numbers[i] = [*rates, share, float(is_last)]
-            if is_last:
-                over.append((i, own, own.record(tokens)))
-            own.go_on(is_last=is_last)
-        idx, labels, sizes = rows_of(self.data, chosen, self.config.batch_size, self.width)
-        rates = torch.tensor(numbers, dtype=self.slots.flat.dtype, device="cpu").t().contiguous()
-        at = torch.from_numpy(learnt_at(labels, k, self._most))
-        figures = self.step(
-            torch.from_numpy(idx), torch.from_numpy(labels), at, rates, seeds, sizes
-        )
-        self._untold.append((over, figures))
+            batch = slot.next_batch(i, self._widths)
+            if batch.width <= self.width:
+                usual[i] = batch
+            else:
+                passes.append((batch.width, [batch]))
+            if batch.tokens:
+                lrs = [slot.lr * slot.ratios.get(part, 1.0) for part in parts]
+                rates[:, i] = [*Rates.of(slot.config, slot.taken, batch.tokens), *lrs]
+        if not any(usual):
+            del passes[0]
+        for width, batches in passes[:-1]:
+            self._run(width, batches)
+        numbers = torch.from_numpy(rates).to(self.slots.flat.dtype)
+        return rates[0], self._run(*passes[-1], numbers)
 
-    def _tell(self, began: float) -> None:
-        """Look at the device: the records of the steps taken, and the trainings that failed."""
-        if not self._untold:
-            return
-        rows = torch.stack([figures.flatten() for _, figures in self._untold]).tolist()
-        seconds, k = time.perf_counter() - began, len(self.trainings)
-        untold, self._untold = self._untold, []
-        for (over, _), row in zip(untold, rows, strict=True):
-            for i, own, record in over:
-                own.tell(record, row[i], row[k + i], seconds)
+    def _run(self, width: int, batches: Sequence[Batch | None], *rates: Tensor) -> Tensor:
+        """A pass with a batch for each block, queued on the device."""
+        size = self.config.batch_size
+        most = -(-min(self._most_learnt, size * width) // ALIGNED) * ALIGNED
+        keys = np.array([(i, 0, 0) for i in range(len(batches))])
+        for i, batch in enumerate(batches):
+            if batch:
+                keys[i] = batch.slot, batch.seed & 0xFFFFFFFF, batch.seed >> 32
+        inputs = pass_inputs(self.data, size, width, most, batches)
+        inputs += [torch.from_numpy(keys), *rates]
+        inputs = [devices.copied(tensor, self.device) for tensor in inputs]
+        if devices.on_cpu(self.device):
+            streams = Streams(batches)
+            for module in self._dropping:
+                module.drops = streams
+        if self.graphs is None:
+            return self._pass(*inputs)
+        return self.graphs(self._pass, lambda: self._state, *inputs).clone()
+
+    def _pass(
+        self,
+        idx: Tensor,
+        labels: Tensor,
+        at: Tensor,
+        keys: Tensor,
+        rates: Tensor | None = None,
+    ) -> Tensor:
+        """Add the gradients of blocks; given rates, update the slots whose step ends.
+
+        `keys` `(m, 3)` are a block's slot and the halves of its seed. Below the rates are the
+        parts' learning rates. Gives losses and gradient norms, `(2, k)`.
+        """
+        slots = self.slots
+        if not devices.on_cpu(self.device):
+            each = hashes(keys[:, 1:], len(self._dropping))
+            for module, drops in zip(self._dropping, each, strict=True):
+                module.drops = drops
+        slots.run_under(None if len(keys) == len(slots.flat) else keys[:, 0])
+        losses = self._summed(idx, labels, at)
+        gradients = torch.autograd.grad(losses.sum(), slots.parameters, materialize_grads=True)
+        with torch.no_grad():
+            for summed, gradient in zip(slots.gradients, gradients, strict=True):
+                summed += gradient
+            self._losses.index_add_(0, keys[:, 0], losses.to(self._losses.dtype))
+            return self._losses if rates is None else self._update(rates)
+
+    def _summed(self, idx: Tensor, labels: Tensor, at: Tensor) -> Tensor:
+        """The summed loss of each block, `(m,)`; in training compiled and smoothed."""
+        model = self.model
+        smoothing = 0.0
+        compiling = False
+        if torch.is_grad_enabled():
+            smoothing = self.config.label_smoothing
+            compiling = self.config.compile
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast):
+            if isinstance(model, GPT2):
+                x = model.transformer(idx)
+                how: Any = {"compiling": compiling, "smoothing": smoothing}
+                return head.losses(model.lm_head, x, labels, at, **how)
+            logits = logits_of(model, idx).flatten(0, 1)
+            losses = cross_entropies(logits, shifted(labels), smoothing)
+            return losses.view(len(at), -1).sum(1)
+
+    def _update(self, numbers: Tensor) -> Tensor:
+        slots = self.slots
+        n = len(Rates._fields)
+        rates = Rates(*numbers[:n])
+        norm = torch.linalg.vector_norm(slots.grad, dim=1) * rates.share
+        figures = torch.stack([self._losses * rates.share, norm])
+        ends = rates.step > 0
+        is_finite = figures.isfinite().all(0)
+        stacks = (slots.flat, slots.grad, *self.moments)
+        parts = [[stack[:, columns] for stack in stacks] for columns in slots.parts.values()]
+        self._adamw(parts, numbers[n:], norm, ends & is_finite, rates)
+        slots.grad.masked_fill_(ends[:, None], 0)
+        self._losses.masked_fill_(ends, 0)
+        self._losses.masked_fill_(ends & ~is_finite, torch.nan)  # for good
+        return figures
+
+
+def check(model: nn.Module, slots: Any, config: TrainConfig) -> None:
+    """Whether the slots of this model can be trained so."""
+    faults = [
+        f"{name} is for one training alone"
+        for name in ("tokens_per_batch", "packing", "checkpointing")
+        if getattr(config, name)
+    ]
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and module.p and not hasattr(module, "drops"):
+            faults.append(f"{name} cannot drop by slots: set its p to 0")
+    if config.cuda_graph and not devices.on_cuda(device := slots.flat.device):
+        faults.append(f"cuda_graph=True needs a CUDA device, not {device}")
+    if faults:
+        raise ValueError(f"The population cannot be trained so: {'; '.join(faults)}.")
+    check_attached(model, slots)
+
+
+def check_attached(model: nn.Module, slots: Any) -> None:
+    """Whether the model runs under these slots; else the base would be evaluated."""
+    parameters = {id(parameter) for parameter in model.parameters()}
+    if not all(id(parameter) in parameters for parameter in slots.parameters):
+        raise RuntimeError(
+            "The model does not run under these slots: they were taken off, "
+            "lend the model out, or are another model's."
+        )

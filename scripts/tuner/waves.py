@@ -12,7 +12,7 @@ from torch import Tensor
 
 import gpt2
 import lora
-from gpt2.population.slots import SlotState
+from gpt2.population.slots import Slot
 from gpt2.population.training import PopulationTraining
 
 from ..runs import processes
@@ -112,11 +112,11 @@ class Waves:
                 copy.curve = copy.curve + [record.loss for record in slot.records]
                 copy.ended = slot.ended
         alive = [i for i, copy in enumerate(copies) if copy.ended is None]
-        moments = (self.training.step.first, self.training.step.second)
+        moments = [*self.training.moments]
         if all(copies[i].taken >= copies[i].total for i in alive):
             moments = [stack[:, :0] for stack in moments]
         assert self.population
-        stacks = [stack.detach()[alive].cpu() for stack in (self.population.flat, *moments)]
+        stacks = [stack.detach().cpu()[alive] for stack in (self.population.flat, *moments)]
         for i, position in zip(alive, zip(*stacks, strict=True), strict=True):
             copies[i].position = position
         in_slots = {id(run): copy for run, copy in zip(self._runs, copies, strict=True)}
@@ -192,14 +192,14 @@ class Waves:
             if run.position is None:
                 training.start(slot, config, ratios=ratios, until=step)
                 continue
-            flat, first, second = run.position
+            flat, *moments = run.position
             with torch.no_grad():
                 slots.flat[slot] = flat.to(slots.flat.device)
             if run.taken < run.total:
-                state = {"first": first, "second": second, "taken": run.taken, "ended": None}
-                state |= {"config": config, "ratios": ratios, "records": list[gpt2.StepRecord]()}
-                kept = SlotState(occupant=slots.take(slot), **state)
-                training.go_on(slot, kept, until=max(step, 1))
+                kept = {"occupant": slots.take(slot), "moments": torch.stack(moments)}
+                options = {"config": config, "ratios": ratios, "taken": run.taken}
+                state = Slot(data=self.data, **options, **kept)
+                training.go_on(slot, state, until=max(step, 1))
 
 
 def available(device: torch.device) -> float | None:
