@@ -115,6 +115,7 @@ def parse(to: ArgumentParser, words: Sequence[str], file: Path | None = None) ->
             if other not in flags:
                 value = defaults[other]
                 words.append(f"--{other}={'null' if value is None else value}")
+
     if faults:
         raise ValueError(" ".join(faults[:10]))
     try:

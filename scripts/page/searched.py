@@ -10,10 +10,8 @@ from .read import Record, Row
 
 def by_rung(record: Record) -> Chart:
     """Each trial's loss from rung to rung, until it retired."""
-    last, states = (
-        max(row["rung"] for row in record.board),
-        {"finalist": ("both", "4"), "winner": ("both", "accent")},
-    )
+    last = max(row["rung"] for row in record.board)
+    states = {"finalist": ("both", "4"), "winner": ("both", "accent")}
     series: list[Series] = []
     for state, (look, color) in {"others": ("both faint", "soft"), **states}.items():
         points: list[tuple[float, float]] = []

@@ -46,6 +46,7 @@ def check(named: str | None, adapters: Sequence[str], *, overwrite: bool) -> Non
             f"{root} holds a run ({', '.join(held)}): name another res_path, leave it out for a "
             "new folder, pass --overwrite true, or go on with it by --resume."
         )
+
     nearest = next(p for p in (root, *root.absolute().parents) if p.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
         raise OSError(f"{root} cannot be written: choose another res_path.")
@@ -59,6 +60,7 @@ def prepare(named: str | None, kind: str, adapters: Sequence[str]) -> Path:
             with suppress(FileExistsError):  # of two runs at once, one gets the next
                 root.mkdir(parents=True)
                 return root
+
     root = Path(named or "")
     root.mkdir(parents=True, exist_ok=True)
     with locked(root):
