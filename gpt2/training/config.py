@@ -93,15 +93,10 @@ class TrainConfig:
         betas = given if isinstance(given, tuple | list) else ()
         if len(betas) != 2 or not all(is_number(b) and 0 <= b < 1 for b in betas):
             faults.append(f"betas must be two numbers in [0, 1), got {given!r}")
-        choices: dict[str, tuple[Any, ...]] = {
-            "schedule": SCHEDULES,
-            "packing": (True, False),
-            "autocast": (True, False),
-            "compile": (True, False),
-            "checkpointing": (True, False),
-            "cuda_graph": (True, False, None),
-            "in_order": (True, False, None),
-        }
+        flags = ("packing", "autocast", "compile", "checkpointing")
+        choices: dict[str, tuple[Any, ...]] = dict.fromkeys(flags, (True, False))
+        choices |= dict.fromkeys(("cuda_graph", "in_order"), (True, False, None))
+        choices["schedule"] = SCHEDULES
         for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
                 listing = ", ".join(map(str, known))
