@@ -206,7 +206,7 @@ def test_importing_touches_no_random_state_and_little_else():
 # Lines of Python as `wc -l` counts them: they only fall, but for what a new capability is given.
 BUDGET = {
     "lora": 3_576,
-    "gpt2": 6_310,
+    "gpt2": 6_312,
     "scripts": 4_226,
     "tests": 20_221,
     "benchmarks": 2_694,

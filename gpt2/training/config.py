@@ -35,7 +35,9 @@ class TrainConfig:
         warmup_ratio: share of the steps, in [0, 1], in which the learning rate rises from zero; a
             run of one step has none.
         warmup_steps: the same as a number of steps.
-        weight_decay, betas, eps: AdamW's.
+        weight_decay: AdamW's.
+        betas: AdamW's, how much of the averages of gradient and square a step keeps.
+        eps: AdamW's, added to the root of the average square.
         label_smoothing: share of each target, in [0, 1), that is spread evenly over all tokens; of
             the records' loss, not of an evaluation's.
         clip: largest global norm of the gradient; None leaves it as it is.
