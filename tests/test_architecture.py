@@ -206,9 +206,9 @@ def test_importing_touches_no_random_state_and_little_else():
 # Lines of Python as `wc -l` counts them: they only fall, but for what a new capability is given.
 BUDGET = {
     "lora": 3_576,
-    "gpt2": 6_312,
+    "gpt2": 6_302,
     "scripts": 4_226,
-    "tests": 20_221,
+    "tests": 20_219,
     "benchmarks": 2_694,
 }
 MOST_LINES = {"lora": 400, "gpt2": 400, "scripts": 400, "tests": 700, "benchmarks": 400}

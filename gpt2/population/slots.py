@@ -16,9 +16,15 @@ from torch import Tensor
 from gpt2.data.dataset import Dataset, places
 from gpt2.data.order import Integers, Order
 from gpt2.loss import IGNORE
-from gpt2.training.config import TrainConfig, require_count
+from gpt2.training.config import (
+    TrainConfig,
+    lr_scale,
+    planned,
+    require_count,
+    steps_an_epoch,
+    total_steps,
+)
 from gpt2.training.loop import StepRecord
-from gpt2.training.schedule import lr_scale, planned, steps_an_epoch, total_steps
 
 OWN = frozenset(
     "lr epochs steps accumulate schedule warmup_ratio warmup_steps weight_decay betas eps clip "
