@@ -19,11 +19,9 @@ from gpt2.data.batches import Batch, batch
 from gpt2.data.dataset import Dataset
 from gpt2.model import GPT2, in_mode
 from gpt2.training import distributed, fingerprints
-from gpt2.training.config import TrainConfig, require_config
-from gpt2.training.groups import Groups, listed
+from gpt2.training.config import TrainConfig, lr_scale, planned, require_config
 from gpt2.training.losses import check_readable, inner
-from gpt2.training.schedule import lr_scale, planned
-from gpt2.training.step import RunState, Stepper
+from gpt2.training.step import Groups, RunState, Stepper, listed
 
 UNREAD = 1000  # steps after which the host waits for the device even if nobody reads
 

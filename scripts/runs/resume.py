@@ -13,13 +13,8 @@ from jsonargparse import Namespace
 from . import folder, processes
 
 TRANSIENT = ("config", "resume", "overwrite", "res_path")  # of a start
-<<<<<<< ours
 FREE = "logging_steps prompts generate device cache save_every".split()
-FREE += ["patience", "min_delta", "eval_every"]
-=======
-FREE = "logging_steps prompts generate device cache sync_every save_every".split()
 FREE += "patience min_delta eval_every data model_name validation test".split()  # or fingerprints
->>>>>>> theirs
 
 
 class Start(NamedTuple):
