@@ -213,11 +213,7 @@ OF_GPT2: dict[str, tuple[Callable[..., Any], bool, dict[str, list[Any]]]] = {
     "GPT2Config": (gpt2.GPT2Config, False, SIZES),
     "TrainConfig": (gpt2.TrainConfig, False, TRAIN),
     "GenerateConfig": (gpt2.GenerateConfig, False, CHOICES),
-    "learning_rate": (
-        gpt2.learning_rate, False,
-        {"step": [1, 5], "total": [5], "config": [gpt2.TrainConfig(steps=5)]},
-    ),
-}  # fmt: skip
+}
 
 
 class Fuzz:
