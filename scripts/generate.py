@@ -23,7 +23,7 @@ def main(argv: Arguments = None) -> None:
     to.add_argument("prompt", type=str, help=r"such as $'Q: Why?\nA:' in bash")
     add_model_options(to)
     to.add_class_arguments(gpt2.GenerateConfig, as_group=False)
-    options = parse(to, argv or ())
+    options = parse(to, argv or [])
     config = build(gpt2.GenerateConfig, options)
     reader = data.Reader(options, options.base or folder.base_of(options.adapter))
     if options.adapter is not None:

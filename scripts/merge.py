@@ -30,7 +30,7 @@ def main(argv: Arguments = None) -> None:
     add("out", type=str, help="a new or empty folder for the merged model")
     add("--base", type=str | None, help="demo, gpt2, org/repo, a folder; by default the adapter's")
     add("--dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="of it")
-    options = parse(to, argv or ())
+    options = parse(to, argv or [])
     out = Path(options.out)
     if not options.out or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
         raise ValueError(f"{options.out or repr('')} is not an empty folder: name a new one.")

@@ -43,7 +43,7 @@ def main(argv: Arguments = None) -> None:
     add("--fields", type=dict[str, str] | None, help="--fields.question NAME")
     add("--batch_size", type=AtLeastOne | None, help="rows; by default 64, and 512 on a GPU")
     to.add_class_arguments(gpt2.GenerateConfig, as_group=False)
-    options = parse(to, argv or ())
+    options = parse(to, argv or [])
     config = build(gpt2.GenerateConfig, options)
     prompts = data.distinct(gpt2.read_prompts(options.prompts, options.fields))
 
@@ -106,7 +106,7 @@ def begun(file: Path, made: Mapping[str, Any], total: int, *, overwrite: bool) -
             folder.write_whole(about, json.dumps(made, indent=2))
         elif not about.is_file():
             raise ValueError(f"{file} is not this script's, for {about.name} is missing. {AGAIN}")
-        elif odd := folder.differences(json.loads(about.read_text(encoding="utf-8")), made):
+        elif odd := folder.differences(json.loads(about.read_text("utf-8")), made):
             raise ValueError(f"{file} was made with other options: {odd}. {AGAIN}")
         try:
             yield len(_lines(file))

@@ -25,7 +25,7 @@ def main(argv: Arguments = None) -> None:
     to = parser("report", __doc__)
     to.add_argument("runs", type=str, nargs="+", help="folders of train_qa.py or search.py")
     to.add_argument("--output", type=str | None, help=f"of several by default {COMPARED}")
-    options = parse(to, argv or ())
+    options = parse(to, argv or [])
     runs = [Path(run) for run in options.runs]
     records = [read(run) for run in runs]
     file = Path(options.output or (COMPARED if len(runs) > 1 else runs[0] / folder.REPORT))

@@ -49,7 +49,7 @@ def options_of(argv: Arguments) -> Namespace:
     add("--finalists", type=count, default=4, help="trials of the last rung that run again")
     add("--seeds", type=two, default=3, help="of each finalist and of the default")
 
-    file, words = resume.config(argv or (), DEMO)
+    file, words = resume.config(argv or [], DEMO)
     options = parse(to, words, file)
 
     if options.validation is None:

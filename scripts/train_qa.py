@@ -36,7 +36,7 @@ def options_of(argv: Arguments) -> Namespace:
     to.add_class_arguments(gpt2.RunConfig, skip={"folder"}, as_group=False)
     to.add_class_arguments(gpt2.GenerateConfig, "generate", skip={"seed"}, as_group=False)
 
-    file, words = resume.config(argv or (), DEMO)
+    file, words = resume.config(argv or [], DEMO)
     options = parse(to, words, file)
 
     if options.validation is None and (options.patience or options.eval_every):

@@ -1,6 +1,6 @@
 """What a script shows: text as it is, tables, a progress bar on a terminal."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -40,9 +40,7 @@ def bar(
         yield advance
 
 
-def table(
-    title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], ratios: Sequence[int]
-) -> Table:
+def table(title: str, heads: list[str], rows: Iterable[list[str]], ratios: list[int]) -> Table:
     """A table in columns of these widths."""
     made = Table(title=title, show_lines=True)
     for head, ratio in zip(heads, ratios, strict=True):

@@ -9,10 +9,10 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-Arguments = Sequence[str] | None
+Arguments = list[str] | None
 NAMES = ("train_qa", "generate", "predict", "merge", "search", "report")
 VERBS = {name.partition("_")[0]: name for name in NAMES}  # of the installed command
 
@@ -21,7 +21,7 @@ class Stopped(KeyboardInterrupt):
     """A signal, the first of the arguments, asks the script to end."""
 
 
-def start(script: str, argv: Sequence[str]) -> int:
+def start(script: str, argv: list[str]) -> int:
     """Import a script, which takes seconds, and call its `main`."""
     # torch reads it when it is loaded: a thread that waits soon sleeps, but not at once.
     if "OMP_WAIT_POLICY" not in os.environ:

@@ -2,7 +2,7 @@
 
 import glob
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from inspect import signature
@@ -101,7 +101,7 @@ def training(options: Namespace) -> gpt2.TrainConfig:
     return build(gpt2.TrainConfig, options, batch_size=int(options.train_batch_size))
 
 
-def parse(to: ArgumentParser, words: Sequence[str], file: Path | None = None) -> Namespace:
+def parse(to: ArgumentParser, words: list[str], file: Path | None = None) -> Namespace:
     """The options of the command line, of a YAML file, the defaults."""
     defaults, words = to.get_defaults(), list(words)
     known = [*defaults.keys(), "help", "print_config"]
@@ -141,7 +141,7 @@ def _content(file: Path) -> Mapping[Any, Any]:
     return content
 
 
-def _keys(content: Mapping[Any, Any], known: Sequence[str], above: str = "") -> Iterator[str]:
+def _keys(content: Mapping[Any, Any], known: list[str], above: str = "") -> Iterator[str]:
     for key, value in content.items():
         name = f"{above}{key}"
         if isinstance(value, dict) and any(option.startswith(f"{name}.") for option in known):
@@ -150,7 +150,7 @@ def _keys(content: Mapping[Any, Any], known: Sequence[str], above: str = "") -> 
             yield name
 
 
-def _unknown(names: Iterable[str], known: Sequence[str], dashes: str = "") -> Iterator[str]:
+def _unknown(names: Iterable[str], known: list[str], dashes: str = "") -> Iterator[str]:
     meant = {option.rpartition(".")[2]: option for option in known} | {n: n for n in known}
     meant = {other: n for other, n in OTHER_NAMES.items() if n in known} | meant
     for name in names:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def write(root: Path) -> None:
         charts.png([loss(record)], root / folder.PLOT)
 
 
-def html(records: Sequence[Record]) -> str:
+def html(records: list[Record]) -> str:
     """The page of one run, or of several side by side."""
     values: dict[str, Any] = {**vars(charts), **globals(), "records": records}
     if any(record.board for record in records):
@@ -46,14 +46,14 @@ def html(records: Sequence[Record]) -> str:
     return made.get_template("page.html.j2").render(values)
 
 
-def differing(records: Sequence[Record]) -> list[str]:
+def differing(records: list[Record]) -> list[str]:
     """The options in which several runs differ."""
     options = [flat(record.options) for record in records]
     names = dict.fromkeys(name for values in options for name in values if name != "res_path")
     return [name for name in names if len({values.get(name) for values in options}) > 1]
 
 
-def overlaid(records: Sequence[Record]) -> Chart:
+def overlaid(records: list[Record]) -> Chart:
     """The loss of each of several runs."""
     series: list[Series] = []
     for i, record in enumerate(records):
@@ -92,7 +92,7 @@ def colour(value: float, most: float = MOST) -> Colour:
     return "lose" if value < 0 else "gain", f"{share:.2f}"
 
 
-def heat(updates: Sequence[Row]) -> tuple[list[str], dict[str, dict[str, tuple[str, str, Colour]]]]:
+def heat(updates: list[Row]) -> tuple[list[str], dict[str, dict[str, tuple[str, str, Colour]]]]:
     """Each update's size as a share of its weight's, by layer and target."""
     shares = [u["update"] / u["weight"] if u["weight"] else math.nan for u in updates]
     most = max(filter(math.isfinite, shares), default=0) or 1.0
@@ -106,7 +106,7 @@ def heat(updates: Sequence[Row]) -> tuple[list[str], dict[str, dict[str, tuple[s
     return list(dict.fromkeys(target for row in cells.values() for target in row)), cells
 
 
-def flat(values: Row, before: str = "", only: Sequence[str] = ()) -> dict[str, str]:
+def flat(values: Row, before: str = "", only: Collection[str] = ()) -> dict[str, str]:
     """Nested values by dotted names, all or those of some keys."""
     names: dict[str, str] = {}
     for key, value in values.items():

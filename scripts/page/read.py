@@ -54,7 +54,7 @@ def read(root: Path) -> Record:
 
 
 def _mapping(file: Path) -> Row:
-    text = file.read_text(encoding="utf-8") if file.is_file() else "{}"
+    text = file.read_text("utf-8") if file.is_file() else "{}"
     try:
         return {**(yaml.safe_load(text) if file.suffix == ".yaml" else json.loads(text))}
     except (ValueError, TypeError, yaml.YAMLError):

@@ -31,7 +31,7 @@ FACTS = ("prompt", "stopped", "trained", "references", "verdict")
 @torch.no_grad()
 def continued(
     model: gpt2.GPT2,
-    ids: Sequence[list[int]],
+    ids: list[list[int]],
     config: gpt2.GenerateConfig,
     rows: int | None = None,
     *,
@@ -62,9 +62,9 @@ def pieces(tokens: Iterable[int], tokenizer: gpt2.Tokenizer) -> Iterator[str]:
 
 
 def compare(
-    prompts: Sequence[Prompt],
-    heads: Sequence[str],
-    texts: Sequence[Sequence[str]],
+    prompts: list[Prompt],
+    heads: list[str],
+    texts: list[list[str]],
     examples: Iterable[gpt2.Example],
 ) -> list[Answer]:
     """Each prompt's answers, beside what the examples that begin so go on with."""
@@ -97,7 +97,7 @@ def judge(
         answer["verdict"] = verdict
 
 
-def score(answers: Sequence[Answer]) -> str:
+def score(answers: list[Answer]) -> str:
     """How many prompts were answered word for word, of the trained and of others."""
     trained = [a["verdict"] for a in answers if a["trained"]]
     others = [a["verdict"] for a in answers if a["references"] and not a["trained"]]
@@ -112,7 +112,7 @@ def score(answers: Sequence[Answer]) -> str:
     return " ".join(parts)
 
 
-def publish(answers: Sequence[Answer], root: Path, console: Console) -> dict[str, Any]:
+def publish(answers: list[Answer], root: Path, console: Console) -> dict[str, Any]:
     """Write the answers, and show a few; gives what the record has of them."""
     if not answers:
         return {"answers": []}
@@ -128,7 +128,7 @@ def publish(answers: Sequence[Answer], root: Path, console: Console) -> dict[str
     cells = [[_markdown(a[name]) for name in names] for a in answers]
     lines = [f"| {' | '.join(line)} |\n" for line in [heads, ["---"] * len(heads), *cells]]
     text = "\n\n".join([*result.values(), "".join(lines)])
-    (root / folder.ANSWERS).write_text(text, encoding="utf-8")
+    (root / folder.ANSWERS).write_text(text, "utf-8")
     return {"answers": few, **result}
 
 

@@ -1,6 +1,6 @@
 """What a run reads: examples, splits, prompts to try."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -89,9 +89,7 @@ class Reader:
         gpt2.total_steps(sets["train"], config)  # raises
         return Split(sets["train"], sets.get("validation"), sets.get("test"), message)
 
-    def encode_prompts(
-        self, prompts: Sequence[Prompt], config: gpt2.GenerateConfig
-    ) -> list[list[int]]:
+    def encode_prompts(self, prompts: list[Prompt], config: gpt2.GenerateConfig) -> list[list[int]]:
         """Token ids of the prompts, the separator's last if there is one."""
         new, end = config.max_new_tokens, self.options.separator
         context, last = self.model.config.block_size, [] if end is None else [end]

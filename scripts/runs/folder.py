@@ -7,7 +7,7 @@ import platform
 import shlex
 import shutil
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from itertools import count
@@ -35,7 +35,7 @@ CONFIG = "adapter_config.json"
 NUMBERED = Path("runs")
 
 
-def check(named: str | None, adapters: Sequence[str], *, overwrite: bool) -> None:
+def check(named: str | None, adapters: list[str], *, overwrite: bool) -> None:
     """Raise where a run may not be written; nothing is written here."""
     if named is not None and (not named.strip() or "\0" in named):
         raise ValueError(f"res_path {named!r} names no folder; leave it out for a new one.")
@@ -51,7 +51,7 @@ def check(named: str | None, adapters: Sequence[str], *, overwrite: bool) -> Non
         raise OSError(f"{root} cannot be written: choose another res_path.")
 
 
-def prepare(named: str | None, kind: str, adapters: Sequence[str]) -> Path:
+def prepare(named: str | None, kind: str, adapters: list[str]) -> Path:
     """Make the folder: the one named, without old results, or a numbered one."""
     if named is None:
         for number in count(1):
@@ -76,7 +76,7 @@ def write_whole(file: Path, text: str) -> None:
     """Write a file whole or not at all; half a character as its code."""
     part = file.with_name(f".{file.name}.part")
     try:
-        part.write_text(text, encoding="utf-8", errors="backslashreplace")
+        part.write_text(text, "utf-8", "backslashreplace")
         part.replace(file)
     finally:
         part.unlink(missing_ok=True)
@@ -118,7 +118,7 @@ def base_of(adapter: str | None) -> str:
     return "demo"
 
 
-def commands(adapters: Sequence[Path], base: str, prompt: str) -> str:
+def commands(adapters: list[Path], base: str, prompt: str) -> str:
     """The commands that use adapters, a line each, ready to copy into a shell."""
     lines = list[str]()
     for adapter in map(str, adapters):
@@ -146,7 +146,7 @@ class Clock:
 
 
 def about(
-    options: Namespace, model: gpt2.GPT2, clock: Clock, data: Sequence[gpt2.Dataset]
+    options: Namespace, model: gpt2.GPT2, clock: Clock, data: list[gpt2.Dataset]
 ) -> dict[str, Any]:
     """What any run has beside its results; `data` is what was trained on."""
     weight = next(model.parameters())

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,10 +23,10 @@ class Start(NamedTuple):
     kind: str  # "qa" or "search"
     root: str | None  # the run's folder; None for a new one
     resume: bool
-    adapters: Sequence[str]  # folders in the run's
+    adapters: list[str]  # folders in the run's
 
 
-def config(words: Sequence[str], default: Path) -> tuple[Path, list[str]]:
+def config(words: list[str], default: Path) -> tuple[Path, list[str]]:
     """The YAML file named, of a resumed run, or the default; and the other words."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     early.add_argument("--config", nargs="?", const="")
@@ -41,7 +41,7 @@ def config(words: Sequence[str], default: Path) -> tuple[Path, list[str]]:
     return file if root and file.is_file() else default, rest
 
 
-def decide(options: Namespace, kind: str, adapters: Sequence[str]) -> Start:
+def decide(options: Namespace, kind: str, adapters: list[str]) -> Start:
     """How a run starts; nothing is written, and what is contradictory raises."""
     resume, overwrite = bool(options.resume), bool(options.overwrite)
     named = options.resume if isinstance(options.resume, str) else options.res_path
@@ -65,7 +65,7 @@ def decide(options: Namespace, kind: str, adapters: Sequence[str]) -> Start:
     if processes.restarts():  # torchrun's own
         resume, overwrite = can, not can
     if resume:
-        then = yaml.safe_load((root / folder.OPTIONS).read_text(encoding="utf-8"))
+        then = yaml.safe_load((root / folder.OPTIONS).read_text("utf-8"))
         check_same(root, then, kept(options))
     else:
         folder.check(named, adapters, overwrite=overwrite)
@@ -87,7 +87,7 @@ def begun(start: Start, options: Namespace) -> Iterator[Path]:
     with folder.locked(root):
         if not start.resume:
             text = yaml.safe_dump(kept(options), sort_keys=False)
-            (root / folder.OPTIONS).write_text(text, encoding="utf-8")
+            (root / folder.OPTIONS).write_text(text, "utf-8")
         try:
             yield root
         except BaseException as stop:

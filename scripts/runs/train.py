@@ -1,7 +1,7 @@
 """The training of one adapter, and what outlives it, however it ends."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +23,7 @@ ALONE = "default"  # the adapter's name in the model where there is one
 MADE_OF = "made_of"
 
 
-def names_of(files: Sequence[str] | None) -> list[str]:
+def names_of(files: list[str] | None) -> list[str]:
     """The adapters' names: one, or the files' without their endings."""
     names = [Path(file).stem for file in files or ()]
     if len({*names, "base", "mixture"}) < len(names) + 2:
@@ -182,7 +182,7 @@ def recorded(fit: gpt2.Fit, directory: Path) -> Iterator[gpt2.StepRecord]:
     """Write each step as a line of JSON, as it comes."""
     file, rows = directory / folder.METRICS, dict[int, str]()
     if fit.told and file.exists():  # a kill may have torn a line
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        for line in file.read_text("utf-8", "replace").splitlines(keepends=True):
             with suppress(ValueError, LookupError, TypeError):
                 rows[int(json.loads(line)["step"])] = line
         kept = [line for step, line in sorted(rows.items()) if step <= fit.told]

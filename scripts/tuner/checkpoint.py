@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,14 +29,14 @@ class Checkpoint:
         """Begin a search; a ValueError where another was begun."""
         file = self.folder / "made_of.json"
         if file.is_file():
-            then = json.loads(file.read_text(encoding="utf-8"))
+            then = json.loads(file.read_text("utf-8"))
             resume.check_same(self.folder.parent, then, made_of)
             return
         self.remove()
         self.folder.mkdir(parents=True)
         folder.write_whole(file, json.dumps(made_of, indent=1))
 
-    def write(self, name: str, runs: Sequence[Run]) -> None:
+    def write(self, name: str, runs: list[Run]) -> None:
         """Keep what a wave has come to."""
         tensors = {
             f"{i}.{part}": tensor.clone()  # they may share memory
@@ -53,12 +53,12 @@ class Checkpoint:
             raise OSError(f"{file} cannot be written: {error}.") from None
         self._saved = time.monotonic()
 
-    def write_if_due(self, name: str, so_far: Callable[[], Sequence[Run]]) -> None:
+    def write_if_due(self, name: str, so_far: Callable[[], list[Run]]) -> None:
         """Keep a wave under way, if the last write is a minute ago."""
         if time.monotonic() - self._saved >= SAVE_EVERY and (runs := so_far()):
             self.write(name, runs)
 
-    def read(self, name: str, runs: Sequence[Run]) -> None:
+    def read(self, name: str, runs: list[Run]) -> None:
         """Give runs what is kept of their wave."""
         file = self.folder / f"{name}.safetensors"
         if not file.is_file():

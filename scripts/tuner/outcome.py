@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -45,14 +45,14 @@ def write(
     given |= winner.recipe.values(["lr", "steps", "epochs", "weight_decay", "b_ratio"])
     given["lora"] |= winner.recipe.values(["r", "alpha", "dropout", "targets"])
     text = yaml.safe_dump({**given, "eval_every": winner.total}, sort_keys=False)
-    (best / folder.TRAINED_BY).write_text(text, encoding="utf-8")
+    (best / folder.TRAINED_BY).write_text(text, "utf-8")
     rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in leaderboard(search)]
     folder.write_whole(root / folder.LEADERBOARD, "".join(rows))
     sampler.write_study(root / folder.STUDY, search.plan.space, search.known())
     folder.write(root, {"kind": "search", **facts, **results(search), **stats})
 
 
-def differ(one: Sequence[float], other: Sequence[float]) -> bool:
+def differ(one: list[float], other: list[float]) -> bool:
     """Whether losses of the same seeds differ by more than the seeds' noise."""
     ended = [not all(map(math.isfinite, losses)) for losses in (one, other)]
     if any(ended):
@@ -105,7 +105,7 @@ def _configuration(search: Search, trial: Trial) -> dict[str, Any]:
     }
 
 
-def _over_seeds(search: Search, losses: Sequence[float]) -> dict[str, Any]:
+def _over_seeds(search: Search, losses: list[float]) -> dict[str, Any]:
     seeds = enumerate(losses, search.plan.usual.training.seed)
     return {"seeds": {seed: _finite(x) for seed, x in seeds}, "mean": _finite(fmean(losses))}
 

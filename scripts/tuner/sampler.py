@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,7 @@ def optuna() -> Any:
     return optuna
 
 
-def propose(
-    space: Space, n: int, known: Sequence[Known], *, sampler: str, seed: int
-) -> list[Values]:
+def propose(space: Space, n: int, known: list[Known], *, sampler: str, seed: int) -> list[Values]:
     """Values of n trials that are not known: a function of the arguments."""
     kinds = optuna().samplers
     kind = kinds.RandomSampler if sampler == "random" else kinds.TPESampler
@@ -48,7 +46,7 @@ def propose(
     return proposed
 
 
-def write_study(file: Path, space: Space, known: Sequence[Known]) -> None:
+def write_study(file: Path, space: Space, known: list[Known]) -> None:
     """Write the study anew, for optuna-dashboard; whole or not at all."""
     part = file.with_name(f".{file.name}.part")
     part.unlink(missing_ok=True)
@@ -58,7 +56,7 @@ def write_study(file: Path, space: Space, known: Sequence[Known]) -> None:
     os.replace(part, file)
 
 
-def _add(study: Any, space: Space, known: Sequence[Known]) -> dict[str, Any]:
+def _add(study: Any, space: Space, known: list[Known]) -> dict[str, Any]:
     kinds, trials, axes = optuna().distributions, optuna().trial, dict[str, Any]()
     for name, axis in space.axes.items():
         if isinstance(axis, Range):

@@ -1,7 +1,7 @@
 """The search: proposals, rungs, finalists with more seeds, the test."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import fmean
 
@@ -105,7 +105,7 @@ class Search:
         best = f" · best {min(losses):.4f}" if losses else ""  # none yet
         self.tell(f"{stage} · {trials} trials{best}")
 
-    def _waves(self, numbers: Sequence[int]) -> list[list[int]]:
+    def _waves(self, numbers: list[int]) -> list[list[int]]:
         each = [[n for n in numbers if n % size() == process] for process in range(size())]
         most, k = max(map(len, each)), self.plan.slots
         return [sorted(n for own in each for n in own[i : i + k]) for i in range(0, most, k)]
@@ -120,7 +120,7 @@ class Search:
             for n, (curve, losses, ended) in results.items():
                 runs[n].curve, runs[n].losses, runs[n].ended = curve, losses, ended
 
-    def _wave(self, name: str, runs: Sequence[Run], rung: int) -> None:
+    def _wave(self, name: str, runs: list[Run], rung: int) -> None:
         self.checkpoint.read(name, runs)
 
         def progress(steps: int) -> None:

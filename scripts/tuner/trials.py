@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
@@ -54,7 +54,7 @@ class Recipe:
             b_ratio=b_ratio,
         )
 
-    def values(self, names: Sequence[str]) -> dict[str, Any]:
+    def values(self, names: list[str]) -> dict[str, Any]:
         """What it has of a space, by name."""
         adapter, targets = self.adapter, self.adapter.targets
         values = {**vars(self.training), **vars(adapter), "b_ratio": self.b_ratio}
@@ -101,7 +101,7 @@ class Space:
     axes: Mapping[str, Any]
 
     @property
-    def choices(self) -> list[Sequence[Any]] | None:
+    def choices(self) -> list[list[Any]] | None:
         """What each name may be; None where a range of reals varies."""
         ranges = {name: axis for name, axis in self.axes.items() if isinstance(axis, Range)}
         if {*ranges} - {*INTEGERS}:

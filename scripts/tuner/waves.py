@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -51,7 +51,7 @@ class Waves:
             self.population.eject()
         self.population = None
 
-    def train(self, runs: Sequence[Run], rung: int, progress: Progress) -> None:
+    def train(self, runs: list[Run], rung: int, progress: Progress) -> None:
         """Take runs to the end of a rung, where they are not there already.
 
         Each is judged by a copy that cools down. `progress` gets the steps taken. Where a GPU's
@@ -71,7 +71,7 @@ class Waves:
                 self.slots = k // 2
                 self.tell(f"Memory ran out with {k} slots: {self.slots} are trained at a time now.")
 
-    def _train(self, k: int, runs: Sequence[Run], rung: int, progress: Progress) -> None:
+    def _train(self, k: int, runs: list[Run], rung: int, progress: Progress) -> None:
         plan = self.plan
         self._put(k, runs, [plan.step(rung, run.total) for run in runs])
         self._advance(progress)
@@ -101,7 +101,7 @@ class Waves:
             progress(recorded() - done)
             done = recorded()
 
-    def so_far(self, runs: Sequence[Run]) -> list[Run]:
+    def so_far(self, runs: list[Run]) -> list[Run]:
         """Runs, those in the slots as copies; none in the midst of a step or of a cooling copy."""
         pairs = list(zip(self._runs, self.training.trainings, strict=False))
         if any(s and (s.micro or s.config is not run.recipe.training) for run, s in pairs):
@@ -122,7 +122,7 @@ class Waves:
         in_slots = {id(run): copy for run, copy in zip(self._runs, copies, strict=True)}
         return [in_slots.get(id(run), run) for run in runs]
 
-    def evaluate(self, runs: Sequence[Run], data: gpt2.Dataset) -> list[float]:
+    def evaluate(self, runs: list[Run], data: gpt2.Dataset) -> list[float]:
         """The loss of runs, where they are kept, on other data."""
         losses, k = list[float](), min(self.slots, len(runs))
         for wave in (runs[i : i + k] for i in range(0, len(runs), k)):
@@ -175,7 +175,7 @@ class Waves:
     def _rows(self) -> int:
         return max(8, ROWS.get(self.device.type, 512) // len(self.training.trainings))
 
-    def _put(self, k: int, runs: Sequence[Run], until: Sequence[int]) -> None:
+    def _put(self, k: int, runs: list[Run], until: list[int]) -> None:
         """Put a run into each slot, at its beginning or where it is kept."""
         if self.population is None or len(self.population) != k:
             self.__exit__()
