@@ -1,6 +1,6 @@
-"""Continue a prompt with a GPT-2, and with an adapter if one is given."""
+"""Continue a prompt with a GPT-2, and an adapter."""
 
-if __name__ == "__main__":  # first: Ctrl-C during imports is one line
+if __name__ == "__main__":  # before slow imports
     import sys
 
     sys.path[0] = __file__.rpartition("scripts")[0]

@@ -1,4 +1,4 @@
-"""What base and adapters answer, and what an adapter does to its base."""
+"""Answers of base and adapters, and statistics of an adapter."""
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,11 +20,11 @@ from . import folder
 from .data import Prompt, Split
 
 Answer = dict[str, Any]
-Answers = list[list[list[int]]]  # token ids by prompt and route
+Answers = list[list[list[int]]]  # ids by prompt, route
 Routes = Sequence[str | Mapping[str, float] | None]
-ROWS = {"cpu": 64, "mps": 64}  # rows at once; elsewhere more
-LOOKED_AT = 16  # examples, of which the longest is the passage
-SHOWN = 12  # answers that are shown of many
+ROWS = {"cpu": 64, "mps": 64}  # at once; elsewhere 512
+LOOKED_AT = 16  # examples; the longest is shown
+SHOWN = 12  # answers
 FACTS = ("prompt", "stopped", "trained", "references", "verdict")
 
 
@@ -38,7 +38,7 @@ def continued(
     first: int = 0,
     routes: Routes = (),
 ) -> Iterator[list[list[int]]]:
-    """What follows each prompt from the first one on; prompt i draws with seed + i in any batch."""
+    """Continuations from prompt `first` on; prompt i draws with seed + i."""
     rows = rows or ROWS.get(next(model.parameters()).device.type, 512)
     each = len(routes) or 1
     at_once = max(1, rows // (each * config.num_beams))
@@ -51,7 +51,7 @@ def continued(
 
 
 def pieces(tokens: Iterable[int], tokenizer: gpt2.Tokenizer) -> Iterator[str]:
-    """The text of each token, and the rest; a character is at its last token."""
+    """The text of each token; a character is at its last one."""
     ids, shown = list[int](), ""
     for token in tokens:
         ids.append(token)
@@ -67,7 +67,7 @@ def compare(
     texts: list[list[str]],
     examples: Iterable[gpt2.Example],
 ) -> list[Answer]:
-    """Each prompt's answers, beside what the examples that begin so go on with."""
+    """Each prompt's answers, and completions of the examples that begin with it."""
     whole = sorted((e.prompt + e.completion, i) for i, e in enumerate(examples))
     answers: list[Answer] = []
     for prompt, row in zip(prompts, texts, strict=True):
@@ -82,7 +82,7 @@ def compare(
 def judge(
     answers: Iterable[Answer], tuned: Answers, config: gpt2.GenerateConfig, *, whole: bool
 ) -> None:
-    """Add verdicts; `whole` is whether all that was trained on was compared."""
+    """Add verdicts; `whole`: `trained` covers all examples."""
     for answer, (ids,) in zip(answers, tuned, strict=True):
         known, text = answer["trained"] or answer["references"], answer["tuned"]
         answer["stopped"] = len(ids) < config.max_new_tokens
@@ -98,7 +98,7 @@ def judge(
 
 
 def score(answers: list[Answer]) -> str:
-    """How many prompts were answered word for word, of the trained and of others."""
+    """How many answers are exact, of trained prompts and others."""
     trained = [a["verdict"] for a in answers if a["trained"]]
     others = [a["verdict"] for a in answers if a["references"] and not a["trained"]]
     parts: list[str] = []
@@ -113,7 +113,7 @@ def score(answers: list[Answer]) -> str:
 
 
 def publish(answers: list[Answer], root: Path, console: Console) -> dict[str, Any]:
-    """Write the answers, and show a few; gives what the record has of them."""
+    """Write the answers and show a few; returns the record's part."""
     if not answers:
         return {"answers": []}
     few = answers[:: -(-len(answers) // SHOWN)]
@@ -139,7 +139,7 @@ def _markdown(text: str) -> str:
 
 
 def measure(model: gpt2.GPT2, split: Split, tokenizer: gpt2.Tokenizer) -> dict[str, Any]:
-    """For a run's record: what the active adapter does to a passage, and its norms."""
+    """The adapter's norms, and its effect on a passage."""
     data = split.validation if split.validation is not None else split.train
     few = [data[i][0] for i in range(min(len(data), LOOKED_AT))]
     stats: dict[str, Any] = {"updates": updates(model)}
@@ -158,7 +158,7 @@ def measure(model: gpt2.GPT2, split: Split, tokenizer: gpt2.Tokenizer) -> dict[s
 
 @torch.no_grad()
 def log_probabilities(model: gpt2.GPT2, ids: Tensor) -> list[float]:
-    """Of each token but the first, in nats, `(T - 1,)`."""
+    """In nats, without the first token's: `(T - 1,)`."""
     row = ids.to(next(model.parameters()).device)[None]
     logits = model(row[:, :-1]).float()
     values = logits.log_softmax(-1).gather(-1, row[:, 1:, None])
@@ -167,7 +167,7 @@ def log_probabilities(model: gpt2.GPT2, ids: Tensor) -> list[float]:
 
 @torch.no_grad()
 def updates(model: gpt2.GPT2) -> list[dict[str, Any]]:
-    """The Frobenius norms of each active `s · B A` and of the weight beside it."""
+    """Frobenius norms of each active `s · B A` and its weight."""
     return [
         {
             "layer": path,

@@ -1,4 +1,4 @@
-"""What is kept of a search until it ends: a file a wave, anew each minute."""
+"""What is kept of a search until it ends: a file a wave."""
 
 import json
 import os
@@ -15,18 +15,18 @@ from gpt2.files import write_tensors
 from ..runs import folder, resume
 from .trials import Run
 
-SAVE_EVERY = 60.0  # seconds between two writes of a wave under way
+SAVE_EVERY = 60.0  # seconds
 PARTS = ("flat", "first", "second")  # of a run's position
 
 
 class Checkpoint:
-    """The files of a search, in its folder."""
+    """The files of a search."""
 
     def __init__(self, root: Path) -> None:
         self.folder, self._saved = root / folder.WAVES, time.monotonic()
 
     def begin(self, made_of: Mapping[str, Any]) -> None:
-        """Begin a search; a ValueError where another was begun."""
+        """Begin or resume a search; another one raises."""
         file = self.folder / "made_of.json"
         if file.is_file():
             then = json.loads(file.read_text("utf-8"))
@@ -37,7 +37,7 @@ class Checkpoint:
         folder.write_whole(file, json.dumps(made_of, indent=1))
 
     def write(self, name: str, runs: list[Run]) -> None:
-        """Keep what a wave has come to."""
+        """Save a wave."""
         tensors = {
             f"{i}.{part}": tensor.clone()  # they may share memory
             for i, run in enumerate(runs)
@@ -54,12 +54,12 @@ class Checkpoint:
         self._saved = time.monotonic()
 
     def write_if_due(self, name: str, so_far: Callable[[], list[Run]]) -> None:
-        """Keep a wave under way, if the last write is a minute ago."""
+        """Save a wave under way, once a minute."""
         if time.monotonic() - self._saved >= SAVE_EVERY and (runs := so_far()):
             self.write(name, runs)
 
     def read(self, name: str, runs: list[Run]) -> None:
-        """Give runs what is kept of their wave."""
+        """Read what is saved of a wave into its runs."""
         file = self.folder / f"{name}.safetensors"
         if not file.is_file():
             return
@@ -72,5 +72,5 @@ class Checkpoint:
                     run.position = (flat, first, second)
 
     def remove(self) -> None:
-        """Take the files away: the search is over."""
+        """Remove the files."""
         shutil.rmtree(self.folder, ignore_errors=True)

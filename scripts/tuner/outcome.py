@@ -1,4 +1,4 @@
-"""What came out of a search: who won, by how much, and the files that stay."""
+"""The outcome of a search: the winner, and the files that stay."""
 
 import json
 import math
@@ -36,7 +36,7 @@ def write(
     facts: Mapping[str, Any],
     measure: Callable[[gpt2.GPT2], dict[str, Any]],
 ) -> None:
-    """Write all that stays; the record, with the facts and what is measured of the winner, last."""
+    """Write the files; the record, with the winner's measures, comes last."""
     best, winner = root / folder.WINNER, search.runs[search.winner]
     with search.waves.carried(winner) as model:
         lora.save(model, best, notes={"command": f"train_qa.py --config {folder.TRAINED_BY}"})
@@ -53,7 +53,7 @@ def write(
 
 
 def differ(one: list[float], other: list[float]) -> bool:
-    """Whether losses of the same seeds differ by more than the seeds' noise."""
+    """Whether losses of equal seeds differ beyond noise."""
     ended = [not all(map(math.isfinite, losses)) for losses in (one, other)]
     if any(ended):
         return not all(ended)
@@ -65,7 +65,7 @@ def differ(one: list[float], other: list[float]) -> bool:
 
 
 def results(search: Search) -> dict[str, Any]:
-    """What came out, for the record, with all that may be claimed of the winner."""
+    """The record's part: the winner, and what may be claimed of it."""
     winner, finalists, seeds = search.winner, search.finalists, search.plan.seeds
     best, others = search.losses_of(winner), [n for n in finalists if n != winner]
     others = [n for n in others if not differ(search.losses_of(n), best)]
@@ -111,7 +111,7 @@ def _over_seeds(search: Search, losses: list[float]) -> dict[str, Any]:
 
 
 def leaderboard(search: Search) -> Iterator[dict[str, Any]]:
-    """A row a trial: the winner, the finalists, the others by how far they came."""
+    """A row a trial: the winner, finalists, others by rung."""
     names, finalists, winner = [*search.plan.space.axes], search.finalists, search.winner
 
     def key(trial: int) -> tuple[Any, ...]:
@@ -142,5 +142,5 @@ def leaderboard(search: Search) -> Iterator[dict[str, Any]]:
 
 
 def _finite(value: float) -> float | None:
-    """A number as JSON has it, which knows no NaN."""
+    """JSON has no NaN."""
     return value if math.isfinite(value) else None

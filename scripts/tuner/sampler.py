@@ -1,4 +1,4 @@
-"""What Optuna is used for: proposals, by a new study of what is known and a seed; study.db."""
+"""Optuna's part: proposals from known trials and a seed, and study.db."""
 
 import os
 import warnings
@@ -8,15 +8,15 @@ from typing import Any
 
 from .trials import INTEGERS, Range, Space, Values
 
-TRIES = 100  # proposals for a new trial
+TRIES = 100  # for a new trial
 
 
-# A trial's values, its losses by rung from 1, and whether it came to the end of the last.
+# A trial's values, its losses by rung from 1, and whether it is complete.
 Known = tuple[Values, Mapping[int, float], bool]
 
 
 def optuna() -> Any:
-    """Optuna, which only a search needs; a ValueError where it is missing."""
+    """Optuna, which only a search needs."""
     try:
         import optuna  # slow to import
     except ModuleNotFoundError as error:
@@ -28,7 +28,7 @@ def optuna() -> Any:
 
 
 def propose(space: Space, n: int, known: list[Known], *, sampler: str, seed: int) -> list[Values]:
-    """Values of n trials that are not known: a function of the arguments."""
+    """Values of n new trials, a function of the arguments."""
     kinds = optuna().samplers
     kind = kinds.RandomSampler if sampler == "random" else kinds.TPESampler
     study = optuna().create_study(sampler=kind(seed=seed % 2**32))
@@ -38,7 +38,7 @@ def propose(space: Space, n: int, known: list[Known], *, sampler: str, seed: int
     while len(proposed) < n:
         asked, tries = study.ask(axes).params, tries + 1
         values: Values = {name: asked[name] for name in space.axes}
-        if tries > TRIES * n:  # few are left: take the first
+        if tries > TRIES * n:  # few are left
             values = next(v for v in space.all() if tuple(v.values()) not in seen)
         if tuple(values.values()) not in seen:
             seen.add(tuple(values.values()))
@@ -47,7 +47,7 @@ def propose(space: Space, n: int, known: list[Known], *, sampler: str, seed: int
 
 
 def write_study(file: Path, space: Space, known: list[Known]) -> None:
-    """Write the study anew, for optuna-dashboard; whole or not at all."""
+    """Write the study for optuna-dashboard."""
     part = file.with_name(f".{file.name}.part")
     part.unlink(missing_ok=True)
     storage = optuna().storages.RDBStorage(f"sqlite:///{part}")
