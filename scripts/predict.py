@@ -38,7 +38,7 @@ def main(argv: Arguments = None) -> None:
     add = to.add_argument
     add("prompts", type=str, help="file; its answers are references")
     add_model_options(to)
-    add("--output", type=str | None, help="by default by the adapter")
+    add("--output", type=str | None, help="by default beside the adapter")
     add("--overwrite", type=bool, help="replace the output", **FLAG)
     add("--fields", type=dict[str, str] | None, help="--fields.question NAME")
     add("--batch_size", type=AtLeastOne | None, help="by default 64, on a GPU 512")
@@ -60,14 +60,16 @@ def main(argv: Arguments = None) -> None:
     file = Path(options.output or file / "predictions.jsonl")
 
     with begun(file, made, len(ids), overwrite=options.overwrite) as done:
-        with bar(reader.console, "prompts", len(ids), done) as advance:
-            rows = answers.continued(model, ids, config, options.batch_size, first=done)
-            with file.open("a", encoding="utf-8", newline="\n", buffering=1) as stream:
-                for prompt, (row,) in zip(prompts[done:], rows, strict=True):
-                    line = {"prompt": prompt.text, "prediction": reader.tokenizer.decode(row)}
-                    known = {"references": prompt.references} if prompt.references else {}
-                    stream.write(json.dumps({**line, **known}, ensure_ascii=False) + "\n")
-                    advance(1)
+        rows = answers.continued(model, ids, config, options.batch_size, first=done)
+        output = file.open("a", encoding="utf-8", newline="\n", buffering=1)
+        with output as stream, bar(reader.console, "prompts", len(ids), done) as advance:
+            for prompt, (row,) in zip(prompts[done:], rows, strict=True):
+                text = reader.tokenizer.decode(row)
+                line: dict[str, Any] = {"prompt": prompt.text, "prediction": text}
+                if prompt.references:
+                    line["references"] = prompt.references
+                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+                advance(1)
 
         known = [line for line in _lines(file) if "references" in line]
         exact = sum(line["prediction"] in line["references"] for line in known)

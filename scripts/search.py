@@ -31,7 +31,7 @@ from .tuner.waves import Waves
 
 SIZES = "trials rungs keep slots sampler finalists seeds"
 DEMO = Path(__file__).resolve().parent / "configs" / "search_demo.yaml"
-SPACE = f"[choices] or {{low, high}} of {', '.join(NAMES)}"
+SPACE = f"what varies: [choices] or {{low, high}} of {', '.join(NAMES)}"
 
 
 def options_of(argv: Arguments) -> Namespace:
@@ -40,12 +40,12 @@ def options_of(argv: Arguments) -> Namespace:
     add_options(to, str(data.DATA / "weather.jsonl"), "search")
     add, count, two = to.add_argument, AtLeastOne, AtLeastTwo
     add("--space", type=dict[str, Any], default={}, help=SPACE)
-    add("--trials", type=count, default=64, help="in the first rung")
+    add("--trials", type=count, default=64, help="trials of the first rung")
     add("--slots", type=count, default=16, help="trainings at a time")
-    add("--rungs", type=count, default=3, help="after each the worse retire")
+    add("--rungs", type=count, default=3, help="rounds; the worse retire between")
     add("--keep", type=two, default=4, help="1 in KEEP goes on, KEEP times as far")
     kinds = Literal["random", "tpe"]
-    add("--sampler", type=kinds, default="random", help="tpe learns")
+    add("--sampler", type=kinds, default="random", help="tpe learns from wave to wave")
     add("--finalists", type=count, default=4, help="of the last rung, to run again")
     add("--seeds", type=two, default=3, help="of finalists and the default")
 

@@ -32,7 +32,7 @@ def options_of(argv: Arguments) -> Namespace:
     add = to.add_argument
     add("--tasks", type=str, nargs="+", help="data files, one an adapter")
     add("--prompts", type=str | None, help="file; its answers are references")
-    add("--logging_steps", type=AtLeastOne, default=5, help="steps a line")
+    add("--logging_steps", type=AtLeastOne, default=5, help="steps between lines")
     to.add_class_arguments(gpt2.RunConfig, skip={"folder"}, as_group=False)
     to.add_class_arguments(gpt2.GenerateConfig, "generate", skip={"seed"}, as_group=False)
 

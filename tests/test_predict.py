@@ -240,9 +240,7 @@ def test_two_at_one_output_at_once_are_refused_in_a_line(capsys, monkeypatch):
     def another(model, ids, config):
         monkeypatch.setattr(gpt2, "generate", real)
         said = refused(capsys, "--overwrite")
-        assert said == (
-            "Another run works in predictions.jsonl: wait, or name another --output.\n"
-        )
+        assert said == "Another run works in predictions.jsonl: wait, or name another --output.\n"
         assert predict("--output", "other.jsonl") == 0
         return real(model, ids, config)
 

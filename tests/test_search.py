@@ -609,7 +609,7 @@ def test_what_a_search_prints_and_reports_is_of_use(found):
     out = (found.parent / "printed.txt").read_text()
     run = json.loads((found / "run.json").read_text())
     claim = run["verdict"]
-    assert "told apart by Student's paired t-test" in claim
+    assert "The test is Student's paired t-test over the seeds" in claim
     assert " ".join(claim.split()) in " ".join(out.split())
     assert claim.replace("'", "&#39;") in (found / "report.html").read_text()
     assert "rung 1 · 4 trials" in out

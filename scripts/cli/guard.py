@@ -91,7 +91,8 @@ def _set_up() -> Iterator[None]:
     numbers = _stop_signals() if threading.current_thread() is threading.main_thread() else []
     before = {number: signal.getsignal(number) for number in numbers}
     other_errors, form = sys.unraisablehook, warnings.formatwarning
-    torchrun, heeds = "TORCHELASTIC_RUN_ID" in os.environ, os.environ.get("RANK", "0") == "0"
+    torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    heeds = os.environ.get("RANK", "0") == "0"
 
     def stop(number: int, _: object) -> None:
         for other in numbers:

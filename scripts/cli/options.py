@@ -82,7 +82,7 @@ def add_options(to: ArgumentParser, data: str, kind: str) -> None:
     add("--b_ratio", type=PositiveFloat, default=1.0, help="LoRA+: lr of B / lr of A")
     to.add_class_arguments(lora.LoRAConfig, "lora", skip={"seed", "dtype"}, as_group=False)
     add("--res_path", type=str | None, help=f"by default runs/{kind}-N")
-    add("--cache", type=str | None, help="folder for tokens")
+    add("--cache", type=str | None, help="folder for tokens of a large file")
     add("--overwrite", type=bool, help="replace the run there", **FLAG)
     add("--resume", type=bool | str, help="go on there, or in FOLDER", **FLAG)
 
@@ -155,7 +155,8 @@ def _unknown(names: Iterable[str], known: list[str], dashes: str = "") -> Iterat
     meant = {other: n for other, n in OTHER_NAMES.items() if n in known} | meant
     for name in names:
         if name not in known and not any(name.startswith(f"{option}.") for option in known):
-            last, group = name.rpartition(".")[2], [o for o in known if o.startswith(f"{name}.")]
+            last = name.rpartition(".")[2]
+            group = [option for option in known if option.startswith(f"{name}.")]
             near = get_close_matches(name, meant, 1, 0.6) or get_close_matches(last, meant, 1, 0)
             option = group[0] if group else meant[near[0]]
             yield f"There is no option {dashes}{name[:80]}: did you mean {dashes}{option}?"

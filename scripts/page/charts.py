@@ -97,7 +97,8 @@ def png(charts: Sequence[Chart], file: Path) -> None:
     from matplotlib.figure import Figure  # slow to import
 
     figure = Figure(figsize=(7 * len(charts), 4.5), layout="constrained")
-    for plot, chart in zip(figure.subplots(1, len(charts), squeeze=False)[0], charts, strict=True):
+    plots = figure.subplots(1, len(charts), squeeze=False)[0]
+    for plot, chart in zip(plots, charts, strict=True):
         for series in chart.series:
             look, xy = series.look, zip(*series.points or [(math.nan, math.nan)], strict=True)
             style = {"color": COLORS.get(series.color, "0.5"), "label": series.name or None}

@@ -18,6 +18,7 @@ HERE = Path(__file__).resolve().parent
 GENERATOR = "lora-gpt2 report"
 MOST, STRONGEST = 4.0, 0.45  # nats; opacity
 Colour = tuple[str, str]  # name, opacity
+Cells = dict[str, dict[str, tuple[str, str, Colour]]]  # text, title
 
 
 def write(root: Path) -> None:
@@ -92,11 +93,11 @@ def colour(value: float, most: float = MOST) -> Colour:
     return "lose" if value < 0 else "gain", f"{share:.2f}"
 
 
-def heat(updates: list[Row]) -> tuple[list[str], dict[str, dict[str, tuple[str, str, Colour]]]]:
+def heat(updates: list[Row]) -> tuple[list[str], Cells]:
     """Each update's norm over its weight's, by layer and target."""
     shares = [u["update"] / u["weight"] if u["weight"] else math.nan for u in updates]
     most = max(filter(math.isfinite, shares), default=0) or 1.0
-    cells: dict[str, dict[str, tuple[str, str, Colour]]] = {}
+    cells: Cells = {}
     for row, share in zip(updates, shares, strict=True):
         at = re.fullmatch(r"(?:.*\.)?(\d+)\.(.+)", row["layer"])
         layer, target = at.groups() if at else (row["layer"], "update")

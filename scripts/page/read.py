@@ -22,7 +22,7 @@ class Record:
     run: Row  # run.json
     steps: list[Row]
     validation: Mapping[int, float]  # losses by step
-    best_step: int | None
+    best_step: int | None  # whose weights are kept
     board: list[Row]
     tasks: list["Record"]  # one each
 

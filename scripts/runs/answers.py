@@ -122,9 +122,10 @@ def publish(answers: list[Answer], root: Path, console: Console) -> dict[str, An
     heads = ["as trained?" if name == "verdict" else name for name in names]
     rows = [[a[n] if n == "prompt" else a[n].strip() for n in names] for a in few]
     of = f", {len(few)} of {len(answers):,}" if len(few) < len(answers) else ""
-    title, ratios = ("Answers", [3, 4, 4, 2]) if judged else ("One batch, many adapters", None)
+    title = "Answers" if judged else "One batch, many adapters"
+    ratios = [3, 4, 4, 2] if judged else [1] * len(heads)
     result = {"score": score(answers)} if judged else {}
-    console.print(table(f"{title}{of}", heads, rows, ratios or [1] * len(heads)), *result.values())
+    console.print(table(f"{title}{of}", heads, rows, ratios), *result.values())
     cells = [[_markdown(a[name]) for name in names] for a in answers]
     lines = [f"| {' | '.join(line)} |\n" for line in [heads, ["---"] * len(heads), *cells]]
     text = "\n\n".join([*result.values(), "".join(lines)])

@@ -60,7 +60,8 @@ class Halving:
 
     def faults(self, least: int, finalists: int, warmup: int = 0) -> list[str]:
         """What does not fit a schedule of `least` steps."""
-        whole, faults, first = self.keep ** (self.rungs - 1), list[str](), self.step(0, least)
+        whole, first = self.keep ** (self.rungs - 1), self.step(0, least)
+        faults: list[str] = []
         if whole > least:
             most = 1 + int(math.log(least, self.keep) + 1e-9)
             fit = f"take {whole:,} steps and there are {least:,}: at most {most} fit"
@@ -98,8 +99,8 @@ class Plan(Halving):
         shortest = self.usual
         for name in {"steps", "epochs"} & {*self.space.axes}:
             shortest = shortest.varied({name: int(self.space.ends(name, 1)[0])})
-        least, warmup = gpt2.total_steps(train, shortest.training), shortest.training.warmup_steps
-        if faults := self.faults(least, self.finalists, warmup or 0):
+        least = gpt2.total_steps(train, shortest.training)
+        if faults := self.faults(least, self.finalists, shortest.training.warmup_steps or 0):
             raise ValueError(f"The rungs do not fit: {'; '.join(faults)}.")
 
     def cost(self, total: int) -> int:

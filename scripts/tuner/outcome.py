@@ -19,7 +19,7 @@ from .trials import DEFAULT, Trial
 
 # Student's t, 97.5 %, for 1, 2, … degrees of freedom.
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-TEST = "Configurations are told apart by Student's paired t-test over the seeds (two-sided, 95 %)."
+TEST = "The test is Student's paired t-test over the seeds (two-sided, 95 %)."
 ON_TEST = {
     "better": "is better than",
     "worse": "is WORSE than",

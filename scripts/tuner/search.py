@@ -21,7 +21,7 @@ class Search:
 
     waves: Waves
     checkpoint: Checkpoint
-    progress: Callable[[int], None] = lambda steps: None
+    progress: Callable[[int], None] = lambda steps: None  # adapter-steps
     tell: Callable[[str], None] = lambda line: None
     values: list[Values] = field(default_factory=list[Values])  # of each trial
     runs: list[Run] = field(default_factory=list[Run])  # of each trial, first seed

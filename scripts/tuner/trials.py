@@ -101,13 +101,17 @@ class Space:
     axes: Mapping[str, Any]
 
     @property
-    def choices(self) -> list[list[Any]] | None:
+    def choices(self) -> list[Any] | None:
         """All choices by name; None where a real varies."""
-        ranges = {name: axis for name, axis in self.axes.items() if isinstance(axis, Range)}
-        if {*ranges} - {*INTEGERS}:
-            return None
-        whole = {name: range(int(axis.low), int(axis.high) + 1) for name, axis in ranges.items()}
-        return [*{**self.axes, **whole}.values()]
+        choices = list[Any]()
+        for name, axis in self.axes.items():
+            if not isinstance(axis, Range):
+                choices.append(axis)
+            elif name in INTEGERS:
+                choices.append(range(int(axis.low), int(axis.high) + 1))
+            else:
+                return None
+        return choices
 
     def all(self) -> Iterator[Values]:
         """All trials of a finite space, in order."""
@@ -178,7 +182,8 @@ def _axis(name: str, given: Any, usual: Recipe) -> Any:
         usual.varied({name: value})
     if is_range:
         return Range(*values)
-    if len({frozenset(json.loads(v)) if name == "targets" else v for v in values}) < len(values):
+    distinct = {frozenset(json.loads(v)) if name == "targets" else v for v in values}
+    if len(distinct) < len(values):
         raise ValueError(f"{name} has a choice twice: {given!r:.80}")
     if not values:
         raise ValueError(f"{name} has no choice")
