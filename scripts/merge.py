@@ -29,7 +29,7 @@ def main(argv: Arguments = None) -> None:
     add("adapter", type=str, help="folder of a run or an adapter")
     add("out", type=str, help="new or empty folder")
     add("--base", type=str | None, help="by default the adapter's")
-    add("--dtype", type=Literal["float32", "bfloat16", "float16"], default="float32")
+    add("--dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="of it")
     options = parse(to, argv or [])
     out = Path(options.out)
     if not options.out or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):

@@ -42,7 +42,7 @@ def options_of(argv: Arguments) -> Namespace:
     if options.validation is None and (options.patience or options.eval_every):
         raise ValueError("patience and eval_every need validation data: give --validation.")
     if options.tasks and options.generate.num_beams > 1:
-        raise ValueError("--tasks needs generate.num_beams 1, as it routes rows.")
+        raise ValueError("--tasks routes rows, so generate.num_beams must be 1.")
     if processes.restarts("MAX_RESTARTS") and options.res_path is None and not options.resume:
         raise ValueError("torchrun's --max_restarts needs --res_path.")
     data.shares(options)  # may raise

@@ -315,7 +315,9 @@ def test_a_run_takes_the_next_number_and_a_named_folder_only_if_told():
         "runs/qa-3",
     ]
     Path("run", "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="name another res_path, leave it out"):
+    with pytest.raises(
+        ValueError, match="name another res_path, or pass --resume or --overwrite true"
+    ):
         folder.check("run", ["adapter"], overwrite=False)
     folder.check("run", ["adapter"], overwrite=True)
     folder.prepare("run", "qa", ["adapter"])

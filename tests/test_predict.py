@@ -252,7 +252,7 @@ def test_two_at_one_output_at_once_are_refused_in_a_line(capsys, monkeypatch):
 
 def test_a_file_of_somebody_else_is_not_touched(capsys):
     Path("predictions.jsonl").write_text("mine\n")
-    assert "is not this script" in refused(capsys)
+    assert "made.json is missing beside predictions.jsonl" in refused(capsys)
     Path("folder").mkdir()
     assert "Is a directory" in refused(capsys, "--output", "folder")
 

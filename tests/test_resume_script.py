@@ -141,7 +141,7 @@ def test_what_cannot_be_gone_on_with_is_one_line(script, tmp_path, capsys, many,
     assert "lr was 0.003, is 0.1" in refused("--resume", str(out), "--lr", "0.1")
     assert "data was" in refused("--resume", str(out), "--data", ARTICLE)
     assert "lora was {" in refused("--resume", str(out), "--lora.alpha", "3")
-    assert "or go on with it by --resume" in refused(*arguments)
+    assert "or pass --resume or --overwrite true" in refused(*arguments)
     with script("runs.folder").locked(out):
         assert f"Another run works in {out}" in refused("--resume", str(out))
         assert f"Another run works in {out}" in refused(*arguments, "--overwrite")

@@ -157,7 +157,7 @@ def test_another_file_or_option_is_refused(script, quick, tmp_path, files, capsy
     assert train(["--resume", str(out)]) == 2
     assert "data was" in capsys.readouterr().err
     assert train(arguments) == 2
-    assert "or go on with it by --resume" in capsys.readouterr().err
+    assert "or pass --resume or --overwrite true" in capsys.readouterr().err
     with script("runs.folder").locked(out):
         assert train([*arguments, "--overwrite"]) == 2
     assert "Another run works in" in capsys.readouterr().err
