@@ -61,6 +61,8 @@ from gpt2.sampling import GenerateConfig as GenerateConfig
 from gpt2.tokenizer import Tokenizer as Tokenizer
 from gpt2.training.config import RunConfig as RunConfig
 from gpt2.training.config import TrainConfig as TrainConfig
+from gpt2.training.config import learning_rate as learning_rate
+from gpt2.training.config import total_steps as total_steps
 from gpt2.training.evaluation import Evaluation as Evaluation
 from gpt2.training.evaluation import evaluate as evaluate
 from gpt2.training.fitting import Fit as Fit
@@ -69,5 +71,3 @@ from gpt2.training.loop import StepRecord as StepRecord
 from gpt2.training.loop import Training as Training
 from gpt2.training.loop import train as train
 from gpt2.training.losses import summed_loss as summed_loss
-from gpt2.training.schedule import learning_rate as learning_rate
-from gpt2.training.schedule import total_steps as total_steps

@@ -92,7 +92,7 @@ def main(argv: Arguments = None) -> None:
         model, console = reader.model, reader.console
         split = reader.split(options.data, training(options))
         waves = waves_of(options, reader, split)
-        made_of = {"data": split.made_of, "base": fingerprints.of_base(model)}
+        made_of = {"splits": split.made_of, "base": fingerprints.of_base(model)}
 
     line = f"{folder.examples_line(split.train)}{split.message} {waves.plan.message()}"
     console.print(line, soft_wrap=True)

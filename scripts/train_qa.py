@@ -84,11 +84,10 @@ def main(argv: Arguments = None) -> None:
             name: train.train_one(reader, name, splits[name], config, start, root)
             for name in missing
         }
-
         if processes.rank():
             return
-        clock.lap("training")
 
+        clock.lap("training")
         routes = [*names, dict.fromkeys(names, 1 / len(names))] if options.tasks else []
         tuned = [*answers.continued(model, ids, sampling, routes=routes)]
         clock.lap("tuned answers")
@@ -108,7 +107,6 @@ def main(argv: Arguments = None) -> None:
         facts |= answers.publish(rows, root, console)
         adapters = [root / name for name in names] if options.tasks else [root]
         prompt = min((p.text for p in prompts), key=len, default="Once upon a time")
-
         use = folder.commands(adapters, options.model_name, prompt)
         folder.write(root, {**facts, "commands": {"use": use}})
         page.write(root)

@@ -11,9 +11,8 @@ import torch
 
 from gpt2 import TrainConfig
 from gpt2.fast import devices
-from gpt2.training.groups import AdamW
 from gpt2.training.randomness import RandomState
-from gpt2.training.step import Stepper
+from gpt2.training.step import AdamW, Stepper
 from tests.test_run import micro_batches
 from tests.test_train import model_of, weights
 

@@ -20,7 +20,7 @@ import lora
 from gpt2 import RunConfig, TrainConfig, encode, evaluate, fit
 from gpt2.training import fitting, snapshots
 from gpt2.training.fitting import waited
-from gpt2.training.groups import AdamW
+from gpt2.training.step import AdamW
 from tests.test_train import DATA, STILL, Letters, model_of, weights
 from tests.toys import raw, tiny_gpt2
 

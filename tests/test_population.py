@@ -159,6 +159,29 @@ def test_on_a_gpu_no_neighbour_moves_a_bit_with_dropout_on(compile):
 
 
 @gpu
+def test_on_a_gpu_a_long_example_moves_no_bit_of_a_neighbour():
+    """A pass of all slots and a pass of one are captured, each with an update and without."""
+    lengths = np.where(np.arange(64) == 40, 100, 8)
+    ids = np.arange(lengths.sum(), dtype=np.int32) % TINY.vocab_size
+    examples = gpt2.Dataset(ids, np.cumsum(lengths), np.zeros(64, np.int32))
+    outcomes: list[Outcome] = []
+    for seeds in ((0, 1, 2, 3), (0, 7, 8, 9)):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = gpt2.GPT2(replace(TINY, block_size=128)).cuda()
+        slots = lora.Population(model, 4, r=2, targets="c_attn", dropout=0.1)
+        training = PopulationTraining(model, slots, examples, gpt2.TrainConfig(epochs=1))
+        for slot, seed in enumerate(seeds):
+            slots.draw(slot, seed=seed)
+            training.start(slot, gpt2.TrainConfig(epochs=1, seed=seed))
+        to_the_end(training)
+        assert training.width == 32
+        assert 3 <= len(training.graphs.captured) <= 4
+        outcomes.append(outcome(training, slots, 0))
+    same(outcomes[0], outcomes[1])
+
+
+@gpu
 def test_a_gpu_captures_once_whatever_comes_and_goes():
     training, slots = population(base(torch.float32, 0.1, "cuda"))
     for n in range(1000):

@@ -434,7 +434,7 @@ def test_a_path_is_no_markup(script, tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "Saved in [/b] :smile: " in out
     assert "Answers" not in out  # a text as a whole has no prompt to try
-    assert "1 (100.0%) of more than 5 were cut: see --max_token_length" in out
+    assert "1 (100.0%) longer than 5 were cut: see --max_token_length" in out
     assert script("train_qa").main([*QUICK, "--tasks", str(data), "--res_path", "[/t]"]) == 0
     assert "[red]odd: 1 examples" in capsys.readouterr().out
 

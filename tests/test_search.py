@@ -357,6 +357,10 @@ def test_a_search_that_is_killed_goes_on_to_the_same_bytes(found, tiny, tmp_path
         said = capsys.readouterr().err
         assert "cannot be gone on with" in said
         assert f"{option[2:].partition('.')[0]} was" in said
+    rows = [{"question": f"{i} and {i % 3}", "answer": "another"} for i in range(24)]
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert search(["--resume", str(place), "--data", str(tmp_path / "other.jsonl")]) == 2
+    assert "splits was [" in capsys.readouterr().err
     ended = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "search.py"), "--resume", str(place)],
         capture_output=True, text=True, env=env(),

@@ -21,9 +21,8 @@ import gpt2.fast.head
 import lora
 from gpt2 import TrainConfig, batches, encode, learning_rate, next_token_loss, total_steps, train
 from gpt2.fast.compiling import bucket
-from gpt2.training.groups import AdamW
 from gpt2.training.loop import Readings, StepRecord
-from gpt2.training.step import Stepper
+from gpt2.training.step import AdamW, Stepper
 from tests.toys import TINY, raw, tiny_gpt2
 
 STILL = replace(TINY, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)

@@ -19,8 +19,7 @@ from gpt2.data.order import Integers, Order, seed_of
 from gpt2.fast import devices
 from gpt2.fast.compiling import bucket
 from gpt2.loss import IGNORE
-from gpt2.training.config import TrainConfig
-from gpt2.training.schedule import lr_scale, total_steps
+from gpt2.training.config import TrainConfig, lr_scale, total_steps
 
 
 class SlotRecord(NamedTuple):

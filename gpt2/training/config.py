@@ -1,13 +1,16 @@
-"""The options of a run: how to train, and when to look at validation data, stop and save."""
+"""The options of a run, and what follows from them: how many steps, and their learning rates."""
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gpt2.config import is_number, outside
+from gpt2.data.batches import Plan, plan
+from gpt2.data.dataset import Dataset
 from gpt2.files import listed
 
 SCHEDULES = ("linear", "cosine", "constant")
@@ -35,7 +38,9 @@ class TrainConfig:
         warmup_ratio: share of the steps, in [0, 1], in which the learning rate rises from zero; a
             run of one step has none.
         warmup_steps: the same as a number of steps.
-        weight_decay, betas, eps: AdamW's.
+        weight_decay: AdamW's.
+        betas: AdamW's, how much of the averages of gradient and square a step keeps.
+        eps: AdamW's, added to the root of the average square.
         label_smoothing: share of each target, in [0, 1), that is spread evenly over all tokens; of
             the records' loss, not of an evaluation's.
         clip: largest global norm of the gradient; None leaves it as it is.
@@ -93,15 +98,10 @@ class TrainConfig:
         betas = given if isinstance(given, tuple | list) else ()
         if len(betas) != 2 or not all(is_number(b) and 0 <= b < 1 for b in betas):
             faults.append(f"betas must be two numbers in [0, 1), got {given!r}")
-        choices: dict[str, tuple[Any, ...]] = {
-            "schedule": SCHEDULES,
-            "packing": (True, False),
-            "autocast": (True, False),
-            "compile": (True, False),
-            "checkpointing": (True, False),
-            "cuda_graph": (True, False, None),
-            "in_order": (True, False, None),
-        }
+        flags = ("packing", "autocast", "compile", "checkpointing")
+        choices: dict[str, tuple[Any, ...]] = dict.fromkeys(flags, (True, False))
+        choices |= dict.fromkeys(("cuda_graph", "in_order"), (True, False, None))
+        choices["schedule"] = SCHEDULES
         for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
                 listing = ", ".join(map(str, known))
@@ -165,6 +165,66 @@ class RunConfig:
         number = r"(\d{1,15})|(\d{1,9}(?:\.\d{1,9})?) ?s"
         found = re.fullmatch(number, str(self.save_every))
         return (int(found[1] or 0), float(found[2] or 0)) if found else (0, 0.0)
+
+
+# Steps and learning rates
+
+
+def total_steps(data: Dataset | int, config: TrainConfig) -> int:
+    """The optimiser steps of a run over the data; how many examples it has is enough for most.
+
+    Raises:
+        ValueError: there are none; or with `tokens_per_batch`, which needs the data, a number.
+    """
+    if (data if isinstance(data, int) else len(data)) < 1:
+        raise ValueError("There is no example to train on.")
+    if config.steps is not None and isinstance(data, int):
+        return config.steps
+    steps = steps_an_epoch(data, config)  # raises what would stop the first step
+    return config.steps or (config.epochs or 0) * steps
+
+
+def learning_rate(step: int, total: int, config: TrainConfig) -> float:
+    """The learning rate of step 1, 2, …, `total`; a ValueError for any other."""
+    if not 1 <= step <= total:
+        raise ValueError(f"step must be in 1..{total}, got {step}.")
+    return config.lr * lr_scale(step, total, config)
+
+
+def lr_scale(step: int, total: int, config: TrainConfig) -> float:
+    """The learning rate of step 1, 2, …, `total` as a share, in [0, 1], of the peak.
+
+    It is zero in the first step of a warm-up, as in transformers; a run of one step has none.
+
+    Source: transformers' `get_linear_schedule_with_warmup` and its cosine sibling.
+    """
+    warmup = config.warmup_steps
+    if warmup is None:
+        warmup = math.ceil(total * config.warmup_ratio)
+    done, warmup = step - 1, warmup if total > 1 else 0
+    if done < warmup:
+        return done / warmup
+    progress = (done - warmup) / max(1, total - warmup)
+    if config.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1 - progress if config.schedule == "linear" else 1.0
+
+
+def steps_an_epoch(data: Dataset | int, config: TrainConfig) -> int:
+    """The optimiser steps of one pass over the data; the last may be a smaller one."""
+    if not isinstance(data, int):
+        batches = len(planned(data, config))
+    elif config.tokens_per_batch is None:
+        batches = math.ceil(data / config.batch_size)
+    else:
+        raise ValueError("To count steps of tokens_per_batch give the Dataset, not its length.")
+    return math.ceil(batches / config.accumulate)
+
+
+def planned(data: Dataset, config: TrainConfig) -> Plan:
+    """How an epoch of the data falls into micro-batches."""
+    size = config.batch_size if config.tokens_per_batch is None else None
+    return plan(data, size, config.tokens_per_batch, config.packing)
 
 
 def require_count(name: str, value: object) -> None:

@@ -89,7 +89,10 @@ def evaluate(
         loss, count, right = every[number % size][number // size]
         total, tokens = total + loss, tokens + count
         exact[order[start : start + batch_size]] = right
-    share = _share_of_prompts(data, exact) if references else None
+    share = None
+    if references:  # of the different prompts, those that have an exact example
+        keys = np.concatenate([*data.prompt_keys()])
+        share = len(np.unique(keys[(asked > 0) & exact])) / len(np.unique(keys[asked > 0]))
     return Evaluation(loss=total / tokens, tokens=tokens, examples=len(data), exact_match=share)
 
 
@@ -109,11 +112,3 @@ def _are_greedy(model: nn.Module, batch: Batch, prompts: Tensor) -> Array:
             most_likely = logits_of(model, idx[row : row + 1])[0, :-1].argmax(-1)
             right[row] |= most_likely == targets[row]
     return (right.all(1) & wanted.any(1)).cpu().numpy()
-
-
-def _share_of_prompts(data: Dataset, exact: Array) -> float:
-    """Of the different prompts, the share that has an exact example."""
-    has_prompt = np.asarray(data.prompts) > 0
-    keys = np.concatenate([*data.prompt_keys()])
-    answered = np.unique(keys[has_prompt & exact])
-    return len(answered) / len(np.unique(keys[has_prompt]))

@@ -13,7 +13,7 @@ from gpt2.data.dataset import Dataset
 from gpt2.files import listed
 from gpt2.training.config import TrainConfig
 from gpt2.training.distributed import whole
-from gpt2.training.groups import OPTIONS, Groups
+from gpt2.training.step import OPTIONS, Groups
 
 PROBED = 1024  # elements of each tensor that are read one by one, beside the sum of all
 

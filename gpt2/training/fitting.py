@@ -18,10 +18,10 @@ from gpt2.files import is_sharded
 from gpt2.training import distributed, fingerprints, snapshots
 from gpt2.training.config import RunConfig, TrainConfig
 from gpt2.training.evaluation import evaluate
-from gpt2.training.groups import Groups
 from gpt2.training.loop import StepRecord, Training
 from gpt2.training.losses import check_readable
 from gpt2.training.snapshots import Snapshot
+from gpt2.training.step import Groups
 
 Weights = Mapping[str, Tensor]
 

@@ -19,11 +19,9 @@ from gpt2.data.batches import Batch, batch
 from gpt2.data.dataset import Dataset
 from gpt2.model import GPT2, in_mode
 from gpt2.training import distributed, fingerprints
-from gpt2.training.config import TrainConfig, require_config
-from gpt2.training.groups import Groups, listed
+from gpt2.training.config import TrainConfig, lr_scale, planned, require_config
 from gpt2.training.losses import check_readable, inner
-from gpt2.training.schedule import lr_scale, planned
-from gpt2.training.step import RunState, Stepper
+from gpt2.training.step import Groups, RunState, Stepper, listed
 
 UNREAD = 1000  # steps after which the host waits for the device even if nobody reads
 
@@ -134,26 +132,23 @@ class Training(Iterator[StepRecord]):
     def _run(self) -> Generator[StepRecord]:
         stepper = self.stepper
         self._agree()
-        try:
-            for step in range(stepper.taken + 1, self.total + 1):
-                began = time.perf_counter()
-                micro_batches = self._batches_of(step)  # a function of seed and step
-                scale = lr_scale(step, self.total, self.config)
-                with in_mode(self.model, training=True):
-                    figures = stepper(micro_batches, step, scale)
-                readings = self._readings_with(step, figures, began)
-                yield StepRecord(
-                    step=step,
-                    epoch=(step - 1) // self.steps_an_epoch + 1,
-                    loss=readings,
-                    lr=stepper.peaks[0] * scale,
-                    grad_norm=readings,
-                    tokens=sum(batch.n_tokens for batch in micro_batches),
-                    seconds=readings,
-                )
-            self.wait()
-        finally:
-            self._readings.read()  # so that no record holds the model
+        for step in range(stepper.taken + 1, self.total + 1):
+            began = time.perf_counter()
+            micro_batches = self._batches_of(step)  # a function of seed and step
+            scale = lr_scale(step, self.total, self.config)
+            with in_mode(self.model, training=True):
+                figures = stepper(micro_batches, step, scale)
+            readings = self._readings_with(step, figures, began)
+            yield StepRecord(
+                step=step,
+                epoch=(step - 1) // self.steps_an_epoch + 1,
+                loss=readings,
+                lr=stepper.peaks[0] * scale,
+                grad_norm=readings,
+                tokens=sum(batch.n_tokens for batch in micro_batches),
+                seconds=readings,
+            )
+        self.wait()
         if not_finite(stepper.parameters):
             outcome = f"Step {self.total}, the last, was not finite in its outcome"
             raise RuntimeError(blamed(outcome, stepper.parameters))
@@ -162,6 +157,7 @@ class Training(Iterator[StepRecord]):
         """End the run where it is."""
         self._used = True
         self._records.close()
+        self._readings.read()  # so that no record holds the model
 
     def wait(self) -> None:
         """Wait for the device; a RuntimeError names a step that was not finite."""
@@ -243,7 +239,7 @@ class Training(Iterator[StepRecord]):
                 source=self,
             )
         if hasattr(self, "_records"):
-            self._records.close()
+            self.close()
 
 
 def train(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,13 +17,16 @@ from gpt2.fast import devices
 from gpt2.fast.compiling import blocks_run
 from gpt2.fast.graphs import GraphedCalls
 from gpt2.files import is_sharded
+from gpt2.files import listed as listing
 from gpt2.model import GPT2
 from gpt2.training import distributed
 from gpt2.training.config import GRAPHED_TOKENS, TrainConfig
-from gpt2.training.groups import Groups, adamw, grouped
 from gpt2.training.losses import inner, summed_loss
 from gpt2.training.randomness import TURN, RandomState
 from gpt2.training.watch import Watch
+
+Groups = Sequence[Mapping[str, Any]]
+OPTIONS = ("lr", "weight_decay", "betas", "eps")  # of a group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,6 +225,68 @@ def check_options(model: nn.Module, config: TrainConfig) -> None:
         )
     if faults:
         raise ValueError(f"The model cannot be trained so: {'; '.join(faults)}.")
+
+
+# Groups: parts of the parameters with options of their own, as PyTorch writes them
+
+
+def grouped(model: nn.Module, config: TrainConfig, groups: Groups | None) -> list[dict[str, Any]]:
+    """The groups with the config's options filled in; one of all parameters by default.
+
+    Raises:
+        ValueError: listing parameters in no group, twice, or not trained, and bad options.
+    """
+    usual = {name: getattr(config, name) for name in OPTIONS}
+    names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    given = [{"params": trained}] if groups is None else listed(groups)
+    faults: list[str] = []
+    for i, group in enumerate(given):
+        own = {name: value for name, value in group.items() if name != "params"}
+        unknown = [name for name in own if name not in OPTIONS]
+        faults += [f"group {i} has the option {n!r} (known: {', '.join(OPTIONS)})" for n in unknown]
+        try:
+            replace(config, **{n: value for n, value in own.items() if n in OPTIONS})
+        except ValueError as error:
+            faults.append(f"group {i}: {error}")
+    ids = [id(p) for group in given for p in group["params"]]
+    if lacking := [name for i, name in names.items() if i not in ids]:
+        faults.append(f"in no group: {', '.join(lacking)}")
+    if twice := [name for i, name in names.items() if ids.count(i) > 1]:
+        faults.append(f"in two groups: {', '.join(twice)}")
+    if strangers := sum(i not in names for i in ids):
+        faults.append(f"{strangers} of their parameters are not the model's, or require no grad")
+    if faults:
+        raise ValueError(f"groups: {listing(faults)}.")
+    return [{**usual, **group} for group in given]
+
+
+_TORCHS: Any = torch.optim.AdamW
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's, but for its first call, which imports torch's compiler: up to 5 s for nothing."""
+
+    add_param_group: Any = inspect.unwrap(_TORCHS.add_param_group)
+    zero_grad: Any = inspect.unwrap(_TORCHS.zero_grad)
+    step: Any = torch.no_grad()(inspect.unwrap(_TORCHS.step))
+
+
+def adamw(groups: list[dict[str, Any]], device: torch.device, capturable: bool) -> AdamW:
+    """Fused where it can be: one call a group, so that an interrupt comes before it or after it."""
+    for group in groups:
+        group["initial_lr"] = group["lr"]
+        if capturable:  # a tensor, so that a captured step reads the rate of the moment
+            group["lr"] = torch.full((), group["lr"], dtype=torch.float32, device=device)
+    return AdamW(groups, fused=devices.has_fused_adamw(device), capturable=capturable)
+
+
+def listed(groups: Groups) -> list[dict[str, Any]]:
+    """The groups with their parameters as lists, which can be read more than once."""
+    return [
+        {**g, "params": [p] if isinstance(p := g.get("params", ()), nn.Parameter) else list(p)}
+        for g in groups
+    ]
 
 
 def _inputs(batch: Batch, device: torch.device) -> list[Tensor]:

@@ -34,7 +34,7 @@ AtLeastOne: Any = PositiveInt
 AtLeastTwo: Any = restricted_number_type("AtLeastTwo", int, (">=", 2))
 FLAG: dict[str, Any] = {"nargs": "?", "const": True, "default": False}
 BASE = "demo, gpt2, org/repo, a folder or a file"
-DEVICE = "by default a GPU"
+DEVICE = "by default a GPU if there is one"
 Config = TypeVar("Config")
 
 
@@ -71,7 +71,7 @@ def add_options(to: ArgumentParser, data: str, kind: str) -> None:
     add("--device", type=str | None, help=DEVICE)
     add("--data", type=str, default=data, help="jsonl, json, csv, tsv, parquet, txt")
     add("--fields", type=dict[str, str] | None, help="--fields.question NAME")
-    add("--validation", type=str | None, help="file, or share: 0.1")
+    add("--validation", type=str | None, help="file, or a share of the data: 0.1")
     add("--test", type=str | None, help="file, or share")
     longest, size = encoding["max_length"].default, gpt2.TrainConfig.batch_size
     add("--max_token_length", type=AtLeastTwo, default=longest, help="tokens of an example")
@@ -115,6 +115,7 @@ def parse(to: ArgumentParser, words: list[str], file: Path | None = None) -> Nam
             if other not in flags:
                 value = defaults[other]
                 words.append(f"--{other}={'null' if value is None else value}")
+
     if faults:
         raise ValueError(" ".join(faults[:10]))
     try:

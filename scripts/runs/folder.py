@@ -46,6 +46,7 @@ def check(named: str | None, adapters: list[str], *, overwrite: bool) -> None:
             f"{root} holds a run ({', '.join(held)}): name another res_path, or pass --resume or "
             "--overwrite true."
         )
+
     nearest = next(p for p in (root, *root.absolute().parents) if p.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
         raise OSError(f"{root} cannot be written: choose another res_path.")
@@ -59,6 +60,7 @@ def prepare(named: str | None, kind: str, adapters: list[str]) -> Path:
             with suppress(FileExistsError):  # two runs at once
                 root.mkdir(parents=True)
                 return root
+
     root = Path(named or "")
     root.mkdir(parents=True, exist_ok=True)
     with locked(root):
@@ -183,7 +185,7 @@ def examples_line(data: gpt2.Dataset) -> str:
     line = f"{len(data):,} examples, {data.n_tokens:,} tokens"
     if data.truncated:
         share = f"{data.truncated:,} ({data.truncated / len(data):.1%})"
-        line += f"; {share} of more than {data.longest} were cut: see --max_token_length"
+        line += f"; {share} longer than {data.longest} were cut: see --max_token_length"
     return f"{line}."
 
 

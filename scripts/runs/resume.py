@@ -14,7 +14,7 @@ from . import folder, processes
 
 TRANSIENT = ("config", "resume", "overwrite", "res_path")
 FREE = "logging_steps prompts generate device cache save_every".split()
-FREE += ["patience", "min_delta", "eval_every"]
+FREE += "patience min_delta eval_every data model_name validation test".split()  # or fingerprints
 
 
 class Start(NamedTuple):

@@ -41,6 +41,7 @@ def write(
     with search.waves.carried(winner) as model:
         lora.save(model, best, notes={"command": f"train_qa.py --config {folder.TRAINED_BY}"})
         stats = measure(model)
+
     given = {name: value for name, value in options.items() if name not in NOT_OF_ONE}
     given |= winner.recipe.values(["lr", "steps", "epochs", "weight_decay", "b_ratio"])
     given["lora"] |= winner.recipe.values(["r", "alpha", "dropout", "targets"])
@@ -76,10 +77,12 @@ def results(search: Search) -> dict[str, Any]:
         claim += f" from {names} over {seeds} seeds."
     elif len(finalists) == 1:
         claim = f"Trial {winner} is the only finalist."
+
     test, tests = None, [search.tested[n] for n in (winner, DEFAULT) if n in search.tested]
     if len(tests) == 2:
         lower = "better" if sum(tests[0]) < sum(tests[1]) else "worse"
         test = lower if differ(*tests) else "alike"
+
     rungs = enumerate(zip(search.plan.shares, search.rungs, strict=True), 1)
     return {
         "rungs": [

@@ -75,6 +75,7 @@ class Waves:
         plan = self.plan
         self._put(k, runs, [plan.step(rung, run.total) for run in runs])
         self._advance(progress)
+
         rested = self.so_far(runs)
         for slot, run in enumerate(rested):  # the copies
             if run.ended is None and (more := plan.cooldown_steps(rung, run.total)):
