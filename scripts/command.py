@@ -4,11 +4,11 @@ import sys
 
 from .cli.guard import VERBS, start
 
-USAGE = f"usage: lora-gpt2 {{{','.join(VERBS)}}} ... (each has its own --help), or --version"
+USAGE = f"usage: lora-gpt2 {{{','.join(VERBS)}}} ... (--help of each), or --version"
 
 
 def main() -> int:
-    """The command that the wheel installs; returns an exit code."""
+    """The installed command; returns an exit code."""
     verb = "".join(sys.argv[1:2])
     if verb == "--version":
         from importlib.metadata import version

@@ -1,6 +1,6 @@
-"""Continue a prompt with a GPT-2, and with an adapter if one is given."""
+"""Continue a prompt with a GPT-2, and an adapter."""
 
-if __name__ == "__main__":  # first: Ctrl-C during imports is one line
+if __name__ == "__main__":  # before slow imports
     import sys
 
     sys.path[0] = __file__.rpartition("scripts")[0]
@@ -23,7 +23,7 @@ def main(argv: Arguments = None) -> None:
     to.add_argument("prompt", type=str, help=r"such as $'Q: Why?\nA:' in bash")
     add_model_options(to)
     to.add_class_arguments(gpt2.GenerateConfig, as_group=False)
-    options = parse(to, argv or ())
+    options = parse(to, argv or [])
     config = build(gpt2.GenerateConfig, options)
     reader = data.Reader(options, options.base or folder.base_of(options.adapter))
     if options.adapter is not None:

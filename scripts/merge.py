@@ -1,6 +1,6 @@
-"""Fold an adapter into its base and write the result, which needs no LoRA to run."""
+"""Merge an adapter into its base, and save the model."""
 
-if __name__ == "__main__":  # first: Ctrl-C during imports is one line
+if __name__ == "__main__":  # before slow imports
     import sys
 
     sys.path[0] = __file__.rpartition("scripts")[0]
@@ -26,11 +26,11 @@ def main(argv: Arguments = None) -> None:
     """Parse, load, merge, save."""
     to = parser("merge", __doc__)
     add = to.add_argument
-    add("adapter", type=str, help="a run's folder, or an adapter's, PEFT's too")
-    add("out", type=str, help="a new or empty folder for the merged model")
-    add("--base", type=str | None, help="demo, gpt2, org/repo, a folder; by default the adapter's")
+    add("adapter", type=str, help="folder of a run or an adapter")
+    add("out", type=str, help="new or empty folder")
+    add("--base", type=str | None, help="by default the adapter's")
     add("--dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="of it")
-    options = parse(to, argv or ())
+    options = parse(to, argv or [])
     out = Path(options.out)
     if not options.out or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
         raise ValueError(f"{options.out or repr('')} is not an empty folder: name a new one.")

@@ -1,6 +1,6 @@
-"""Continue every prompt of a file; the same command goes on where it was stopped."""
+"""Continue each prompt of a file; the same command goes on after a stop."""
 
-if __name__ == "__main__":  # first: Ctrl-C during imports is one line
+if __name__ == "__main__":  # before slow imports
     import sys
 
     sys.path[0] = __file__.rpartition("scripts")[0]
@@ -36,14 +36,14 @@ def main(argv: Arguments = None) -> None:
     """Parse, build, predict, append."""
     to = parser("predict", __doc__)
     add = to.add_argument
-    add("prompts", type=str, help="file of prompts; answers in it are references")
+    add("prompts", type=str, help="file; its answers are references")
     add_model_options(to)
     add("--output", type=str | None, help="by default beside the adapter")
-    add("--overwrite", type=bool, help="replace what the output holds", **FLAG)
+    add("--overwrite", type=bool, help="replace the output", **FLAG)
     add("--fields", type=dict[str, str] | None, help="--fields.question NAME")
-    add("--batch_size", type=AtLeastOne | None, help="rows; by default 64, and 512 on a GPU")
+    add("--batch_size", type=AtLeastOne | None, help="by default 64, on a GPU 512")
     to.add_class_arguments(gpt2.GenerateConfig, as_group=False)
-    options = parse(to, argv or ())
+    options = parse(to, argv or [])
     config = build(gpt2.GenerateConfig, options)
     prompts = data.distinct(gpt2.read_prompts(options.prompts, options.fields))
 
@@ -60,14 +60,16 @@ def main(argv: Arguments = None) -> None:
     file = Path(options.output or file / "predictions.jsonl")
 
     with begun(file, made, len(ids), overwrite=options.overwrite) as done:
-        with bar(reader.console, "prompts", len(ids), done) as advance:
-            rows = answers.continued(model, ids, config, options.batch_size, first=done)
-            with file.open("a", encoding="utf-8", newline="\n", buffering=1) as stream:
-                for prompt, (row,) in zip(prompts[done:], rows, strict=True):
-                    line = {"prompt": prompt.text, "prediction": reader.tokenizer.decode(row)}
-                    known = {"references": prompt.references} if prompt.references else {}
-                    stream.write(json.dumps({**line, **known}, ensure_ascii=False) + "\n")
-                    advance(1)
+        rows = answers.continued(model, ids, config, options.batch_size, first=done)
+        output = file.open("a", encoding="utf-8", newline="\n", buffering=1)
+        with output as stream, bar(reader.console, "prompts", len(ids), done) as advance:
+            for prompt, (row,) in zip(prompts[done:], rows, strict=True):
+                text = reader.tokenizer.decode(row)
+                line: dict[str, Any] = {"prompt": prompt.text, "prediction": text}
+                if prompt.references:
+                    line["references"] = prompt.references
+                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+                advance(1)
 
         known = [line for line in _lines(file) if "references" in line]
         exact = sum(line["prediction"] in line["references"] for line in known)
@@ -78,7 +80,7 @@ def main(argv: Arguments = None) -> None:
 
 
 def made_with(options: Namespace, base: gpt2.GPT2, adapter: Path | None) -> dict[str, Any]:
-    """All that decides what the answers are."""
+    """All that decides the answers."""
     names = ("base", "fields", "separator", *(f.name for f in fields(gpt2.GenerateConfig)))
     values = {name: options[name] for name in names}
     values["prompts"] = digest([Path(options.prompts)])
@@ -89,14 +91,14 @@ def made_with(options: Namespace, base: gpt2.GPT2, adapter: Path | None) -> dict
 
 
 def digest(files: Iterable[Path]) -> str:
-    """A fingerprint of these files' bytes."""
+    """A fingerprint of the files."""
     parts = [hashlib.sha256(file.read_bytes()).digest() for file in files]
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 @contextmanager
 def begun(file: Path, made: Mapping[str, Any], total: int, *, overwrite: bool) -> Iterator[int]:
-    """Lock a file that is new, or made with the same; gives how many prompts it has."""
+    """Lock a file that is new or made alike; yields its number of answers."""
     about = file.with_name(f"{file.name}.made.json")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.open("a").close()
@@ -105,8 +107,8 @@ def begun(file: Path, made: Mapping[str, Any], total: int, *, overwrite: bool) -
             os.truncate(file, 0)
             folder.write_whole(about, json.dumps(made, indent=2))
         elif not about.is_file():
-            raise ValueError(f"{file} is not this script's, for {about.name} is missing. {AGAIN}")
-        elif odd := folder.differences(json.loads(about.read_text(encoding="utf-8")), made):
+            raise ValueError(f"{about.name} is missing beside {file}. {AGAIN}")
+        elif odd := folder.differences(json.loads(about.read_text("utf-8")), made):
             raise ValueError(f"{file} was made with other options: {odd}. {AGAIN}")
         try:
             yield len(_lines(file))
@@ -117,7 +119,7 @@ def begun(file: Path, made: Mapping[str, Any], total: int, *, overwrite: bool) -
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
-    """The lines of a file, after its last one is taken off if it has no end."""
+    """The lines of a file, whose torn last line is cut off."""
     whole, _, torn = file.read_bytes().rpartition(b"\n")
     os.truncate(file, file.stat().st_size - len(torn))
     return [json.loads(line) for line in whole.splitlines()]

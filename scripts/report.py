@@ -1,6 +1,6 @@
-"""Make the report of a run, ended or killed, or one page that compares several."""
+"""Make the report of a run, or a page that compares runs."""
 
-if __name__ == "__main__":  # first: Ctrl-C during imports is one line
+if __name__ == "__main__":  # before slow imports
     import sys
 
     sys.path[0] = __file__.rpartition("scripts")[0]
@@ -24,12 +24,12 @@ def main(argv: Arguments = None) -> None:
     """Parse, read, write, print where."""
     to = parser("report", __doc__)
     to.add_argument("runs", type=str, nargs="+", help="folders of train_qa.py or search.py")
-    to.add_argument("--output", type=str | None, help=f"of several by default {COMPARED}")
-    options = parse(to, argv or ())
+    to.add_argument("--output", type=str | None, help=f"of several: {COMPARED}")
+    options = parse(to, argv or [])
     runs = [Path(run) for run in options.runs]
     records = [read(run) for run in runs]
     file = Path(options.output or (COMPARED if len(runs) > 1 else runs[0] / folder.REPORT))
     if file.exists() and not (file.is_file() and page.GENERATOR in file.read_text("utf-8")):
-        raise ValueError(f"{file} is no report and is left as it is: choose another --output.")
+        raise ValueError(f"{file} is no report: choose another --output.")
     folder.write_whole(file, page.html(records))
     print(file)

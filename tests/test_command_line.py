@@ -154,14 +154,14 @@ LINES = {
     f"--data {LONG}.csv": "File name too long",
     "--data fine.jsonl --fields.text t": "has no 't', only ['text']",
     "--data fine.jsonl --fields.question t": "has no 't', only ['text']",
-    "--resume ''": "resume is empty: leave it out, or name a place",
+    "--resume ''": "resume is empty: leave it out.",
     "--cache ''": "cache is empty",
     "--prompts nowhere.txt": "No such file or directory: 'nowhere.txt'",
     "--prompts file": "file has none of the endings",
     "--prompts base.jsonl --generate.max_new_tokens 1024": "does not fit a context of 1024",
     "--prompts base.jsonl --generate.max_new_tokens 1022": "and 1,022 new ones, does not fit",
-    "--tasks fine.jsonl ./fine.jsonl": "files of different names",
-    "--tasks base.jsonl": "none of them base",
+    "--tasks fine.jsonl ./fine.jsonl": "needs different names",
+    "--tasks base.jsonl": "not base or mixture: got",
     "--tasks fine.jsonl a.b.jsonl": "'a.b' cannot name an adapter",
     "--tasks fine.jsonl binary.jsonl": "binary.jsonl:1",
     "--tasks fine.jsonl --res_path file": "file cannot be written",
@@ -183,7 +183,7 @@ OTHERS = {
     "generate a --temp 1": "did you mean --temperature?",
     "generate a --config x": "There is no option --config",
     "generate a --adapter run": "adapter_config.json",
-    "generate a --adapter ''": "adapter is empty: leave it out, or name a place",
+    "generate a --adapter ''": "adapter is empty: leave it out.",
     "generate a --base ''": "base is empty",
     "predict fine.jsonl --output '' --adapter ''": "adapter, output is empty",
     "report run --output ''": "output is empty",
@@ -315,7 +315,9 @@ def test_a_run_takes_the_next_number_and_a_named_folder_only_if_told():
         "runs/qa-3",
     ]
     Path("run", "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="name another res_path, leave it out"):
+    with pytest.raises(
+        ValueError, match="name another res_path, or pass --resume or --overwrite true"
+    ):
         folder.check("run", ["adapter"], overwrite=False)
     folder.check("run", ["adapter"], overwrite=True)
     folder.prepare("run", "qa", ["adapter"])
@@ -458,7 +460,7 @@ def test_the_installed_command_trains_generates_and_merges_anywhere(installed, h
     device = ["--device", "cpu"]
     arguments = ["--data", "my data.csv", *fields, "--steps", "2", "--max_token_length", "9"]
     out = ran(["lora-gpt2", "train", *arguments, *device])
-    assert "1 examples, 9 tokens; 1 (100.0%) were longer than 9 and were cut" in out
+    assert "1 examples, 9 tokens; 1 (100.0%) longer than 9 were cut" in out
     record = json.loads(Path("runs", "qa-1", "run.json").read_text())
     assert [answer["prompt"] for answer in record["answers"]] == ["Q: Why?\nA:"]
     generate, merge = re.findall(r"lora-gpt2 (?:generate|merge) (?s:.+?)demo.*", out)

@@ -240,9 +240,7 @@ def test_two_at_one_output_at_once_are_refused_in_a_line(capsys, monkeypatch):
     def another(model, ids, config):
         monkeypatch.setattr(gpt2, "generate", real)
         said = refused(capsys, "--overwrite")
-        assert said == (
-            "Another run works in predictions.jsonl: wait for its end, or name another --output.\n"
-        )
+        assert said == "Another run works in predictions.jsonl: wait, or name another --output.\n"
         assert predict("--output", "other.jsonl") == 0
         return real(model, ids, config)
 
@@ -254,7 +252,7 @@ def test_two_at_one_output_at_once_are_refused_in_a_line(capsys, monkeypatch):
 
 def test_a_file_of_somebody_else_is_not_touched(capsys):
     Path("predictions.jsonl").write_text("mine\n")
-    assert "is not this script" in refused(capsys)
+    assert "made.json is missing beside predictions.jsonl" in refused(capsys)
     Path("folder").mkdir()
     assert "Is a directory" in refused(capsys, "--output", "folder")
 

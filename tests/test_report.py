@@ -169,7 +169,7 @@ def test_a_damaged_file_of_a_run_is_named(name, text, script, tmp_path, capsys):
 
 def test_a_folder_is_no_report(run, script, tmp_path, capsys):
     assert script("report").main([str(run[0]), "--output", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.startswith(f"{tmp_path} is no report and is left as it is")
+    assert capsys.readouterr().err.startswith(f"{tmp_path} is no report: choose another")
 
 
 def test_no_spike_is_lost(script):

@@ -115,7 +115,7 @@ def test_a_run_that_is_stopped_and_gone_on_with_is_as_one_that_never_stopped(
     assert one["validation"] == other["validation"]
     assert one["answers"] == other["answers"]
     assert train(["--resume", str(cut)]) == 2
-    assert "or the run came to its end" in capsys.readouterr().err
+    assert "or the run has ended" in capsys.readouterr().err
 
 
 def test_what_cannot_be_gone_on_with_is_one_line(script, tmp_path, capsys, many, monkeypatch):
@@ -131,7 +131,7 @@ def test_what_cannot_be_gone_on_with_is_one_line(script, tmp_path, capsys, many,
         assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
         return said
 
-    assert f"{empty} holds nothing to go on with" in refused("--resume", str(empty))
+    assert f"{empty} has nothing to resume" in refused("--resume", str(empty))
     assert "--resume FOLDER" in refused("--resume")
     with monkeypatch.context() as patch:
         stopped_after(2, script("runs.train"), patch)
@@ -141,7 +141,7 @@ def test_what_cannot_be_gone_on_with_is_one_line(script, tmp_path, capsys, many,
     assert "lr was 0.003, is 0.1" in refused("--resume", str(out), "--lr", "0.1")
     assert "data was" in refused("--resume", str(out), "--data", ARTICLE)
     assert "lora was {" in refused("--resume", str(out), "--lora.alpha", "3")
-    assert "or go on with it by --resume" in refused(*arguments)
+    assert "or pass --resume or --overwrite true" in refused(*arguments)
     with script("runs.folder").locked(out):
         assert f"Another run works in {out}" in refused("--resume", str(out))
         assert f"Another run works in {out}" in refused(*arguments, "--overwrite")
@@ -158,7 +158,7 @@ def test_what_cannot_be_gone_on_with_is_one_line(script, tmp_path, capsys, many,
         (["--patience", "2"], "patience and eval_every need validation data"),
         (["--patience", "0", "--validation", "0.5"], "patience must be an integer of at least 1"),
         (["--save_every", "soon"], "save_every must be steps"),
-        (["--tasks", ARTICLE, "--validation", "0.5", "--resume"], "holds nothing to go on with"),
+        (["--tasks", ARTICLE, "--validation", "0.5", "--resume"], "has nothing to resume"),
     ],
     ids=lambda value: " ".join(value)[-30:] if isinstance(value, list) else "",
 )
@@ -177,7 +177,7 @@ def test_validation_that_overlaps_training_is_left_out_and_said(script, tmp_path
     assert script("train_qa").main([*arguments, "--res_path", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().out
     assert "Validation: 1 examples." in said
-    assert "1 others have a prompt that is learnt too, and are left out." in said
+    assert "1 others share a prompt with the training data: left out." in said
 
 
 def test_one_run_at_a_time_in_a_folder(script, tmp_path):
@@ -208,7 +208,7 @@ def test_a_run_that_was_killed_before_it_kept_an_adapter_says_how_to_go_on(
         "merge": [str(place), str(tmp_path / "out")],
     }
     assert script(name).main(given[name]) == 2
-    told = f"{place} holds a run that has no adapter yet: --resume {place} goes on.\n"
+    told = f"{place} has no adapter yet: go on with --resume {place}.\n"
     assert capsys.readouterr().err == told
     assert not (tmp_path / "out").exists()
 
@@ -257,7 +257,7 @@ def test_options_that_resume_would_drop_are_refused(script, tmp_path, capsys, ma
     capsys.readouterr()
     for more, said in (
         (["--res_path", str(tmp_path / "other")], f"--res_path names {tmp_path / 'other'}: give"),
-        (["--overwrite"], "--resume goes on with a run and --overwrite replaces it: give one."),
+        (["--overwrite"], "--resume and --overwrite exclude each other: give one."),
     ):
         assert train(["--resume", str(cut), *more]) == 2
         assert said in capsys.readouterr().err

@@ -243,7 +243,7 @@ def test_ctrl_c_leaves_a_saved_adapter_and_says_so(heeded, tmp_path):
     started.send_signal(signal.SIGINT)
     error = started.communicate(timeout=60)[1]
     assert started.returncode == 130
-    assert error.startswith("Interrupted. The adapter as it was after step ")
+    assert error.startswith("Interrupted. The adapter of step ")
     assert error.count("\n") == 1
     adapter = tmp_path / "cut" / "adapter"
     assert str(adapter) in error
@@ -275,7 +275,7 @@ def test_a_signal_saves_the_step_it_met_and_others_change_nothing(
     assert script("train_qa").main([*QUICK, "--res_path", str(out)]) == code
     error = capsys.readouterr().err
     said = "Interrupted." if name == "SIGINT" else f"Stopped by {name}."
-    saved = f"The adapter as it was after step 2 is saved in {out / 'adapter'}."
+    saved = f"The adapter of step 2 is saved in {out / 'adapter'}."
     assert error == f"{said} {saved} Go on with --resume {out}.\n"
     assert_trained(out / "adapter")
     assert signal.getsignal(kill) == before
@@ -351,7 +351,7 @@ def test_a_reader_that_goes_ends_training_with_a_line(tmp_path):
     assert started.wait(60) == 2
     assert started.stderr is not None
     error = started.stderr.read()
-    assert error.startswith("Nobody reads the output any more. The adapter as it was after step ")
+    assert error.startswith("Nobody reads the output any more. The adapter of step ")
     assert error.count("\n") == 1
     assert_trained(tmp_path / "cut" / "adapter")
 
@@ -372,7 +372,7 @@ def test_a_step_that_was_not_applied_is_no_step_of_the_adapter(script, tmp_path,
     assert script("train_qa").main([*QUICK, "--lr", "1e20", "--res_path", str(out)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("Step 2: the loss is nan")
-    assert f"The adapter as it was after step 1 is saved in {out / 'adapter'}." in error
+    assert f"The adapter of step 1 is saved in {out / 'adapter'}." in error
     assert_trained(out / "adapter")
 
 
@@ -389,7 +389,7 @@ def test_a_full_disk_in_training_leaves_a_saved_adapter(script, tmp_path, monkey
     monkeypatch.setattr(folder, "prepare", full)
     assert script("train_qa").main([*QUICK, "--res_path", str(out)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("[Errno 28] No space left on device The adapter as it was after step 1")
+    assert error.startswith("[Errno 28] No space left on device The adapter of step 1")
     assert error.count("\n") == 1
     assert f"is saved in {out / 'adapter'}." in error
     assert_trained(out / "adapter")
@@ -434,7 +434,7 @@ def test_a_path_is_no_markup(script, tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "Saved in [/b] :smile: " in out
     assert "Answers" not in out  # a text as a whole has no prompt to try
-    assert "1 (100.0%) were longer than 5 and were cut: see --max_token_length" in out
+    assert "1 (100.0%) longer than 5 were cut: see --max_token_length" in out
     assert script("train_qa").main([*QUICK, "--tasks", str(data), "--res_path", "[/t]"]) == 0
     assert "[red]odd: 1 examples" in capsys.readouterr().out
 
@@ -637,4 +637,4 @@ def test_tasks_of_one_name_are_refused(script, tmp_path, capsys):
     file = str(SCRIPTS / "data" / "article.jsonl")
     arguments = ["--config", DEMO, "--res_path", str(tmp_path), "--tasks", file, file]
     assert script("train_qa").main(arguments) == 2
-    assert "files of different names" in capsys.readouterr().err
+    assert "needs different names" in capsys.readouterr().err

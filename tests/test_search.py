@@ -378,7 +378,7 @@ def test_a_search_that_is_killed_goes_on_to_the_same_bytes(found, tiny, tmp_path
         else:
             assert file.read_bytes() == again.read_bytes(), file
     assert search(["--resume", str(place)]) == 2
-    assert "or the run came to its end" in capsys.readouterr().err
+    assert "or the run has ended" in capsys.readouterr().err
 
 
 def test_a_full_disk_says_where_and_how_to_go_on(tiny, tmp_path, script, capsys, monkeypatch):
@@ -405,14 +405,14 @@ def test_a_full_disk_says_where_and_how_to_go_on(tiny, tmp_path, script, capsys,
         (["--finalists", "3"], "there are 3 finalists, and 2 in the last rung"),
         (["--sampler", "grid"], 'Parser key "sampler"'),
         (["--sampler", "tpe", "--slots", "4"], "tpe learns from wave to wave"),
-        (["--validation", "null"], "A search chooses by validation data"),
-        (["--validation", "0.9", "--test", "0.2"], "leave none to learn"),
+        (["--validation", "null"], "A search needs validation data"),
+        (["--validation", "0.9", "--test", "0.2"], "of the data: lower them"),
         (["--seeds", "1"], 'Parser key "seeds"'),
         (["--b_ratio", "0"], 'Parser key "b_ratio"'),
         (["--test", ""], "test is empty: leave it out"),
         (["--lora.targets", "nothing"], "No module matches target 'nothing'"),
         (["--packing", "true", "--tokens_per_batch", "64", "--train_batch_size", "1"], "packing"),
-        (["--resume", "nowhere"], "nowhere holds nothing to go on with"),
+        (["--resume", "nowhere"], "nowhere has nothing to resume"),
     ],
 )
 def test_bad_input_is_one_line(tiny, tmp_path, script, capsys, monkeypatch, more, said):
@@ -613,7 +613,7 @@ def test_what_a_search_prints_and_reports_is_of_use(found):
     out = (found.parent / "printed.txt").read_text()
     run = json.loads((found / "run.json").read_text())
     claim = run["verdict"]
-    assert "told apart by Student's paired t-test" in claim
+    assert "The test is Student's paired t-test over the seeds" in claim
     assert " ".join(claim.split()) in " ".join(out.split())
     assert claim.replace("'", "&#39;") in (found / "report.html").read_text()
     assert "rung 1 · 4 trials" in out
@@ -666,8 +666,8 @@ def test_a_gpu_without_memory_gets_fewer_slots_and_the_same_result(made, monkeyp
     course.waves.tell = lines.append
     course.search(data(4))
     assert lines == [
-        "Memory ran out with 8 slots: 4 are trained at a time now.",
-        "Memory ran out with 4 slots: 2 are trained at a time now.",
+        "Memory ran out with 8 slots: 4 are trained at a time.",
+        "Memory ran out with 4 slots: 2 are trained at a time.",
     ]
     assert_alike(course, wanted)
 

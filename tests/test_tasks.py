@@ -122,7 +122,7 @@ def test_a_run_of_several_goes_on_where_it_was_stopped(
     assert (cut / "answers.md").read_bytes() == (whole / "answers.md").read_bytes()
     assert not list(cut.rglob("*snapshot*"))
     assert train(["--resume", str(cut)]) == 2
-    assert "or the run came to its end" in capsys.readouterr().err
+    assert "or the run has ended" in capsys.readouterr().err
 
 
 def stopped(recorded, names):
@@ -157,7 +157,7 @@ def test_another_file_or_option_is_refused(script, quick, tmp_path, files, capsy
     assert train(["--resume", str(out)]) == 2
     assert "data was" in capsys.readouterr().err
     assert train(arguments) == 2
-    assert "or go on with it by --resume" in capsys.readouterr().err
+    assert "or pass --resume or --overwrite true" in capsys.readouterr().err
     with script("runs.folder").locked(out):
         assert train([*arguments, "--overwrite"]) == 2
     assert "Another run works in" in capsys.readouterr().err
@@ -180,7 +180,7 @@ def test_a_file_that_changed_after_its_adapter_was_trained_is_refused(
     assert train(["--resume", str(out)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "sea, land: the data is not what they were trained on" in error
+    assert "sea, land: the data has changed" in error
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
     for file, text in was.items():
         Path(file).write_bytes(text)

@@ -1,1 +1,1 @@
-"""The command line: options and configs, errors and signals, what is shown."""
+"""The command line: options, errors, signals, output."""

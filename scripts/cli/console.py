@@ -1,6 +1,6 @@
-"""What a script shows: text as it is, tables, a progress bar on a terminal."""
+"""What a script shows: plain text, tables, a progress bar."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -8,19 +8,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-Advance = Callable[..., None]  # by how many, perhaps with a text
+Advance = Callable[..., None]  # a count, a text
 
 
 class Plain(Console):
-    """Shows text as it is: no path and no answer is markup."""
+    """Shows text as it is, never as markup."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        terminal = False if quiet else None  # and so no progress bar
+        terminal = False if quiet else None  # no progress bar
         plain = dict.fromkeys(("markup", "emoji", "highlight"), False)
         super().__init__(quiet=quiet, force_terminal=terminal, **plain)
 
     def on_broken_pipe(self) -> None:
-        """Leave the error to `guarded`; rich would end the process."""
+        """Rich would end the process."""
         raise BrokenPipeError("Nobody reads the output any more.")
 
 
@@ -28,7 +28,7 @@ class Plain(Console):
 def bar(
     console: Console, text: str = "", total: float | None = None, completed: int = 0
 ) -> Iterator[Advance]:
-    """A progress bar on a terminal; gives what advances it."""
+    """A progress bar on a terminal; yields its `advance`."""
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
     how = {"console": console, "disable": not console.is_terminal, "transient": True}
     with Progress(*columns, TimeRemainingColumn(), **how) as progress:
@@ -40,13 +40,11 @@ def bar(
         yield advance
 
 
-def table(
-    title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], ratios: Sequence[int]
-) -> Table:
-    """A table in columns of these widths."""
+def table(title: str, heads: list[str], rows: Iterable[list[str]], ratios: list[int]) -> Table:
+    """A table; `ratios` are widths."""
     made = Table(title=title, show_lines=True)
     for head, ratio in zip(heads, ratios, strict=True):
         made.add_column(Text(head), ratio=ratio, overflow="fold")
-    for row in rows:  # as Text: nothing in it is markup
+    for row in rows:  # Text is no markup
         made.add_row(*(Text(cell, style="green" * cell.startswith("exact")) for cell in row))
     return made

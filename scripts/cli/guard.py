@@ -1,4 +1,4 @@
-"""How a script starts and ends: an error and a signal are one line each."""
+"""How a script starts and ends: an error or a signal is one line."""
 
 import functools
 import importlib
@@ -9,21 +9,21 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-Arguments = Sequence[str] | None
+Arguments = list[str] | None
 NAMES = ("train_qa", "generate", "predict", "merge", "search", "report")
-VERBS = {name.partition("_")[0]: name for name in NAMES}  # of the installed command
+VERBS = {name.partition("_")[0]: name for name in NAMES}  # of lora-gpt2
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal, the first of the arguments, asks the script to end."""
+    """A signal, `args[0]`, asks the script to end."""
 
 
-def start(script: str, argv: Sequence[str]) -> int:
-    """Import a script, which takes seconds, and call its `main`."""
-    # torch reads it when it is loaded: a thread that waits soon sleeps, but not at once.
+def start(script: str, argv: list[str]) -> int:
+    """Import a script and call its `main`."""
+    # torch reads it at import: a thread that waits soon sleeps.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
     for number in _stop_signals():
@@ -39,7 +39,7 @@ def start(script: str, argv: Sequence[str]) -> int:
 
 
 def guarded(body: Callable[[Arguments], None]) -> Callable[[Arguments], int]:
-    """Make a body a `main`, which gives 0, 2, or 128 and a signal's number."""
+    """A `main` that returns 0, 2, or 128 + signal."""
 
     @functools.wraps(body)
     def main(argv: Arguments = None) -> int:
@@ -50,7 +50,7 @@ def guarded(body: Callable[[Arguments], None]) -> Callable[[Arguments], int]:
                     sys.stdout.reconfigure(errors="backslashreplace")
                 body([word for word in words if word != "--debug"])
                 sys.stdout.flush()
-        except BrokenPipeError as error:  # such as by `head`
+        except BrokenPipeError as error:  # as by `head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             if getattr(error, "__notes__", None):  # in training
                 return _print(str(error), error, 2)
@@ -67,7 +67,7 @@ def guarded(body: Callable[[Arguments], None]) -> Callable[[Arguments], int]:
 
 
 def _stop_signals() -> list[signal.Signals]:
-    """Those that are heeded: nohup has one ignored."""
+    """Those not ignored, as nohup does."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     return [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
 
@@ -78,20 +78,21 @@ def _stop_line(number: int) -> str:
 
 
 def _end(number: int, _: object) -> None:
-    # Not by an exception: compiled code that is being imported would turn it into another one.
+    # No exception: compiled code being imported would change it.
     os.write(2, f"{_stop_line(number)}\n".encode())
     os._exit(128 + number)
 
 
 @contextmanager
 def _set_up() -> Iterator[None]:
-    """A signal raises `Stopped`, another Ctrl-C ends the process; a warning is a line."""
-    # Of several processes the first alone heeds signals: it saves, and the others end with it.
-    # torchrun passes a Ctrl-C of the terminal on, so that it comes twice.
+    """A signal raises `Stopped`, a second Ctrl-C kills; a warning is a line."""
+    # Only process 0 heeds signals: it saves, and the others end with it.
+    # Under torchrun a Ctrl-C comes twice.
     numbers = _stop_signals() if threading.current_thread() is threading.main_thread() else []
     before = {number: signal.getsignal(number) for number in numbers}
     other_errors, form = sys.unraisablehook, warnings.formatwarning
-    torchrun, heeds = "TORCHELASTIC_RUN_ID" in os.environ, os.environ.get("RANK", "0") == "0"
+    torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    heeds = os.environ.get("RANK", "0") == "0"
 
     def stop(number: int, _: object) -> None:
         for other in numbers:
@@ -100,7 +101,7 @@ def _set_up() -> Iterator[None]:
         raise Stopped(number)
 
     def again(unraisable: "sys.UnraisableHookArgs") -> None:
-        """Put a stop off where Python ignores errors, as in a finalizer."""
+        """Retry where Python ignores errors (finalizers)."""
         if isinstance(error := unraisable.exc_value, Stopped):
             signal.signal(error.args[0], stop)
             threading.Timer(0.01, os.kill, [os.getpid(), error.args[0]]).start()

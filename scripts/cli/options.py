@@ -2,7 +2,7 @@
 
 import glob
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from inspect import signature
@@ -20,9 +20,9 @@ from .guard import VERBS
 
 INSTEAD = {"epochs": "steps", "warmup_ratio": "warmup_steps"}
 INSTEAD["tokens_per_batch"] = "train_batch_size"
-INSTEAD |= {other: one for one, other in INSTEAD.items()}  # exclude each other
-PATHS = "adapter base cache output resume test validation".split()  # '' must be none of these
-OTHER_NAMES = {  # in the article's script and in transformers' and PEFT's
+INSTEAD |= {other: one for one, other in INSTEAD.items()}  # exclusive
+PATHS = "adapter base cache output resume test validation".split()  # never ''
+OTHER_NAMES = {  # the article's, transformers', PEFT's
     "strategy": "logging_steps",
     "learning_rate": "lr",
     "num_train_epochs": "epochs",
@@ -34,12 +34,12 @@ AtLeastOne: Any = PositiveInt
 AtLeastTwo: Any = restricted_number_type("AtLeastTwo", int, (">=", 2))
 FLAG: dict[str, Any] = {"nargs": "?", "const": True, "default": False}
 BASE = "demo, gpt2, org/repo, a folder or a file"
-DEVICE = "by default the GPU if there is one"
+DEVICE = "by default a GPU if there is one"
 Config = TypeVar("Config")
 
 
 def parser(script: str, description: str | None) -> ArgumentParser:
-    """A script's parser, in which no option may be abbreviated."""
+    """A script's parser."""
     return ArgumentParser(
         prog=program(script),
         description=description,
@@ -50,59 +50,59 @@ def parser(script: str, description: str | None) -> ArgumentParser:
 
 
 def program(script: str) -> str:
-    """How the user starts a script: by the installed command, or as a file."""
+    """How the user starts a script: a command, or a file."""
     if Path(sys.argv[0]).stem == "lora-gpt2":
         return "lora-gpt2 " + next(verb for verb, name in VERBS.items() if name == script)
     return f"{script}.py"
 
 
 def build(kind: type[Config], options: Namespace, **renamed: Any) -> Config:
-    """A config from the options named as its fields, and others."""
+    """A config from options of its fields' names."""
     names = [field.name for field in fields(kind) if field.name not in renamed]  # pyright: ignore
     return kind(**{name: options[name] for name in names}, **renamed)
 
 
 def add_options(to: ArgumentParser, data: str, kind: str) -> None:
-    """All of them, under the names and defaults that the libraries give."""
+    """The options of training, with the libraries' defaults."""
     add, encoding = to.add_argument, signature(gpt2.encode).parameters
     add("--config", action="config", help="YAML file; flags win")
     add("--model_name", type=str, default="demo", help=BASE)
-    add("--base_dropout", type=float | None, help="by default as the base says")
+    add("--base_dropout", type=float | None, help="else the base's")
     add("--device", type=str | None, help=DEVICE)
-    add("--data", type=str, default=data, help=".jsonl, .json, .csv, .tsv, .parquet or .txt")
+    add("--data", type=str, default=data, help="jsonl, json, csv, tsv, parquet, txt")
     add("--fields", type=dict[str, str] | None, help="--fields.question NAME")
     add("--validation", type=str | None, help="file, or a share of the data: 0.1")
-    add("--test", type=str | None, help="file, or a share; it decides nothing")
+    add("--test", type=str | None, help="file, or share")
     longest, size = encoding["max_length"].default, gpt2.TrainConfig.batch_size
-    add("--max_token_length", type=AtLeastTwo, default=longest, help="longer examples are cut")
+    add("--max_token_length", type=AtLeastTwo, default=longest, help="tokens of an example")
     add("--train_batch_size", type=AtLeastOne, default=size, help="examples a batch")
     skip: set[str | int] = {"examples", "tokenizer", "max_length"}
     to.add_function_arguments(gpt2.encode, skip=skip, as_group=False)
     to.add_class_arguments(gpt2.TrainConfig, skip={"batch_size"}, as_group=False)
-    add("--b_ratio", type=PositiveFloat, default=1.0, help="B's learning rate over A's (LoRA+)")
+    add("--b_ratio", type=PositiveFloat, default=1.0, help="LoRA+: lr of B / lr of A")
     to.add_class_arguments(lora.LoRAConfig, "lora", skip={"seed", "dtype"}, as_group=False)
-    add("--res_path", type=str | None, help=f"for the results, by default a new runs/{kind}-N")
-    add("--cache", type=str | None, help="for tokens, by default beside a large file")
-    add("--overwrite", type=bool, help="replace the run that res_path holds", **FLAG)
-    add("--resume", type=bool | str, help="go on with the run there, or in FOLDER", **FLAG)
+    add("--res_path", type=str | None, help=f"by default runs/{kind}-N")
+    add("--cache", type=str | None, help="folder for tokens of a large file")
+    add("--overwrite", type=bool, help="replace the run there", **FLAG)
+    add("--resume", type=bool | str, help="go on there, or in FOLDER", **FLAG)
 
 
 def add_model_options(to: ArgumentParser) -> None:
-    """A base, and perhaps an adapter, that answer prompts."""
+    """A base and an adapter."""
     add = to.add_argument
-    add("--base", type=str | None, help=f"{BASE}; by default the adapter's")
-    add("--adapter", type=str | None, help="a run's folder, or an adapter's, PEFT's too")
+    add("--base", type=str | None, help=f"{BASE}; else the adapter's")
+    add("--adapter", type=str | None, help="folder of a run or an adapter")
     add("--device", type=str | None, help=DEVICE)
-    add("--separator", type=int | None, help="the token id after each prompt in training")
+    add("--separator", type=int | None, help="token id after a prompt")
 
 
 def training(options: Namespace) -> gpt2.TrainConfig:
-    """How the options say to train."""
+    """The training's config."""
     return build(gpt2.TrainConfig, options, batch_size=int(options.train_batch_size))
 
 
-def parse(to: ArgumentParser, words: Sequence[str], file: Path | None = None) -> Namespace:
-    """The options of the command line, of a YAML file, the defaults."""
+def parse(to: ArgumentParser, words: list[str], file: Path | None = None) -> Namespace:
+    """Options of the command line, a YAML file, defaults."""
     defaults, words = to.get_defaults(), list(words)
     known = [*defaults.keys(), "help", "print_config"]
     before = words[: words.index("--")] if "--" in words else words
@@ -123,10 +123,10 @@ def parse(to: ArgumentParser, words: Sequence[str], file: Path | None = None) ->
     except (ArgumentError, TypeError) as error:
         raise ValueError(str(error)) from error
     if empty := [name for name in PATHS if options.get(name) == ""]:
-        raise ValueError(f"{', '.join(empty)} is empty: leave it out, or name a place.")
+        raise ValueError(f"{', '.join(empty)} is empty: leave it out.")
     if file is not None:
         options["config"] = file.name
-        del options["__default_config__"]  # jsonargparse's note
+        del options["__default_config__"]
     return options
 
 
@@ -142,7 +142,7 @@ def _content(file: Path) -> Mapping[Any, Any]:
     return content
 
 
-def _keys(content: Mapping[Any, Any], known: Sequence[str], above: str = "") -> Iterator[str]:
+def _keys(content: Mapping[Any, Any], known: list[str], above: str = "") -> Iterator[str]:
     for key, value in content.items():
         name = f"{above}{key}"
         if isinstance(value, dict) and any(option.startswith(f"{name}.") for option in known):
@@ -151,12 +151,13 @@ def _keys(content: Mapping[Any, Any], known: Sequence[str], above: str = "") -> 
             yield name
 
 
-def _unknown(names: Iterable[str], known: Sequence[str], dashes: str = "") -> Iterator[str]:
+def _unknown(names: Iterable[str], known: list[str], dashes: str = "") -> Iterator[str]:
     meant = {option.rpartition(".")[2]: option for option in known} | {n: n for n in known}
     meant = {other: n for other, n in OTHER_NAMES.items() if n in known} | meant
     for name in names:
         if name not in known and not any(name.startswith(f"{option}.") for option in known):
-            last, group = name.rpartition(".")[2], [o for o in known if o.startswith(f"{name}.")]
+            last = name.rpartition(".")[2]
+            group = [option for option in known if option.startswith(f"{name}.")]
             near = get_close_matches(name, meant, 1, 0.6) or get_close_matches(last, meant, 1, 0)
             option = group[0] if group else meant[near[0]]
             yield f"There is no option {dashes}{name[:80]}: did you mean {dashes}{option}?"

@@ -1,4 +1,4 @@
-"""Charts: series over two axes, as paths of SVG that the page stretches, and as a PNG."""
+"""Charts: series over two axes, as SVG paths and as a PNG."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 BUCKETS = 200
-SIDE = 1000  # units of a drawing, across and down
+SIDE = 1000  # of a square drawing
 COLORS = {"accent": "#1c6c86", "mid": "#74a9ba", "soft": "#a5a199", "2": "#c4602a", "4": "#8a5aa8"}
 UNIT = "nats a token"
 Points = Sequence[tuple[float, float]]
@@ -15,7 +15,7 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Axis:
-    """Where values stand between two ends."""
+    """A scale between two ends."""
 
     low: float
     high: float
@@ -42,15 +42,15 @@ class Axis:
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """Points of one name; a line has a gap where they are not finite."""
+    """Points; a line has a gap where they are not finite."""
 
     name: str
     points: Points
-    look: str = "line"  # or dots, or both; and faint for what stands behind
-    color: str = "accent"  # or mid, soft, a number
+    look: str = "line"  # or dots, both; and faint
+    color: str = "accent"
 
     def paths(self, x: Axis, y: Axis) -> Iterator[tuple[str, str]]:
-        """The series as SVG paths, each with its class."""
+        """SVG paths, each with its class."""
         line, dots, pen = "", "", "M"
         for a, b in self.points:
             if math.isfinite(b):
@@ -71,13 +71,13 @@ class Chart:
     series: Sequence[Series]  # those behind first
     unit: str = ""
     x_label: str = "step"
-    marks: Sequence[tuple[float, str]] = ()  # x and a label: lines from top to bottom
+    marks: Sequence[tuple[float, str]] = ()  # vertical lines
     log_x: bool = False
-    log_y: bool = True  # where its values need that
-    x_ticks: Sequence[tuple[float, str]] | None = None  # where numbers would not do
+    log_y: bool = True  # where its range is wide
+    x_ticks: Sequence[tuple[float, str]] | None = None
 
     def axes(self) -> tuple[Axis, Axis] | None:
-        """Both, or None where there is nothing to draw."""
+        """Both, or None without points."""
         points = [point for series in self.series for point in finite(series.points)]
         if not points:
             return None
@@ -97,7 +97,8 @@ def png(charts: Sequence[Chart], file: Path) -> None:
     from matplotlib.figure import Figure  # slow to import
 
     figure = Figure(figsize=(7 * len(charts), 4.5), layout="constrained")
-    for plot, chart in zip(figure.subplots(1, len(charts), squeeze=False)[0], charts, strict=True):
+    plots = figure.subplots(1, len(charts), squeeze=False)[0]
+    for plot, chart in zip(plots, charts, strict=True):
         for series in chart.series:
             look, xy = series.look, zip(*series.points or [(math.nan, math.nan)], strict=True)
             style = {"color": COLORS.get(series.color, "0.5"), "label": series.name or None}
@@ -113,7 +114,7 @@ def png(charts: Sequence[Chart], file: Path) -> None:
 
 
 def thinned(points: Points, buckets: int = BUCKETS) -> Points:
-    """Of many points the lowest, the highest and a gap of each bucket."""
+    """The lowest, the highest and a gap of each bucket of points."""
     if len(points) <= 2 * buckets:
         return points
     kept = {0, len(points) - 1}
@@ -132,7 +133,7 @@ def finite(points: Points) -> list[tuple[float, float]]:
 
 
 def means(points: Points, of: int) -> Points:
-    """The mean of each `of` points, in their middle."""
+    """The means of `of` points each."""
     parts = [points[i : i + of] for i in range(0, len(points) - of + 1, of)]
     return [(sum(x for x, _ in p) / of, sum(y for _, y in p) / of) for p in parts]
 

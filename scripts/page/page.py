@@ -1,8 +1,8 @@
-"""A run's `report.html`, one file that loads nothing: its template is page.html.j2."""
+"""A run's report.html, from page.html.j2: one file that loads nothing."""
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,17 @@ from .read import Record, Row, read
 
 HERE = Path(__file__).resolve().parent
 GENERATOR = "lora-gpt2 report"
-MOST, STRONGEST = 4.0, 0.45  # nats of the full colour; its opacity
-Colour = tuple[str, str]  # its name, its opacity
+MOST, STRONGEST = 4.0, 0.45  # nats; opacity
+Colour = tuple[str, str]  # name, opacity
+Cells = dict[str, dict[str, tuple[str, str, Colour]]]  # text, title
 
 
 def write(root: Path) -> None:
-    """Write the report of a run's folder into it, and a picture of its losses."""
+    """Write a run's report and a picture of its losses."""
     record = read(root)
     folder.write_whole(root / folder.REPORT, html([record]))
     if record.board:
-        from . import searched  # which most runs do not need
+        from . import searched
 
         rates = [chart for chart in searched.over_each(record) if chart.title == "lr"]
         charts.png([searched.by_rung(record), *rates], root / folder.SEARCH_PLOT)
@@ -33,8 +34,8 @@ def write(root: Path) -> None:
         charts.png([loss(record)], root / folder.PLOT)
 
 
-def html(records: Sequence[Record]) -> str:
-    """The page of one run, or of several side by side."""
+def html(records: list[Record]) -> str:
+    """The page of one run, or of several."""
     values: dict[str, Any] = {**vars(charts), **globals(), "records": records}
     if any(record.board for record in records):
         from . import searched
@@ -46,15 +47,15 @@ def html(records: Sequence[Record]) -> str:
     return made.get_template("page.html.j2").render(values)
 
 
-def differing(records: Sequence[Record]) -> list[str]:
-    """The options in which several runs differ."""
+def differing(records: list[Record]) -> list[str]:
+    """The options in which runs differ."""
     options = [flat(record.options) for record in records]
     names = dict.fromkeys(name for values in options for name in values if name != "res_path")
     return [name for name in names if len({values.get(name) for values in options}) > 1]
 
 
-def overlaid(records: Sequence[Record]) -> Chart:
-    """The loss of each of several runs."""
+def overlaid(records: list[Record]) -> Chart:
+    """The losses of several runs."""
     series: list[Series] = []
     for i, record in enumerate(records):
         points, few = _losses(record)
@@ -64,7 +65,7 @@ def overlaid(records: Sequence[Record]) -> Chart:
 
 
 def loss(run: Record) -> Chart:
-    """The loss of each step, its mean, and that on validation data."""
+    """The loss by step, its mean, and the validation loss."""
     points, few = _losses(run)
     series = [Series(name="each step", points=thinned(points), look="faint")]
     if few > 1:
@@ -81,22 +82,22 @@ def _losses(run: Record) -> tuple[Points, int]:
 
 
 def over_steps(run: Record, key: str, title: str) -> Chart:
-    """What the metrics have under a key."""
+    """A metric by step."""
     line = Series(name="", points=thinned([(s["step"], s[key]) for s in run.steps]))
     return Chart(title=title, log_y=False, series=[line])
 
 
 def colour(value: float, most: float = MOST) -> Colour:
-    """The colour of a change, or of a share."""
+    """The colour of a change."""
     share = min(1.0, abs(value) / most) * STRONGEST if math.isfinite(value) else 0.0
     return "lose" if value < 0 else "gain", f"{share:.2f}"
 
 
-def heat(updates: Sequence[Row]) -> tuple[list[str], dict[str, dict[str, tuple[str, str, Colour]]]]:
-    """Each update's size as a share of its weight's, by layer and target."""
+def heat(updates: list[Row]) -> tuple[list[str], Cells]:
+    """Each update's norm over its weight's, by layer and target."""
     shares = [u["update"] / u["weight"] if u["weight"] else math.nan for u in updates]
     most = max(filter(math.isfinite, shares), default=0) or 1.0
-    cells: dict[str, dict[str, tuple[str, str, Colour]]] = {}
+    cells: Cells = {}
     for row, share in zip(updates, shares, strict=True):
         at = re.fullmatch(r"(?:.*\.)?(\d+)\.(.+)", row["layer"])
         layer, target = at.groups() if at else (row["layer"], "update")
@@ -106,8 +107,8 @@ def heat(updates: Sequence[Row]) -> tuple[list[str], dict[str, dict[str, tuple[s
     return list(dict.fromkeys(target for row in cells.values() for target in row)), cells
 
 
-def flat(values: Row, before: str = "", only: Sequence[str] = ()) -> dict[str, str]:
-    """Nested values by dotted names, all or those of some keys."""
+def flat(values: Row, before: str = "", only: Collection[str] = ()) -> dict[str, str]:
+    """Nested values by dotted names."""
     names: dict[str, str] = {}
     for key, value in values.items():
         if only and key not in only:

@@ -1,4 +1,4 @@
-"""What a run's folder tells of it, ended or killed: one plain value for the report."""
+"""A run's folder as one value; the run may have been killed."""
 
 import json
 from collections.abc import Mapping
@@ -15,20 +15,20 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """A run, or a search with its trials; of a killed run what there is."""
+    """A run, or a search with its trials."""
 
-    name: str  # the folder's
+    name: str
     options: Row
-    run: Row  # what was recorded at its end
+    run: Row  # run.json
     steps: list[Row]
-    validation: Mapping[int, float]  # the loss on validation data by step
-    best_step: int | None  # whose weights were kept; of a killed run the best so far
+    validation: Mapping[int, float]  # losses by step
+    best_step: int | None  # whose weights are kept
     board: list[Row]
-    tasks: list["Record"]  # one an adapter
+    tasks: list["Record"]  # one each
 
 
 def read(root: Path) -> Record:
-    """The record of a run's folder; an error names what is missing or damaged."""
+    """The record of a run's folder."""
     files = (folder.RUN, folder.OPTIONS, folder.METRICS)
     if not any((root / name).is_file() for name in files):
         raise FileNotFoundError(f"{root} holds no run: name a folder of train_qa.py or search.py.")
@@ -37,7 +37,7 @@ def read(root: Path) -> Record:
     steps = _rows(root / folder.METRICS)
     validation = {s["step"]: s["validation"] for s in steps if "validation" in s}
     best = min(validation, key=validation.__getitem__, default=None)
-    if result := run.get("validation"):  # which has the loss before the first step, too
+    if result := run.get("validation"):  # step 0, too
         validation = {int(step): loss for step, loss in result["losses"].items()}
         best = result["best_step"]
     tasks = [root / Path(file).stem for file in options.get("tasks") or ()]
@@ -54,7 +54,7 @@ def read(root: Path) -> Record:
 
 
 def _mapping(file: Path) -> Row:
-    text = file.read_text(encoding="utf-8") if file.is_file() else "{}"
+    text = file.read_text("utf-8") if file.is_file() else "{}"
     try:
         return {**(yaml.safe_load(text) if file.suffix == ".yaml" else json.loads(text))}
     except (ValueError, TypeError, yaml.YAMLError):
@@ -62,7 +62,7 @@ def _mapping(file: Path) -> Row:
 
 
 def _rows(file: Path) -> list[Row]:
-    """The rows of a file, of which a kill may have cut the last."""
+    """The rows of a file; the last may be cut."""
     lines = file.read_bytes().decode("utf-8", "replace").splitlines() if file.is_file() else []
     rows: list[Row] = []
     for number, line in enumerate(lines, 1):

@@ -1,4 +1,4 @@
-"""What a search's report shows, as plain values."""
+"""Charts of a search."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ def by_rung(record: Record) -> Chart:
 
 
 def over_each(record: Record) -> Iterator[Chart]:
-    """The loss over each hyper-parameter, with bars for the seeds of finalists."""
+    """The loss over each hyper-parameter; bars are finalists' seeds."""
     last, usual = max(row["rung"] for row in record.board), record.run["default"]
     bars = [(row, row["seeds"], "accent") for row in record.board if row.get("seeds")]
     bars.append(({**usual, "trial": 0}, usual["selection"]["seeds"], "2"))
@@ -40,14 +40,14 @@ def over_each(record: Record) -> Iterator[Chart]:
             series.append(Series(name=f"rung {rung}", points=points, look="dots", color=color))
         for row, seeds, color in bars:
             losses = [loss for loss in seeds.values() if loss is not None]
-            if losses and row["params"].get(name) is not None:  # of steps and epochs it has one
+            if losses and row["params"].get(name) is not None:  # steps or epochs
                 points = [(at(row), f(losses)) for f in (min, max)]
                 series.append(Series(name="", points=points, look="both", color=color))
         yield Chart(title=name, series=series, x_label="", x_ticks=ticks, log_x=log)
 
 
 def _axis(record: Record, name: str) -> tuple[Callable[[Row], float], Any, bool]:
-    """Where a trial stands on an axis, its ticks, and whether it is log."""
+    """A trial's place on an axis, the ticks, and whether it is log."""
     params = [row["params"] for row in record.board] + [record.run["default"]["params"]]
     values = [v for row in params if (v := row.get(name)) is not None]
     are_numbers = all(isinstance(v, int | float) for v in values)
@@ -65,7 +65,7 @@ def _axis(record: Record, name: str) -> tuple[Callable[[Row], float], Any, bool]
 
 
 def brief(value: Any) -> str:
-    """A hyper-parameter's value in a word or two."""
+    """A hyper-parameter's value, short."""
     many = isinstance(value, list) and len(value) > 1
     return f"{value[0]} + {len(value) - 1}" if many else text(value)
 

@@ -1,1 +1,1 @@
-"""A run: its data, its folder, its training, its answers, its record."""
+"""A run: data, folder, training, answers, record."""

@@ -1,4 +1,4 @@
-"""What base and adapters answer, and what an adapter does to its base."""
+"""Answers of base and adapters, and statistics of an adapter."""
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,25 +20,25 @@ from . import folder
 from .data import Prompt, Split
 
 Answer = dict[str, Any]
-Answers = list[list[list[int]]]  # token ids by prompt and route
+Answers = list[list[list[int]]]  # ids by prompt, route
 Routes = Sequence[str | Mapping[str, float] | None]
-ROWS = {"cpu": 64, "mps": 64}  # rows at once; elsewhere more
-LOOKED_AT = 16  # examples, of which the longest is the passage
-SHOWN = 12  # answers that are shown of many
+ROWS = {"cpu": 64, "mps": 64}  # at once; elsewhere 512
+LOOKED_AT = 16  # examples; the longest is shown
+SHOWN = 12  # answers
 FACTS = ("prompt", "stopped", "trained", "references", "verdict")
 
 
 @torch.no_grad()
 def continued(
     model: gpt2.GPT2,
-    ids: Sequence[list[int]],
+    ids: list[list[int]],
     config: gpt2.GenerateConfig,
     rows: int | None = None,
     *,
     first: int = 0,
     routes: Routes = (),
 ) -> Iterator[list[list[int]]]:
-    """What follows each prompt from the first one on; prompt i draws with seed + i in any batch."""
+    """Continuations from prompt `first` on; prompt i draws with seed + i."""
     rows = rows or ROWS.get(next(model.parameters()).device.type, 512)
     each = len(routes) or 1
     at_once = max(1, rows // (each * config.num_beams))
@@ -51,7 +51,7 @@ def continued(
 
 
 def pieces(tokens: Iterable[int], tokenizer: gpt2.Tokenizer) -> Iterator[str]:
-    """The text of each token, and the rest; a character is at its last token."""
+    """The text of each token; a character is at its last one."""
     ids, shown = list[int](), ""
     for token in tokens:
         ids.append(token)
@@ -62,12 +62,12 @@ def pieces(tokens: Iterable[int], tokenizer: gpt2.Tokenizer) -> Iterator[str]:
 
 
 def compare(
-    prompts: Sequence[Prompt],
-    heads: Sequence[str],
-    texts: Sequence[Sequence[str]],
+    prompts: list[Prompt],
+    heads: list[str],
+    texts: list[list[str]],
     examples: Iterable[gpt2.Example],
 ) -> list[Answer]:
-    """Each prompt's answers, beside what the examples that begin so go on with."""
+    """Each prompt's answers, and completions of the examples that begin with it."""
     whole = sorted((e.prompt + e.completion, i) for i, e in enumerate(examples))
     answers: list[Answer] = []
     for prompt, row in zip(prompts, texts, strict=True):
@@ -82,7 +82,7 @@ def compare(
 def judge(
     answers: Iterable[Answer], tuned: Answers, config: gpt2.GenerateConfig, *, whole: bool
 ) -> None:
-    """Add verdicts; `whole` is whether all that was trained on was compared."""
+    """Add verdicts; `whole`: `trained` covers all examples."""
     for answer, (ids,) in zip(answers, tuned, strict=True):
         known, text = answer["trained"] or answer["references"], answer["tuned"]
         answer["stopped"] = len(ids) < config.max_new_tokens
@@ -97,8 +97,8 @@ def judge(
         answer["verdict"] = verdict
 
 
-def score(answers: Sequence[Answer]) -> str:
-    """How many prompts were answered word for word, of the trained and of others."""
+def score(answers: list[Answer]) -> str:
+    """How many answers are exact, of trained prompts and others."""
     trained = [a["verdict"] for a in answers if a["trained"]]
     others = [a["verdict"] for a in answers if a["references"] and not a["trained"]]
     parts: list[str] = []
@@ -112,8 +112,8 @@ def score(answers: Sequence[Answer]) -> str:
     return " ".join(parts)
 
 
-def publish(answers: Sequence[Answer], root: Path, console: Console) -> dict[str, Any]:
-    """Write the answers, and show a few; gives what the record has of them."""
+def publish(answers: list[Answer], root: Path, console: Console) -> dict[str, Any]:
+    """Write the answers and show a few; returns the record's part."""
     if not answers:
         return {"answers": []}
     few = answers[:: -(-len(answers) // SHOWN)]
@@ -122,13 +122,14 @@ def publish(answers: Sequence[Answer], root: Path, console: Console) -> dict[str
     heads = ["as trained?" if name == "verdict" else name for name in names]
     rows = [[a[n] if n == "prompt" else a[n].strip() for n in names] for a in few]
     of = f", {len(few)} of {len(answers):,}" if len(few) < len(answers) else ""
-    title, ratios = ("Answers", [3, 4, 4, 2]) if judged else ("One batch, many adapters", None)
+    title = "Answers" if judged else "One batch, many adapters"
+    ratios = [3, 4, 4, 2] if judged else [1] * len(heads)
     result = {"score": score(answers)} if judged else {}
-    console.print(table(f"{title}{of}", heads, rows, ratios or [1] * len(heads)), *result.values())
+    console.print(table(f"{title}{of}", heads, rows, ratios), *result.values())
     cells = [[_markdown(a[name]) for name in names] for a in answers]
     lines = [f"| {' | '.join(line)} |\n" for line in [heads, ["---"] * len(heads), *cells]]
     text = "\n\n".join([*result.values(), "".join(lines)])
-    (root / folder.ANSWERS).write_text(text, encoding="utf-8")
+    (root / folder.ANSWERS).write_text(text, "utf-8")
     return {"answers": few, **result}
 
 
@@ -139,7 +140,7 @@ def _markdown(text: str) -> str:
 
 
 def measure(model: gpt2.GPT2, split: Split, tokenizer: gpt2.Tokenizer) -> dict[str, Any]:
-    """For a run's record: what the active adapter does to a passage, and its norms."""
+    """The adapter's norms, and its effect on a passage."""
     data = split.validation if split.validation is not None else split.train
     few = [data[i][0] for i in range(min(len(data), LOOKED_AT))]
     stats: dict[str, Any] = {"updates": updates(model)}
@@ -158,7 +159,7 @@ def measure(model: gpt2.GPT2, split: Split, tokenizer: gpt2.Tokenizer) -> dict[s
 
 @torch.no_grad()
 def log_probabilities(model: gpt2.GPT2, ids: Tensor) -> list[float]:
-    """Of each token but the first, in nats, `(T - 1,)`."""
+    """In nats, without the first token's: `(T - 1,)`."""
     row = ids.to(next(model.parameters()).device)[None]
     logits = model(row[:, :-1]).float()
     values = logits.log_softmax(-1).gather(-1, row[:, 1:, None])
@@ -167,7 +168,7 @@ def log_probabilities(model: gpt2.GPT2, ids: Tensor) -> list[float]:
 
 @torch.no_grad()
 def updates(model: gpt2.GPT2) -> list[dict[str, Any]]:
-    """The Frobenius norms of each active `s · B A` and of the weight beside it."""
+    """Frobenius norms of each active `s · B A` and its weight."""
     return [
         {
             "layer": path,

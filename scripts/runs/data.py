@@ -1,6 +1,6 @@
-"""What a run reads: examples, splits, prompts to try."""
+"""A run's examples, splits and prompts."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,15 +16,15 @@ from . import processes
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 ARTICLE, ARTICLE_PROMPTS = DATA / "article.jsonl", DATA / "article_prompts.jsonl"
-TRIED = 6  # prompts of the examples, without a file of prompts
-FIRST = 20_000  # examples of a file that are read, beside its tokens
+TRIED = 6  # prompts without a file
+FIRST = 20_000  # examples to compare with
 SPLITS = ("validation", "test")
 Sources = Mapping[str, list[gpt2.Example]]  # by data file
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, and all the answers that a file gives for it; there may be none."""
+    """A prompt and its file's answers, perhaps none."""
 
     text: str
     references: tuple[str, ...]
@@ -32,7 +32,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Split:
-    """Data to train, validate and test on, no prompt in two; a message about them."""
+    """Data to train, validate and test on: no prompt in two."""
 
     train: gpt2.Dataset
     validation: gpt2.Dataset | None
@@ -41,12 +41,12 @@ class Split:
 
     @property
     def made_of(self) -> list[str]:
-        """Fingerprints of what an adapter is trained on and judged by."""
+        """Fingerprints of the data."""
         return [data.fingerprint[:16] for data in (self.train, self.validation, self.test) if data]
 
 
 class Reader:
-    """A base on the device that the options name, and how files become its tokens."""
+    """A base on its device, and its tokenizer."""
 
     def __init__(self, options: Namespace, base: str, dropout: float | None = None) -> None:
         device = processes.pick_device(options.device)
@@ -55,7 +55,7 @@ class Reader:
         self.console = Plain(quiet=processes.rank() > 0)
 
     def encode(self, file: str, side: Range = ALL) -> gpt2.Dataset:
-        """The tokens of a side's examples, in memory or in a store."""
+        """The tokens of a side's examples."""
         names = ("eos", "answer_only", "separator", "cache", "fields")
         how: dict[str, Any] = {name: self.options[name] for name in names}
         length = min(int(self.options.max_token_length), self.model.config.block_size)
@@ -71,7 +71,7 @@ class Reader:
             )
 
     def split(self, file: str, config: gpt2.TrainConfig) -> Split:
-        """A file's data to train on, and what it is validated and tested on."""
+        """A file's splits; prompts of the training data are left out of the others."""
         options, message, left_out = self.options, "", 0
         sets = {name: self.encode(file, side) for name, side in shares(options).items()}
         for name in SPLITS:
@@ -85,14 +85,12 @@ class Reader:
                 sets[name], left_out = data, left_out + len(whole) - len(data)
             message += f" {name.capitalize()}: {len(sets[name]):,} examples{by}."
         if left_out:
-            message += f" {left_out:,} others have a prompt that is learnt too, and are left out."
-        gpt2.total_steps(sets["train"], config)  # raises
+            message += f" {left_out:,} others share a prompt with the training data: left out."
+        gpt2.total_steps(sets["train"], config)
         return Split(sets["train"], sets.get("validation"), sets.get("test"), message)
 
-    def encode_prompts(
-        self, prompts: Sequence[Prompt], config: gpt2.GenerateConfig
-    ) -> list[list[int]]:
-        """Token ids of the prompts, the separator's last if there is one."""
+    def encode_prompts(self, prompts: list[Prompt], config: gpt2.GenerateConfig) -> list[list[int]]:
+        """Token ids of the prompts, each with the separator."""
         new, end = config.max_new_tokens, self.options.separator
         context, last = self.model.config.block_size, [] if end is None else [end]
         ids = [self.tokenizer.encode(prompt.text) + last for prompt in prompts]
@@ -106,29 +104,29 @@ class Reader:
 
 
 def shares(options: Namespace) -> dict[str, Range]:
-    """The range of a prompt's hash that each split of the data has."""
+    """Each split's range of the prompts' hashes."""
     ranges, taken = dict[str, Range](), 0.0
-    for name in reversed(SPLITS):  # the same test data, whatever is validated on
+    for name in reversed(SPLITS):  # validation moves no test data
         try:
             share = float(options[name])
         except (TypeError, ValueError):  # null, or a file
             continue
-        sides(share)  # raises where it is out of range
+        sides(share)  # may raise
         ranges[name] = (taken, taken + share)
         taken += share
     if taken >= 1:
-        raise ValueError(f"validation and test take {taken:g} of the data and leave none to learn.")
+        raise ValueError(f"validation and test take {taken:g} of the data: lower them.")
     return {**ranges, "train": (taken, 1.0)}
 
 
 def read(options: Namespace) -> Sources:
-    """The data files, and as many of their examples as are looked at."""
+    """The first examples of the data files."""
     stream, fields = gpt2.stream_examples, options.fields
     return {f: [*islice(stream(f, fields), FIRST)] for f in options.tasks or [options.data]}
 
 
 def prompts_of(sources: Sources, options: Namespace) -> list[Prompt]:
-    """What is tried: `--prompts`, the article's, or the first examples'."""
+    """`--prompts`, the article's, or the first examples'."""
     if options.prompts is not None:
         return distinct(gpt2.read_prompts(options.prompts, options.fields))
     files = [Path(file).resolve() for file in sources]
@@ -139,7 +137,7 @@ def prompts_of(sources: Sources, options: Namespace) -> list[Prompt]:
 
 
 def distinct(examples: Iterable[gpt2.Example]) -> list[Prompt]:
-    """Each prompt once, with the answers of all its rows."""
+    """Each prompt once, with all its answers."""
     answers: dict[str, dict[str, None]] = {}
     for example in examples:
         known = answers.setdefault(example.prompt, {})

@@ -1,4 +1,4 @@
-"""A run's folder and its record: names of files, one run at a time, run.json."""
+"""A run's folder: its files, its lock, its record."""
 
 import fcntl
 import json
@@ -7,7 +7,7 @@ import platform
 import shlex
 import shutil
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from itertools import count
@@ -35,16 +35,16 @@ CONFIG = "adapter_config.json"
 NUMBERED = Path("runs")
 
 
-def check(named: str | None, adapters: Sequence[str], *, overwrite: bool) -> None:
-    """Raise where a run may not be written; nothing is written here."""
+def check(named: str | None, adapters: list[str], *, overwrite: bool) -> None:
+    """Raise where a run may not be written."""
     if named is not None and (not named.strip() or "\0" in named):
-        raise ValueError(f"res_path {named!r} names no folder; leave it out for a new one.")
+        raise ValueError(f"res_path {named!r} names no folder: leave it out for a new one.")
     root = NUMBERED if named is None else Path(named)
     names = () if named is None else (*adapters, *RESULTS)
     if (held := [name for name in names if (root / name).exists()]) and not overwrite:
         raise ValueError(
-            f"{root} holds a run ({', '.join(held)}): name another res_path, leave it out for a "
-            "new folder, pass --overwrite true, or go on with it by --resume."
+            f"{root} holds a run ({', '.join(held)}): name another res_path, or pass --resume or "
+            "--overwrite true."
         )
 
     nearest = next(p for p in (root, *root.absolute().parents) if p.exists())
@@ -52,12 +52,12 @@ def check(named: str | None, adapters: Sequence[str], *, overwrite: bool) -> Non
         raise OSError(f"{root} cannot be written: choose another res_path.")
 
 
-def prepare(named: str | None, kind: str, adapters: Sequence[str]) -> Path:
-    """Make the folder: the one named, without old results, or a numbered one."""
+def prepare(named: str | None, kind: str, adapters: list[str]) -> Path:
+    """Make the named folder, without old results, or a numbered one."""
     if named is None:
         for number in count(1):
             root = NUMBERED / f"{kind}-{number}"
-            with suppress(FileExistsError):  # of two runs at once, one gets the next
+            with suppress(FileExistsError):  # two runs at once
                 root.mkdir(parents=True)
                 return root
 
@@ -75,10 +75,10 @@ def prepare(named: str | None, kind: str, adapters: Sequence[str]) -> Path:
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write a file whole or not at all; half a character as its code."""
+    """Write a file whole or not at all."""
     part = file.with_name(f".{file.name}.part")
     try:
-        part.write_text(text, encoding="utf-8", errors="backslashreplace")
+        part.write_text(text, "utf-8", "backslashreplace")
         part.replace(file)
     finally:
         part.unlink(missing_ok=True)
@@ -86,42 +86,40 @@ def write_whole(file: Path, text: str) -> None:
 
 @contextmanager
 def locked(path: Path, *, option: str = "res_path") -> Iterator[None]:
-    """No other run writes there meanwhile; `option` names another folder."""
+    """Keep other runs out; `option` is how to name another path."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise ValueError(
-            f"Another run works in {path}: wait for its end, or name another {option}."
-        ) from None
+        raise ValueError(f"Another run works in {path}: wait, or name another {option}.") from None
     finally:
         os.close(descriptor)
 
 
 def adapter_in(path: str) -> Path:
-    """The adapter in a run's folder, or the folder itself."""
+    """The adapter in a run's folder, or the path itself."""
     inside = sorted(file.parent for file in Path(path).glob(f"*/{CONFIG}"))
     if not inside and Path(path, OPTIONS).is_file():
-        raise ValueError(f"{path} holds a run that has no adapter yet: --resume {path} goes on.")
+        raise ValueError(f"{path} has no adapter yet: go on with --resume {path}.")
     if not inside or Path(path, CONFIG).is_file():
         return Path(path)
     if len(inside) > 1 and [file.name for file in inside] != [ADAPTER, LAST]:
         names = ", ".join(map(str, inside))
         raise ValueError(f"{path} holds several adapters: name one of {names}.")
-    return inside[0]  # the best, where the last is beside it
+    return inside[0]  # before the last
 
 
 def base_of(adapter: str | None) -> str:
-    """The base that an adapter names, else the demo's."""
-    with suppress(OSError, ValueError, LookupError, TypeError):  # reported when it is loaded
+    """The base that an adapter names, or the demo's."""
+    with suppress(OSError, ValueError, LookupError, TypeError):  # loading reports
         config = json.loads((adapter_in(adapter) / CONFIG).read_bytes()) if adapter else {}
         return config["base_model_name_or_path"] or "demo"
     return "demo"
 
 
-def commands(adapters: Sequence[Path], base: str, prompt: str) -> str:
-    """The commands that use adapters, a line each, ready to copy into a shell."""
+def commands(adapters: list[Path], base: str, prompt: str) -> str:
+    """The shell commands that use adapters, a line each."""
     lines = list[str]()
     for adapter in map(str, adapters):
         words = ["--base", base, "--adapter", adapter]
@@ -136,7 +134,7 @@ def commands(adapters: Sequence[Path], base: str, prompt: str) -> str:
 
 
 class Clock:
-    """Seconds between laps, by their names."""
+    """Seconds of laps by name."""
 
     def __init__(self) -> None:
         self.laps, self._last = dict[str, float](), perf_counter()
@@ -148,9 +146,9 @@ class Clock:
 
 
 def about(
-    options: Namespace, model: gpt2.GPT2, clock: Clock, data: Sequence[gpt2.Dataset]
+    options: Namespace, model: gpt2.GPT2, clock: Clock, data: list[gpt2.Dataset]
 ) -> dict[str, Any]:
-    """What any run has beside its results; `data` is what was trained on."""
+    """A record's common part; `data`: all that was trained on."""
     weight = next(model.parameters())
     machine: dict[str, Any] = {"processor": platform.machine(), "cores": os.cpu_count()}
     if weight.is_cuda:
@@ -170,29 +168,29 @@ def about(
 
 
 def write(root: Path, record: Mapping[str, Any]) -> None:
-    """Write the record of a run, which means that the run has ended."""
+    """Write the record, which marks the run as ended."""
     text = json.dumps(record, indent=2, ensure_ascii=False, default=asdict)
     write_whole(root / RUN, f"{text}\n")
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()) -> str:
-    """In which values two records differ, but for free ones; empty for none."""
-    now = json.loads(json.dumps(now))  # as it is read back
+    """The values in which two records differ, but for `free`."""
+    now = json.loads(json.dumps(now))  # as read back
     names = [n for n in {**then, **now} if n not in free and then.get(n) != now.get(n)]
     return ", ".join(f"{n} was {then.get(n)!r:.80}, is {now.get(n)!r:.80}" for n in names)
 
 
 def examples_line(data: gpt2.Dataset) -> str:
-    """How much there is to train on, and how many examples were cut."""
+    """How many examples and tokens, and how many were cut."""
     line = f"{len(data):,} examples, {data.n_tokens:,} tokens"
     if data.truncated:
         share = f"{data.truncated:,} ({data.truncated / len(data):.1%})"
-        line += f"; {share} were longer than {data.longest} and were cut: see --max_token_length"
+        line += f"; {share} longer than {data.longest} were cut: see --max_token_length"
     return f"{line}."
 
 
 def end(console: Console, root: Path, use: str) -> None:
-    """Where everything is, and the commands that use it."""
+    """Show where the results are, and how to use them."""
     names = ", ".join(sorted(file.name for file in root.iterdir()))
     for line in (f"Saved in {root}: {names}", "To use it:", use):
         console.print(line, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The processes that torchrun starts, of which the first prints and writes."""
+"""The processes of torchrun; only the first prints and writes."""
 
 import os
 import re
@@ -13,22 +13,22 @@ import torch
 
 
 def rank() -> int:
-    """Which of the processes this one is; the first is 0."""
+    """This process's number; the first is 0."""
     return int(os.environ.get("RANK", "0")) if size() > 1 else 0
 
 
 def size() -> int:
-    """How many processes torchrun started."""
+    """How many processes there are."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def restarts(kind: str = "RESTART_COUNT") -> int:
-    """How often torchrun started these processes anew, or would."""
+    """How often torchrun restarted, or would."""
     return int(os.environ.get(f"TORCHELASTIC_{kind}", "0"))
 
 
 def pick_device(name: str | None) -> str:
-    """The device asked for, else the best one; of several GPUs this process's own."""
+    """The named device, or the best; of several GPUs this process's."""
     if name is None:
         gpus = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         name = next((kind for kind, is_here in gpus.items() if is_here), "cpu")
@@ -40,20 +40,20 @@ def pick_device(name: str | None) -> str:
         torch.empty(1, device=name)
         if name.startswith("cuda:"):
             torch.cuda.set_device(name)
-    except Exception as error:  # each backend has its own
+    except Exception as error:  # each backend's own
         raise ValueError(f"device {name!r} cannot be used here: {error}") from None
     return name
 
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """The processes are a group of torch's within, if there are several."""
+    """The process group of torch, if there are several processes."""
     if size() == 1:
         yield
         return
     group: Any = torch.distributed
     shared, number, count = next(group.rendezvous("env://"))
-    store = group.PrefixStore(f"start {restarts()}", shared)  # which outlives a restart
+    store = group.PrefixStore(f"start {restarts()}", shared)  # outlives a restart
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     how = {"store": store, "rank": number, "world_size": count, "timeout": timedelta(days=1)}
     group.init_process_group(backend, **how)
@@ -66,11 +66,11 @@ def joined() -> Iterator[None]:
         if not number:
             store.set("ended", str((error.code or 0) if isinstance(error, SystemExit) else 1))
         elif not isinstance(error, SystemExit):
-            if store.check(["ended"]):  # so its connection closed
+            if store.check(["ended"]):
                 raise SystemExit(int(store.get("ended"))) from None
             error.args = (f"Process {number}: {error}",)
         raise
-    if torch.cuda.is_available():  # a captured collective keeps the group
+    if torch.cuda.is_available():  # a graph keeps the group
         sys.stdout.flush()
         os._exit(0)
     group.destroy_process_group()
@@ -78,7 +78,7 @@ def joined() -> Iterator[None]:
 
 @contextmanager
 def agreed() -> Iterator[None]:
-    """The first process of a host goes first; where one fails, all end."""
+    """A host's first process goes first; if one fails, all end."""
     if size() == 1:
         yield
         return
@@ -95,7 +95,7 @@ def agreed() -> Iterator[None]:
 
 
 def gathered(value: Any) -> list[Any]:
-    """What each process gives, in the order of their numbers."""
+    """The values of all processes, by their number."""
     values: list[Any] = [value] * size()
     if size() > 1:
         torch.distributed.all_gather_object(values, value)
@@ -103,7 +103,7 @@ def gathered(value: Any) -> list[Any]:
 
 
 def _meet(error: BaseException | None = None) -> None:
-    """Wait for all; where one failed, or showed its help, all end."""
+    """Wait for all; if one failed or showed its help, all end."""
     ends = error if error is None or isinstance(error, SystemExit) else str(error)
     faults = [(n, fault) for n, fault in enumerate(gathered(ends)) if fault is not None]
     if not faults:

@@ -1,8 +1,8 @@
-"""Whether a run begins or is resumed, and where: decided before a write."""
+"""Whether and where a run begins or is resumed."""
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,22 +12,22 @@ from jsonargparse import Namespace
 
 from . import folder, processes
 
-TRANSIENT = ("config", "resume", "overwrite", "res_path")  # of a start
+TRANSIENT = ("config", "resume", "overwrite", "res_path")
 FREE = "logging_steps prompts generate device cache save_every".split()
 FREE += "patience min_delta eval_every data model_name validation test".split()  # or fingerprints
 
 
 class Start(NamedTuple):
-    """How a run starts."""
+    """A run's start."""
 
     kind: str  # "qa" or "search"
-    root: str | None  # the run's folder; None for a new one
+    root: str | None  # None: a new folder
     resume: bool
-    adapters: Sequence[str]  # folders in the run's
+    adapters: list[str]  # folders in root
 
 
-def config(words: Sequence[str], default: Path) -> tuple[Path, list[str]]:
-    """The YAML file named, of a resumed run, or the default; and the other words."""
+def config(words: list[str], default: Path) -> tuple[Path, list[str]]:
+    """The YAML file: named, the resumed run's or the default; and other words."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     early.add_argument("--config", nargs="?", const="")
     named, rest = early.parse_known_args(words)
@@ -41,31 +41,28 @@ def config(words: Sequence[str], default: Path) -> tuple[Path, list[str]]:
     return file if root and file.is_file() else default, rest
 
 
-def decide(options: Namespace, kind: str, adapters: Sequence[str]) -> Start:
-    """How a run starts; nothing is written, and what is contradictory raises."""
+def decide(options: Namespace, kind: str, adapters: list[str]) -> Start:
+    """Decide how a run starts, and check it; nothing is written."""
     resume, overwrite = bool(options.resume), bool(options.overwrite)
     named = options.resume if isinstance(options.resume, str) else options.res_path
     root = Path(named or "")
     if resume and overwrite:
-        raise ValueError("--resume goes on with a run and --overwrite replaces it: give one.")
+        raise ValueError("--resume and --overwrite exclude each other: give one.")
     if resume and options.res_path not in (None, named):
-        raise ValueError(
-            f"--resume goes on in {named}, and --res_path names {options.res_path}: give one."
-        )
+        raise ValueError(f"--resume names {named}, --res_path names {options.res_path}: give one.")
     if resume and named is None:
-        raise ValueError("Name the folder of the run that is to go on: --resume FOLDER.")
+        raise ValueError("Name the run's folder: --resume FOLDER.")
     can = (root / folder.OPTIONS).is_file() and not (root / folder.RUN).is_file()
     if kind == "qa" and not options.tasks:
         can = can and any((root / name).is_file() for name in folder.SNAPSHOTS)
     if resume and not can:
         raise FileNotFoundError(
-            f"{root} holds nothing to go on with: no snapshot was saved there, or the run came to "
-            "its end."
+            f"{root} has nothing to resume: no snapshot was saved, or the run has ended."
         )
-    if processes.restarts():  # torchrun's own
+    if processes.restarts():
         resume, overwrite = can, not can
     if resume:
-        then = yaml.safe_load((root / folder.OPTIONS).read_text(encoding="utf-8"))
+        then = yaml.safe_load((root / folder.OPTIONS).read_text("utf-8"))
         check_same(root, then, kept(options))
     else:
         folder.check(named, adapters, overwrite=overwrite)
@@ -77,9 +74,9 @@ def decide(options: Namespace, kind: str, adapters: Sequence[str]) -> Start:
 
 @contextmanager
 def begun(start: Start, options: Namespace) -> Iterator[Path]:
-    """The run's folder, for this run alone; what stops it gets a note."""
+    """Lock and yield the run's folder; an error gets a note."""
     root = Path(start.root or folder.NUMBERED)
-    if processes.rank():  # the first has it, for all
+    if processes.rank():  # the first locks it
         yield root
         return
     if not start.resume:
@@ -87,7 +84,7 @@ def begun(start: Start, options: Namespace) -> Iterator[Path]:
     with folder.locked(root):
         if not start.resume:
             text = yaml.safe_dump(kept(options), sort_keys=False)
-            (root / folder.OPTIONS).write_text(text, encoding="utf-8")
+            (root / folder.OPTIONS).write_text(text, "utf-8")
         try:
             yield root
         except BaseException as stop:
@@ -103,15 +100,14 @@ def begun(start: Start, options: Namespace) -> Iterator[Path]:
 
 
 def kept(options: Namespace) -> dict[str, Any]:
-    """The options of a run, as its folder keeps them."""
+    """The options that a run's folder keeps."""
     values = {name: value for name, value in options.as_dict().items() if name not in TRANSIENT}
     return json.loads(json.dumps(values))  # plain numbers
 
 
 def check_same(root: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """A ValueError where a run would not be resumed as it was begun."""
+    """Raise where a run would not be resumed as it began."""
     if odd := folder.differences(then, now, FREE):
         raise ValueError(
-            f"The run in {root} cannot be gone on with: {odd}. Give what it was begun with, or "
-            "begin anew in another folder."
+            f"{root} cannot be gone on with: {odd}. Give the old value, or name a new folder."
         )

@@ -1,7 +1,7 @@
-"""The training of one adapter, and what outlives it, however it ends."""
+"""The training of one adapter, and its saving, however it ends."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -19,35 +19,33 @@ from ..cli.options import build
 from . import answers, folder, processes, resume
 from .data import Reader, Split
 
-ALONE = "default"  # the adapter's name in the model where there is one
+ALONE = "default"  # the name of a single adapter
 MADE_OF = "made_of"
 
 
-def names_of(files: Sequence[str] | None) -> list[str]:
-    """The adapters' names: one, or the files' without their endings."""
+def names_of(files: list[str] | None) -> list[str]:
+    """The adapters' names: the files' without suffixes, or one."""
     names = [Path(file).stem for file in files or ()]
     if len({*names, "base", "mixture"}) < len(names) + 2:
         raise ValueError(
-            "--tasks needs files of different names, none of them base or mixture, "
-            f"got {', '.join(files or ())}."
+            f"--tasks needs different names, not base or mixture: got {', '.join(files or ())}."
         )
     return names or [ALONE]
 
 
 def directory_of(root: Path, name: str) -> Path:
-    """Where the metrics and snapshots of an adapter are."""
+    """The directory of an adapter's metrics."""
     return root if name == ALONE else root / name
 
 
 def inject(reader: Reader, splits: Mapping[str, Split], start: resume.Start) -> list[str]:
-    """Load the adapters that are trained already; make the others, named here."""
+    """Load the trained adapters, inject the others; returns the latter."""
     model, options, root = reader.model, reader.options, Path(start.root or "")
     files = {name: root / name / folder.RUN for name in splits if start.resume}
     ended = {n: json.loads(f.read_text("utf-8")) for n, f in files.items() if f.is_file()}
     if odd := [n for n, run in ended.items() if run.get(MADE_OF) != splits[n].made_of]:
         raise ValueError(
-            f"{', '.join(odd)}: the data is not what they were trained on. Give what the run was "
-            "begun with, or begin anew in another folder."
+            f"{', '.join(odd)}: the data has changed. Give the old data, or name a new folder."
         )
     for name in splits:
         if name in ended:
@@ -65,7 +63,7 @@ def train_one(
     start: resume.Start,
     root: Path,
 ) -> dict[str, Any]:
-    """Train one adapter, save and measure it; gives its part of the record."""
+    """Train, save and measure one adapter; returns its part of the record."""
     model, options, console = reader.model, reader.options, reader.console
     alone, directory = name == ALONE, directory_of(root, name)
     lora.activate(model, name)
@@ -83,9 +81,9 @@ def train_one(
     steps = f"{fit.total:,} steps, by {options.config}.{split.message}"
     line = f"{folder.examples_line(split.train)} {steps}"
     console.print(line if alone else f"{name}: {line}", soft_wrap=True)
-    if processes.rank():  # the first shows and writes for all
+    if processes.rank():  # writes nothing
         for step in fit:
-            _ = step.loss  # as the first reads it, so that all end at the same step
+            _ = step.loss  # as the first does: all end at one step
         return {}
 
     files = {Path(file).stem: file for file in options.tasks or ()}
@@ -119,7 +117,7 @@ def _evaluated(reader: Reader, split: Split, fit: gpt2.Fit) -> dict[str, Any]:
 
 
 def follow(fit: gpt2.Fit, directory: Path, console: Console, every: int) -> None:
-    """Take the steps, recorded, with a line for every so many."""
+    """Take and record the steps; print a line each `every`."""
     tokens, began, recent = 0, perf_counter(), list[float]()
     with bar(console, total=fit.total, completed=fit.told) as advance:
         for step in recorded(fit, directory):
@@ -140,7 +138,7 @@ def follow(fit: gpt2.Fit, directory: Path, console: Console, every: int) -> None
 
 @contextmanager
 def saved(fit: gpt2.Fit, name: str, root: Path, notes: Mapping[str, Any]) -> Iterator[None]:
-    """Save the adapter, with notes, however the block ends."""
+    """Save the adapter, however the block ends."""
     try:
         yield
         _save(fit, name, root, notes)
@@ -170,7 +168,7 @@ def _save(fit: gpt2.Fit, name: str, root: Path, notes: Mapping[str, Any]) -> str
     with fit.best_weights():
         lora.save(fit.model, path, adapter=name, notes=facts)
     if best is None:
-        return f"The adapter as it was after step {taken} is saved in {path}."
+        return f"The adapter of step {taken} is saved in {path}."
     last = directory_of(root, name) / folder.LAST
     with fit.last_weights():
         lora.save(fit.model, last, adapter=name, notes={**notes, "steps": taken})
@@ -179,16 +177,16 @@ def _save(fit: gpt2.Fit, name: str, root: Path, notes: Mapping[str, Any]) -> str
 
 
 def recorded(fit: gpt2.Fit, directory: Path) -> Iterator[gpt2.StepRecord]:
-    """Write each step as a line of JSON, as it comes."""
+    """Write each step as a line of JSON."""
     file, rows = directory / folder.METRICS, dict[int, str]()
-    if fit.told and file.exists():  # a kill may have torn a line
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+    if fit.told and file.exists():  # perhaps torn
+        for line in file.read_text("utf-8", "replace").splitlines(keepends=True):
             with suppress(ValueError, LookupError, TypeError):
                 rows[int(json.loads(line)["step"])] = line
         kept = [line for step, line in sorted(rows.items()) if step <= fit.told]
         folder.write_whole(file, "".join(kept))
     with file.open("a", encoding="utf-8", buffering=1) as stream:
         for step in fit:
-            yield step  # first, in case the disk is full
+            yield step  # first: a disk may be full
             row = {name: value for name, value in asdict(step).items() if value is not None}
             stream.write(json.dumps(row) + "\n")

@@ -1,1 +1,1 @@
-"""A search: its space, its rungs, its trials, what came out."""
+"""A search: space, rungs, trials, outcome."""

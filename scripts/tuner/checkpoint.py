@@ -1,10 +1,10 @@
-"""What is kept of a search until it ends: a file a wave, anew each minute."""
+"""What is kept of a search until it ends: a file a wave."""
 
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,29 +15,29 @@ from gpt2.files import write_tensors
 from ..runs import folder, resume
 from .trials import Run
 
-SAVE_EVERY = 60.0  # seconds between two writes of a wave under way
+SAVE_EVERY = 60.0  # seconds
 PARTS = ("flat", "first", "second")  # of a run's position
 
 
 class Checkpoint:
-    """The files of a search, in its folder."""
+    """The files of a search."""
 
     def __init__(self, root: Path) -> None:
         self.folder, self._saved = root / folder.WAVES, time.monotonic()
 
     def begin(self, made_of: Mapping[str, Any]) -> None:
-        """Begin a search; a ValueError where another was begun."""
+        """Begin or resume a search; another one raises."""
         file = self.folder / "made_of.json"
         if file.is_file():
-            then = json.loads(file.read_text(encoding="utf-8"))
+            then = json.loads(file.read_text("utf-8"))
             resume.check_same(self.folder.parent, then, made_of)
             return
         self.remove()
         self.folder.mkdir(parents=True)
         folder.write_whole(file, json.dumps(made_of, indent=1))
 
-    def write(self, name: str, runs: Sequence[Run]) -> None:
-        """Keep what a wave has come to."""
+    def write(self, name: str, runs: list[Run]) -> None:
+        """Save a wave."""
         tensors = {
             f"{i}.{part}": tensor.clone()  # they may share memory
             for i, run in enumerate(runs)
@@ -53,13 +53,13 @@ class Checkpoint:
             raise OSError(f"{file} cannot be written: {error}.") from None
         self._saved = time.monotonic()
 
-    def write_if_due(self, name: str, so_far: Callable[[], Sequence[Run]]) -> None:
-        """Keep a wave under way, if the last write is a minute ago."""
+    def write_if_due(self, name: str, so_far: Callable[[], list[Run]]) -> None:
+        """Save a wave under way, once a minute."""
         if time.monotonic() - self._saved >= SAVE_EVERY and (runs := so_far()):
             self.write(name, runs)
 
-    def read(self, name: str, runs: Sequence[Run]) -> None:
-        """Give runs what is kept of their wave."""
+    def read(self, name: str, runs: list[Run]) -> None:
+        """Read what is saved of a wave into its runs."""
         file = self.folder / f"{name}.safetensors"
         if not file.is_file():
             return
@@ -72,5 +72,5 @@ class Checkpoint:
                     run.position = (flat, first, second)
 
     def remove(self) -> None:
-        """Take the files away: the search is over."""
+        """Remove the files."""
         shutil.rmtree(self.folder, ignore_errors=True)

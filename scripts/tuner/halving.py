@@ -1,7 +1,7 @@
-"""Successive halving, all of a rung at once: how many go on, how far, and who.
+"""Successive halving: how many trials go on, how far, and which.
 
-All trials of a rung have done the same share of their own schedules, and are judged after the
-learning rate of a copy has fallen to zero; else a high one looks worse than it is.
+All trials of a rung have done the same share of their schedules. A copy whose learning rate has
+fallen to zero is judged: at a high rate a trial looks worse than it is.
 
 Sources: Jamieson and Talwalkar 2016, arXiv 1502.07943; for the copies Hägele et al. 2024,
 arXiv 2405.18392.
@@ -15,7 +15,7 @@ import gpt2
 
 from .trials import Recipe, Space
 
-MOST = 100_000  # trials, which all are held in memory
+MOST = 100_000  # trials, held in memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,47 +25,48 @@ class Halving:
     trials: int
     rungs: int
     keep: int
-    cooldown: int = 8  # a copy's rate falls in one in so many steps; 0 for no copies
+    cooldown: int = 8  # a copy's part of the steps, as 1 / n; or 0
 
     @property
     def alive(self) -> list[int]:
-        """How many trials each rung has, where none ends early."""
+        """Trials by rung, if none ends early."""
         return [max(1, self.trials // self.keep**rung) for rung in range(self.rungs)]
 
     @property
     def shares(self) -> list[float]:
-        """How much of its schedule a trial trains until each rung's end."""
+        """The share of its schedule that a trial has at each rung's end."""
         return [1 / self.keep**n for n in reversed(range(self.rungs))]
 
     def step(self, rung: int, total: int) -> int:
-        """The step after which a training of `total` steps rests in a rung."""
+        """The last step in a rung, of `total`."""
         return total // self.keep ** (self.rungs - 1 - rung)
 
     def steps(self, rung: int, total: int) -> int:
-        """The steps of such a training in a rung, with its copy's."""
+        """The steps in a rung, with the copy's."""
         before = self.step(rung - 1, total) if rung else 0
         return self.step(rung, total) - before + self.cooldown_steps(rung, total)
 
     def cooldown_steps(self, rung: int, total: int) -> int:
-        """The steps in which a copy's rate falls; none in the last rung."""
+        """The steps of a copy; none in the last rung."""
         if not self.cooldown or rung + 1 == self.rungs:
             return 0
         return max(1, self.step(rung, total) // self.cooldown)
 
     def going_on(self, losses: Mapping[int, float], rung: int) -> list[int]:
-        """The trials that go on from a rung, the best first, of finite losses."""
+        """The trials that go on from a rung, the best first."""
         finite = [trial for trial, loss in losses.items() if math.isfinite(loss)]
         best = sorted(finite, key=lambda trial: (losses[trial], trial))
         return best[: self.alive[rung + 1]] if rung + 1 < self.rungs else best
 
     def faults(self, least: int, finalists: int, warmup: int = 0) -> list[str]:
-        """What does not fit, if the shortest schedule has `least` steps."""
-        whole, faults, first = self.keep ** (self.rungs - 1), list[str](), self.step(0, least)
+        """What does not fit a schedule of `least` steps."""
+        whole, first = self.keep ** (self.rungs - 1), self.step(0, least)
+        faults: list[str] = []
         if whole > least:
             most = 1 + int(math.log(least, self.keep) + 1e-9)
             fit = f"take {whole:,} steps and there are {least:,}: at most {most} fit"
             faults.append(f"{self.rungs} rungs, each {self.keep} times as long, {fit}")
-        elif warmup >= first and self.cooldown_steps(0, least):  # no copy's rate would fall
+        elif warmup >= first and self.cooldown_steps(0, least):
             end = f"the first ends after {first:,} steps"
             faults.append(f"{end} and the warm-up takes {warmup:,}")
         if self.trials < whole:
@@ -80,36 +81,36 @@ class Plan(Halving):
     """What is searched, and how."""
 
     space: Space  # what varies
-    usual: Recipe  # what does not: the default configuration
+    usual: Recipe  # the default configuration
     slots: int  # trainings at a time
     sampler: str  # "random" or "tpe"
-    finalists: int  # trials of the last rung that run again
+    finalists: int  # of the last rung
     seeds: int  # of each finalist
 
     def check(self, train: gpt2.Dataset) -> None:
-        """Raise a ValueError where it does not fit the data, or is contradictory."""
+        """Raise where it does not fit the data."""
         if self.trials > MOST:
             raise ValueError(f"trials must be at most {MOST:,}, got {self.trials:,}.")
         if self.sampler == "tpe" and self.trials <= self.slots:
             raise ValueError(
-                f"tpe learns from wave to wave, and all {self.trials} trials fit in one of "
-                f"{self.slots} slots: give fewer slots, or take random."
+                f"tpe learns from wave to wave, and {self.trials} trials are one wave: give fewer "
+                f"slots than {self.slots}, or take random."
             )
         shortest = self.usual
         for name in {"steps", "epochs"} & {*self.space.axes}:
             shortest = shortest.varied({name: int(self.space.ends(name, 1)[0])})
-        least, warmup = gpt2.total_steps(train, shortest.training), shortest.training.warmup_steps
-        if faults := self.faults(least, self.finalists, warmup or 0):
+        least = gpt2.total_steps(train, shortest.training)
+        if faults := self.faults(least, self.finalists, shortest.training.warmup_steps or 0):
             raise ValueError(f"The rungs do not fit: {'; '.join(faults)}.")
 
     def cost(self, total: int) -> int:
-        """Adapter-steps of all, if each training has so many."""
+        """Adapter-steps, if each training has `total` steps."""
         again = self.finalists * (self.seeds - 1) + self.seeds
         rungs = enumerate(self.alive)
         return again * total + sum(n * self.steps(rung, total) for rung, n in rungs)
 
     def message(self) -> str:
-        """What the search is going to do."""
+        """The plan, for the user."""
         alive = "/".join(map(str, self.alive))
         percent = "/".join(f"{100 * share:.3g}" for share in self.shares)
         return (

@@ -1,8 +1,8 @@
-"""What came out of a search: who won, by how much, and the files that stay."""
+"""The outcome of a search: the winner, and the files that stay."""
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -19,7 +19,7 @@ from .trials import DEFAULT, Trial
 
 # Student's t, 97.5 %, for 1, 2, … degrees of freedom.
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-TEST = "Configurations are told apart by Student's paired t-test over the seeds (two-sided, 95 %)."
+TEST = "The test is Student's paired t-test over the seeds (two-sided, 95 %)."
 ON_TEST = {
     "better": "is better than",
     "worse": "is WORSE than",
@@ -36,7 +36,7 @@ def write(
     facts: Mapping[str, Any],
     measure: Callable[[gpt2.GPT2], dict[str, Any]],
 ) -> None:
-    """Write all that stays; the record, with the facts and what is measured of the winner, last."""
+    """Write the files; the record, with the winner's measures, comes last."""
     best, winner = root / folder.WINNER, search.runs[search.winner]
     with search.waves.carried(winner) as model:
         lora.save(model, best, notes={"command": f"train_qa.py --config {folder.TRAINED_BY}"})
@@ -46,15 +46,15 @@ def write(
     given |= winner.recipe.values(["lr", "steps", "epochs", "weight_decay", "b_ratio"])
     given["lora"] |= winner.recipe.values(["r", "alpha", "dropout", "targets"])
     text = yaml.safe_dump({**given, "eval_every": winner.total}, sort_keys=False)
-    (best / folder.TRAINED_BY).write_text(text, encoding="utf-8")
+    (best / folder.TRAINED_BY).write_text(text, "utf-8")
     rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in leaderboard(search)]
     folder.write_whole(root / folder.LEADERBOARD, "".join(rows))
     sampler.write_study(root / folder.STUDY, search.plan.space, search.known())
     folder.write(root, {"kind": "search", **facts, **results(search), **stats})
 
 
-def differ(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Whether losses of the same seeds differ by more than the seeds' noise."""
+def differ(one: list[float], other: list[float]) -> bool:
+    """Whether losses of equal seeds differ beyond noise."""
     ended = [not all(map(math.isfinite, losses)) for losses in (one, other)]
     if any(ended):
         return not all(ended)
@@ -66,7 +66,7 @@ def differ(one: Sequence[float], other: Sequence[float]) -> bool:
 
 
 def results(search: Search) -> dict[str, Any]:
-    """What came out, for the record, with all that may be claimed of the winner."""
+    """The record's part: the winner, and what may be claimed of it."""
     winner, finalists, seeds = search.winner, search.finalists, search.plan.seeds
     best, others = search.losses_of(winner), [n for n in finalists if n != winner]
     others = [n for n in others if not differ(search.losses_of(n), best)]
@@ -108,13 +108,13 @@ def _configuration(search: Search, trial: Trial) -> dict[str, Any]:
     }
 
 
-def _over_seeds(search: Search, losses: Sequence[float]) -> dict[str, Any]:
+def _over_seeds(search: Search, losses: list[float]) -> dict[str, Any]:
     seeds = enumerate(losses, search.plan.usual.training.seed)
     return {"seeds": {seed: _finite(x) for seed, x in seeds}, "mean": _finite(fmean(losses))}
 
 
 def leaderboard(search: Search) -> Iterator[dict[str, Any]]:
-    """A row a trial: the winner, the finalists, the others by how far they came."""
+    """A row a trial: the winner, finalists, others by rung."""
     names, finalists, winner = [*search.plan.space.axes], search.finalists, search.winner
 
     def key(trial: int) -> tuple[Any, ...]:
@@ -145,5 +145,5 @@ def leaderboard(search: Search) -> Iterator[dict[str, Any]]:
 
 
 def _finite(value: float) -> float | None:
-    """A number as JSON has it, which knows no NaN."""
+    """JSON has no NaN."""
     return value if math.isfinite(value) else None

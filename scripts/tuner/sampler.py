@@ -1,22 +1,22 @@
-"""What Optuna is used for: proposals, by a new study of what is known and a seed; study.db."""
+"""Optuna's part: proposals from known trials and a seed, and study.db."""
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .trials import INTEGERS, Range, Space, Values
 
-TRIES = 100  # proposals for a new trial
+TRIES = 100  # for a new trial
 
 
-# A trial's values, its losses by rung from 1, and whether it came to the end of the last.
+# A trial's values, its losses by rung from 1, and whether it is complete.
 Known = tuple[Values, Mapping[int, float], bool]
 
 
 def optuna() -> Any:
-    """Optuna, which only a search needs; a ValueError where it is missing."""
+    """Optuna, which only a search needs."""
     try:
         import optuna  # slow to import
     except ModuleNotFoundError as error:
@@ -27,10 +27,8 @@ def optuna() -> Any:
     return optuna
 
 
-def propose(
-    space: Space, n: int, known: Sequence[Known], *, sampler: str, seed: int
-) -> list[Values]:
-    """Values of n trials that are not known: a function of the arguments."""
+def propose(space: Space, n: int, known: list[Known], *, sampler: str, seed: int) -> list[Values]:
+    """Values of n new trials, a function of the arguments."""
     kinds = optuna().samplers
     kind = kinds.RandomSampler if sampler == "random" else kinds.TPESampler
     study = optuna().create_study(sampler=kind(seed=seed % 2**32))
@@ -40,7 +38,7 @@ def propose(
     while len(proposed) < n:
         asked, tries = study.ask(axes).params, tries + 1
         values: Values = {name: asked[name] for name in space.axes}
-        if tries > TRIES * n:  # few are left: take the first
+        if tries > TRIES * n:  # few are left
             values = next(v for v in space.all() if tuple(v.values()) not in seen)
         if tuple(values.values()) not in seen:
             seen.add(tuple(values.values()))
@@ -48,8 +46,8 @@ def propose(
     return proposed
 
 
-def write_study(file: Path, space: Space, known: Sequence[Known]) -> None:
-    """Write the study anew, for optuna-dashboard; whole or not at all."""
+def write_study(file: Path, space: Space, known: list[Known]) -> None:
+    """Write the study for optuna-dashboard."""
     part = file.with_name(f".{file.name}.part")
     part.unlink(missing_ok=True)
     storage = optuna().storages.RDBStorage(f"sqlite:///{part}")
@@ -58,7 +56,7 @@ def write_study(file: Path, space: Space, known: Sequence[Known]) -> None:
     os.replace(part, file)
 
 
-def _add(study: Any, space: Space, known: Sequence[Known]) -> dict[str, Any]:
+def _add(study: Any, space: Space, known: list[Known]) -> dict[str, Any]:
     kinds, trials, axes = optuna().distributions, optuna().trial, dict[str, Any]()
     for name, axis in space.axes.items():
         if isinstance(axis, Range):

@@ -1,7 +1,7 @@
-"""The search: proposals, rungs, finalists with more seeds, the test."""
+"""The search: proposals, rungs, finals, test."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import fmean
 
@@ -17,16 +17,16 @@ from .waves import Waves
 
 @dataclass(kw_only=True)
 class Search:
-    """A search and how far it is."""
+    """A search's state."""
 
     waves: Waves
     checkpoint: Checkpoint
-    progress: Callable[[int], None] = lambda steps: None  # gets adapter-steps
-    tell: Callable[[str], None] = lambda line: None  # gets a line a stage
+    progress: Callable[[int], None] = lambda steps: None  # adapter-steps
+    tell: Callable[[str], None] = lambda line: None
     values: list[Values] = field(default_factory=list[Values])  # of each trial
-    runs: list[Run] = field(default_factory=list[Run])  # of each trial under the first seed
-    rungs: list[list[int]] = field(default_factory=list[list[int]])  # the trials that began each
-    # Runs under other seeds, and losses on the test data seed by seed; of the default too.
+    runs: list[Run] = field(default_factory=list[Run])  # of each trial, first seed
+    rungs: list[list[int]] = field(default_factory=list[list[int]])  # trials by rung
+    # Runs under other seeds, and test losses by seed; of the default, too.
     again: dict[Trial, list[Run]] = field(default_factory=dict[Trial, list[Run]])
     tested: dict[Trial, list[float]] = field(default_factory=dict[Trial, list[float]])
 
@@ -36,7 +36,7 @@ class Search:
         return self.waves.plan
 
     def search(self, test: gpt2.Dataset | None) -> None:
-        """Run it to its end; a RuntimeError where every trial ended early."""
+        """Run it to its end; raise where every trial ended early."""
         for rung in range(self.plan.rungs):
             self._rung(rung)
             if not self.going_on(rung):
@@ -50,7 +50,7 @@ class Search:
         trials = self.going_on(rung - 1) if rung else [*range(plan.trials)]
         self._begin(f"rung {rung + 1}", len(trials))
         self.rungs.append(trials)
-        learns = rung == 0 and plan.sampler == "tpe"  # from wave to wave
+        learns = rung == 0 and plan.sampler == "tpe"
         for number, part in enumerate(self._waves(trials) if learns else [trials], 1):
             if rung == 0:
                 self._propose(len(part), number)
@@ -67,14 +67,14 @@ class Search:
             self.values.append(values)
 
     def _retire(self, rung: int) -> None:
-        """Let go of the positions of those that are not among a rung's best."""
+        """Drop the positions of trials that retire."""
         best = {*self.going_on(rung)}
         for n in self.rungs[rung][: len(self.runs)]:
             if n not in best and math.isfinite(self._at(n, rung)):
                 self.runs[n].position = None
 
     def going_on(self, rung: int) -> list[int]:
-        """The trials of a rung that go on, as far as is known, the best first."""
+        """The trials that go on from a rung, the best first."""
         losses = {n: self._at(n, rung) for n in self.rungs[rung][: len(self.runs)]}
         best = self.plan.going_on(losses, rung)
         return best[: self.plan.finalists] if rung + 1 == self.plan.rungs else best
@@ -102,16 +102,16 @@ class Search:
 
     def _begin(self, stage: str, trials: int) -> None:
         losses = [run.loss for run in self.runs if math.isfinite(run.loss)]
-        best = f" · best {min(losses):.4f}" if losses else ""  # none yet
+        best = f" · best {min(losses):.4f}" if losses else ""
         self.tell(f"{stage} · {trials} trials{best}")
 
-    def _waves(self, numbers: Sequence[int]) -> list[list[int]]:
+    def _waves(self, numbers: list[int]) -> list[list[int]]:
         each = [[n for n in numbers if n % size() == process] for process in range(size())]
         most, k = max(map(len, each)), self.plan.slots
         return [sorted(n for own in each for n in own[i : i + k]) for i in range(0, most, k)]
 
     def _train(self, stage: str, runs: Mapping[int, Run], rung: int, first: int = 1) -> None:
-        """Train runs to the end of a rung, wave by wave; each process learns what all came to."""
+        """Train runs to a rung's end, wave by wave, and share the results."""
         for number, wave in enumerate(self._waves([*runs]), first):
             name = f"{stage}-wave-{number}" + f"-of-process-{rank()}" * (size() > 1)
             self._wave(name, [runs[n] for n in _mine(wave)], rung)
@@ -120,12 +120,12 @@ class Search:
             for n, (curve, losses, ended) in results.items():
                 runs[n].curve, runs[n].losses, runs[n].ended = curve, losses, ended
 
-    def _wave(self, name: str, runs: Sequence[Run], rung: int) -> None:
+    def _wave(self, name: str, runs: list[Run], rung: int) -> None:
         self.checkpoint.read(name, runs)
 
         def progress(steps: int) -> None:
             self.checkpoint.write_if_due(name, lambda: self.waves.so_far(runs))
-            self.progress(steps * size())  # the others take as many
+            self.progress(steps * size())  # of all processes
 
         self.waves.train(runs, rung, progress)
         self._retire(rung)
@@ -133,31 +133,31 @@ class Search:
 
     @property
     def finalists(self) -> list[int]:
-        """The best of the last rung, the best first."""
+        """The last rung's best, the best first."""
         return self.going_on(self.plan.rungs - 1)
 
     @property
     def winner(self) -> int:
-        """The finalist whose mean loss over the seeds is the lowest."""
+        """The finalist of the lowest mean loss."""
         means = {n: fmean(self.losses_of(n)) for n in self.finalists}
         return min(means, key=lambda n: (not math.isfinite(means[n]), means[n], n))
 
     def seeds_of(self, trial: Trial) -> list[Run]:
-        """The runs of a finalist, or of the default, seed by seed."""
+        """A trial's runs by seed."""
         first = [] if isinstance(trial, str) else [self.runs[trial]]
         return [*first, *self.again.get(trial, [])]
 
     def losses_of(self, trial: Trial) -> list[float]:
-        """Their losses on the validation data."""
+        """Their validation losses."""
         return [run.loss for run in self.seeds_of(trial)]
 
     def by_rung(self, trial: int) -> dict[int, float]:
-        """The losses of a trial by the rungs that it ended, from 1."""
+        """A trial's losses by rung, from 1."""
         losses = {r + 1: self._at(trial, r) for r in range(len(self.rungs))}
         return {rung: loss for rung, loss in losses.items() if math.isfinite(loss)}
 
     def known(self) -> list[sampler.Known]:
-        """All trials as Optuna's study has them."""
+        """All trials, for the sampler."""
         rungs, known = self.plan.rungs, list[sampler.Known]()
         for n, (values, run) in enumerate(zip(self.values, self.runs, strict=True)):
             losses = {} if run.ended else self.by_rung(n)
@@ -166,7 +166,7 @@ class Search:
 
     @property
     def done(self) -> int:
-        """Adapter-steps taken, those of the copies that were judged included."""
+        """Adapter-steps taken, with those of copies."""
         again = [run for runs in self.again.values() for run in runs]
         judged = ((run, rung) for n, run in enumerate(self.runs) for rung in self.by_rung(n))
         copies = [self.plan.cooldown_steps(rung - 1, run.total) for run, rung in judged]

@@ -1,8 +1,8 @@
-"""A trial: how an adapter is made and trained, how far it is; the space of trials."""
+"""Trials: an adapter's recipe, its run, the space of recipes."""
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
@@ -14,10 +14,10 @@ import lora
 
 INTEGERS = ("r", "steps", "epochs")
 NAMES = "lr b_ratio r alpha_over_r dropout weight_decay steps epochs targets".split()
-DEFAULT = "default"  # the configuration that takes no part
+DEFAULT = "default"  # configuration
 Trial = int | str  # its number, or `DEFAULT`
 Values = Mapping[str, float | int | str]
-"""What a trial has of the space by name; its targets as JSON."""
+"""A trial's values by name; targets as JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +29,12 @@ class Recipe:
     b_ratio: float
 
     def seeded(self, seed: int) -> "Recipe":
-        """The same with another seed of A, of the data's order, of dropout."""
+        """The same with another seed."""
         adapter, training = (replace(part, seed=seed) for part in (self.adapter, self.training))
         return replace(self, adapter=adapter, training=training)
 
     def varied(self, values: Values) -> "Recipe":
-        """The same with what a trial has of a space; where r varies, alpha / r stays."""
+        """The same with a trial's values; where r varies, alpha / r stays."""
         training: dict[str, Any] = dict(values)
         adapter = {n: training.pop(n) for n in ("dropout", "targets", "r") if n in values}
         if "targets" in adapter:
@@ -54,8 +54,8 @@ class Recipe:
             b_ratio=b_ratio,
         )
 
-    def values(self, names: Sequence[str]) -> dict[str, Any]:
-        """What it has of a space, by name."""
+    def values(self, names: list[str]) -> dict[str, Any]:
+        """Its values by name."""
         adapter, targets = self.adapter, self.adapter.targets
         values = {**vars(self.training), **vars(adapter), "b_ratio": self.b_ratio}
         values["alpha_over_r"] = adapter.alpha / adapter.r
@@ -69,26 +69,26 @@ class Run:
 
     trial: Trial
     recipe: Recipe
-    total: int  # steps of its whole schedule
-    curve: list[float] = field(default_factory=list[float])  # the training loss of each step
-    losses: dict[int, float] = field(default_factory=dict[int, float])  # by step, of cooled copies
-    ended: str | None = None  # why it ended early, if it did
-    position: tuple[Tensor, Tensor, Tensor] | None = None  # parameters, moments; if it goes on
+    total: int  # steps
+    curve: list[float] = field(default_factory=list[float])  # training losses
+    losses: dict[int, float] = field(default_factory=dict[int, float])  # by step, of copies
+    ended: str | None = None  # why it ended early
+    position: tuple[Tensor, Tensor, Tensor] | None = None  # parameters, moments
 
     @property
     def taken(self) -> int:
-        """Steps that it has taken, the one included that failed."""
+        """Steps taken, with one that failed."""
         return len(self.curve)
 
     @property
     def loss(self) -> float:
-        """The last on the validation data; NaN where it ended."""
+        """The last validation loss; NaN where it ended early."""
         return math.nan if self.ended or not self.losses else self.losses[max(self.losses)]
 
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from `low` to `high`, as likely in each order of magnitude."""
+    """Numbers from `low` to `high`, log-uniform."""
 
     low: float
     high: float
@@ -96,32 +96,36 @@ class Range:
 
 @dataclass(frozen=True)
 class Space:
-    """What a trial may have: by name a `Range`, or a tuple of choices."""
+    """By name a `Range`, or a tuple of choices."""
 
     axes: Mapping[str, Any]
 
     @property
-    def choices(self) -> list[Sequence[Any]] | None:
-        """What each name may be; None where a range of reals varies."""
-        ranges = {name: axis for name, axis in self.axes.items() if isinstance(axis, Range)}
-        if {*ranges} - {*INTEGERS}:
-            return None
-        whole = {name: range(int(axis.low), int(axis.high) + 1) for name, axis in ranges.items()}
-        return [*{**self.axes, **whole}.values()]
+    def choices(self) -> list[Any] | None:
+        """All choices by name; None where a real varies."""
+        choices = list[Any]()
+        for name, axis in self.axes.items():
+            if not isinstance(axis, Range):
+                choices.append(axis)
+            elif name in INTEGERS:
+                choices.append(range(int(axis.low), int(axis.high) + 1))
+            else:
+                return None
+        return choices
 
     def all(self) -> Iterator[Values]:
-        """All trials of a space that is finite, in order."""
+        """All trials of a finite space, in order."""
         for values in product(*self.choices or ()):
             yield dict(zip(self.axes, values, strict=True))
 
     def ends(self, name: str, usual: float) -> tuple[float, float]:
-        """The least and the largest number; `usual` where none varies."""
+        """The lowest and highest number, or `usual`."""
         axis = self.axes.get(name, (usual,))
         numbers = (axis.low, axis.high) if isinstance(axis, Range) else axis
         return min(numbers), max(numbers)
 
     def room(self, usual: Recipe) -> lora.LoRAConfig:
-        """The adapter in whose place every trial's fits, and the usual."""
+        """An adapter as large as any trial's and the usual."""
         adapter, targets = usual.adapter, usual.values(["targets"])["targets"]
         targets += [name for text in self.axes.get("targets", ()) for name in json.loads(text)]
         ranks = [*(adapter.rank_pattern or {}).values(), self.ends("r", adapter.r)[1], adapter.r]
@@ -137,7 +141,7 @@ class Space:
 
 
 def read_space(given: Mapping[str, Any], trials: int, usual: Recipe) -> Space:
-    """The space that an option describes; a ValueError lists all that is contradictory."""
+    """The space of an option; a ValueError lists all faults."""
     if not given:
         raise ValueError(
             "The space is empty: give what varies, such as {lr: {low: 0.01, high: 0.1}, r: [4]}, "
@@ -163,7 +167,7 @@ def read_space(given: Mapping[str, Any], trials: int, usual: Recipe) -> Space:
 
 
 def _axis(name: str, given: Any, usual: Recipe) -> Any:
-    """What one name may be; a recipe, in which each value is tried, raises."""
+    """One name's values, each checked in a recipe."""
     is_range = isinstance(given, Mapping)
     values: list[Any] = given if isinstance(given, list) else [given]
     if is_range:
@@ -178,7 +182,8 @@ def _axis(name: str, given: Any, usual: Recipe) -> Any:
         usual.varied({name: value})
     if is_range:
         return Range(*values)
-    if len({frozenset(json.loads(v)) if name == "targets" else v for v in values}) < len(values):
+    distinct = {frozenset(json.loads(v)) if name == "targets" else v for v in values}
+    if len(distinct) < len(values):
         raise ValueError(f"{name} has a choice twice: {given!r:.80}")
     if not values:
         raise ValueError(f"{name} has no choice")

@@ -1,8 +1,8 @@
-"""Trainings of a search on populations, each as if it were alone."""
+"""Trainings of a search in populations, each equal to alone."""
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,14 +20,14 @@ from .halving import Plan
 from .trials import DEFAULT, Run
 
 Progress = Callable[[int], None]
-TICKS = {"cpu": 8}  # micro-batches between two looks; elsewhere more
-ROWS = {"cpu": 8}  # that are evaluated at a time; elsewhere more
-STACKS = 10  # copies of a slot's parameters, with gradients, moments, an update's tensors
-SPARE = 0.9  # share of what is free that may be taken
+TICKS = {"cpu": 8}  # micro-batches a look; elsewhere 64
+ROWS = {"cpu": 8}  # evaluated at once; elsewhere 512
+STACKS = 10  # of a slot's parameters: gradients, moments, an update's tensors
+SPARE = 0.9  # share of free memory
 
 
 class Waves:
-    """Populations of a plan's room; `tell` is given a line where the slots become fewer."""
+    """Populations for a plan; `tell` gets a line if slots become fewer."""
 
     def __init__(
         self,
@@ -51,11 +51,11 @@ class Waves:
             self.population.eject()
         self.population = None
 
-    def train(self, runs: Sequence[Run], rung: int, progress: Progress) -> None:
-        """Take runs to the end of a rung, where they are not there already.
+    def train(self, runs: list[Run], rung: int, progress: Progress) -> None:
+        """Take runs to the end of a rung.
 
-        Each is judged by a copy that cools down. `progress` gets the steps taken. Where a GPU's
-        memory runs out the slots are halved, which changes no result.
+        A copy that cools down is judged. `progress` gets the steps taken. Where a GPU's memory
+        runs out the slots are halved, which changes no result.
         """
         todo = [run for run in runs if self.plan.step(rung, run.total) not in run.losses]
         while not all(run.ended for run in todo):
@@ -69,15 +69,15 @@ class Waves:
                 self.__exit__()
                 torch.cuda.empty_cache()
                 self.slots = k // 2
-                self.tell(f"Memory ran out with {k} slots: {self.slots} are trained at a time now.")
+                self.tell(f"Memory ran out with {k} slots: {self.slots} are trained at a time.")
 
-    def _train(self, k: int, runs: Sequence[Run], rung: int, progress: Progress) -> None:
+    def _train(self, k: int, runs: list[Run], rung: int, progress: Progress) -> None:
         plan = self.plan
         self._put(k, runs, [plan.step(rung, run.total) for run in runs])
         self._advance(progress)
 
         rested = self.so_far(runs)
-        for slot, run in enumerate(rested):  # a copy, as if the schedule ended
+        for slot, run in enumerate(rested):  # the copies
             if run.ended is None and (more := plan.cooldown_steps(rung, run.total)):
                 ends = {"epochs": None, "steps": run.taken + more, "schedule": "linear"}
                 copy = replace(run.recipe.training, **ends)
@@ -87,7 +87,7 @@ class Waves:
         for run, end, loss in zip(runs, rested, losses, strict=False):
             run.curve, run.ended, run.position = end.curve, end.ended, end.position
             if run.ended is None and not math.isfinite(loss):
-                run.ended = f"Step {run.taken}: the loss on the validation data is {loss}"
+                run.ended = f"Step {run.taken}: the validation loss is {loss}"
                 run.position = None
             if run.ended is None:
                 run.losses[run.taken] = loss
@@ -102,8 +102,8 @@ class Waves:
             progress(recorded() - done)
             done = recorded()
 
-    def so_far(self, runs: Sequence[Run]) -> list[Run]:
-        """Runs, those in the slots as copies; none in the midst of a step or of a cooling copy."""
+    def so_far(self, runs: list[Run]) -> list[Run]:
+        """Runs, those in slots as copies; none within a step or a cooldown."""
         pairs = list(zip(self._runs, self.training.trainings, strict=False))
         if any(s and (s.micro or s.config is not run.recipe.training) for run, s in pairs):
             return []
@@ -123,8 +123,8 @@ class Waves:
         in_slots = {id(run): copy for run, copy in zip(self._runs, copies, strict=True)}
         return [in_slots.get(id(run), run) for run in runs]
 
-    def evaluate(self, runs: Sequence[Run], data: gpt2.Dataset) -> list[float]:
-        """The loss of runs, where they are kept, on other data."""
+    def evaluate(self, runs: list[Run], data: gpt2.Dataset) -> list[float]:
+        """The losses of runs on other data."""
         losses, k = list[float](), min(self.slots, len(runs))
         for wave in (runs[i : i + k] for i in range(0, len(runs), k)):
             self._put(k, wave, [run.taken for run in wave])
@@ -133,14 +133,14 @@ class Waves:
 
     @contextmanager
     def carried(self, run: Run) -> Iterator[gpt2.GPT2]:
-        """The model carries the run's adapter as an ordinary one."""
+        """Yield the model with the run's adapter."""
         self._put(1, [run], [run.taken])
         assert self.population
         with self.population.adapter(0):
             yield self.model
 
     def check_memory(self) -> None:
-        """Refuse what a CPU's processes have no room for, by a step of one slot."""
+        """Raise if memory lacks, measured by a step of one slot."""
         usual = self.plan.usual
         total = gpt2.total_steps(self.data, usual.training)
         self._put(1, [Run(trial=DEFAULT, recipe=usual, total=total)], [1])
@@ -159,7 +159,7 @@ class Waves:
             )
 
     def _measured(self) -> int:
-        """Bytes that a slot takes: for its backward pass, and as parameters."""
+        """Bytes of a slot, with its backward pass."""
         saved, base = dict[int, int](), {p.data_ptr() for p in self.model.parameters()}
 
         def pack(tensor: Tensor) -> Tensor:
@@ -176,8 +176,8 @@ class Waves:
     def _rows(self) -> int:
         return max(8, ROWS.get(self.device.type, 512) // len(self.training.trainings))
 
-    def _put(self, k: int, runs: Sequence[Run], until: Sequence[int]) -> None:
-        """Put a run into each slot, at its beginning or where it is kept."""
+    def _put(self, k: int, runs: list[Run], until: list[int]) -> None:
+        """Put a run into each slot, where it is."""
         if self.population is None or len(self.population) != k:
             self.__exit__()
             self.population = lora.Population(self.model, k, self.room)
@@ -204,14 +204,14 @@ class Waves:
 
 
 def available(device: torch.device) -> float | None:
-    """GiB that a CPU's machine and this group have free; on Linux."""
+    """GiB free for a CPU, on Linux."""
     if device.type != "cpu":
         return None
     free: list[int] = []
     with suppress(OSError, IndexError):
         text = Path("/proc/meminfo").read_text()
         free.append(int(text.partition("MemAvailable:")[2].split()[0]) * 1024)
-    with suppress(OSError, ValueError):  # of a group without a limit
+    with suppress(OSError, ValueError):  # no limit
         limit, used = (Path(f"/sys/fs/cgroup/memory.{n}").read_text() for n in ("max", "current"))
         free.append(int(limit) - int(used))
     return min(free) / 2**30 if free else None
