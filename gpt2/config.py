@@ -1,7 +1,5 @@
 """The sizes and dropouts of a GPT-2, as its `config.json` states them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -54,7 +52,7 @@ class GPT2Config:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether a config may compare it with numbers; True and "0.5" are no numbers."""
+    """Whether it is a real number; True and "0.5" are none."""
     return not isinstance(value, bool) and isinstance(value, Real)
 
 
@@ -87,7 +85,7 @@ SIZES: Mapping[str, GPT2Config] = {
     "gpt2-xl": GPT2Config(n_layer=48, n_head=25, n_embd=1600),
 }
 
-# What else config.json may ask for, with the values that this model answers to.
+# What else config.json may ask for: the supported values.
 _ACCEPTED: dict[str, tuple[Any, ...]] = {
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),

@@ -1,12 +1,10 @@
 """The loss of predicting each next token.
 
 Labels lie beside the token ids; the shift by one happens here. `gpt2.fast.head` computes the same
-from hidden states, without ever holding all logits.
+from hidden states, never holding all logits.
 
 Shapes: B batch · T time · V vocab.
 """
-
-from __future__ import annotations
 
 import torch
 from torch import Tensor

@@ -144,7 +144,7 @@ class Adapted(nn.Module):
 
     def activate(self, weights: Mapping[str, float]) -> None:
         """Put those of the named adapters that this module has in force."""
-        # In the order of names: the sum is then the same bits however the mixture was written.
+        # In the order of names: the same bits however the mixture was written.
         self.active = {name: weights[name] for name in sorted(weights) if name in self.updates}
 
     def train_only(self, names: Collection[str]) -> None:

@@ -92,7 +92,7 @@ class BankRouting:
         if x.shape[0] != B:
             raise ValueError(f"The batch has {x.shape[0]} rows, but {B} are routed.")
         if torch.is_grad_enabled():
-            self.kept = None  # who trains may have changed the factors by the next pass
+            self.kept = None  # a training may have changed the factors
         a, b = self.kept or self._picked()
         if isinstance(self.like, EmbeddingUpdate):
             leading, h = x.shape, self._looked_up(x.reshape(B, -1), a)

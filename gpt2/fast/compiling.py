@@ -1,7 +1,5 @@
 """Code through torch.compile, and the few lengths that it is compiled for."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import cache, partial, wraps
@@ -10,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-VARIANTS = 64  # graphs that may be compiled of one function: a shape and a kind of layer each
+VARIANTS = 64  # graphs of one function: a shape and a class of layer each
 PADDED = 32  # lengths of compiled and captured work are multiples of this at least
 
 

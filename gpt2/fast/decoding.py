@@ -1,11 +1,8 @@
 """How decoders make their steps: as they stand, through torch.compile, or as a CUDA graph.
 
 A GPU waits for the host at every token if the host looks at each, and at every kernel if each is
-launched by itself. So there the step is captured once and replayed, and the host looks at the
-tokens once a burst.
+launched by itself. So the step is captured once, and the host looks once a burst.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,8 +14,8 @@ from gpt2.fast.compiling import bucket, compiled
 from gpt2.fast.devices import has_float64, on_cuda
 from gpt2.fast.graphs import GraphedCalls
 
-BURST = 16  # tokens a row that a GPU makes before the host looks whether all rows have ended
-GRAPHED = 24  # new tokens from which capturing a CUDA graph of the step saves more than it costs
+BURST = 16  # tokens a row on a GPU between two looks whether all rows have ended
+GRAPHED = 24  # new tokens from which capturing the step pays
 
 
 class Steps:
@@ -26,7 +23,7 @@ class Steps:
 
     A subclass has `_begin`, which makes these of the logits `(B, V)` after the prompts; the last
     `tokens`, `(B,)`; and `_extend`, which takes logits to the next and asks nothing of the device.
-    The model is a GPT-2 in eval mode, and stays as it is.
+    The model is a GPT-2 in eval mode.
     """
 
     tokens: Tensor

@@ -1,11 +1,9 @@
 """The loss from hidden states, in a form that never holds all logits.
 
-The loss is taken where the head computes `x Wᵀ` and nothing else; elsewhere the head is called.
+It is taken where the head computes `x Wᵀ` and nothing else; elsewhere the head is called.
 
 Shapes: B batch · T time · C n_embd · V vocab · N positions, flattened.
 """
-
-from __future__ import annotations
 
 from typing import Any
 
@@ -41,7 +39,7 @@ def summed_loss(
 def losses(
     head: nn.Module, x: Tensor, labels: Tensor, at: Tensor, *, compiling: bool, smoothing: float
 ) -> Tensor:
-    """The summed loss of each of k equal blocks of rows, `(k,)`, whatever is learnt in another.
+    """The summed loss of each of k equal blocks of rows, `(k,)`.
 
     `at` `(k, S)` are a block's positions to look at: all that are supervised, and some others.
     """
@@ -94,7 +92,8 @@ class _FrozenHeadLoss(torch.autograd.Function):
         else:
             hidden = F.pad(hidden, (0, 0, 0, -n % 8))
             targets = F.pad(targets, (0, -n % 8), value=IGNORE)
-        size, how = devices.positions_at_a_time(hidden.device), (ctx.needs_input_grad[0], smoothing)
+        how = ctx.needs_input_grad[0], smoothing
+        size = devices.positions_at_a_time(hidden.device)
         chunks = zip(hidden.split(size), targets.split(size), strict=True)
         pairs = [chunk_loss(rows, weight, few, vocab, *how) for rows, few in chunks]
         losses, gradients = zip(*pairs, strict=True)
@@ -104,7 +103,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # What is saved is a number, so a second derivative would be wrong without a word.
+            # A second derivative would be wrong: what is saved is a number.
             raise RuntimeError(
                 "The loss of a frozen head can be differentiated once (create_graph=True was "
                 "given). For more take gpt2.next_token_loss(model(idx), labels), or torch.func."
@@ -130,7 +129,7 @@ def _chunk(
     if smoothing:
         sought = at_wanted.lerp(logits[:, :vocab].mean(-1, keepdim=True) - top, smoothing)
         right = 1 - smoothing + smoothing / vocab
-    scores = logits.sub_(top).exp_()  # the probabilities but for a factor, which comes last
+    scores = logits.sub_(top).exp_()  # probabilities but for a factor
     total = scores.sum(-1, keepdim=True)  # in pairs; a softmax kernel's running sum is off by 1e-5
     loss = (total.log() - sought).squeeze(1).where(supervised, 0.0)
     if not learns:
@@ -153,7 +152,8 @@ def _in_slices(
 
     Source: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax".
     """
-    kind, supervised = wide_enough(hidden.dtype), targets != IGNORE
+    kind = wide_enough(hidden.dtype)
+    supervised = targets != IGNORE
     wanted = targets.where(supervised, 0)
     top = hidden.new_full(targets.shape, -torch.inf, dtype=kind)
     total, at_wanted, gradient = top.new_zeros(()), top, hidden.new_zeros((), dtype=kind)
@@ -161,15 +161,17 @@ def _in_slices(
     for start in range(0, vocab, size):
         rows = weight[start : start + size]
         logits = (rows @ hidden.t()).to(kind)  # (V of the slice, N)
-        place = wanted - start
-        there = logits.gather(0, place.clamp(0, len(rows) - 1)[None])[0]
-        at_wanted = there.where((place >= 0) & (place < len(rows)), at_wanted)
-        before, top = top, torch.maximum(top, logits.amax(0))
-        scores, shrunk = logits.sub_(top).exp_(), (before - top).exp()
+        row = wanted - start
+        there = logits.gather(0, row.clamp(0, len(rows) - 1)[None])[0]
+        at_wanted = there.where((row >= 0) & (row < len(rows)), at_wanted)
+        before = top
+        top = torch.maximum(top, logits.amax(0))
+        scores = logits.sub_(top).exp_()
+        shrunk = (before - top).exp()
         total = total * shrunk + scores.sum(0)
         if learns:
-            own = scores.to(weight.dtype).t() @ rows
-            gradient = gradient * shrunk[:, None] + own.to(kind)  # (N, C)
+            added = scores.to(weight.dtype).t() @ rows
+            gradient = gradient * shrunk[:, None] + added.to(kind)  # (N, C)
     unlike = (1 - smoothing) * weight[wanted].to(kind)
     if smoothing:
         mean = weight.to(kind).mean(0)

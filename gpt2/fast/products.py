@@ -1,7 +1,5 @@
 """The product with a weight, in the form that a device's matrix library is fastest at."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,8 +14,8 @@ FEW_ROWS = range(3, 65)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x Wᵀ + bias` as `F.linear`, from `(…, in)` to `(…, out)`.
 
-    On a CPU a large weight is cut into as many slices as there are threads, one for each: MKL
-    splits a batch of small products better than a single one with few rows.
+    On a CPU a large weight is cut into a slice for each thread: MKL splits a batch of small
+    products better than a single one with few rows.
     """
     n_out = weight.shape[0]
     if bias is None and n_out % 8 and on_cuda(x.device) and x[..., 0].numel() in FEW_ROWS:

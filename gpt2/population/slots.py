@@ -3,8 +3,6 @@
 Shapes: k slots · m blocks of a pass · b rows of a block · T time · S positions that learn.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -120,9 +118,8 @@ def pass_widths(
 ) -> tuple[int, Integers]:
     """The width of the pass of all k slots, and the width that each example needs.
 
-    A slot with a wider batch runs alone. The choice makes the fewest tokens in a tick. It depends
-    on the data, k and b, and not on the slots that meet in a tick: the last bits of a product
-    change with its number of rows.
+    A slot with a wider batch runs alone. The choice makes the fewest tokens in a tick, and depends
+    on data, k and b only: the last bits of a product change with its number of rows.
     """
     lengths = np.arange(data.longest + 1)
     widths = lengths

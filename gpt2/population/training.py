@@ -1,12 +1,10 @@
 """Many adapters of one model, trained in one batch, each as if it were alone.
 
-A tick is one micro-batch of each slot. They run together in a pass of one shape, whatever the
-others do. A slot with a longer example than usual runs in a pass of its own.
+A tick is one micro-batch of each slot, in a pass of one shape. A slot with a longer example than
+usual runs in another pass.
 
 Shapes: k slots · P parameters of a slot · m blocks of a pass, k or 1.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
@@ -53,8 +51,8 @@ class PopulationTraining:
         moments: AdamW's, `(2, k, P)`.
 
     Raises:
-        ValueError: the model cannot be called on the data, or drops where slots cannot have masks
-            of their own; packing, token budgets, checkpointing.
+        ValueError: the model cannot be called on the data, or drops where slots cannot have masks;
+            packing, token budgets, checkpointing.
         RuntimeError: the model does not run under the slots.
     """
 
@@ -159,7 +157,7 @@ class PopulationTraining:
         )
 
     def go_on(self, slot: int, state: Slot, *, until: int | None = None) -> None:
-        """Put a training into a slot, where it goes on as if it had never left its own.
+        """Put a training into a slot, where it goes on as if it had never moved.
 
         Args:
             slot: its number.

@@ -1,6 +1,4 @@
-"""The options of a run: how to train, and when to look at validation data, stop and save."""
-
-from __future__ import annotations
+"""The options of a run: how to train, and when to evaluate, stop and save."""
 
 import re
 from dataclasses import dataclass
@@ -35,7 +33,9 @@ class TrainConfig:
         warmup_ratio: share of the steps, in [0, 1], in which the learning rate rises from zero; a
             run of one step has none.
         warmup_steps: the same as a number of steps.
-        weight_decay, betas, eps: AdamW's.
+        weight_decay: AdamW's, decoupled from the gradient.
+        betas: AdamW's decay rates of its two moments, in [0, 1).
+        eps: AdamW's, added to the root of the second moment.
         label_smoothing: share of each target, in [0, 1), that is spread evenly over all tokens; of
             the records' loss, not of an evaluation's.
         clip: largest global norm of the gradient; None leaves it as it is.

@@ -1,7 +1,5 @@
 """The loss on examples that are only read."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -32,7 +30,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """Among how many equally likely tokens the model hesitates; infinite past a float."""
+        """The exponential of the loss; infinite past a float."""
         return math.exp(self.loss) if not self.loss > 709 else math.inf
 
 
@@ -53,8 +51,8 @@ def evaluate(
         data: the examples.
         batch_size: examples a forward pass; another one changes the loss by rounding only.
         autocast: compute in bfloat16 beside float32 weights.
-        references: take completions for references, and find out which prompts the model would
-            continue greedily with one of theirs and its end.
+        references: also give the share of prompts that the model continues greedily with one of
+            their completions and its end.
 
     Raises:
         ValueError: the data does not fit the model; references of data without prompts.
@@ -94,16 +92,17 @@ def evaluate(
 
 
 def _are_greedy(model: nn.Module, batch: Batch, prompts: Tensor) -> Array:
-    """Whether each token of a row's completion is the most likely one, so nothing is generated."""
+    """Whether each token of a row's completion is the most likely; nothing is generated."""
     idx, targets = batch.idx, batch.labels[:, 1:]
     places = torch.arange(1, idx.shape[1], device=idx.device)
     wanted = (targets != IGNORE) & (places >= prompts.to(idx.device)[:, None])
     right = ~wanted
     if isinstance(model, GPT2):
-        hidden, found = model.transformer(idx)[:, :-1][wanted], targets[wanted]
+        hidden = model.transformer(idx)[:, :-1][wanted]
+        ids = targets[wanted]
         size = positions_at_a_time(idx.device)
-        parts = [slice(start, start + size) for start in range(0, max(1, len(found)), size)]
-        right[wanted] = torch.cat([model.lm_head(hidden[p]).argmax(-1) == found[p] for p in parts])
+        parts = [slice(start, start + size) for start in range(0, max(1, len(ids)), size)]
+        right[wanted] = torch.cat([model.lm_head(hidden[p]).argmax(-1) == ids[p] for p in parts])
     else:
         for row in range(len(idx)):  # its logits are all that is held
             most_likely = logits_of(model, idx[row : row + 1])[0, :-1].argmax(-1)

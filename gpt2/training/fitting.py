@@ -1,4 +1,4 @@
-"""A run with what people do around its steps: validation, the best kept, a stop, snapshots."""
+"""A run with validation, early stopping and snapshots."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Fit(Training):
     """A run as `fit` makes it: its records, and what became of the model.
 
     Attributes:
-        told: how many steps the caller has dealt with: he came back for the next.
+        told: steps that the caller has dealt with: he came back for the next.
         saved_step: of the last snapshot; 0 for none.
     """
 
@@ -76,7 +76,7 @@ class Fit(Training):
         super().__init__(model, data, config, groups)
         self._used = True  # which is not warned of where it is refused
         self.validation, self.options = validation, run
-        # Evaluations and the best weights: one value, so that no interrupt leaves half of it.
+        # Evaluations and the best weights: one value, which no interrupt splits.
         self._kept: tuple[Mapping[int, float], Weights] = {}, {}
         self._last: Weights = {}  # once the run is over and the model has the best
         self._record: StepRecord | None = None  # that the caller has not dealt with
@@ -161,8 +161,8 @@ class Fit(Training):
         (evaluated, best), state = self._kept, self.state()
         if self._sharded:  # processes of a GPU's group meet there
             best = {n: t.to(state.parameters[n].device) for n, t in best.items()}
-        found = Snapshot(self._made_of, state, self._record, evaluated, best)
-        snapshots.write(Path(self.options.folder), found)
+        snapshot = Snapshot(self._made_of, state, self._record, evaluated, best)
+        snapshots.write(Path(self.options.folder), snapshot)
         self.saved_step = state.step
         return True
 
@@ -201,21 +201,21 @@ class Fit(Training):
         if self.options.folder is None:
             raise ValueError("To resume, name the folder of the snapshots: RunConfig(folder=...).")
         folder = Path(self.options.folder)
-        found, fault = snapshots.read(folder, dict(self.model.named_parameters()))
-        if differs := fingerprints.differences(found.made_of, self._made_of):
+        last, fault = snapshots.read(folder, dict(self.model.named_parameters()))
+        if differs := fingerprints.differences(last.made_of, self._made_of):
             raise ValueError(
                 f"The run in {folder} cannot be gone on with: {differs}. Give what it was begun "
                 "with, or begin anew in another folder."
             )
         if fault:
             warnings.warn(
-                f"{fault}: the run goes on from the snapshot before, of step {found.state.step}.",
+                f"{fault}: the run goes on from the snapshot before, of step {last.state.step}.",
                 RuntimeWarning,
                 stacklevel=2,
             )
-        self.resume(found.state)
-        self._kept, self._record = (found.evaluated, found.best), found.record
-        self.saved_step, self.told = self.taken, self.taken - (found.record is not None)
+        self.resume(last.state)
+        self._kept, self._record = (last.evaluated, last.best), last.record
+        self.saved_step, self.told = self.taken, self.taken - (last.record is not None)
 
 
 def waited(losses: Iterable[float], min_delta: float) -> int:

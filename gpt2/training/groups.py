@@ -1,6 +1,4 @@
-"""Optimiser groups as PyTorch writes them: parts of the parameters with options of their own."""
-
-from __future__ import annotations
+"""Optimiser groups as PyTorch writes them: parameters with options."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -53,7 +51,7 @@ _TORCHS: Any = torch.optim.AdamW
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's, but for its first call, which imports torch's compiler: up to 5 s for nothing."""
+    """torch's, whose first call imports no compiler, which takes up to 5 s."""
 
     add_param_group: Any = inspect.unwrap(_TORCHS.add_param_group)
     zero_grad: Any = inspect.unwrap(_TORCHS.zero_grad)
@@ -61,7 +59,7 @@ class AdamW(torch.optim.AdamW):
 
 
 def adamw(groups: list[dict[str, Any]], device: torch.device, capturable: bool) -> AdamW:
-    """Fused where it can be: one call a group, so that an interrupt comes before it or after it."""
+    """Fused where it can be: one call a group, which no interrupt splits."""
     for group in groups:
         group["initial_lr"] = group["lr"]
         if capturable:  # a tensor, so that a captured step reads the rate of the moment
@@ -70,7 +68,7 @@ def adamw(groups: list[dict[str, Any]], device: torch.device, capturable: bool) 
 
 
 def listed(groups: Groups) -> list[dict[str, Any]]:
-    """The groups with their parameters as lists, which can be read more than once."""
+    """The groups with their parameters as lists."""
     return [
         {**g, "params": [p] if isinstance(p := g.get("params", ()), nn.Parameter) else list(p)}
         for g in groups

@@ -123,7 +123,7 @@ class Training(Iterator[StepRecord]):
         self.total = config.steps or (config.epochs or 0) * self.steps_an_epoch
         self._readings = Readings(1, 0.0)
         self._used = False
-        # By a weak reference, so that a run that is dropped takes its CUDA graphs along at once.
+        # A weak reference: a dropped run takes its CUDA graphs along at once.
         self._records = type(self)._run(weakref.proxy(self))
 
     def __next__(self) -> StepRecord:
@@ -237,7 +237,7 @@ class Training(Iterator[StepRecord]):
         if not getattr(self, "_used", True):  # it may have been refused
             warnings.warn(
                 "gpt2.train(...) was never iterated, so nothing was trained: "
-                "write `for record in gpt2.train(...)`, or `list(gpt2.train(...))`.",
+                "write `for record in gpt2.train(...)`.",
                 RuntimeWarning,
                 stacklevel=2,
                 source=self,

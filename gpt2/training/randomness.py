@@ -1,9 +1,7 @@
-"""Random numbers of a run's own: a function of seed, step and micro-batch, and of no history.
+"""A run's random numbers: a function of seed, step and micro-batch only.
 
 So it does not matter which process takes a micro-batch, or when a run was resumed.
 """
-
-from __future__ import annotations
 
 import threading
 
@@ -18,7 +16,7 @@ TURN = threading.RLock()
 
 
 class RandomState:
-    """A context in which torch's global generators are the run's, and outside the caller's.
+    """A context in which torch's global generators are the run's.
 
     Args:
         seed: the run's.

@@ -1,7 +1,5 @@
 """How many steps a run makes, and each step's share of the learning rate."""
 
-from __future__ import annotations
-
 import math
 
 from gpt2.data.batches import Plan, plan

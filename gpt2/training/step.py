@@ -1,7 +1,5 @@
 """One optimiser step: micro-batches, gradients, clip, AdamW; on a GPU as one CUDA graph."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -157,8 +155,8 @@ class Stepper:
             loss = summed_loss(self.model, *inputs, **how) * weight
         if not loss.requires_grad:
             raise RuntimeError(
-                "No parameter that requires grad has a part in the loss. Is what you train "
-                "switched off, such as an adapter that is disabled or merged?"
+                "No parameter that requires grad has a part in the loss. Is the adapter "
+                "disabled or merged?"
             )
         loss.backward()
         return loss.detach()

@@ -4,8 +4,6 @@ An optimiser holds parameters and a captured CUDA graph addresses. Neither hears
 is switched, merged or taken out, or of a tensor that moves: they would go on without effect.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from operator import itemgetter
 from typing import Any
@@ -42,22 +40,22 @@ class Watch:
         # Looking takes hardly a line of Python a module.
         self.rows = [(itemgetter(*n, n[0]), self.modules[path]) for path, n in self.names.items()]
         self.seen = [tuple(map(_copied, get(own))) for get, own in self.rows]
-        self.places = self._places()
+        self.where = self._where()
 
     def is_as_it_was(self) -> bool:
         """Whether the model is what it was."""
         try:
             now = [get(own) for get, own in self.rows]
-            return now == self.seen and self._places() == self.places
+            return now == self.seen and self._where() == self.where
         except (KeyError, RuntimeError, ValueError):
-            return False  # an attribute is gone; or tensors differ, which torch does by element
+            return False  # an attribute is gone, or is a tensor
 
     def check(self) -> None:
-        """Look whether the model is as it was; a RuntimeError names what is not."""
+        """A RuntimeError names what is not as it was."""
         if self.is_as_it_was():
             return
-        places = zip(self.trained, self._places(), self.places, strict=True)
-        changed = [name for name, now, then in places if now != then]
+        pairs = zip(self.trained, self._where(), self.where, strict=True)
+        changed = [name for name, now, then in pairs if now != then]
         for (path, names), seen in zip(self.names.items(), self.seen, strict=True):
             own = self.modules[path]
             for name, then in zip(names, seen, strict=False):
@@ -68,7 +66,7 @@ class Watch:
             "Put it back, or end this run and call train again."
         )
 
-    def _places(self) -> list[tuple[int, bool]]:
+    def _where(self) -> list[tuple[int, bool]]:
         return [(p.data_ptr(), p.requires_grad) for p in self.trained.values()]
 
 

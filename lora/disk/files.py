@@ -30,7 +30,7 @@ def locate(name: str | Path) -> tuple[Path, Path]:
     """The config and the weights of a folder, or of "org/repo" on the Hub."""
     folder = Path(name)
     if isinstance(name, str) and not folder.exists() and _REPOSITORY.fullmatch(name):
-        from huggingface_hub import hf_hub_download  # not at the top: it takes long
+        from huggingface_hub import hf_hub_download  # slow
 
         return Path(hf_hub_download(name, CONFIG)), Path(hf_hub_download(name, WEIGHTS))
     if missing := [file for file in (CONFIG, WEIGHTS) if not (folder / file).is_file()]:
