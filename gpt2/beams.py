@@ -32,6 +32,7 @@ class Beams(Steps):
         self._before = before.shape[1]
         self.history = torch.full((B, K, self._before + N), NOTHING, device=device)
         self.history[..., : self._before] = before[:, None]
+
         kind: Any = {"dtype": torch.float32, "device": device}
         # Running texts' log-probabilities, best first; -inf for no beam.
         self.scores = torch.full((B, K), -torch.inf, **kind)
@@ -46,6 +47,7 @@ class Beams(Steps):
         self.n = torch.zeros(1, **how)
         self.tokens = torch.zeros(B * K, **how)
         self._ends = torch.tensor(config.ends, **how)
+
         # So many candidates cannot all have ended: K are left to go on with.
         self._candidates = K * max(2, 1 + len(config.ends))
         powers = [length**config.length_penalty for length in range(1, N + 1)]
@@ -71,6 +73,7 @@ class Beams(Steps):
         if self.config.no_repeat_ngram is not None:
             end = self.n + self._before
             forbid_repeats(log_probs, self.history.flatten(0, 1), end, self.config.no_repeat_ngram)
+
         scores, beams, tokens = continuations(log_probs, self.scores, self._candidates)
         last = self.n == len(self._powers) - 1
         ends = (tokens[..., None] == self._ends).any(-1) | last  # (B, C)

@@ -99,7 +99,7 @@ _END_OF_TEXT = 50256  # the id that begins and ends a text
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """GPT2Config's fields that config.json states, or all that it asks for and is not done here."""
+    """GPT2Config's fields in config.json; a ValueError lists what is not done here."""
     stated = read_json(file)
     width = stated.get("n_embd")
     accepted = {**_ACCEPTED, "n_inner": (None, 4 * width if type(width) is int else None)}
@@ -109,6 +109,7 @@ def read_config(file: Path) -> dict[str, Any]:
         if stated.get(key, values[0]) not in values
     ]:
         raise ValueError(f"{file} asks for what this GPT-2 does not do: {listed(faults)}.")
+
     stated["block_size"] = stated.get("n_positions", GPT2Config.block_size)
     return {field: stated[field] for field in asdict(GPT2Config()) if field in stated}
 

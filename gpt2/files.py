@@ -1,4 +1,4 @@
-"""Files written all together or not at all, and error messages of a bounded length."""
+"""Files written together or not at all, and error messages of bounded length."""
 
 import json
 import os

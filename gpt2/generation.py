@@ -1,4 +1,4 @@
-"""Text from a GPT-2, whole or as it comes: read the prompts once, then feed each new token back.
+"""Text from a GPT-2: read the prompts once, then feed each new token back.
 
 Shapes: B rows (prompts) · V vocab.
 """
@@ -39,7 +39,7 @@ def generate(
         model: a GPT-2, with adapters or without; used in eval mode, and left as it was.
         prompts: lists of token ids, of any lengths; or a tensor of ids `(B, T)`.
         config: how to choose tokens and when to stop.
-        compile: run the step through torch.compile; pays from some thousand tokens on.
+        compile: run the step through torch.compile; pays from thousands of tokens on.
 
     Returns:
         The new tokens of each prompt, without the one that ended it.
@@ -91,7 +91,8 @@ class Decoder(Steps):
         # Random numbers, (new, B, 2).
         self.uniform = uniform_numbers(B, self.config).to(self.draws_on)
         # New tokens, n of them made; -1 where logits were not finite. Each row's last.
-        self.text, self.n = torch.zeros(new, B, **how), torch.zeros(1, **how)
+        self.text = torch.zeros(new, B, **how)
+        self.n = torch.zeros(1, **how)
         self.tokens = torch.zeros(B, **how)
         self._extend(logits)
 
@@ -105,6 +106,7 @@ class Decoder(Steps):
             chosen = sample(logits, self.config, uniform)
         else:
             chosen = greedy(logits)
+
         self.text[self.n] = chosen
         self.n += 1
         torch.clamp(chosen, min=0, out=self.tokens)  # -1 is no id to feed back
@@ -119,7 +121,8 @@ def _stream(
     """Tokens as they come, of which the host looks at `look` a time, or at a burst."""
     with in_mode(model, training=False):
         decoder = Decoder(model, rows, config, compile=compile)
-    running, ends = [True] * len(rows), set(config.ends)
+    running = [True] * len(rows)
+    ends = set(config.ends)
     look = look or decoder.burst
     for start in range(0, config.max_new_tokens, look):
         stop = min(start + look, config.max_new_tokens)

@@ -23,7 +23,8 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     Raises:
         ValueError: no token is supervised, or the shapes do not fit.
     """
-    total, count = summed(logits, labels), (shifted(labels) != IGNORE).sum()
+    total = summed(logits, labels)
+    count = (shifted(labels) != IGNORE).sum()
     if not count:
         raise ValueError("No token is supervised: every label after the first position is IGNORE.")
     return total / count

@@ -159,8 +159,10 @@ class Transformer(nn.Module):
 
     def _positions(self, idx: Tensor, cache: KVCache | None) -> Tensor:
         """The position of every token, `(1, T)` or with a cache `(B, T)`."""
-        (_, T), limit = idx.shape, self.config.block_size if cache is None else cache.slots
-        start = 0 if cache is None else cache.filled
+        T = idx.shape[1]
+        start, limit = 0, self.config.block_size
+        if cache is not None:
+            start, limit = cache.filled, cache.slots
         if not 1 <= T <= limit - start:
             raise ValueError(f"{start + T} tokens do not fit into a row of 1 to {limit}.")
         steps = torch.arange(T, device=idx.device)
@@ -229,13 +231,15 @@ class GPT2(nn.Module):
 
     def prefill(self, rows: Sequence[Sequence[int]], slots: int) -> tuple[Tensor, KVCache]:
         """Read prompts of any lengths: logits `(B, V)` after their last tokens, and a cache."""
-        weight, lengths = self.lm_head.weight, [len(row) for row in rows]
+        weight = self.lm_head.weight
+        lengths = [len(row) for row in rows]
         device, kind = weight.device, weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         cache = KVCache(self.config, len(rows), slots, dtype, device)
         padded = [[*row, *[0] * (max(lengths) - len(row))] for row in rows]
         hidden = self.transformer(torch.tensor(padded, device=device), cache)  # (B, T, C)
-        # The padding's slots are overwritten before they are ever seen.
+
+        # The padding's slots are overwritten before they are seen.
         cache.lengths = torch.tensor(lengths, device=device)
         last = hidden[torch.arange(len(rows), device=device), cache.lengths - 1]
         return self.lm_head(last), cache

@@ -39,12 +39,12 @@ def load(
 ) -> Model:
     """Load published weights: a GPT-2 in eval mode, every parameter trainable.
 
-    Parameters of the file's own dtype on the CPU are the mapped file: writing into it, as `cp`
+    Parameters of the file's dtype on the CPU are the mapped file: writing into it, as `cp`
     does, changes the model; replacing it, as downloads do, is harmless.
 
     Args:
         name: "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl" from the Hub; "demo", the bundled
-            small base; a folder, or a .safetensors file, whose config.json lies beside it; else
+            small base; a folder, or a .safetensors file, with config.json beside it; else
             "org/repo" on the Hub. A folder called like a published size is "./gpt2".
         dtype: of the parameters, also by name as "float16"; None means float32, whatever the
             file's.
@@ -68,6 +68,7 @@ def load(
     if faults := _faults(model.state_dict(), tensors):
         raise ValueError(f"{name} does not hold a GPT-2 as it should: {listed(faults)}.")
     tensors.pop(_HEAD, None)
+
     state = {key: t.to(device=device, dtype=kind, copy=not mmap) for key, t in tensors.items()}
     changed = [key for key, tensor in state.items() if tensor is not tensors[key]]
     extremes = {key: torch.stack(state[key].aminmax()) for key in changed}  # NaN is both
@@ -95,7 +96,7 @@ def save(model: Any, folder: str | Path) -> None:
     if faults := _faults(_unfilled(type(model), model.config).state_dict(), tensors):
         raise RuntimeError(
             f"Not saved, since the model is no plain GPT-2: {listed(faults)}. "
-            "Fold in or take off what was added to its layers first."
+            "Merge or remove what was added to its layers first."
         )
     tensors.pop(_HEAD, None)
     if (whole := gathered(tensors)) is None:
@@ -121,7 +122,7 @@ def _locate(name: str) -> tuple[Path, list[Path]]:
             weights = [folder / Path(shard).name for shard in sorted(shards)]
     if missing := [file.name for file in (config, *weights) if not file.is_file()]:
         raise FileNotFoundError(
-            f"{name} lacks {listed(missing)}. Nothing but a config.json and safetensors is read: "
+            f"{name} lacks {listed(missing)}. Only safetensors are read: "
             "convert a pytorch_model.bin first."
         )
     return config, weights
@@ -172,8 +173,8 @@ def _faults(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list
         if key not in expected:
             faults.append(f"{key} is left over")
         elif tensor.shape != expected[key].shape:
-            shape, wanted = tuple(tensor.shape), tuple(expected[key].shape)
-            faults.append(f"{key} is {shape}, should be {wanted}")
+            wanted = tuple(expected[key].shape)
+            faults.append(f"{key} is {tuple(tensor.shape)}, should be {wanted}")
     head, tokens = given.get(_HEAD), given.get(_TOKENS)
     if not faults and head is not None and tokens is not None and not torch.equal(head, tokens):
         faults.append(f"{_HEAD} differs from {_TOKENS}, and GPT-2 has one weight for both")
@@ -187,7 +188,7 @@ def _unfilled(build: type[Model], config: GPT2Config) -> Model:
 
 
 class _WithoutInit(TorchFunctionMode):
-    """Skips `torch.nn.init`, since drawing on the meta device imports the compiler: a second."""
+    """Skips `torch.nn.init`: drawing on the meta device imports the compiler, a second."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         skips = getattr(func, "__module__", None) == "torch.nn.init"

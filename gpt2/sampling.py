@@ -48,7 +48,8 @@ class GenerateConfig:
     no_repeat_prompt: bool = False
 
     def __post_init__(self) -> None:
-        least = {"max_new_tokens": 1, "top_k": 1, "seed": 0, "num_beams": 1, "no_repeat_ngram": 1}
+        counts = ("max_new_tokens", "top_k", "num_beams", "no_repeat_ngram")
+        least = dict.fromkeys(counts, 1) | {"seed": 0}
         intervals = {"temperature": "[0, inf)", "top_p": "(0, 1]", "repetition_penalty": "(0, inf)"}
         faults = outside(self, least, **intervals, length_penalty="(-inf, inf)")
         if not all(type(end) is int and end >= 0 for end in self.ends):

@@ -73,6 +73,7 @@ class Tokenizer:
         vocabulary[_END_OF_TEXT] = self.eos
         merges = ["#version: 0.2"]
         merges += [f"{shown[a]} {shown[b]}" for a, b in map(self._merged, self._ranks) if b]
+
         special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), _END_OF_TEXT)
         config = {"add_prefix_space": False, "tokenizer_class": "GPT2Tokenizer", **special}
         contents = {
@@ -96,7 +97,7 @@ class Tokenizer:
 
 
 def _glyphs() -> list[str]:
-    """A character for each byte, as the published code's `bytes_to_unicode` has them."""
+    """A character for each byte, as the published `bytes_to_unicode` has them."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = (chr(code) for code in range(256, 512))
     return [chr(byte) if byte in printable else next(others) for byte in range(256)]

@@ -41,7 +41,8 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
         documents = None if self.documents is None else copied(self.documents, device)
-        idx, labels = copied(self.idx, device), copied(self.labels, device)
+        idx = copied(self.idx, device)
+        labels = copied(self.labels, device)
         return Batch(idx, labels, self.n_tokens, documents)
 
     def padded(self, rows: int, width: int) -> Batch:
@@ -202,7 +203,8 @@ class Rows:
 
     def __init__(self, data: Dataset, tokens: int) -> None:
         self.by_length, self.n, self.longest = data.by_length, len(data), data.longest
-        ends, self.count = np.cumsum(data.histogram), -(-data.n_tokens // tokens)
+        ends = np.cumsum(data.histogram)
+        self.count = -(-data.n_tokens // tokens)
         while (needed := self._longest_row(ends)) > tokens:
             self.count = max(self.count + 1, self.count * needed // tokens)
         self.width = min(tokens, -(-needed // 64) * 64)

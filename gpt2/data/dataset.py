@@ -1,9 +1,7 @@
-"""A dataset: token ids of all examples end to end, in memory or on disk; and text made into ids.
+"""Token ids of all examples end to end, in memory or on disk; and text made into ids.
 
 Shapes: T time · N tokens of several examples.
 """
-
-from __future__ import annotations
 
 import hashlib
 import os
@@ -13,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, partial
 from itertools import islice
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -70,15 +68,16 @@ class Dataset(Sequence[tuple[Tensor, Tensor]]):
     def take(self, chosen: Array) -> tuple[Array, Array, Array]:
         """Several examples end to end: ids and whether each is learnt, `(N,)`; their lengths."""
         starts, lengths = self._spans(chosen)
-        within = places(lengths)
+        within = offsets(lengths)
         ids = self.ids[within + np.repeat(starts, lengths)].astype(np.int64)
         return ids, within >= np.repeat(self.ignored[chosen], lengths), lengths
 
-    def only(self, chosen: Array) -> Dataset:
+    def only(self, chosen: Array) -> Self:
         """These examples, in memory; how many of them were cut is not known."""
         ids, _, lengths = self.take(chosen)
         ignored, prompts = self.ignored[chosen], self.prompts[chosen]
-        return Dataset(ids.astype(np.int32), np.cumsum(lengths), ignored, prompts=prompts)
+        ids = ids.astype(np.int32)
+        return type(self)(ids, np.cumsum(lengths), ignored, prompts=prompts)
 
     def supervised(self, chosen: Array) -> Array:
         """How many tokens of each of these examples are learnt, the first of an example never."""
@@ -90,7 +89,7 @@ class Dataset(Sequence[tuple[Tensor, Tensor]]):
         for ids, ends, _, prompts in self._parts():
             lengths = np.diff(ends, prepend=0)
             upto = np.where((prompts > 0) & (not whole), np.minimum(prompts, lengths), lengths)
-            at = places(lengths)
+            at = offsets(lengths)
             bits = mixed(ids.astype(np.uint64) ^ (at.astype(np.uint64) << np.uint64(32)))
             bits[at >= np.repeat(upto, lengths)] = 0
             sums = np.append(np.uint64(0), np.cumsum(bits))  # modulo 2**64, as are the differences
@@ -160,7 +159,7 @@ class Dataset(Sequence[tuple[Tensor, Tensor]]):
             begin = int(ends[-1])
 
 
-def places(lengths: Array) -> Array:
+def offsets(lengths: Array) -> Array:
     """The offset of each token in its example: 0 … length-1 for each length."""
     starts = np.cumsum(lengths) - lengths
     return np.arange(int(lengths.sum())) - np.repeat(starts, lengths)
@@ -253,5 +252,5 @@ def _encoded(
     lengths = np.diff(ends[1::2], prepend=-1) - (~between) - (not eos)
     ids = ids[keep]
     if (lengths > longest).any():
-        ids = ids[places(lengths) < longest]
+        ids = ids[offsets(lengths) < longest]
     return ids, lengths, prompts + between

@@ -36,7 +36,7 @@ def read_examples(path: str | Path, fields: Fields | None = None) -> list[Exampl
     Args:
         path: JSON lines or a list (.jsonl, .json), .csv or .tsv with a heading, .parquet (pyarrow
             reads it), or plain text (.txt) with a blank line between documents.
-        fields: the file's own names for `text`, or for the two of a pair:
+        fields: the file's names for `text`, or for the two of a pair:
             `{"question": "frage", "answer": "antwort"}`.
 
     Raises:
@@ -108,8 +108,8 @@ def _example(row: Any, fields: Fields, prompts: bool) -> Example:
     # The second column of a prompt may be missing, or empty.
     forms = [form for form in FORMS if columns.keys() >= {*(form[:1] if prompts else form)}]
     if len(forms) != 1:
-        wanted = "wants 'text', or 'question' and 'answer', or 'prompt' and 'completion' (or say "
-        wanted += "by fields what yours are called)"
+        wanted = "wants 'text', or 'question' and 'answer', or 'prompt' and 'completion' "
+        wanted += "(or name yours by fields)"
         many = "has more than one form of an example: say which by fields"
         given = sorted(map(str, columns)) if isinstance(row, dict) else row
         raise ValueError(f"{many if forms else wanted}, got {short(given)}")

@@ -51,8 +51,8 @@ def open_data(
         side: take only examples whose prompt's hash, in [0, 1), is in this range: (0, 0.1) is a
             tenth, and (0.1, 1) has none of its prompts.
         tell: is given a line where a store is made, and why.
-        progress: is given how many more examples are encoded, now and then while a store is made,
-            and the share of the file that was read, where it is known.
+        progress: is given now and then how many more examples are encoded, and the share of the
+            file that was read, where it is known.
         how: `max_length`, `eos`, `answer_only` and `separator`, as for `encode`.
 
     Raises:
@@ -91,7 +91,7 @@ def open_data(
 
 
 def open_store(store: Path) -> tuple[Dataset, dict[str, Any]]:
-    """The examples of a store, whatever became of its source, and all that it is made of."""
+    """The examples of a store, and all that it is made of."""
     header = read_json(store / HEADER)
     names = ("ids", "ends", "prompts", "by_length", "histogram")
     # As plain arrays: each index into a memmap makes another, in Python.

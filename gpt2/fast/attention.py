@@ -51,10 +51,12 @@ def _attend_within(q: Tensor, k: Tensor, v: Tensor, documents: Documents, p: flo
         run: Any = varlen_attn
         y = run(*flat, starts, starts, most, most, window_size=(-1, 0))
         return y.transpose(0, 1)[None]
+
     if on_cpu(q.device) and not torch.compiler.is_compiling():  # where the host may look
         parts = [slice(start, end) for start, end in pairwise(starts.tolist()) if start < end]
         each = [attend(q[:, :, s], k[:, :, s], v[:, :, s], None, p) for s in parts]
         return torch.cat(each, 2)
+
     number = documents.numbers()
     mask = (number[:, None] == number).tril()
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)

@@ -38,9 +38,11 @@ class Steps:
         graphed = on_cuda(self.device) and config.max_new_tokens >= GRAPHED
         self._graphs = GraphedCalls() if graphed else None
         self.fixed = compile or graphed  # every step must have the shapes of the first
+
         self.burst = BURST if on_cuda(self.device) else 1
         self.draws_on = self.device if has_float64(self.device) else torch.device("cpu")
-        longest, limit = max(map(len, rows)) + config.max_new_tokens, model.config.block_size
+        longest = max(map(len, rows)) + config.max_new_tokens
+        limit = model.config.block_size
         slots = bucket(longest, limit) if compile else longest  # few sizes are compiled
         logits, self.cache = model.prefill(rows, slots)
         self._begin(rows, logits)
@@ -67,8 +69,8 @@ class Steps:
 
     def _changed(self) -> list[Tensor]:
         """The tensors that a step may write to."""
-        own = [value for value in vars(self).values() if isinstance(value, Tensor)]
-        return [*own, self.cache.lengths, *self.cache.layers]
+        tensors = [value for value in vars(self).values() if isinstance(value, Tensor)]
+        return [*tensors, self.cache.lengths, *self.cache.layers]
 
 
 def _next(model: Any, tokens: Tensor, cache: Any) -> Tensor:

@@ -16,7 +16,7 @@ def on_cpu(device: torch.device) -> bool:
 
 
 def on_cuda(device: torch.device) -> bool:
-    """Work can be captured as a graph; kernels like sides in memory that are multiples of 8."""
+    """Work can be captured as a graph; kernels like sides that are multiples of 8."""
     return device.type == "cuda"
 
 
@@ -26,7 +26,7 @@ def has_float64(device: torch.device) -> bool:
 
 
 def has_fused_adamw(device: torch.device) -> bool:
-    """Whether AdamW updates all parameters in one call, so that no interrupt comes in between."""
+    """Whether AdamW updates all parameters in one call, which no interrupt splits."""
     return device.type in ("cpu", "cuda", "mps")
 
 

@@ -28,9 +28,8 @@ class GraphedCalls:
     ) -> Tensor:
         """What the function gives for these inputs; it lasts until the next call.
 
-        The function asks nothing of the device. `state` gives the tensors that it changes, so that
-        capturing can undo what its trial runs did to them; those that appear in a trial
-        begin as zeros.
+        The function asks nothing of the device. `state` gives the tensors that it changes: a
+        capture undoes what trial runs did to them; those that appear in a trial begin as zeros.
         """
         self.prepare(function, state, *inputs)
         graph, held, output = self.captured[_key(inputs)]
@@ -66,6 +65,7 @@ class GraphedCalls:
             for _ in range(WARMUPS):
                 function(*held)
         torch.cuda.current_stream().wait_stream(stream)
+
         graph = torch.cuda.CUDAGraph()
         # So cuBLAS takes scratch memory from this graph's pool, not from that of an earlier graph,
         # which may be gone before.
@@ -74,6 +74,7 @@ class GraphedCalls:
             output = function(*held)
         torch._C._cuda_clearCublasWorkspaces()
         self.pool = graph.pool()
+
         after = state()
         with torch.no_grad():
             for tensor, value in zip(after, before, strict=False):

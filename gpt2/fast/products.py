@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from gpt2.fast.devices import on_cpu, on_cuda
 
-WHOLE = 2**18  # elements of a weight, a megabyte, up to which one product is as fast as slices
+WHOLE = 2**18  # elements of a weight up to which one product is as fast as slices
 # Rows between which a GPU makes the head's logits three times as fast as (V, rows): V is odd.
 FEW_ROWS = range(3, 65)
 
@@ -24,6 +24,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     sliced = n_out // slices * slices
     if slices == 1 or sliced == 0:
         return F.linear(x, weight, bias)
+
     rows = x.reshape(-1, x.shape[-1])
     cut = weight[:sliced].view(slices, -1, weight.shape[1]).mT  # (slices, in, sliced / slices)
     y = (rows.expand(slices, *rows.shape) @ cut).transpose(0, 1).flatten(1)

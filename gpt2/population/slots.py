@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpt2.data.dataset import Dataset, places
+from gpt2.data.dataset import Dataset, offsets
 from gpt2.data.order import Integers, Order, seed_of
 from gpt2.fast import devices
 from gpt2.fast.compiling import bucket
@@ -141,13 +141,14 @@ def pass_inputs(
     chosen = [batch.examples for batch in batches if batch]
     rows = [i * size + np.arange(len(batch.examples)) for i, batch in enumerate(batches) if batch]
     ids, learnt, lengths = data.take(np.concatenate(chosen))
-    at = np.repeat(np.concatenate(rows), lengths), places(lengths)
+    at = np.repeat(np.concatenate(rows), lengths), offsets(lengths)
     idx[at] = ids
     labels[at] = np.where(learnt, ids, IGNORE)
+
     learns = np.zeros(labels.shape, bool)
     learns[:, :-1] = labels[:, 1:] != IGNORE
     block, position = np.nonzero(learns.reshape(m, -1))
     positions = np.full((m, most), width - 1)  # of a row's last nothing is learnt
-    positions[block, places(np.bincount(block, minlength=m))] = position
+    positions[block, offsets(np.bincount(block, minlength=m))] = position
     arrays = idx, labels, positions
     return [torch.from_numpy(array) for array in arrays]

@@ -247,6 +247,7 @@ class PopulationTraining:
             if batch.tokens:
                 lrs = [slot.lr * slot.ratios.get(part, 1.0) for part in parts]
                 rates[:, i] = [*Rates.of(slot.config, slot.taken, batch.tokens), *lrs]
+
         if not any(usual):
             del passes[0]
         for width, batches in passes[:-1]:
@@ -262,6 +263,7 @@ class PopulationTraining:
         for i, batch in enumerate(batches):
             if batch:
                 keys[i] = batch.slot, batch.seed & 0xFFFFFFFF, batch.seed >> 32
+
         inputs = pass_inputs(self.data, size, width, most, batches)
         inputs += [torch.from_numpy(keys), *rates]
         inputs = [devices.copied(tensor, self.device) for tensor in inputs]

@@ -25,8 +25,7 @@ class TrainConfig:
         tokens_per_batch: tokens a micro-batch at most, in place of `batch_size`: examples of about
             one length are padded together.
         packing: lay whole examples end to end in one row of `tokens_per_batch` tokens, each read
-            as if it stood alone. A GPU's attention then has no dropout: a model with some is
-            refused.
+            as if it stood alone. A GPU then takes no model with dropout in attention.
         accumulate: micro-batches an optimiser step; its loss is the mean over all their supervised
             tokens.
         schedule: "linear" or "cosine" decay to zero, or "constant", after the warm-up.
@@ -41,7 +40,7 @@ class TrainConfig:
         clip: largest global norm of the gradient; None leaves it as it is.
         seed: of the order of examples and of dropout.
         autocast: compute in bfloat16 beside float32 weights.
-        compile: run the loss through torch.compile; a shape takes some 15 s on a GPU.
+        compile: run the loss through torch.compile; a shape takes about 15 s on a GPU.
         checkpointing: keep only each block's input for the backward pass and recompute the rest.
         cuda_graph: replay each shape's whole step as one CUDA graph; None does so on one GPU for
             compiled steps and for batches of at most `GRAPHED_TOKENS` tokens, but not beside
@@ -163,8 +162,8 @@ class RunConfig:
     def _steps_and_seconds(self) -> tuple[int, float]:
         """Between two snapshots; 0 for the one that does not count."""
         number = r"(\d{1,15})|(\d{1,9}(?:\.\d{1,9})?) ?s"
-        found = re.fullmatch(number, str(self.save_every))
-        return (int(found[1] or 0), float(found[2] or 0)) if found else (0, 0.0)
+        match = re.fullmatch(number, str(self.save_every))
+        return (int(match[1] or 0), float(match[2] or 0)) if match else (0, 0.0)
 
 
 def require_count(name: str, value: object) -> None:

@@ -123,6 +123,7 @@ def in_order(trained: Trained, rows: Sequence[Tensor], count: int) -> Tensor:
     )
     for k, values in enumerate(rows):
         mine[k] = values
+
     parts = [torch.empty_like(mine) for _ in range(size())]
     torch.distributed.all_gather(parts, mine)
     every = torch.cat(parts)
@@ -130,6 +131,7 @@ def in_order(trained: Trained, rows: Sequence[Tensor], count: int) -> Tensor:
         [g.view_as(p).to(p.dtype) for g, p in zip(one.split(sizes), trained, strict=True)]
         for one in every[:count, :-1]
     ]
+
     for later in gradients[1:]:
         torch._foreach_add_(gradients[0], later)  # pyright: ignore[reportPrivateImportUsage]
     for p, grad in zip(trained, gradients[0], strict=True):
@@ -159,7 +161,7 @@ def sharded(losses: Sequence[Tensor]) -> Tensor:
 
 
 def shard(model: Model, dtype: torch.dtype | None = None) -> Model:
-    """Share out the model's parameters among the processes of torch's default group, by FSDP2.
+    """Shard the model's parameters over the processes of torch's default group, by FSDP2.
 
     Call it in every process, on a model on its device, after adapters were injected and before
     `gpt2.train`. It changes the model and gives it back.

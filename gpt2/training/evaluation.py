@@ -21,7 +21,7 @@ from gpt2.training.randomness import TURN, RandomState
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """How well a model predicts some examples."""
+    """How well a model predicts examples."""
 
     loss: float  # mean over the supervised tokens, nats
     tokens: int  # supervised
@@ -59,18 +59,22 @@ def evaluate(
     """
     check_readable(model, data)
     require_count("batch_size", batch_size)
+
     device = next(iter(model.parameters())).device
-    order = data.by_length[::-1]  # alike in length: little padding; the largest batch first
+    order = data.by_length[::-1]  # little padding; the largest batch first
     starts = range(0, len(data), batch_size)
-    exact, asked = np.zeros(len(data), bool), np.asarray(data.prompts)
+    exact = np.zeros(len(data), bool)
+    asked = np.asarray(data.prompts)
     if references and not asked.any():
         raise ValueError("references=True takes examples with a prompt, and no example has one.")
     if references and any(map(is_sharded, model.parameters())):
         raise ValueError("references=True takes a model that is not sharded.")
-    rank, size = distributed.rank(), distributed.size()
+
+    rank = distributed.rank()
+    size = distributed.size()
     mine: list[tuple[float, int, Array]] = []
     with TURN, in_mode(model, training=False), RandomState(0, device), torch.no_grad():
-        # Each takes as many, since a sharded model runs in all processes at once.
+        # A sharded model runs in all processes at once.
         for number in range(rank, math.ceil(len(starts) / size) * size, size):
             start = starts[min(number, len(starts) - 1)]
             chosen = order[start : start + batch_size]
@@ -82,20 +86,25 @@ def evaluate(
                     right = _are_greedy(model, moved, torch.from_numpy(asked[chosen]))
             mine.append((float(loss), batch.n_tokens, right))
     every = distributed.gathered(mine)
-    total, tokens = 0.0, 0
+
+    total = 0.0
+    tokens = 0
     for number, start in enumerate(starts):
         loss, count, right = every[number % size][number // size]
-        total, tokens = total + loss, tokens + count
+        total += loss
+        tokens += count
         exact[order[start : start + batch_size]] = right
+
     share = _share_of_prompts(data, exact) if references else None
     return Evaluation(loss=total / tokens, tokens=tokens, examples=len(data), exact_match=share)
 
 
 def _are_greedy(model: nn.Module, batch: Batch, prompts: Tensor) -> Array:
     """Whether each token of a row's completion is the most likely; nothing is generated."""
-    idx, targets = batch.idx, batch.labels[:, 1:]
-    places = torch.arange(1, idx.shape[1], device=idx.device)
-    wanted = (targets != IGNORE) & (places >= prompts.to(idx.device)[:, None])
+    idx = batch.idx
+    targets = batch.labels[:, 1:]
+    at = torch.arange(1, idx.shape[1], device=idx.device)
+    wanted = (targets != IGNORE) & (at >= prompts.to(idx.device)[:, None])
     right = ~wanted
     if isinstance(model, GPT2):
         hidden = model.transformer(idx)[:, :-1][wanted]

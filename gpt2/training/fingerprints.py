@@ -62,7 +62,7 @@ def of_start(model: nn.Module, data: Dataset, config: TrainConfig, groups: Group
 
 
 def of_base(model: nn.Module) -> str:
-    """Names, shapes, some elements and the sum of all bits of what is not trained."""
+    """Names, shapes, a few elements and the sum of all bits of what is not trained."""
     frozen = {n: p.detach() for n, p in model.named_parameters() if not p.requires_grad}
     frozen |= dict(model.named_buffers())
     digest = blake2b(digest_size=8)

@@ -98,7 +98,8 @@ class Fit(Training):
         if self._record is not None:  # of a run that was resumed
             yield self._validated(self._record)
             self._tell()
-        steps, patience = super()._run(), self.options.patience or math.inf
+        steps = super()._run()
+        patience = self.options.patience or math.inf
         while waited(self.evaluated.values(), self.options.min_delta) < patience:
             self._record = next(steps, None)
             if self._record is None:
@@ -133,18 +134,18 @@ class Fit(Training):
 
     @contextmanager
     def best_weights(self) -> Generator[None]:
-        """The model has the best weights within, and its own after; the last, where none is."""
+        """The model has the best weights within; the last, where none is."""
         with swapped(self.model, self._kept[1]):
             yield
 
     @contextmanager
     def last_weights(self) -> Generator[None]:
-        """The model has the weights of the last step within, and its own after."""
+        """The model has the weights of the last step within."""
         with swapped(self.model, self._last):
             yield
 
     def save(self) -> bool:
-        """Keep a snapshot; False where there is nothing that could be resumed from.
+        """Keep a snapshot; False where there is none to resume from.
 
         That is so before the first step, in the midst of an update, and in all processes but the
         first; of a sharded model call it in each.
@@ -158,6 +159,7 @@ class Fit(Training):
         writes = self._sharded or not distributed.rank()
         if self.options.folder is None or not whole or not writes:
             return False
+
         (evaluated, best), state = self._kept, self.state()
         if self._sharded:  # processes of a GPU's group meet there
             best = {n: t.to(state.parameters[n].device) for n, t in best.items()}
@@ -190,7 +192,7 @@ class Fit(Training):
             self.save()
         except OSError as error:
             warnings.warn(
-                f"The snapshot of step {step} could not be written ({error}). The run goes on, and "
+                f"The snapshot of step {step} could not be written ({error}). The run goes on; "
                 "the snapshot before stays.",
                 RuntimeWarning,
                 stacklevel=2,
@@ -213,6 +215,7 @@ class Fit(Training):
                 RuntimeWarning,
                 stacklevel=2,
             )
+
         self.resume(last.state)
         self._kept, self._record = (last.evaluated, last.best), last.record
         self.saved_step, self.told = self.taken, self.taken - (last.record is not None)
@@ -224,7 +227,8 @@ def waited(losses: Iterable[float], min_delta: float) -> int:
     for loss in losses:
         since += 1
         if loss < least - min_delta:  # NaN is never
-            least, since = loss, 0
+            least = loss
+            since = 0
     return since
 
 
@@ -250,10 +254,10 @@ def put(model: nn.Module, values: Weights) -> None:
 
 @contextmanager
 def swapped(model: nn.Module, values: Weights) -> Generator[None]:
-    """The parameters of these names have these values within, and their own after."""
-    own = trained(model) if values else {}
+    """The parameters of these names have these values within."""
+    before = trained(model) if values else {}
     try:
         put(model, values)
         yield
     finally:
-        put(model, own)
+        put(model, before)

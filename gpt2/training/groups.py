@@ -28,11 +28,11 @@ def grouped(model: nn.Module, config: TrainConfig, groups: Groups | None) -> lis
     given = [{"params": trained}] if groups is None else listed(groups)
     faults: list[str] = []
     for i, group in enumerate(given):
-        own = {name: value for name, value in group.items() if name != "params"}
-        unknown = [name for name in own if name not in OPTIONS]
+        options = {name: value for name, value in group.items() if name != "params"}
+        unknown = [name for name in options if name not in OPTIONS]
         faults += [f"group {i} has the option {n!r} (known: {', '.join(OPTIONS)})" for n in unknown]
         try:
-            replace(config, **{n: value for n, value in own.items() if n in OPTIONS})
+            replace(config, **{n: value for n, value in options.items() if n in OPTIONS})
         except ValueError as error:
             faults.append(f"group {i}: {error}")
     ids = [id(p) for group in given for p in group["params"]]
@@ -42,6 +42,7 @@ def grouped(model: nn.Module, config: TrainConfig, groups: Groups | None) -> lis
         faults.append(f"in two groups: {', '.join(twice)}")
     if strangers := sum(i not in names for i in ids):
         faults.append(f"{strangers} of their parameters are not the model's, or require no grad")
+
     if faults:
         raise ValueError(f"groups: {listing(faults)}.")
     return [{**usual, **group} for group in given]
@@ -62,7 +63,7 @@ def adamw(groups: list[dict[str, Any]], device: torch.device, capturable: bool) 
     """Fused where it can be: one call a group, which no interrupt splits."""
     for group in groups:
         group["initial_lr"] = group["lr"]
-        if capturable:  # a tensor, so that a captured step reads the rate of the moment
+        if capturable:  # a tensor, which a captured step reads anew
             group["lr"] = torch.full((), group["lr"], dtype=torch.float32, device=device)
     return AdamW(groups, fused=devices.has_fused_adamw(device), capturable=capturable)
 

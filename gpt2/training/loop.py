@@ -95,7 +95,7 @@ class StepRecord:
     grad_norm: Reading = Reading()  # before clipping
     tokens: int  # supervised
     seconds: Reading = Reading()  # of training until it was read
-    validation: float | None = None  # loss on the validation data after this step, from `fit`
+    validation: float | None = None  # loss after this step, from `fit`
 
 
 class Training(Iterator[StepRecord]):
@@ -196,7 +196,7 @@ class Training(Iterator[StepRecord]):
         self._readings = Readings(state.step + 1, state.seconds)
 
     def _agree(self) -> None:
-        """Find out whether all processes begin alike."""
+        """Raise unless all processes begin alike."""
         if distributed.size() == 1:
             return
         mine = fingerprints.of_start(self.model, self.data, self.config, self.groups)
@@ -213,6 +213,7 @@ class Training(Iterator[StepRecord]):
         epoch, at = divmod(step - 1, self.steps_an_epoch)
         numbers = range(at * size, min((at + 1) * size, len(plan)))
         batches = [batch(self.data, plan, k, seed=seed, epoch=epoch) for k in numbers]
+
         network = inner(self.model)
         if not isinstance(network, GPT2):
             return batches

@@ -44,7 +44,7 @@ def summed_loss(
 
 
 def logits_of(model: nn.Module, idx: Tensor) -> Tensor:
-    """The logits `(B, T, V)` of any model that has some; a ValueError where it has none."""
+    """The logits `(B, T, V)` of any model; a ValueError where it gives none."""
     out: Any = model(idx)
     logits = getattr(out, "logits", out)
     if not (isinstance(logits, Tensor) and logits.dim() == 3):
@@ -68,6 +68,7 @@ def check_readable(model: nn.Module, data: Dataset) -> None:
         raise ValueError("There is no example in the data.")
     if data.unlearnable:
         raise ValueError(f"{data.unlearnable}. Leave them out.")
+
     network = inner(model)
     if isinstance(network, GPT2):
         longest, limit = data.longest, network.config.block_size

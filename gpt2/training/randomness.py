@@ -12,7 +12,7 @@ from gpt2.data.order import seed_of
 from gpt2.fast.devices import Generator
 
 TURN = threading.RLock()
-"""Held by the thread that has torch's generators: runs in several threads take turns."""
+"""Held by the thread that has torch's generators."""
 
 
 class RandomState:

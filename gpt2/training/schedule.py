@@ -8,7 +8,7 @@ from gpt2.training.config import TrainConfig
 
 
 def total_steps(data: Dataset | int, config: TrainConfig) -> int:
-    """The optimiser steps of a run over the data; how many examples it has is enough for most.
+    """The optimiser steps of a run over the data, or over so many examples.
 
     Raises:
         ValueError: there are none; or with `tokens_per_batch`, which needs the data, a number.

@@ -30,7 +30,7 @@ class RunState:
     step: int  # that the weights have taken
     seconds: float = 0.0  # that it took
     parameters: Mapping[str, Tensor]  # what is trained, by name
-    moments: Mapping[str, Tensor]  # AdamW's, by their kind and the parameter's name
+    moments: Mapping[str, Tensor]  # AdamW's, by kind and parameter
 
 
 class Stepper:
@@ -71,13 +71,14 @@ class Stepper:
         fixes its random numbers; `scale` is a factor of the learning rates.
         """
         self.watch.check()
-        if any(p.grad is not None for p in self.trained):  # a caller's, who called backward
+        if any(p.grad is not None for p in self.trained):  # a caller's
             self.optimizer.zero_grad()
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(peak * scale)
             else:
                 group["lr"] = peak * scale
+
         share = (distributed.size() if self.sharded else 1) / sum(b.n_tokens for b in batches)
         weight = torch.full((), share, dtype=torch.float32, device=self.device)
         with TURN, self.randomness, self._blocks_run():
@@ -89,6 +90,7 @@ class Stepper:
                 self.randomness.begin(step, i)
                 loss = self._gradients(weight, *_inputs(batch, self.device))
                 losses.append(distributed.row(self.trained, loss) if in_order else loss)
+
             if distributed.size() == 1:
                 loss = torch.stack(losses).sum()
             elif self.sharded:
@@ -140,7 +142,7 @@ class Stepper:
     def _replayed(self, graphs: GraphedCalls, batch: Batch, step: int, weight: Tensor) -> Tensor:
         inputs = weight, *_inputs(batch, self.device)
         with self._counted():
-            graphs.prepare(self._step, self._state, *inputs)  # it may draw numbers of its own
+            graphs.prepare(self._step, self._state, *inputs)  # it may draw numbers
             self.randomness.begin(step, 0)
             return graphs(self._step, self._state, *inputs).clone()
 
@@ -167,7 +169,7 @@ class Stepper:
         bad = ~figures.isfinite().all()
         self.failed.copy_(torch.maximum(self.failed, bad.float()))
         if devices.skips_found_inf(self.device):
-            # Read on the device by the fused optimiser, which does nothing where it is 1.
+            # The fused optimiser does nothing where it is 1.
             self.optimizer.found_inf = self.failed
             self.optimizer.step()
         elif not self.failed.item():
@@ -204,6 +206,7 @@ def check_options(model: nn.Module, config: TrainConfig) -> None:
     network: Any = inner(model)
     device, is_gpt2 = trained[0].device, isinstance(network, GPT2)
     faults = distributed.faults(model, config)
+
     if config.checkpointing and not is_gpt2:
         faults.append("checkpointing=True needs a GPT2; another model checkpoints itself")
     if config.compile and not is_gpt2 and network is model:

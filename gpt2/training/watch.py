@@ -1,7 +1,7 @@
 """Whether a model is changed between two steps.
 
-An optimiser holds parameters and a captured CUDA graph addresses. Neither hears of an adapter that
-is switched, merged or taken out, or of a tensor that moves: they would go on without effect.
+An optimiser holds parameters, a captured CUDA graph addresses. If an adapter is switched, merged
+or taken out, or a tensor moves, they would go on without effect.
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ CHILDREN = ("_modules", "_buffers", "_parameters")
 class Watch:
     """A model's trained parameters, the modules that own them and all modules above these.
 
-    Their children, buffers, parameters and plain attributes are to be what they were at the end
-    of the last step; modes, hooks and attributes that begin with `_` may differ.
+    Their children, buffers, parameters and plain attributes are to be as the last step left
+    them; modes, hooks and attributes that begin with `_` may differ.
     """
 
     def __init__(self, model: nn.Module, trained: Sequence[nn.Parameter]) -> None:
@@ -33,19 +33,19 @@ class Watch:
     def renew(self) -> None:
         """Take the model as it is for what it should be."""
         self.names = {
-            path: [n for n in own if not n.startswith("_") and n != "training"]
-            + [n for n in CHILDREN if own[n]]
-            for path, own in self.modules.items()
+            path: [n for n in attrs if not n.startswith("_") and n != "training"]
+            + [n for n in CHILDREN if attrs[n]]
+            for path, attrs in self.modules.items()
         }
         # Looking takes hardly a line of Python a module.
         self.rows = [(itemgetter(*n, n[0]), self.modules[path]) for path, n in self.names.items()]
-        self.seen = [tuple(map(_copied, get(own))) for get, own in self.rows]
+        self.seen = [tuple(map(_copied, get(attrs))) for get, attrs in self.rows]
         self.where = self._where()
 
     def is_as_it_was(self) -> bool:
         """Whether the model is what it was."""
         try:
-            now = [get(own) for get, own in self.rows]
+            now = [get(attrs) for get, attrs in self.rows]
             return now == self.seen and self._where() == self.where
         except (KeyError, RuntimeError, ValueError):
             return False  # an attribute is gone, or is a tensor
@@ -57,9 +57,9 @@ class Watch:
         pairs = zip(self.trained, self._where(), self.where, strict=True)
         changed = [name for name, now, then in pairs if now != then]
         for (path, names), seen in zip(self.names.items(), self.seen, strict=True):
-            own = self.modules[path]
+            attrs = self.modules[path]
             for name, then in zip(names, seen, strict=False):
-                if not _same(own.get(name), then):
+                if not _same(attrs.get(name), then):
                     changed.append(f"{path}.{name}".lstrip("."))
         raise RuntimeError(
             f"The model was changed between two steps: {listed(changed)}. "

@@ -66,7 +66,7 @@ def read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def write(folder: Path, content: Mapping[str, bytes]) -> None:
-    """Write files into a folder, which an error, such as a full disk, leaves as it was."""
+    """Write files into a folder, which an error leaves as it was."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=SAVING) as beside:
         for name, data in content.items():
