@@ -1,4 +1,4 @@
-"""GPT-2 in plain PyTorch: load, run, train. `help(gpt2.train)` tells of one name.
+"""GPT-2 in plain PyTorch: load, run, train. `help(gpt2.train)` explains one.
 
 The model, where reading starts (`gpt2.model`):
     GPT2                  the network: `GPT2.from_pretrained("gpt2")`
@@ -23,12 +23,12 @@ Training:
     train                 a loop over steps; whatever requires grad is trained
     TrainConfig           its options: learning rate, steps, batch, schedule, seed
     Training              what `train` gives: the run, step after step
-    StepRecord            what it tells of a step
-    fit                   train with validation, the best kept, a stop, a run that goes on
+    StepRecord            the metrics of a step
+    fit                   train with validation, early stopping and snapshots
     RunConfig             when to do which
     Fit                   what `fit` gives
     evaluate              the loss on held-out data
-    Evaluation            what it found
+    Evaluation            its result
     learning_rate         the rate of a step
     total_steps           how many steps a run has
     next_token_loss       the loss of logits and labels

@@ -1,13 +1,11 @@
 """Beam search: follow the likeliest texts at once, and give the best that has ended.
 
-Scores and the rule when to stop are those of transformers' `early_stopping=False`: a text's score
-is its log-probability over its length to the power of `length_penalty`; a prompt is done once no
-running text, had it ended now, would beat the worst of the `num_beams` best that have ended.
+Scores and the end are those of transformers' `early_stopping=False`: a text's score is its
+log-probability over its length to the power of `length_penalty`; a prompt is done once no
+running text, had it ended now, would beat the worst of the `num_beams` best that ended.
 
-Shapes: B prompts · K beams · C candidates · N new tokens · P places before them · V vocab.
+Shapes: B prompts · K beams · C candidates · N new tokens · P slots before them · V vocab.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,37 +20,42 @@ NOTHING = -1  # in a history, where there is no token
 
 
 class Beams(Steps):
-    """Prompts whose beams are being followed; what is done stays, however many steps follow."""
+    """The beams of each prompt; what is done stays, however many steps follow."""
 
     def _begin(self, rows: Sequence[Sequence[int]], logits: Tensor) -> None:
-        config, device, how = self.config, self.device, self.integers
+        config, device = self.config, self.device
+        how = self.integers
         B, K, N = len(rows), config.num_beams, config.max_new_tokens
         self.cache.repeat(K)
-        self._shared = min(map(len, rows))  # slots that hold the same in all beams of a prompt
+        self._shared = min(map(len, rows))  # slots alike in all beams of a prompt
         before = torch.tensor(_before(rows, config), **how)  # (B, P)
         self._before = before.shape[1]
         self.history = torch.full((B, K, self._before + N), NOTHING, device=device)
         self.history[..., : self._before] = before[:, None]
+
         kind: Any = {"dtype": torch.float32, "device": device}
-        # The running texts' log-probabilities, best first; -inf where there is no such beam.
+        # Running texts' log-probabilities, best first; -inf for no beam.
         self.scores = torch.full((B, K), -torch.inf, **kind)
-        self.scores[:, 0] = 0  # the beams are alike: only one may choose the first tokens
-        # Of those that have ended the best scores, and the best text with its length.
+        self.scores[:, 0] = 0  # beams are alike: one chooses the first tokens
+        # The best scores of ended texts, and the best text with its length.
         self.ended = torch.full((B, K), -torch.inf, **kind)
-        self.text, self.length = torch.zeros(B, N, **how), torch.zeros(B, **how)
-        # Whether a running text may still come to be among them; when logits were not finite.
+        self.text = torch.zeros(B, N, **how)
+        self.length = torch.zeros(B, **how)
+        # Whether a running text may still join them; when logits were not finite.
         self.open = torch.ones(B, dtype=torch.bool, device=device)
         self.failed = torch.full((B,), -1, device=device)
-        self.n, self.tokens = torch.zeros(1, **how), torch.zeros(B * K, **how)
+        self.n = torch.zeros(1, **how)
+        self.tokens = torch.zeros(B * K, **how)
         self._ends = torch.tensor(config.ends, **how)
-        # Of the candidates, this many cannot all have ended: enough are left to go on with.
+
+        # So many candidates cannot all have ended: K are left to go on with.
         self._candidates = K * max(2, 1 + len(config.ends))
         powers = [length**config.length_penalty for length in range(1, N + 1)]
         self._powers = torch.tensor(powers, **kind)  # (N,)
         self._extend(logits.repeat_interleave(K, 0))
 
     def are_open(self) -> bool:
-        """Whether a prompt is to be followed and none has failed; the host waits for the device."""
+        """Whether a prompt is open and none has failed; the host waits for the device."""
         return bool(self.open.any() & (self.failed < 0).all())
 
     def best(self) -> list[list[int]]:
@@ -70,6 +73,7 @@ class Beams(Steps):
         if self.config.no_repeat_ngram is not None:
             end = self.n + self._before
             forbid_repeats(log_probs, self.history.flatten(0, 1), end, self.config.no_repeat_ngram)
+
         scores, beams, tokens = continuations(log_probs, self.scores, self._candidates)
         last = self.n == len(self._powers) - 1
         ends = (tokens[..., None] == self._ends).any(-1) | last  # (B, C)
@@ -81,7 +85,7 @@ class Beams(Steps):
         return self.tokens
 
     def _end(self, scores: Tensor, beams: Tensor, tokens: Tensor) -> None:
-        """Keep the best of the candidates that end; only the first K may, with scores `(B, K)`."""
+        """Keep the best of the ending candidates, of the first K only, with scores `(B, K)`."""
         scores = scores.masked_fill(~self.open[:, None], -torch.inf)
         score, which = scores.max(-1, keepdim=True)  # (B, 1)
         better = score > self.ended[:, :1]
@@ -95,7 +99,8 @@ class Beams(Steps):
         """The best K candidates, `(B, C)` each, are the beams from now on."""
         B, K, _ = self.history.shape
         scores, which = scores.topk(K)  # (B, K)
-        beams, tokens = beams.gather(1, which), tokens.gather(1, which)
+        beams = beams.gather(1, which)
+        tokens = tokens.gather(1, which)
         history = _followed(self.history, beams)
         self.history.copy_(history.index_copy(2, self.n + self._before, tokens[..., None]))
         self.scores.copy_(scores)
@@ -105,7 +110,7 @@ class Beams(Steps):
 
 
 def continuations(log_probs: Tensor, scores: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The likeliest texts of one token more: scores, beams and tokens, `(B, C)`, best first.
+    """The likeliest texts of one token more, best first: scores, beams, tokens `(B, C)`.
 
     Given the log-probabilities `(B·K, V)` of each next token, and the beams' scores `(B, K)`.
     """
@@ -121,18 +126,18 @@ def forbid_repeats(log_probs: Tensor, history: Tensor, end: Tensor, size: int) -
     `log_probs` `(R, V)` is changed in place; `end` `(1,)` is where the next token goes.
     """
     runs = history.unfold(1, size, 1)  # (R, L - size + 1, size)
-    places = torch.arange(1 - size, 0, device=end.device) + end
-    tail = history.index_select(1, places)  # (R, size - 1), which the next token would complete
+    at = torch.arange(1 - size, 0, device=end.device) + end
+    tail = history.index_select(1, at)  # (R, size - 1)
     same = (runs[..., :-1] == tail[:, None]).all(-1) & (runs[..., -1] != NOTHING)
     ceiling = torch.where(same, -torch.inf, torch.inf).to(log_probs.dtype)
     log_probs.scatter_reduce_(1, runs[..., -1].clamp(min=0), ceiling, "amin")
 
 
 def _before(rows: Sequence[Sequence[int]], config: GenerateConfig) -> list[list[int]]:
-    """What stands before the new tokens, P places a row: the prompts if they count, or nothing."""
+    """The P slots before a row's new tokens: its prompt if that counts, or nothing."""
     counted = rows if config.no_repeat_prompt else [()] * len(rows)
-    places = max((config.no_repeat_ngram or 1) - 1, *map(len, counted))
-    return [[*[NOTHING] * (places - len(row)), *row] for row in counted]
+    P = max((config.no_repeat_ngram or 1) - 1, *map(len, counted))
+    return [[*[NOTHING] * (P - len(row)), *row] for row in counted]
 
 
 def _followed(history: Tensor, beams: Tensor) -> Tensor:

@@ -1,12 +1,10 @@
 """What a position may attend to: the key-value cache, and the documents of a packed row.
 
-Rows of a cache are right-padded: row b's tokens fill slots 0, 1, 2, … without gaps, so rows of
-different lengths need no left padding, and a slot past a row's own length is never attended to.
+Rows of a cache are right-padded: row b's tokens fill slots 0, 1, 2, … without gaps, and a slot
+past a row's length is never attended to.
 
 Shapes: B batch · T time · H heads · D head size · S slots a row, or documents of one.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
@@ -20,7 +18,7 @@ from gpt2.config import GPT2Config
 class Documents(NamedTuple):
     """The documents of one row: where each begins and the last ends, `(S + 1,)` int32."""
 
-    starts: Tensor  # so that rows of other documents need nothing compiled or captured anew
+    starts: Tensor  # a tensor: other documents need no other graph
     T: int
     longest: int  # none has more tokens
 
@@ -35,18 +33,18 @@ class Documents(NamedTuple):
         return cls(starts.to(torch.int32), idx.shape[1], longest)
 
     def numbers(self) -> Tensor:
-        """To which document each token belongs, `(T,)`, from 1."""
-        places = torch.arange(self.T, dtype=torch.int32, device=self.starts.device)
-        return torch.searchsorted(self.starts, places, right=True)
+        """The document of each token, `(T,)`, from 1."""
+        at = torch.arange(self.T, dtype=torch.int32, device=self.starts.device)
+        return torch.searchsorted(self.starts, at, right=True)
 
     def positions(self) -> Tensor:
         """The position of each token in its document, `(1, T)`."""
-        places = torch.arange(self.T, device=self.starts.device)
-        return (places - self.starts[self.numbers() - 1])[None]
+        at = torch.arange(self.T, device=self.starts.device)
+        return (at - self.starts[self.numbers() - 1])[None]
 
 
-# What each position sees: all before it (None); its own document; or what a tensor (B, 1, T, N),
-# which is added to the scores, leaves over.
+# What each position sees: all before it (None); its document; or what a tensor (B, 1, T, N)
+# that is added to the scores leaves over.
 Mask = Tensor | Documents | None
 
 
@@ -54,36 +52,36 @@ Mask = Tensor | Documents | None
 class LayerCache:
     """One layer's part of the cache, for the tokens of one call."""
 
-    kv: Tensor  # (B, S, 2, H, D): a token's key and value lie together, as `c_attn` makes them
+    kv: Tensor  # (B, S, 2, H, D): a token's key and value together, as from `c_attn`
     rows: Tensor  # (B, 1) and
     slots: Tensor  # (B, T), where each of the call's tokens goes
     filled: int  # slots that hold a token, this call's included
 
     def extend(self, kv: Tensor) -> tuple[Tensor, Tensor]:
         """Store `kv` `(B, T, 2, H, D)`; gives all keys and values, `(B, H, filled, D)` each."""
-        self.kv[self.rows, self.slots] = kv  # a compiler does this in place, unlike a scatter
+        self.kv[self.rows, self.slots] = kv  # in place where compiled
         seen = kv if self.filled == kv.shape[1] else self.kv[:, : self.filled]
         k, v = seen.permute(2, 0, 3, 1, 4)
         return k, v
 
 
 class KVCache:
-    """The keys and values that each layer has seen, of rows that have room for `slots` tokens."""
+    """The keys and values of each layer, of rows with room for `slots` tokens."""
 
     def __init__(
         self, config: GPT2Config, batch: int, slots: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         shape = (batch, slots, 2, config.n_head, config.n_embd // config.n_head)
         self.slots = slots
-        # No row holds more tokens: known on the host, so that attention reads the filled part of
-        # the buffers only and asks the device nothing.
+        # No row holds more tokens. Known on the host: attention reads the filled slots only, and
+        # asks the device nothing.
         self.filled = 0
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
         how: Any = {"dtype": dtype, "device": device}
         self.layers = [torch.zeros(shape, **how) for _ in range(config.n_layer)]
 
     def repeat(self, times: int) -> None:
-        """Make so many rows of each, side by side."""
+        """Repeat each row, side by side."""
         self.lengths = self.lengths.repeat_interleave(times)
         self.layers = [kv.repeat_interleave(times, 0) for kv in self.layers]
 

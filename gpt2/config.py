@@ -1,7 +1,5 @@
 """The sizes and dropouts of a GPT-2, as its `config.json` states them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -30,7 +28,7 @@ class GPT2Config:
     Raises:
         ValueError: naming each field that is out of range.
 
-    Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", table 2.
+    Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
     """
 
     n_layer: int = 12
@@ -54,7 +52,7 @@ class GPT2Config:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether a config may compare it with numbers; True and "0.5" are no numbers."""
+    """Whether it is a real number; True and "0.5" are none."""
     return not isinstance(value, bool) and isinstance(value, Real)
 
 
@@ -87,7 +85,7 @@ SIZES: Mapping[str, GPT2Config] = {
     "gpt2-xl": GPT2Config(n_layer=48, n_head=25, n_embd=1600),
 }
 
-# What else config.json may ask for, with the values that this model answers to.
+# What else config.json may ask for: the supported values.
 _ACCEPTED: dict[str, tuple[Any, ...]] = {
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -101,7 +99,7 @@ _END_OF_TEXT = 50256  # the id that begins and ends a text
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """GPT2Config's fields that config.json states, or all that it asks for and is not done here."""
+    """GPT2Config's fields in config.json; a ValueError lists what is not done here."""
     stated = read_json(file)
     width = stated.get("n_embd")
     accepted = {**_ACCEPTED, "n_inner": (None, 4 * width if type(width) is int else None)}
@@ -111,6 +109,7 @@ def read_config(file: Path) -> dict[str, Any]:
         if stated.get(key, values[0]) not in values
     ]:
         raise ValueError(f"{file} asks for what this GPT-2 does not do: {listed(faults)}.")
+
     stated["block_size"] = stated.get("n_positions", GPT2Config.block_size)
     return {field: stated[field] for field in asdict(GPT2Config()) if field in stated}
 

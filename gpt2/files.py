@@ -1,6 +1,4 @@
-"""Files written all together or not at all, and error messages of a bounded length."""
-
-from __future__ import annotations
+"""Files written together or not at all, and error messages of bounded length."""
 
 import json
 import os
@@ -29,7 +27,7 @@ def written(folder: str | Path) -> Generator[Path]:
     """An empty folder to write files to, which are then moved to `folder`.
 
     After an error, such as a full disk, nothing has changed. The first by name is out of the way
-    while the others are moved: a process that is killed leaves no new config beside old weights.
+    meanwhile: a process that is killed leaves no new config beside old weights.
     """
     if folder == "":  # which would be the folder one is in
         raise ValueError("'' is no path of a folder.")
@@ -63,9 +61,9 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def gathered(tensors: Mapping[str, Any]) -> dict[str, Tensor] | None:
-    """The whole tensors in the host's memory; None in a process that does not write them.
+    """Whole tensors in the host's memory; None in a process that writes nothing.
 
-    Where processes hold parts of a tensor, all of them call this before any file is touched.
+    Where a tensor is sharded, each process calls this before any file is touched.
     """
     writes = not any(map(is_sharded, tensors.values())) or torch.distributed.get_rank() == 0
     whole: dict[str, Tensor] = {}
@@ -78,7 +76,7 @@ def gathered(tensors: Mapping[str, Any]) -> dict[str, Tensor] | None:
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file and wait until the disk has it; the same tensors, the same bytes."""
+    """Write and flush a safetensors file; the same tensors give the same bytes."""
     file.touch()
     mode = file.stat().st_mode  # of the umask; the library writes for the owner only
     save_file(tensors, file, metadata)

@@ -1,9 +1,7 @@
-"""Text from a GPT-2, whole or as it comes: read the prompts once, then feed each new token back.
+"""Text from a GPT-2: read the prompts once, then feed each new token back.
 
 Shapes: B rows (prompts) · V vocab.
 """
-
-from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,24 +31,24 @@ def generate(
 ) -> list[list[int]]:
     """Continue each prompt.
 
-    In float32 and float64 each prompt gives what it gives alone, whatever prompts lie beside it.
-    In bfloat16 and float16 it need not: a product of more rows is rounded otherwise, that can
-    decide between two tokens, and from there on the texts differ. The same call gives the same.
+    In float32 and float64 each prompt gives what it gives alone. In bfloat16 and float16 it need
+    not: a product of more rows is rounded otherwise, which can change a token and the text after
+    it. The same call gives the same.
 
     Args:
-        model: a GPT-2, with adapters or without; used in eval mode and left in its own.
+        model: a GPT-2, with adapters or without; used in eval mode, and left as it was.
         prompts: lists of token ids, of any lengths; or a tensor of ids `(B, T)`.
         config: how to choose tokens and when to stop.
-        compile: run the step through torch.compile; pays from some thousand tokens on.
+        compile: run the step through torch.compile; pays from thousands of tokens on.
 
     Returns:
         The new tokens of each prompt, without the one that ended it.
 
     Raises:
-        ValueError: listing the prompts that are empty, hold ids that the model does not know, or
-            leave no room in its context.
-        RuntimeError: naming the prompts for which the model gave logits that are not finite, and
-            after which token. On a GPU it is noticed once a burst.
+        ValueError: listing the prompts that are empty, hold unknown ids, or leave no room in the
+            context.
+        RuntimeError: naming the prompts whose logits are not finite, and after which token. On a
+            GPU it is noticed once a burst.
     """
     rows = _checked(model, prompts, config)
     if config.num_beams > 1:
@@ -68,8 +66,8 @@ def stream(
 ) -> Iterator[list[int | None]]:
     """As `generate`, token by token: each item holds one token a row, None for rows that stopped.
 
-    Prompts are checked at once; between items the model is in its own mode, so that a stream may
-    be left at any time.
+    Prompts are checked at once. Between items the model is in its former mode: a stream may be
+    left at any time.
 
     Raises:
         ValueError: as `generate`; and beams, whose text is known when the search has ended.
@@ -81,7 +79,7 @@ def stream(
 
 
 class Decoder(Steps):
-    """Prompts that are being continued; a step adds a token to each, also to those that ended."""
+    """Prompts, continued; a step adds a token to each, also to those that ended."""
 
     def _begin(self, rows: Sequence[Sequence[int]], logits: Tensor) -> None:
         B, new, how = len(rows), self.config.max_new_tokens, self.integers
@@ -92,13 +90,14 @@ class Decoder(Steps):
                 row[torch.tensor(ids, device=self.device)] = True
         # Random numbers, (new, B, 2).
         self.uniform = uniform_numbers(B, self.config).to(self.draws_on)
-        # New tokens, of which n are made; -1 where logits were not finite. The last of each row.
-        self.text, self.n = torch.zeros(new, B, **how), torch.zeros(1, **how)
+        # New tokens, n of them made; -1 where logits were not finite. Each row's last.
+        self.text = torch.zeros(new, B, **how)
+        self.n = torch.zeros(1, **how)
         self.tokens = torch.zeros(B, **how)
         self._extend(logits)
 
     def _extend(self, logits: Tensor) -> Tensor:
-        """Choose a token a row from logits `(B, V)`, and write it down."""
+        """Choose a token a row from logits `(B, V)`."""
         if self.seen is not None:
             penalty = self.config.repetition_penalty
             logits = apply_repetition_penalty(logits.float(), self.seen, penalty)
@@ -107,6 +106,7 @@ class Decoder(Steps):
             chosen = sample(logits, self.config, uniform)
         else:
             chosen = greedy(logits)
+
         self.text[self.n] = chosen
         self.n += 1
         torch.clamp(chosen, min=0, out=self.tokens)  # -1 is no id to feed back
@@ -121,7 +121,8 @@ def _stream(
     """Tokens as they come, of which the host looks at `look` a time, or at a burst."""
     with in_mode(model, training=False):
         decoder = Decoder(model, rows, config, compile=compile)
-    running, ends = [True] * len(rows), set(config.ends)
+    running = [True] * len(rows)
+    ends = set(config.ends)
     look = look or decoder.burst
     for start in range(0, config.max_new_tokens, look):
         stop = min(start + look, config.max_new_tokens)
@@ -133,7 +134,7 @@ def _stream(
             if not any(running):
                 return
             tokens = [token if runs else None for token, runs in zip(ids, running, strict=True)]
-            _refuse_not_finite({i: new for i, token in enumerate(tokens) if token == -1}, rows)
+            _check_finite({i: new for i, token in enumerate(tokens) if token == -1}, rows)
             yield tokens
 
 
@@ -147,17 +148,17 @@ def _searched(
             if new % beams.burst == 0 and not beams.are_open():
                 break
             beams.step()
-    _refuse_not_finite({i: new for i, new in enumerate(beams.failed.tolist()) if new >= 0}, rows)
+    _check_finite({i: new for i, new in enumerate(beams.failed.tolist()) if new >= 0}, rows)
     return beams.best()
 
 
-def _refuse_not_finite(failed: Mapping[int, int], rows: list[list[int]]) -> None:
+def _check_finite(failed: Mapping[int, int], rows: list[list[int]]) -> None:
     """Given the rows that failed, and after how many new tokens."""
     after = "prompt {} after its {} tokens and {} new ones".format
     if where := [after(i, len(rows[i]), new) for i, new in failed.items()]:
         raise RuntimeError(
-            f"The logits are not finite: {listed(where)}. Look for NaN or too large numbers in "
-            "the weights and the adapters, or use a dtype with a wider range."
+            f"The logits are not finite: {listed(where)}. Look for NaN or large numbers in "
+            "weights and adapters, or use a wider dtype."
         )
 
 

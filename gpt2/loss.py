@@ -1,12 +1,10 @@
 """The loss of predicting each next token.
 
 Labels lie beside the token ids; the shift by one happens here. `gpt2.fast.head` computes the same
-from hidden states, without ever holding all logits.
+from hidden states, never holding all logits.
 
 Shapes: B batch · T time · V vocab.
 """
-
-from __future__ import annotations
 
 import torch
 from torch import Tensor
@@ -25,9 +23,10 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     Raises:
         ValueError: no token is supervised, or the shapes do not fit.
     """
-    total, count = summed(logits, labels), (shifted(labels) != IGNORE).sum()
+    total = summed(logits, labels)
+    count = (shifted(labels) != IGNORE).sum()
     if not count:
-        raise ValueError("No token is supervised: every label after the first position is IGNORE.")
+        raise ValueError("No token is supervised: every label after the first is IGNORE.")
     return total / count
 
 

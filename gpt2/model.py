@@ -1,13 +1,11 @@
 """GPT-2, with the module names and tensor layouts of the published checkpoint.
 
-Read from the bottom up for the whole (`GPT2`), from the top down for the parts. Nothing here knows
-of LoRA: an adapter replaces a layer such as `transformer.h.0.attn.c_attn` from outside. What
-comes from `gpt2.fast` computes what its name says (`attend`, `linear`, `drop`), only faster.
+Read `GPT2`, at the end, for the whole, and from the top for the parts. Nothing here knows of LoRA:
+an adapter replaces a layer such as `transformer.h.0.attn.c_attn` from outside. What comes from
+`gpt2.fast` computes what its name says, only faster.
 
 Shapes: B batch · T time · C n_embd · H heads · D head size · V vocab.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -26,9 +24,9 @@ from gpt2.fast.products import linear
 
 
 class Conv1D(nn.Module):
-    """A linear layer whose weight is stored `(in, out)`, as the published GPT-2 stores it."""
+    """A linear layer whose weight is `(in, out)`, as in the published GPT-2."""
 
-    slices: tuple[str, ...] = ()  # names of the equal parts of the output, such as q, k and v
+    slices: tuple[str, ...] = ()  # names of equal parts of the output: q, k, v
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -43,7 +41,7 @@ class Conv1D(nn.Module):
 class LMHead(nn.Linear):
     """The map from hidden states to logits: `x Wᵀ`."""
 
-    computes_linear = True  # so that others may take it for the nn.Linear that it is
+    computes_linear = True  # so that it is taken for an nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
         """Map `(…, C)` to `(…, V)`."""
@@ -53,7 +51,7 @@ class LMHead(nn.Linear):
 class Dropout(nn.Dropout):
     """Zeros at random in training mode, and the rest scaled up so that the mean stays.
 
-    A population sets `drops`, which then drops in place of torch's own random numbers.
+    A population sets `drops`, which then drops instead.
     """
 
     drops: Callable[[Tensor, float], Tensor] | None = None
@@ -79,7 +77,7 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = Dropout(config.resid_pdrop)
 
     def forward(self, x: Tensor, mask: Mask = None, cache: LayerCache | None = None) -> Tensor:
-        """Attend over `x` `(B, T, C)` and over what the cache holds, as far as the mask allows."""
+        """Attend over `x` `(B, T, C)` and the cache, as far as the mask allows."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # (B, H, T, D) each
@@ -92,7 +90,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers around a tanh-approximated GELU, four times as wide in between."""
+    """Two linear layers around a tanh-approximated GELU, of width 4 C."""
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -106,7 +104,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then the MLP, each reading a normalised copy of the stream and adding to it."""
+    """Attention, then the MLP; each reads the normalised stream and adds to it."""
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -140,7 +138,7 @@ class Transformer(nn.Module):
         documents: Tensor | None = None,
         longest: int | None = None,
     ) -> Tensor:
-        """Hidden states `(B, T, C)` after the last LayerNorm; arguments as `GPT2.forward`."""
+        """Hidden states `(B, T, C)` after the last LayerNorm."""
         mask: Mask = None
         layers: Sequence[LayerCache | None] = [None] * len(self.h)
         if documents is not None:
@@ -161,8 +159,10 @@ class Transformer(nn.Module):
 
     def _positions(self, idx: Tensor, cache: KVCache | None) -> Tensor:
         """The position of every token, `(1, T)` or with a cache `(B, T)`."""
-        (_, T), limit = idx.shape, self.config.block_size if cache is None else cache.slots
-        start = 0 if cache is None else cache.filled
+        T = idx.shape[1]
+        start, limit = 0, self.config.block_size
+        if cache is not None:
+            start, limit = cache.filled, cache.slots
         if not 1 <= T <= limit - start:
             raise ValueError(f"{start + T} tokens do not fit into a row of 1 to {limit}.")
         steps = torch.arange(T, device=idx.device)
@@ -170,7 +170,7 @@ class Transformer(nn.Module):
 
 
 class GPT2(nn.Module):
-    """GPT-2 with its language-model head, whose weight is the token embedding's own.
+    """GPT-2 with its language-model head, whose weight is the token embedding's.
 
     Args:
         config: sizes and dropouts. The weights are drawn as for pretraining (normal, 0.02; the
@@ -180,7 +180,7 @@ class GPT2(nn.Module):
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.config = config
-        self.name_or_path: str | None = None  # where the weights came from, as in transformers
+        self.name_or_path: str | None = None  # of the weights, as in transformers
         self.transformer = Transformer(config)
         self.lm_head = LMHead(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
@@ -206,8 +206,8 @@ class GPT2(nn.Module):
 
         Args:
             idx: token ids.
-            labels: `(B, T)`, beside the ids: the token at that position, or `gpt2.IGNORE` where it
-                is not to be learnt. The shift by one happens here.
+            labels: `(B, T)`, the id at each position, or `gpt2.IGNORE` where it is not learnt. The
+                shift by one happens here.
             cache: `idx` continues each row after the `cache.lengths` tokens that it holds.
             documents: `(S + 1,)`, where each text of the one row begins, and the last ends.
             longest: tokens of the longest of them; the context's length if None.
@@ -216,7 +216,7 @@ class GPT2(nn.Module):
 
         Returns:
             Logits; or, given labels, the cross-entropy summed over the supervised tokens, a scalar
-            of float32 at least. A sum over parts of a batch is the batch's, a mean would not be.
+            of float32 at least.
 
         Raises:
             ValueError: ids that pass the context; labels or documents that do not fit the ids.
@@ -231,13 +231,15 @@ class GPT2(nn.Module):
 
     def prefill(self, rows: Sequence[Sequence[int]], slots: int) -> tuple[Tensor, KVCache]:
         """Read prompts of any lengths: logits `(B, V)` after their last tokens, and a cache."""
-        weight, lengths = self.lm_head.weight, [len(row) for row in rows]
+        weight = self.lm_head.weight
+        lengths = [len(row) for row in rows]
         device, kind = weight.device, weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         cache = KVCache(self.config, len(rows), slots, dtype, device)
         padded = [[*row, *[0] * (max(lengths) - len(row))] for row in rows]
         hidden = self.transformer(torch.tensor(padded, device=device), cache)  # (B, T, C)
-        # The padding's slots are overwritten before they are ever seen.
+
+        # The padding's slots are overwritten before they are seen.
         cache.lengths = torch.tensor(lengths, device=device)
         last = hidden[torch.arange(len(rows), device=device), cache.lengths - 1]
         return self.lm_head(last), cache
@@ -248,7 +250,7 @@ class GPT2(nn.Module):
 
 @contextmanager
 def in_mode(model: nn.Module, *, training: bool) -> Generator[None]:
-    """The whole model in one mode within, every module in its own mode after."""
+    """The whole model in one mode within, each in its former mode after."""
     changed = [module for module in model.modules() if module.training is not training]
     try:
         for module in changed:

@@ -1,11 +1,9 @@
 """Weights in and out of a GPT-2, as safetensors.
 
-Files may use the published names (`h.0.attn.c_attn.weight`), which are written, or those of
-transformers' own (`transformer.h.0.attn.c_attn.weight`). Nothing is transposed, and nothing is
-copied unless the dtype or the device asks for it: training never changes the mapped file.
+Files may use the published names (`h.0.attn.c_attn.weight`), which are written, or those with
+transformers' prefix (`transformer.h.0…`). Nothing is transposed. A tensor is copied only for
+another dtype or device, and training never changes the mapped file.
 """
-
-from __future__ import annotations
 
 import os
 import re
@@ -41,15 +39,15 @@ def load(
 ) -> Model:
     """Load published weights: a GPT-2 in eval mode, every parameter trainable.
 
-    Parameters of the file's own dtype on the CPU are the mapped file: whoever writes into it, as
-    `cp` onto it does, changes the model; replacing it, as downloads do, is harmless.
+    Parameters of the file's dtype on the CPU are the mapped file: writing into it, as `cp`
+    does, changes the model; replacing it, as downloads do, is harmless.
 
     Args:
         name: "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl" from the Hub; "demo", the bundled
-            small base; a folder, or a .safetensors file, whose config.json lies beside it; else
+            small base; a folder, or a .safetensors file, with config.json beside it; else
             "org/repo" on the Hub. A folder called like a published size is "./gpt2".
-        dtype: of the parameters, or torch's name of it, as "float16"; None means float32, whatever
-            the file's.
+        dtype: of the parameters, also by name as "float16"; None means float32, whatever the
+            file's.
         device: of the parameters; None means the CPU.
         dropout: in [0, 1), instead of config.json's three (embedding, attention, residual).
         mmap: False copies the weights in every case.
@@ -70,6 +68,7 @@ def load(
     if faults := _faults(model.state_dict(), tensors):
         raise ValueError(f"{name} does not hold a GPT-2 as it should: {listed(faults)}.")
     tensors.pop(_HEAD, None)
+
     state = {key: t.to(device=device, dtype=kind, copy=not mmap) for key, t in tensors.items()}
     changed = [key for key, tensor in state.items() if tensor is not tensors[key]]
     extremes = {key: torch.stack(state[key].aminmax()) for key in changed}  # NaN is both
@@ -97,7 +96,7 @@ def save(model: Any, folder: str | Path) -> None:
     if faults := _faults(_unfilled(type(model), model.config).state_dict(), tensors):
         raise RuntimeError(
             f"Not saved, since the model is no plain GPT-2: {listed(faults)}. "
-            "Fold in or take off what was added to its layers first."
+            "Merge or remove what was added to its layers first."
         )
     tensors.pop(_HEAD, None)
     if (whole := gathered(tensors)) is None:
@@ -123,21 +122,21 @@ def _locate(name: str) -> tuple[Path, list[Path]]:
             weights = [folder / Path(shard).name for shard in sorted(shards)]
     if missing := [file.name for file in (config, *weights) if not file.is_file()]:
         raise FileNotFoundError(
-            f"{name} lacks {listed(missing)}. Nothing but a config.json and safetensors is read: "
+            f"{name} lacks {listed(missing)}. Only safetensors are read: "
             "convert a pytorch_model.bin first."
         )
     return config, weights
 
 
 def _download(name: str) -> Path:
-    """The folder in the Hub's cache, with config.json and weights where the repository has them."""
+    """The folder in the Hub's cache."""
     repo = f"openai-community/{name}" if name in SIZES else name
     if repo.count("/") != 1:
         raise FileNotFoundError(
             f"There is no folder or file {name!r}. Pass {', '.join(SIZES)}, demo, a folder, "
             "a .safetensors file, or org/repo on the Hub."
         )
-    from huggingface_hub import constants, errors, snapshot_download  # slow, and seldom needed
+    from huggingface_hub import constants, errors, snapshot_download  # slow
 
     try:
         return Path(snapshot_download(repo, allow_patterns=[CONFIG, "model*.safetensors", INDEX]))
@@ -168,14 +167,14 @@ def _read(weight_files: Iterable[Path]) -> dict[str, Tensor]:
 
 
 def _faults(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
-    """All that keeps the given tensors from being the weights of a model with the expected ones."""
+    """What keeps the given tensors from being the expected weights."""
     faults = [f"{key} is missing" for key in expected if key not in given and key != _HEAD]
     for key, tensor in given.items():
         if key not in expected:
             faults.append(f"{key} is left over")
         elif tensor.shape != expected[key].shape:
-            shape, wanted = tuple(tensor.shape), tuple(expected[key].shape)
-            faults.append(f"{key} is {shape}, should be {wanted}")
+            wanted = tuple(expected[key].shape)
+            faults.append(f"{key} is {tuple(tensor.shape)}, should be {wanted}")
     head, tokens = given.get(_HEAD), given.get(_TOKENS)
     if not faults and head is not None and tokens is not None and not torch.equal(head, tokens):
         faults.append(f"{_HEAD} differs from {_TOKENS}, and GPT-2 has one weight for both")
@@ -189,7 +188,7 @@ def _unfilled(build: type[Model], config: GPT2Config) -> Model:
 
 
 class _WithoutInit(TorchFunctionMode):
-    """Skips `torch.nn.init`, since drawing on the meta device imports the compiler: a second."""
+    """Skips `torch.nn.init`: drawing on the meta device imports the compiler, a second."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         skips = getattr(func, "__module__", None) == "torch.nn.init"

@@ -3,8 +3,6 @@
 Shapes: B rows · V vocab.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -28,9 +26,9 @@ class GenerateConfig:
         repetition_penalty: above 1 makes tokens that a row already holds less likely.
         seed: of the random numbers; row b of a batch draws as its prompt alone with seed + b.
         eos: the token id that ends a row, or several of them; None for no such id.
-        num_beams: texts that are followed at once, of which the best is given; see `gpt2.beams`.
+        num_beams: texts that are followed at once; the best is given. See `gpt2.beams`.
         length_penalty: a beam's score is its log-probability over its length to this power.
-        no_repeat_ngram: of beams, the length of the runs of tokens that may not come twice.
+        no_repeat_ngram: of beams, the length of runs of tokens that may not come twice.
         no_repeat_prompt: runs of the prompt may not come again either, as in transformers.
 
     Raises:
@@ -50,7 +48,8 @@ class GenerateConfig:
     no_repeat_prompt: bool = False
 
     def __post_init__(self) -> None:
-        least = {"max_new_tokens": 1, "top_k": 1, "seed": 0, "num_beams": 1, "no_repeat_ngram": 1}
+        counts = ("max_new_tokens", "top_k", "num_beams", "no_repeat_ngram")
+        least = dict.fromkeys(counts, 1) | {"seed": 0}
         intervals = {"temperature": "[0, inf)", "top_p": "(0, 1]", "repetition_penalty": "(0, inf)"}
         faults = outside(self, least, **intervals, length_penalty="(-inf, inf)")
         if not all(type(end) is int and end >= 0 for end in self.ends):
@@ -76,7 +75,7 @@ class GenerateConfig:
 def uniform_numbers(rows: int, config: GenerateConfig) -> Tensor:
     """Random numbers `(max_new_tokens, rows, 2)` in [0, 1), float64 on the CPU.
 
-    Each row has a generator of its own, so that it draws what it draws alone, on any device.
+    Each row has a generator, so that it draws what it draws alone, on any device.
     """
     generators = [torch.Generator("cpu").manual_seed(config.seed + row) for row in range(rows)]
     size, kind = (config.max_new_tokens, 2), torch.double
@@ -122,7 +121,7 @@ def sample(logits: Tensor, config: GenerateConfig, uniform: Tensor) -> Tensor:
     where the random numbers `uniform` `(B, 2)` lie, float64 in [0, 1).
     """
     device = logits.device
-    # A device without float64 has its logits drawn from on the CPU; elsewhere nothing moves.
+    # A device without float64 has its tokens drawn on the CPU.
     logits = logits.to(uniform.device).float() / config.temperature
     whole = logits
     if config.top_k is not None:
@@ -136,8 +135,8 @@ def sample(logits: Tensor, config: GenerateConfig, uniform: Tensor) -> Tensor:
 def _drawn(p: Tensor, uniform: Tensor) -> Tensor:
     """A token `(B,)` for each row of probabilities `(B, V)`: first a block of √V, then one of it.
 
-    Rounding, such as another batch brings, moves each bound between two a little: a draw beside
-    2√V bounds, not V, seldom falls on the other side of one.
+    Rounding, as in another batch, moves each bound a little: a draw beside 2√V bounds, not V,
+    seldom falls on the other side of one.
     """
     side = math.isqrt(p.shape[-1] - 1) + 1
     blocks = F.pad(p, (0, side * side - p.shape[-1])).reshape(-1, side, side)
@@ -158,5 +157,5 @@ def _inverted(p: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _or_none(greatest: Tensor, tokens: Tensor) -> Tensor:
-    """The tokens `(B,)`, or -1 for the rows whose greatest logit is not finite; NaN is greatest."""
+    """The tokens `(B,)`, or -1 in rows whose greatest logit is not finite; NaN is greatest."""
     return torch.where(greatest.abs() < math.inf, tokens, -1)  # three kernels; isfinite takes four

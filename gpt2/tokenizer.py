@@ -1,6 +1,4 @@
-"""Text to GPT-2's token ids and back, over the ranks that are bundled: never the network."""
-
-from __future__ import annotations
+"""Text to GPT-2's token ids and back, with bundled ranks: never the network."""
 
 import base64
 import json
@@ -34,7 +32,7 @@ class Tokenizer:
         data = (files("gpt2") / "assets" / "gpt2.tiktoken").read_bytes()
         pairs = (line.split() for line in data.splitlines())
         self._ranks = ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
-        self.fingerprint = f"gpt2, sha256 of its ranks {_SHA256}"  # no other tokenizer has it
+        self.fingerprint = f"gpt2, sha256 of its ranks {_SHA256}"
         self.eos = len(ranks)  # the id that ends a text, 50256; no text encodes to it
         self.vocab_size = len(ranks) + 1
         special: Any = {"mergeable_ranks": ranks, "special_tokens": {_END_OF_TEXT: self.eos}}
@@ -75,6 +73,7 @@ class Tokenizer:
         vocabulary[_END_OF_TEXT] = self.eos
         merges = ["#version: 0.2"]
         merges += [f"{shown[a]} {shown[b]}" for a, b in map(self._merged, self._ranks) if b]
+
         special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), _END_OF_TEXT)
         config = {"add_prefix_space": False, "tokenizer_class": "GPT2Tokenizer", **special}
         contents = {
@@ -88,8 +87,7 @@ class Tokenizer:
 
     def _merged(self, token: bytes) -> tuple[bytes, bytes]:
         """The two tokens that were merged into this one; the second is empty for a single byte."""
-        # A token ranks after all that it was made by: merging its bytes again, without its own
-        # rank, leaves these two.
+        # It ranks after its parts: merging its bytes again without its rank leaves these two.
         parts = [token[i : i + 1] for i in range(len(token))]
         while len(parts) > 2:
             pairs = [parts[i] + parts[i + 1] for i in range(len(parts) - 1)]
@@ -99,7 +97,7 @@ class Tokenizer:
 
 
 def _glyphs() -> list[str]:
-    """A character for each byte, as the published code's `bytes_to_unicode` has them."""
+    """A character for each byte, as the published `bytes_to_unicode` has them."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = (chr(code) for code in range(256, 512))
     return [chr(byte) if byte in printable else next(others) for byte in range(256)]

@@ -219,7 +219,7 @@ def dare(
     """
     merged: dict[str, Tensor] = {}
     for path, changes in _deltas(values, density, weights):
-        draws = generator(seed, path)  # so that the order of layers does not matter
+        draws = generator(seed, path)  # the order of layers does not matter
         kept = [torch.rand(c.shape, generator=draws, device="cpu") < density for c in changes]
         merged[path] = (torch.stack(changes) * torch.stack(kept) / density).sum(0)
     return merged

@@ -19,7 +19,7 @@ from lora.targets import by_pattern, find_targets
 from lora.tree import Tree, listed, refuse, survey, survey_adapted
 
 Spans = Mapping[str, tuple[int, int]]
-HEADS = ("classifier", "score", "qa_outputs")  # transformers' heads that a task draws anew
+HEADS = ("classifier", "score", "qa_outputs")  # heads that a task draws anew
 
 
 def inject(

@@ -58,7 +58,7 @@ class LowRankUpdate(nn.Module):
     @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
         """Draw A from U(±1/√in), which is Kaiming's with a = √5, and set B to zero."""
-        # In float32 on the CPU, so that a seed gives the same adapter on every device.
+        # In float32 on the CPU: a seed gives the same adapter on every device.
         a = torch.empty(self.A.shape, dtype=torch.float32, device="cpu")
         self.A.copy_(nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator))
         self.B.zero_()
@@ -144,7 +144,7 @@ class Adapted(nn.Module):
 
     def activate(self, weights: Mapping[str, float]) -> None:
         """Put those of the named adapters that this module has in force."""
-        # In the order of names: the sum is then the same bits however the mixture was written.
+        # In the order of names: the same bits however the mixture was written.
         self.active = {name: weights[name] for name in sorted(weights) if name in self.updates}
 
     def train_only(self, names: Collection[str]) -> None:

@@ -6,12 +6,12 @@ from torch.nn import functional as F
 
 
 def out_in_view(base: nn.Module, weight: Tensor) -> Tensor:
-    """See a weight in `base`'s layout as `(out, in)`, or an `(out, in)` one in `base`'s layout."""
+    """See a weight in `base`'s layout as `(out, in)`, or the other way."""
     return weight.t() if is_fan_in_fan_out(base) else weight
 
 
 def is_fan_in_fan_out(base: nn.Module) -> bool:
-    """Whether the layer stores its weight `(in, out)`: told by its class, never by its shape."""
+    """Whether the layer stores its weight `(in, out)`: known by its class, never by its shape."""
     return is_conv1d(base) or isinstance(base, nn.Embedding)
 
 

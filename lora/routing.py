@@ -67,7 +67,8 @@ class BankRouting:
     """The updates in one layer of each row of a batch: `rows` gives the weights by name."""
 
     def __init__(self, layer: LoRALinear, rows: Sequence[Mapping[str, float]]) -> None:
-        self.rows, self.like = rows, next(layer.update(name) for name in layer.updates)
+        self.rows = rows
+        self.like = next(layer.update(name) for name in layer.updates)
         names = [name for name in layer.updates if any(name in row for row in rows)]
         self.bank = [layer.update(name) for name in names]
         self.rank = max(layer.update(name).config.r for name in layer.updates)
@@ -92,10 +93,11 @@ class BankRouting:
         if x.shape[0] != B:
             raise ValueError(f"The batch has {x.shape[0]} rows, but {B} are routed.")
         if torch.is_grad_enabled():
-            self.kept = None  # who trains may have changed the factors by the next pass
+            self.kept = None  # a training may have changed the factors
         a, b = self.kept or self._picked()
         if isinstance(self.like, EmbeddingUpdate):
-            leading, h = x.shape, self._looked_up(x.reshape(B, -1), a)
+            leading = x.shape
+            h = self._looked_up(x.reshape(B, -1), a)
         else:
             if self.dropout and self.like.training:
                 x, _ = drop(x, self.dropout)

@@ -101,7 +101,7 @@ def survey(model: nn.Module) -> Tree:
     first: dict[nn.Module, str] = {}
 
     def visit(module: nn.Module, path: str, parent: nn.Module | None, name: str) -> None:
-        if "_orig_mod" in module._modules:  # compiled in its place: what it wraps keeps the path
+        if "_orig_mod" in module._modules:  # compiled: what it wraps keeps the path
             module, parent, name = module.get_submodule("_orig_mod"), module, "_orig_mod"
         if getattr(type(module), "is_stacked", False):
             raise RuntimeError("The model runs under a population. Call its eject() first.")

@@ -208,7 +208,7 @@ BUDGET = {
     "lora": 3_200,
     "gpt2": 5_680,
     "scripts": 3_248,
-    "tests": 19_452,
+    "tests": 19_451,
     "benchmarks": 1_797,
 }
 MOST_LINES = {"lora": 400, "gpt2": 400, "scripts": 400, "tests": 700, "benchmarks": 400}
@@ -216,15 +216,14 @@ MOST_LINES = {"lora": 400, "gpt2": 400, "scripts": 400, "tests": 700, "benchmark
 CORE = "layer config layout tree targets injection bank merging".split()
 PARTS = {
     "lora core": ([ROOT / "lora" / f"{name}.py" for name in CORE], 1_350),
-    "gpt2 core": (sorted((ROOT / "gpt2").glob("*.py")), 1_499),
+    "gpt2 core": (sorted((ROOT / "gpt2").glob("*.py")), 1_497),
     "gpt2/data": (sorted((ROOT / "gpt2" / "data").glob("*.py")), 1_012),
 }
 # Characters a line and the share of blank lines when the budget began, and how far a line may have
-# grown: lines do not go by becoming denser. In gpt2/ the core and data are at 43 to 45, since long
-# prose has stayed where short lines went.
+# grown: lines do not go by becoming denser.
 DENSITY = {
     "lora": (40.53, 0.1876, 0.05),
-    "gpt2": (40.64, 0.1849, 0.065),
+    "gpt2": (40.64, 0.1849, 0.05),
     "scripts": (39.48, 0.1770, 0.05),
 }
 

@@ -90,7 +90,7 @@ YAMLS = {
     "epochs: 1.5": 'Parser key "epochs": Does not validate',
     "lr: fast": "Parser key \"lr\": Expected a <class 'float'>. Got value: fast",
     "lr: null\nepochs: 1": "lr must be in (0, inf), got None",
-    "lr: .nan\nepochs: 1": "lr must be in (0, inf)",
+    "lr: .nan\nepochs: 1": "lr must be in (0, inf), got nan",
     "autocast: 3": "Parser key \"autocast\": Expected a <class 'bool'>",
     "overwrite: maybe": 'Parser key "overwrite"',
     "max_token_length: 1": 'Parser key "max_token_length"',

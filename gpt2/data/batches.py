@@ -1,7 +1,7 @@
 """Tokenised examples to batches: padded rows, or whole documents end to end in one row.
 
-Which examples make which batch is a function of seed, epoch and the batch's number, and each epoch
-has as many batches as any other. So a run is resumed from an integer.
+A batch is a function of seed, epoch and its number, and each epoch has as many batches as any
+other. So a run is resumed from an integer.
 
 Shapes: B batch · T time · S documents of a row.
 """
@@ -23,10 +23,10 @@ from gpt2.fast.compiling import bucket
 from gpt2.fast.devices import copied
 from gpt2.loss import IGNORE
 
-ALIGNED = 8  # widths of buckets are multiples of this, which a GPU's matrix units like
+ALIGNED = 8  # widths of buckets are multiples of this: fast on a GPU
 SHAPES = 16  # buckets at most, since each width is compiled
 ENOUGH = 0.08  # share of padding at which no further bucket is made
-RANKS = 32  # spans of a group's examples, each of which counts as its longest and its shortest
+RANKS = 32  # spans of a group, each of which counts as its longest and its shortest
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,12 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
         documents = None if self.documents is None else copied(self.documents, device)
-        idx, labels = copied(self.idx, device), copied(self.labels, device)
+        idx = copied(self.idx, device)
+        labels = copied(self.labels, device)
         return Batch(idx, labels, self.n_tokens, documents)
 
     def padded(self, rows: int, width: int) -> Batch:
-        """The same batch with rows and columns after its own in which nothing is learnt."""
+        """The same batch with rows and columns added in which nothing is learnt."""
         B, T = self.idx.shape
         if (rows, width) == (B, T):
             return self
@@ -110,22 +111,25 @@ def batch(data: Dataset, plan: Plan, k: int, *, seed: int, epoch: int) -> Batch:
 
 
 def collate(data: Dataset, chosen: Array) -> Batch:
-    """Right-pad examples to one length; what is padding is told by position, never by id."""
+    """Right-pad examples to one length; padding is known by position, never by id."""
     ids, learnt, lengths = data.take(chosen)
     at = np.arange(lengths.max()) < lengths[:, None]  # (B, T)
-    idx, labels = np.zeros(at.shape, np.int64), np.full(at.shape, IGNORE, np.int64)
-    idx[at], labels[at] = ids, np.where(learnt, ids, IGNORE)
+    idx = np.zeros(at.shape, np.int64)
+    labels = np.full_like(idx, IGNORE)
+    idx[at] = ids
+    labels[at] = np.where(learnt, ids, IGNORE)
     n_tokens = int(np.count_nonzero(labels[:, 1:] != IGNORE))
     return Batch(torch.from_numpy(idx), torch.from_numpy(labels), n_tokens)
 
 
 def _end_to_end(data: Dataset, chosen: Array, plan: Rows) -> Batch:
     ids, learnt, lengths = data.take(chosen)
-    ends, more = np.cumsum(lengths), (0, plan.width - len(ids))
+    ends = np.cumsum(lengths)
+    more = (0, plan.width - len(ids))
     learnt[ends - lengths] = False  # no document says how the next begins
     labels = np.where(learnt, ids, IGNORE)
     row = np.stack([np.pad(ids, more), np.pad(labels, more, constant_values=IGNORE)])
-    # What is left of the row is documents too, in which nothing is learnt.
+    # The rest of the row is documents too, in which nothing is learnt.
     empty = np.arange(1, plan.slots + 1 - len(ends)) * plan.longest + len(ids)
     starts = np.concatenate([[0], ends, np.minimum(empty, plan.width)]).astype(np.int32)
     idx, wanted = torch.from_numpy(row[:, None])
@@ -181,8 +185,8 @@ class Buckets:
         begin, size = self.begins[i], self.begins[i + 1] - self.begins[i]
         first = (at - self.ends[i]) * self.rows[i]
         positions = np.arange(first, min(first + self.rows[i], size))
-        own = shuffled(positions, size, seed=seed, epoch=epoch, stream=i + 1)
-        return self.by_length[begin + own].astype(np.int64)
+        picks = shuffled(positions, size, seed=seed, epoch=epoch, stream=i + 1)
+        return self.by_length[begin + picks].astype(np.int64)
 
     def shape(self, width: int, limit: int) -> tuple[int, int]:
         i = bisect_left(self.widths, width)
@@ -193,19 +197,20 @@ class Rows:
     """Whole documents end to end in rows of at most so many tokens; each batch is one row.
 
     The documents by length are cut into groups of as many as there are rows, and groups into pairs.
-    Each row draws a rank for a pair, which counts from the short end in one group and from the long
-    end in the other. So all rows are about equally long, and the longest that can be is known.
+    A row's rank in a pair counts from the short end in one group and the long end in the other.
+    So all rows are about equally long, and the longest possible is known.
     """
 
     def __init__(self, data: Dataset, tokens: int) -> None:
         self.by_length, self.n, self.longest = data.by_length, len(data), data.longest
-        ends, self.count = np.cumsum(data.histogram), -(-data.n_tokens // tokens)
+        ends = np.cumsum(data.histogram)
+        self.count = -(-data.n_tokens // tokens)
         while (needed := self._longest_row(ends)) > tokens:
             self.count = max(self.count + 1, self.count * needed // tokens)
         self.width = min(tokens, -(-needed // 64) * 64)
         groups = -(-self.n // self.count)
         self.order = Order(self.count, streams=-(-groups // 2))
-        # What a row lacks is filled with documents of nothing, none longer than the longest.
+        # Documents of nothing fill up a row, none longer than the longest.
         self.slots = groups + 1 + -(-(self.width - needed) // self.longest)
 
     def __len__(self) -> int:
@@ -213,15 +218,15 @@ class Rows:
 
     def examples(self, k: int, *, seed: int, epoch: int) -> Integers:
         ranks = self.order.at(np.array([k]), seed=seed, epoch=epoch)  # (pairs, 1)
-        at = self._places(ranks).ravel()
+        at = self._ranked(ranks).ravel()
         return self.by_length[np.sort(at[at >= 0])].astype(np.int64)
 
     def shape(self, width: int, limit: int) -> tuple[int, int]:
         return 1, self.width
 
-    def _places(self, ranks: Integers) -> Integers:
-        """Where the examples of each pair's ranks `(pairs, N)` stand by length, in the group of
-        the longer ones and in that of the shorter: `(2, pairs, N)`; below 0 for none."""
+    def _ranked(self, ranks: Integers) -> Integers:
+        """The examples of each pair's ranks `(pairs, N)`, numbered by length, in the longer group
+        and in the shorter: `(2, pairs, N)`; below 0 for none."""
         tops = self.n - 2 * self.count * np.arange(len(ranks))[:, None]  # past each pair's last
         return np.stack([tops - self.count + ranks, tops - self.count - 1 - ranks])
 
@@ -230,7 +235,7 @@ class Rows:
         pairs = -(-self.n // (2 * self.count))
         spans = np.unique(np.linspace(0, self.count, RANKS + 1).astype(np.int64))
         firsts, lasts = np.tile(spans[:-1], (pairs, 1)), np.tile(spans[1:] - 1, (pairs, 1))
-        at = np.stack([self._places(lasts)[0], self._places(firsts)[1]])
+        at = np.stack([self._ranked(lasts)[0], self._ranked(firsts)[1]])
         return int(np.searchsorted(ends, at, "right").sum(0).max(1).sum())
 
 
@@ -239,20 +244,21 @@ Plan = Counted | Buckets | Rows
 
 
 def _widths(counts: Integers, tokens: int) -> list[int]:
-    """The widths of the buckets that make the least padding, and no more of them than it takes."""
+    """The widths of the buckets, as few as make little padding."""
     longest = len(counts) - 1
     edges = np.append(np.arange(0, longest, ALIGNED), min(tokens, -(-longest // ALIGNED) * ALIGNED))
     below = np.cumsum(counts)[np.minimum(edges, longest)]  # examples that an edge has room for
     real = int((counts * np.arange(longest + 1)).sum())
     earlier = np.tri(len(edges), k=-1).T > 0  # (edge before, edge)
-    # cost: tokens up to each edge, padding included, in the best buckets of which it ends the last
+    # cost: padded tokens up to each edge, in the best buckets that end there
     cost = np.where(edges == 0, 0.0, np.inf)
     befores: list[Integers] = []
     while cost[-1] * (1 - ENOUGH) > real and len(befores) < min(SHAPES, len(edges) - 1):
         table = np.where(earlier, cost[:, None] + (below - below[:, None]) * edges, np.inf)
         befores.append(table.argmin(0))
         cost = table.min(0)
-    widths, at = list[int](), len(edges) - 1
+    widths: list[int] = []
+    at = len(edges) - 1
     for before in reversed(befores):
         widths.append(int(edges[at]))
         at = int(before[at])

@@ -1,9 +1,7 @@
-"""A dataset: token ids of all examples end to end, in memory or on disk; and text made into ids.
+"""Token ids of all examples end to end, in memory or on disk; and text made into ids.
 
 Shapes: T time · N tokens of several examples.
 """
-
-from __future__ import annotations
 
 import hashlib
 import os
@@ -13,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, partial
 from itertools import islice
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -24,7 +22,7 @@ from gpt2.data.order import mixed
 from gpt2.loss import IGNORE
 
 Array = np.ndarray[Any, np.dtype[Any]]
-AT_A_TIME = 1 << 16  # examples that are looked at together
+AT_A_TIME = 1 << 16  # examples that are read together
 ENCODED = 2048  # examples that are encoded together
 THREADS = 8  # at most
 
@@ -70,15 +68,16 @@ class Dataset(Sequence[tuple[Tensor, Tensor]]):
     def take(self, chosen: Array) -> tuple[Array, Array, Array]:
         """Several examples end to end: ids and whether each is learnt, `(N,)`; their lengths."""
         starts, lengths = self._spans(chosen)
-        within = places(lengths)
+        within = offsets(lengths)
         ids = self.ids[within + np.repeat(starts, lengths)].astype(np.int64)
         return ids, within >= np.repeat(self.ignored[chosen], lengths), lengths
 
-    def only(self, chosen: Array) -> Dataset:
-        """The data of these examples alone, in memory; how many of them were cut is not known."""
+    def only(self, chosen: Array) -> Self:
+        """These examples, in memory; how many of them were cut is not known."""
         ids, _, lengths = self.take(chosen)
         ignored, prompts = self.ignored[chosen], self.prompts[chosen]
-        return Dataset(ids.astype(np.int32), np.cumsum(lengths), ignored, prompts=prompts)
+        ids = ids.astype(np.int32)
+        return type(self)(ids, np.cumsum(lengths), ignored, prompts=prompts)
 
     def supervised(self, chosen: Array) -> Array:
         """How many tokens of each of these examples are learnt, the first of an example never."""
@@ -90,9 +89,9 @@ class Dataset(Sequence[tuple[Tensor, Tensor]]):
         for ids, ends, _, prompts in self._parts():
             lengths = np.diff(ends, prepend=0)
             upto = np.where((prompts > 0) & (not whole), np.minimum(prompts, lengths), lengths)
-            place = places(lengths)
-            bits = mixed(ids.astype(np.uint64) ^ (place.astype(np.uint64) << np.uint64(32)))
-            bits[place >= np.repeat(upto, lengths)] = 0
+            at = offsets(lengths)
+            bits = mixed(ids.astype(np.uint64) ^ (at.astype(np.uint64) << np.uint64(32)))
+            bits[at >= np.repeat(upto, lengths)] = 0
             sums = np.append(np.uint64(0), np.cumsum(bits))  # modulo 2**64, as are the differences
             yield mixed((sums[ends] - sums[ends - lengths]) ^ upto.astype(np.uint64))
 
@@ -136,7 +135,7 @@ class Dataset(Sequence[tuple[Tensor, Tensor]]):
 
     @cached_property
     def fingerprint(self) -> str:
-        """What tells this data from any other: equal for the same in memory and on disk."""
+        """A hash of the data, equal in memory and on disk."""
         digest = hashlib.sha256()
         for ids, ends, ignored, _ in self._parts():
             for numbers in (ids, ends, ignored):
@@ -150,7 +149,7 @@ class Dataset(Sequence[tuple[Tensor, Tensor]]):
         return starts, self.ends[chosen] - starts
 
     def _parts(self) -> Iterator[tuple[Array, Array, Array, Array]]:
-        """Many examples at a time: their ids, where each ends in these, the ignored, prompts."""
+        """Many examples at a time: ids, where each ends in these, ignored, prompts."""
         begin = 0
         for first in range(0, len(self), AT_A_TIME):
             part = slice(first, first + AT_A_TIME)
@@ -160,8 +159,8 @@ class Dataset(Sequence[tuple[Tensor, Tensor]]):
             begin = int(ends[-1])
 
 
-def places(lengths: Array) -> Array:
-    """The place of each token within its own example: 0 … length-1 for each length."""
+def offsets(lengths: Array) -> Array:
+    """The offset of each token in its example: 0 … length-1 for each length."""
     starts = np.cumsum(lengths) - lengths
     return np.arange(int(lengths.sum())) - np.repeat(starts, lengths)
 
@@ -177,7 +176,7 @@ def encode(
 ) -> Dataset:
     """Tokenise examples; a string is learnt as a whole.
 
-    Prompt and completion are tokenised apart, as they are when a model continues the prompt.
+    Prompt and completion are tokenised singly, as when a model continues the prompt.
 
     Args:
         examples: any number, read once.
@@ -190,13 +189,13 @@ def encode(
 
     Raises:
         ValueError: no examples, one string for all, or listing the examples (by number, from 1)
-            that are left without a token to learn.
+            that have no token to learn.
     """
     if isinstance(examples, str):
         raise ValueError("examples is one str: give a list of them.")
     ids, ends, prompts, truncated = array("i"), array("q"), array("i"), 0
     run = partial(_encoded, tokenizer, max_length, eos, separator)
-    # Other threads run beside the reading of the texts, where a tokenizer lets them.
+    # Threads run beside the reading of the texts, where a tokenizer lets them.
     runs = _in_threads if hasattr(tokenizer, "encode_many") else map
     for part, lengths, asked in runs(run, _texts(iter(examples))):
         truncated += int((lengths > max_length).sum())
@@ -253,5 +252,5 @@ def _encoded(
     lengths = np.diff(ends[1::2], prepend=-1) - (~between) - (not eos)
     ids = ids[keep]
     if (lengths > longest).any():
-        ids = ids[places(lengths) < longest]
+        ids = ids[offsets(lengths) < longest]
     return ids, lengths, prompts + between

@@ -1,9 +1,7 @@
 """Examples as text, a prompt and a completion each, from the rows of any file.
 
-Rows come one at a time, each with its place. A row that cannot be read is a ValueError.
+Rows come one at a time, each with its line. A row that cannot be read is a ValueError.
 """
-
-from __future__ import annotations
 
 import csv
 import json
@@ -38,7 +36,7 @@ def read_examples(path: str | Path, fields: Fields | None = None) -> list[Exampl
     Args:
         path: JSON lines or a list (.jsonl, .json), .csv or .tsv with a heading, .parquet (pyarrow
             reads it), or plain text (.txt) with a blank line between documents.
-        fields: the file's own names for `text`, or for the two of a pair:
+        fields: the file's names for `text`, or for the two of a pair:
             `{"question": "frage", "answer": "antwort"}`.
 
     Raises:
@@ -78,15 +76,16 @@ def opened(path: str | Path) -> TextIO:
 
 def examples_in(file: TextIO, fields: Fields | None, prompts: bool = False) -> Iterator[Example]:
     """The examples of an open file's good rows, or its prompts; then the faults of the others."""
-    faults, left_out, number = list[str](), 0, 0
+    faults: list[str] = []
+    left_out = number = 0
     text = _lines if prompts else _documents
     with file:
-        for place, row in (_READERS[Path(file.name).suffix.lower()] or text)(file):
+        for line, row in (_READERS[Path(file.name).suffix.lower()] or text)(file):
             try:
                 example = _example(row, fields or {}, prompts)
             except ValueError as error:
                 left_out += 1
-                faults += [f"{file.name}{place}: {str(error)[:LONGEST]}"] * (left_out <= SHOWN)
+                faults += [f"{file.name}{line}: {str(error)[:LONGEST]}"] * (left_out <= SHOWN)
             else:
                 number += 1
                 yield example
@@ -109,8 +108,8 @@ def _example(row: Any, fields: Fields, prompts: bool) -> Example:
     # The second column of a prompt may be missing, or empty.
     forms = [form for form in FORMS if columns.keys() >= {*(form[:1] if prompts else form)}]
     if len(forms) != 1:
-        wanted = "wants 'text', or 'question' and 'answer', or 'prompt' and 'completion' (or say "
-        wanted += "by fields what yours are called)"
+        wanted = "wants 'text', or 'question' and 'answer', or 'prompt' and 'completion' "
+        wanted += "(or name yours by fields)"
         many = "has more than one form of an example: say which by fields"
         given = sorted(map(str, columns)) if isinstance(row, dict) else row
         raise ValueError(f"{many if forms else wanted}, got {short(given)}")
@@ -124,7 +123,7 @@ def _example(row: Any, fields: Fields, prompts: bool) -> Example:
 
 
 def _value(row: Mapping[str, Any], name: str, form: tuple[str, ...]) -> str:
-    """A row's text in this column, which says something; but a pair's prompt may be empty."""
+    """A row's text in this column, not blank; but a pair's prompt may be empty."""
     if not isinstance(value := row[name], str):
         raise ValueError(f"{name!r} is {short(value)}, not a string")
     if not value.strip() and (name != "prompt" or len(form) == 1):
@@ -181,8 +180,8 @@ def _table(file: TextIO) -> Rows:
     try:
         heading = rows.fieldnames or [""]
         if len(heading) == 1 and ";" in heading[0]:
-            said = f"one column, {short(heading[0])}: cells seem to be separated by ';'"
-            yield ":1", ValueError(f"{said}; a .csv takes commas, a .tsv tabs")
+            fault = f"one column, {short(heading[0])}: cells seem to be separated by ';'"
+            yield ":1", ValueError(f"{fault}; a .csv takes commas, a .tsv tabs")
             return
         for row in rows:
             if None in row or None in row.values():

@@ -1,6 +1,4 @@
-"""Examples kept apart from those that are learnt, so that no prompt is on both sides."""
-
-from __future__ import annotations
+"""Held-out examples, so that no prompt is on both sides."""
 
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
@@ -47,7 +45,7 @@ def within(examples: Iterable[Example], side: Range) -> Iterator[Example]:
 
 
 def without_overlap(held_out: Dataset, learnt: Dataset, name: str = "validation") -> Dataset:
-    """Those examples, which are called by this name, whose prompt no learnt example has."""
+    """The held-out examples whose prompt no learnt example has; an error calls them `name`."""
     keys = np.concatenate([*held_out.prompt_keys()])
     learnt_too = np.any([np.isin(keys, part) for part in learnt.prompt_keys()], axis=0)
     if learnt_too.all():

@@ -1,6 +1,4 @@
-"""The order of an epoch as a function: which example stands at a position, with no list of all."""
-
-from __future__ import annotations
+"""The order of an epoch as a function of a position, with no list of all."""
 
 import math
 from hashlib import blake2b
@@ -10,7 +8,7 @@ import numpy as np
 
 Integers = np.ndarray[Any, np.dtype[Any]]
 ROUNDS = 10
-WHOLE = 1 << 16  # examples up to which an epoch's order is kept, since looking is then cheap
+WHOLE = 1 << 16  # examples up to which an epoch's order is kept
 
 
 class Order:
@@ -47,26 +45,28 @@ def shuffled(
     # As an array even of one: a scalar's sum would warn of the overflow that is meant.
     streams = mixed(np.atleast_1d(np.asarray(stream, np.uint64)))
     placed = positions.astype(np.uint64) + np.zeros_like(streams)
-    streams, walking = np.broadcast_to(streams, placed.shape), np.ones(placed.shape, bool)
+    streams = np.broadcast_to(streams, placed.shape)
+    walking = np.ones(placed.shape, bool)
     while walking.any():
-        own = streams[walking]
-        left, right = placed[walking] % np.uint64(a), placed[walking] // np.uint64(a)
+        salt = streams[walking]
+        left = placed[walking] % np.uint64(a)
+        right = placed[walking] // np.uint64(a)
         for one, other in zip(keys[::2], keys[1::2], strict=True):
-            left = (left + mixed(right ^ one ^ own) % np.uint64(a)) % np.uint64(a)
-            right = (right + mixed(left ^ other ^ own) % np.uint64(b)) % np.uint64(b)
+            left = (left + mixed(right ^ one ^ salt) % np.uint64(a)) % np.uint64(a)
+            right = (right + mixed(left ^ other ^ salt) % np.uint64(b)) % np.uint64(b)
         placed[walking] = left + right * np.uint64(a)
         walking = placed >= n
     return placed.astype(np.int64)
 
 
 def seed_of(*numbers: int) -> int:
-    """64 bits that these integers fix on every machine, unlike those of any other integers."""
+    """A 64-bit hash of these integers, the same on every machine."""
     digest = blake2b(",".join(map(str, numbers)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
 def mixed(x: Integers) -> Integers:
-    """64 bits for each of an array of uint64, each of which depends on all of its own `x`.
+    """A 64-bit hash of each element of an array of uint64.
 
     Source: Steele, Lea and Flood 2014, "Fast Splittable Pseudorandom Number Generators".
     """

@@ -1,10 +1,8 @@
-"""Token ids on disk, mapped into memory: made once from a file, found again, never half.
+"""Token ids on disk, mapped into memory: made once from a file, reused, never half.
 
-A store is a folder of NumPy arrays and `header.json`, which names all that the store is made of.
-It is written beside its place and moved there when it is whole.
+A store is a folder of NumPy arrays and `header.json`, which names all that it is made of. It is
+written beside and moved when it is whole.
 """
-
-from __future__ import annotations
 
 import json
 import os
@@ -44,7 +42,7 @@ def open_data(
     """The examples of a file, tokenised once and mapped from disk from then on.
 
     A small file is tokenised into memory each time, unless `cache` is given. A store is made anew
-    where its source, the tokenizer or an option is another now.
+    where source, tokenizer or an option changed.
 
     Args:
         path, fields: as for `read_examples`.
@@ -53,13 +51,13 @@ def open_data(
         side: take only examples whose prompt's hash, in [0, 1), is in this range: (0, 0.1) is a
             tenth, and (0.1, 1) has none of its prompts.
         tell: is given a line where a store is made, and why.
-        progress: is given how many more examples are encoded, now and then while a store is made,
-            and the share of the file that was read, where it is known.
+        progress: is given now and then how many more examples are encoded, and the share of the
+            file that was read, where it is known.
         how: `max_length`, `eos`, `answer_only` and `separator`, as for `encode`.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: as `read_examples` and `encode`; something else has the store's place.
+        ValueError: as `read_examples` and `encode`; something else is at the store's path.
         OSError: the store cannot be written.
     """
     path = Path(path)
@@ -68,14 +66,14 @@ def open_data(
     about = {"format": FORMAT, "tokenizer": tokenizer.fingerprint, **DEFAULTS, **how}
     about |= {"side": [*side], "fields": fields and dict(fields)}
     about |= {"bytes": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
-    place = _place(path, cache, side)
-    if why := _reason_to_make(place, about):
+    store = _store(path, cache, side)
+    if why := _reason_to_make(store, about):
         if tell:
-            tell(f"The tokens of {path} are written to {place}: {why}.")
+            tell(f"The tokens of {path} are written to {store}: {why}.")
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
+            store.parent.mkdir(parents=True, exist_ok=True)
             with (
-                tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}-") as beside,
+                tempfile.TemporaryDirectory(dir=store.parent, prefix=f".{store.name}-") as beside,
                 opened(path) as file,
             ):
                 examples = within(examples_in(file, fields), side)
@@ -83,21 +81,21 @@ def open_data(
                     examples = _counted(examples, file, progress)
                 write(Path(beside, "new"), encode(examples, tokenizer, **how), about)
                 with suppress(FileNotFoundError):  # who has the old one open keeps it
-                    os.replace(place, Path(beside, "old"))
+                    os.replace(store, Path(beside, "old"))
                 with suppress(OSError):  # another run was faster
-                    os.replace(Path(beside, "new"), place)
+                    os.replace(Path(beside, "new"), store)
         except OSError as error:
-            reason = f"{place.parent} ({error.strerror or error}): name another folder as cache"
+            reason = f"{store.parent} ({error.strerror or error}): name another folder as cache"
             raise OSError(f"The tokens cannot be written to {reason}.") from None
-    return open_store(place)[0]
+    return open_store(store)[0]
 
 
-def open_store(place: Path) -> tuple[Dataset, dict[str, Any]]:
-    """The examples of a store, whatever became of its source, and all that it is made of."""
-    header = read_json(place / HEADER)
+def open_store(store: Path) -> tuple[Dataset, dict[str, Any]]:
+    """The examples of a store, and all that it is made of."""
+    header = read_json(store / HEADER)
     names = ("ids", "ends", "prompts", "by_length", "histogram")
     # As plain arrays: each index into a memmap makes another, in Python.
-    arrays = {n: np.asarray(np.load(place / f"{n}.npy", mmap_mode="r")) for n in names}
+    arrays = {n: np.asarray(np.load(store / f"{n}.npy", mmap_mode="r")) for n in names}
     ignored = arrays["prompts"] if header.get("answer_only") else 0
     return Dataset(**arrays, ignored=ignored, **{name: header[name] for name in KNOWN}), header
 
@@ -123,7 +121,7 @@ def _counted(
         progress(len(part), (size if file.closed else file.buffer.tell()) / size or None)
 
 
-def _place(path: Path, cache: str | Path | None, side: tuple[float, float]) -> Path:
+def _store(path: Path, cache: str | Path | None, side: tuple[float, float]) -> Path:
     part = "" if tuple(side) == ALL else f".{side[0]:g}-{side[1]:g}"
     if cache is None:
         return path.with_name(f"{path.name}{part}.tokens")
@@ -132,16 +130,16 @@ def _place(path: Path, cache: str | Path | None, side: tuple[float, float]) -> P
     return Path(cache) / f"{path.name}.{of}{part}.tokens"
 
 
-def _reason_to_make(place: Path, about: dict[str, Any]) -> str:
+def _reason_to_make(store: Path, about: dict[str, Any]) -> str:
     """Why the store cannot be taken for these tokens; empty if it can."""
-    if not place.exists():
+    if not store.exists():
         return "there are none yet"
-    if not (place / HEADER).is_file():
+    if not (store / HEADER).is_file():
         raise ValueError(
-            f"{place} is in the way, and no store of tokens: move it, or name another cache."
+            f"{store} is in the way, and no store of tokens: move it, or name another cache."
         )
     try:
-        before = open_store(place)[1]
+        before = open_store(store)[1]
     except (OSError, ValueError, KeyError) as error:
         return str(error)
     changed = [(n, before.get(n), value) for n, value in about.items() if before.get(n) != value]

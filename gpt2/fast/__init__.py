@@ -1,1 +1,1 @@
-"""What makes GPT-2 fast, equal to the plain form: the core asks it in six places."""
+"""What makes GPT-2 fast, equal to the plain form."""

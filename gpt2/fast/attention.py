@@ -3,8 +3,6 @@
 Shapes: B batch · T time · N slots seen · H heads · D head size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -20,7 +18,7 @@ from gpt2.fast.dropout import drop
 Drops = Callable[[Tensor, float], Tensor]
 """Drops elements of a tensor with a probability, and scales the rest."""
 
-TILE = 128  # tokens that a GPU's kernel looks at together: it looks in vain past a document's end
+TILE = 128  # tokens that a GPU's kernel reads together, past a document's end too
 
 
 def attend(
@@ -53,17 +51,19 @@ def _attend_within(q: Tensor, k: Tensor, v: Tensor, documents: Documents, p: flo
         run: Any = varlen_attn
         y = run(*flat, starts, starts, most, most, window_size=(-1, 0))
         return y.transpose(0, 1)[None]
+
     if on_cpu(q.device) and not torch.compiler.is_compiling():  # where the host may look
         parts = [slice(start, end) for start, end in pairwise(starts.tolist()) if start < end]
         each = [attend(q[:, :, s], k[:, :, s], v[:, :, s], None, p) for s in parts]
         return torch.cat(each, 2)
+
     number = documents.numbers()
     mask = (number[:, None] == number).tril()
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
 
 
 def _attend_in_parts(q: Tensor, k: Tensor, v: Tensor, p: float, drops: Drops | None) -> Tensor:
-    """What torch does too on a CPU, where it has no fused form for dropout, but for its draws."""
+    """As torch does it on a CPU, where dropout has no fused form, but for the draws."""
     T = q.shape[-2]
     later = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
     scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, T, T)

@@ -1,7 +1,5 @@
 """Code through torch.compile, and the few lengths that it is compiled for."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import cache, partial, wraps
@@ -10,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-VARIANTS = 64  # graphs that may be compiled of one function: a shape and a kind of layer each
+VARIANTS = 64  # graphs of one function: a shape and a class of layer each
 PADDED = 32  # lengths of compiled and captured work are multiples of this at least
 
 
@@ -30,7 +28,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def call(*arguments: Any) -> Any:
-        # Past its own limit of 8 torch would run the rest uncompiled.
+        # Past its limit of 8 torch would run the rest uncompiled.
         with torch._dynamo.config.patch(recompile_limit=VARIANTS):
             return run(*arguments)
 
@@ -41,22 +39,23 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def blocks_run(transformer: Any, *, compile: bool, checkpointing: bool) -> Generator[None]:
     """Within, a GPT-2's blocks and embedding go through torch.compile, its blocks checkpointed.
 
-    Equal blocks share what is compiled, since the module is an argument of what is.
+    Equal blocks share a graph, since the module is an argument.
     """
     methods: list[tuple[Any, str]] = [(block, "forward") for block in transformer.h]
     methods = [*methods * (compile or checkpointing), *[(transformer, "embed")] * compile]
+
     before = [vars(module).get(name) for module, name in methods]  # a hook of the user's, or None
     try:
-        for (module, name), own in zip(methods, before, strict=True):
+        for (module, name), hook in zip(methods, before, strict=True):
             plain = getattr(type(module), name)
-            run = own or partial(compiled(plain) if compile else plain, module)
+            run = hook or partial(compiled(plain) if compile else plain, module)
             if checkpointing and name == "forward":
-                # Around what is compiled, which would else keep what checkpointing is to drop.
+                # Around compiled code, which would keep what checkpointing is to drop.
                 run = partial(checkpoint, run, use_reentrant=False)
             setattr(module, name, run)
         yield
     finally:
-        for (module, name), own in zip(methods, before, strict=True):
+        for (module, name), hook in zip(methods, before, strict=True):
             vars(module).pop(name, None)
-            if own is not None:
-                setattr(module, name, own)
+            if hook is not None:
+                setattr(module, name, hook)

@@ -1,11 +1,8 @@
 """How decoders make their steps: as they stand, through torch.compile, or as a CUDA graph.
 
 A GPU waits for the host at every token if the host looks at each, and at every kernel if each is
-launched by itself. So there the step is captured once and replayed, and the host looks at the
-tokens once a burst.
+launched by itself. So the step is captured once, and the host looks once a burst.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,8 +14,8 @@ from gpt2.fast.compiling import bucket, compiled
 from gpt2.fast.devices import has_float64, on_cuda
 from gpt2.fast.graphs import GraphedCalls
 
-BURST = 16  # tokens a row that a GPU makes before the host looks whether all rows have ended
-GRAPHED = 24  # new tokens from which capturing a CUDA graph of the step saves more than it costs
+BURST = 16  # tokens a row on a GPU between two looks whether all rows have ended
+GRAPHED = 24  # new tokens from which capturing the step pays
 
 
 class Steps:
@@ -26,7 +23,7 @@ class Steps:
 
     A subclass has `_begin`, which makes these of the logits `(B, V)` after the prompts; the last
     `tokens`, `(B,)`; and `_extend`, which takes logits to the next and asks nothing of the device.
-    The model is a GPT-2 in eval mode, and stays as it is.
+    The model is a GPT-2 in eval mode.
     """
 
     tokens: Tensor
@@ -41,9 +38,11 @@ class Steps:
         graphed = on_cuda(self.device) and config.max_new_tokens >= GRAPHED
         self._graphs = GraphedCalls() if graphed else None
         self.fixed = compile or graphed  # every step must have the shapes of the first
+
         self.burst = BURST if on_cuda(self.device) else 1
         self.draws_on = self.device if has_float64(self.device) else torch.device("cpu")
-        longest, limit = max(map(len, rows)) + config.max_new_tokens, model.config.block_size
+        longest = max(map(len, rows)) + config.max_new_tokens
+        limit = model.config.block_size
         slots = bucket(longest, limit) if compile else longest  # few sizes are compiled
         logits, self.cache = model.prefill(rows, slots)
         self._begin(rows, logits)
@@ -70,8 +69,8 @@ class Steps:
 
     def _changed(self) -> list[Tensor]:
         """The tensors that a step may write to."""
-        own = [value for value in vars(self).values() if isinstance(value, Tensor)]
-        return [*own, self.cache.lengths, *self.cache.layers]
+        tensors = [value for value in vars(self).values() if isinstance(value, Tensor)]
+        return [*tensors, self.cache.lengths, *self.cache.layers]
 
 
 def _next(model: Any, tokens: Tensor, cache: Any) -> Tensor:

@@ -1,9 +1,7 @@
 """What each type of device can do, as far as more than one file asks.
 
-"cpu", "cuda" and "mps" are known; of any other only what every device can do is asked.
+"cpu", "cuda" and "mps" are known; of others the least is expected.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +16,7 @@ def on_cpu(device: torch.device) -> bool:
 
 
 def on_cuda(device: torch.device) -> bool:
-    """Work can be captured as a graph; kernels like sides in memory that are multiples of 8."""
+    """Work can be captured as a graph; kernels like sides that are multiples of 8."""
     return device.type == "cuda"
 
 
@@ -28,7 +26,7 @@ def has_float64(device: torch.device) -> bool:
 
 
 def has_fused_adamw(device: torch.device) -> bool:
-    """Whether AdamW updates all parameters in one call, so that no interrupt comes in between."""
+    """Whether AdamW updates all parameters in one call, which no interrupt splits."""
     return device.type in ("cpu", "cuda", "mps")
 
 
@@ -41,7 +39,7 @@ def skips_found_inf(device: torch.device) -> bool:
 
 
 def positions_at_a_time(device: torch.device) -> int:
-    """Of how many positions a loss is made at once: with more no product would be faster."""
+    """Positions of a loss that are computed at once; more would not be faster."""
     return 512 if on_cpu(device) else 2048
 
 
@@ -57,7 +55,7 @@ def copied(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class Generator:
-    """Torch's global generator of one device; of an unknown one none is known, or touched."""
+    """Torch's global generator of one device; none of an unknown one."""
 
     def __init__(self, device: torch.device) -> None:
         self.get: Callable[[], Tensor | None] = lambda: None

@@ -1,9 +1,7 @@
-"""Dropout that also says what it kept, in the way that costs least on each device.
+"""Dropout that also returns what it kept, in the fastest way on each device.
 
-The same text lies in `gpt2/fast` and `lora/fast`, which share no code; a test keeps it the same.
+`gpt2/fast` and `lora/fast` hold the same text, and a test keeps it so.
 """
-
-from __future__ import annotations
 
 from typing import Any, cast
 
@@ -11,7 +9,7 @@ import torch
 from torch import Tensor
 
 DRAWN_BITS, HASHED_BITS = 16, 32  # of a decision on a CPU, and in compiled code for a GPU
-EXACT_ENOUGH = 0.01  # largest relative error of either share, dropped or kept, in so many bits
+EXACT_ENOUGH = 0.01  # largest relative error of the dropped or the kept share
 
 
 def drop(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
@@ -51,8 +49,8 @@ def drawn_mask(x: Tensor, p: float) -> Tensor:
 def hashed_mask(x: Tensor, p: float) -> Tensor:
     """Which elements of `x` to keep, from a hash of their position and of two random seeds.
 
-    A compiler fuses it into whatever reads it. So a backward pass computes it again instead of
-    keeping it, and it takes a tenth of the operations of torch's own generator.
+    A compiler fuses it into its reader: a backward pass computes it again instead of keeping it,
+    in a tenth of the operations of torch's generator.
     """
     seeds = torch.randint(-(2**31), 2**31, (2,), device=x.device).to(torch.int32)
     h = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape)
@@ -62,5 +60,5 @@ def hashed_mask(x: Tensor, p: float) -> Tensor:
 
 
 def _is_exact(p: float, bits: int) -> bool:
-    """Whether a rate in so many bits is the rate, for what is dropped and for what is kept."""
+    """Whether so many bits are exact enough, for the dropped and for the kept share."""
     return p < 1 and abs(round(p * 2**bits) / 2**bits - p) <= EXACT_ENOUGH * min(p, 1 - p)

@@ -1,7 +1,5 @@
 """Running the same work again and again as CUDA graphs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +12,8 @@ WARMUPS = 2  # runs before a capture, in which libraries and caches settle
 class GraphedCalls:
     """Calls of one function that are captured once a set of shapes and replayed from then on.
 
-    Nothing of the function is kept, so that an owner who is dropped takes the graphs along at once:
-    CUDA refuses to destroy a graph, as a garbage collector would, while another is being captured.
+    Nothing of the function is kept: a dropped owner takes the graphs along at once. CUDA refuses
+    to destroy one, as a garbage collector would, while another is captured.
     """
 
     def __init__(self) -> None:
@@ -30,9 +28,8 @@ class GraphedCalls:
     ) -> Tensor:
         """What the function gives for these inputs; it lasts until the next call.
 
-        The function asks nothing of the device. `state` gives the tensors that it changes, so that
-        capturing can undo what its trial runs did to them; those that appear in the course of a
-        trial begin as zeros.
+        The function asks nothing of the device. `state` gives the tensors that it changes: a
+        capture undoes what trial runs did to them; those that appear in a trial begin as zeros.
         """
         self.prepare(function, state, *inputs)
         graph, held, output = self.captured[_key(inputs)]
@@ -68,14 +65,16 @@ class GraphedCalls:
             for _ in range(WARMUPS):
                 function(*held)
         torch.cuda.current_stream().wait_stream(stream)
+
         graph = torch.cuda.CUDAGraph()
-        # The scratch memory of cuBLAS then comes from this graph's pool, not from an earlier one's,
-        # which may be gone before this graph is.
+        # So cuBLAS takes scratch memory from this graph's pool, not from that of an earlier graph,
+        # which may be gone before.
         torch._C._cuda_clearCublasWorkspaces()
         with torch.cuda.graph(graph, pool=self.pool):
             output = function(*held)
         torch._C._cuda_clearCublasWorkspaces()
         self.pool = graph.pool()
+
         after = state()
         with torch.no_grad():
             for tensor, value in zip(after, before, strict=False):

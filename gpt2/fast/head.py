@@ -1,11 +1,9 @@
 """The loss from hidden states, in a form that never holds all logits.
 
-The loss is taken where the head computes `x Wᵀ` and nothing else; elsewhere the head is called.
+It is taken where the head computes `x Wᵀ` and nothing else; elsewhere the head is called.
 
 Shapes: B batch · T time · C n_embd · V vocab · N positions, flattened.
 """
-
-from __future__ import annotations
 
 from typing import Any
 
@@ -34,20 +32,22 @@ def summed_loss(
     hidden, targets = x.flatten(0, 1), shifted(labels)  # (N, C) and (N,)
     if devices.on_cpu(x.device) and not torch.compiler.is_compiling():
         supervised = targets != IGNORE
-        hidden, targets = hidden[supervised], targets[supervised]
+        hidden = hidden[supervised]
+        targets = targets[supervised]
     return _losses(head, hidden, targets, compiling, smoothing).sum()
 
 
 def losses(
     head: nn.Module, x: Tensor, labels: Tensor, at: Tensor, *, compiling: bool, smoothing: float
 ) -> Tensor:
-    """The summed loss of each of k equal blocks of rows, `(k,)`, whatever is learnt in another.
+    """The summed loss of each of k equal blocks of rows, `(k,)`.
 
-    `at` `(k, S)` are a block's positions to look at: all that are supervised, and some others.
+    `at` `(k, S)` are a block's positions to look at: all that are supervised, and a few others.
     """
     first = torch.arange(len(at), device=at.device) * (labels.numel() // len(at))
     rows = (at + first[:, None]).flatten()
-    hidden, targets = x.flatten(0, 1).index_select(0, rows), shifted(labels)[rows]
+    hidden = x.flatten(0, 1).index_select(0, rows)
+    targets = shifted(labels)[rows]
     return _losses(head, hidden, targets, compiling, smoothing).view_as(at).sum(1)
 
 
@@ -69,12 +69,12 @@ def _losses(
 def _is_plain(head: nn.Module) -> bool:
     """Whether calling the head is `x Wᵀ` and nothing else: no other forward, bias or hook."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    own = vars(head)
+    state = vars(head)
     return (
         (type(head) is nn.Linear or getattr(type(head), "computes_linear", False))
-        and own["_parameters"].get("bias") is None
-        and "forward" not in own
-        and not any(own[name] for name in hooks)
+        and state["_parameters"].get("bias") is None
+        and "forward" not in state
+        and not any(state[name] for name in hooks)
     )
 
 
@@ -88,13 +88,16 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, smoothing: float, chunk_loss: Any
     ) -> Tensor:
-        n, vocab = len(hidden), weight.shape[0]
+        n = len(hidden)
+        vocab = weight.shape[0]
         if devices.on_cuda(weight.device):
             weight = F.pad(weight, (0, 0, 0, -vocab % 64))
         else:
             hidden = F.pad(hidden, (0, 0, 0, -n % 8))
             targets = F.pad(targets, (0, -n % 8), value=IGNORE)
-        size, how = devices.positions_at_a_time(hidden.device), (ctx.needs_input_grad[0], smoothing)
+        how = ctx.needs_input_grad[0], smoothing
+        size = devices.positions_at_a_time(hidden.device)
+
         chunks = zip(hidden.split(size), targets.split(size), strict=True)
         pairs = [chunk_loss(rows, weight, few, vocab, *how) for rows, few in chunks]
         losses, gradients = zip(*pairs, strict=True)
@@ -104,7 +107,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # What is saved is a number, so a second derivative would be wrong without a word.
+            # A second derivative would be wrong: what is saved is a number.
             raise RuntimeError(
                 "The loss of a frozen head can be differentiated once (create_graph=True was "
                 "given). For more take gpt2.next_token_loss(model(idx), labels), or torch.func."
@@ -116,27 +119,31 @@ class _FrozenHeadLoss(torch.autograd.Function):
 def _chunk(
     hidden: Tensor, weight: Tensor, targets: Tensor, vocab: int, learns: bool, smoothing: float = 0
 ) -> tuple[Tensor, Tensor]:
-    """Losses and gradients of some positions; rows of `weight` past `vocab` are padding."""
+    """Losses and gradients of a chunk of positions; rows of `weight` past `vocab` are padding."""
     logits = hidden @ weight.t()  # (N, V padded)
     logits = logits.to(wide_enough(logits.dtype))
     if len(weight) > vocab:
         tokens = torch.arange(len(weight), device=hidden.device)
         logits = logits.masked_fill(tokens >= vocab, -torch.inf)
+
     supervised = targets != IGNORE
     wanted = targets.where(supervised, 0)[:, None]
     top = logits.amax(-1, keepdim=True)  # subtracted: far from zero, float32 is coarse
     at_wanted = logits.gather(1, wanted) - top
-    sought, right = at_wanted, 1.0
+    sought = at_wanted
+    right = 1.0
     if smoothing:
         sought = at_wanted.lerp(logits[:, :vocab].mean(-1, keepdim=True) - top, smoothing)
         right = 1 - smoothing + smoothing / vocab
-    scores = logits.sub_(top).exp_()  # the probabilities but for a factor, which comes last
+
+    scores = logits.sub_(top).exp_()  # probabilities but for a factor
     total = scores.sum(-1, keepdim=True)  # in pairs; a softmax kernel's running sum is off by 1e-5
     loss = (total.log() - sought).squeeze(1).where(supervised, 0.0)
     if not learns:
         return loss, hidden
     if smoothing:
         scores[:, :vocab] -= total * (smoothing / vocab)
+
     scores = scores.to(weight.dtype)
     less_one = (at_wanted.exp() - right * total).to(weight.dtype)  # where the token is right
     gradient = scores.scatter_(1, wanted, less_one) @ weight / total
@@ -153,28 +160,35 @@ def _in_slices(
 
     Source: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax".
     """
-    kind, supervised = wide_enough(hidden.dtype), targets != IGNORE
+    kind = wide_enough(hidden.dtype)
+    supervised = targets != IGNORE
     wanted = targets.where(supervised, 0)
     top = hidden.new_full(targets.shape, -torch.inf, dtype=kind)
     total, at_wanted, gradient = top.new_zeros(()), top, hidden.new_zeros((), dtype=kind)
+
     size = max(1, CACHED // (len(hidden) + hidden.shape[1]))
     for start in range(0, vocab, size):
         rows = weight[start : start + size]
         logits = (rows @ hidden.t()).to(kind)  # (V of the slice, N)
-        place = wanted - start
-        there = logits.gather(0, place.clamp(0, len(rows) - 1)[None])[0]
-        at_wanted = there.where((place >= 0) & (place < len(rows)), at_wanted)
-        before, top = top, torch.maximum(top, logits.amax(0))
-        scores, shrunk = logits.sub_(top).exp_(), (before - top).exp()
+        row = wanted - start
+        there = logits.gather(0, row.clamp(0, len(rows) - 1)[None])[0]
+        at_wanted = there.where((row >= 0) & (row < len(rows)), at_wanted)
+
+        before = top
+        top = torch.maximum(top, logits.amax(0))
+        scores = logits.sub_(top).exp_()
+        shrunk = (before - top).exp()
         total = total * shrunk + scores.sum(0)
         if learns:
-            own = scores.to(weight.dtype).t() @ rows
-            gradient = gradient * shrunk[:, None] + own.to(kind)  # (N, C)
+            added = scores.to(weight.dtype).t() @ rows
+            gradient = gradient * shrunk[:, None] + added.to(kind)  # (N, C)
+
     unlike = (1 - smoothing) * weight[wanted].to(kind)
     if smoothing:
         mean = weight.to(kind).mean(0)
         at_wanted = at_wanted.lerp(hidden.to(kind) @ mean, smoothing)
         unlike += smoothing * mean
+
     loss = (total.log() + (top - at_wanted)).where(supervised, 0.0)
     if not learns:
         return loss, hidden

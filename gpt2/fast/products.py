@@ -1,14 +1,12 @@
 """The product with a weight, in the form that a device's matrix library is fastest at."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from gpt2.fast.devices import on_cpu, on_cuda
 
-WHOLE = 2**18  # elements of a weight, a megabyte, up to which one product is as fast as slices
+WHOLE = 2**18  # elements of a weight up to which one product is as fast as slices
 # Rows between which a GPU makes the head's logits three times as fast as (V, rows): V is odd.
 FEW_ROWS = range(3, 65)
 
@@ -16,8 +14,8 @@ FEW_ROWS = range(3, 65)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x Wᵀ + bias` as `F.linear`, from `(…, in)` to `(…, out)`.
 
-    On a CPU a large weight is cut into as many slices as there are threads, one for each: MKL
-    splits a batch of small products better than a single one with few rows.
+    On a CPU a large weight is cut into a slice for each thread: MKL splits a batch of small
+    products better than a single one with few rows.
     """
     n_out = weight.shape[0]
     if bias is None and n_out % 8 and on_cuda(x.device) and x[..., 0].numel() in FEW_ROWS:
@@ -26,6 +24,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     sliced = n_out // slices * slices
     if slices == 1 or sliced == 0:
         return F.linear(x, weight, bias)
+
     rows = x.reshape(-1, x.shape[-1])
     cut = weight[:sliced].view(slices, -1, weight.shape[1]).mT  # (slices, in, sliced / slices)
     y = (rows.expand(slices, *rows.shape) @ cut).transpose(0, 1).flatten(1)

@@ -3,8 +3,6 @@
 Shapes: k slots · m blocks of a pass · b rows of a block · T time · S positions that learn.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpt2.data.dataset import Dataset, places
+from gpt2.data.dataset import Dataset, offsets
 from gpt2.data.order import Integers, Order, seed_of
 from gpt2.fast import devices
 from gpt2.fast.compiling import bucket
@@ -119,9 +117,8 @@ def pass_widths(
 ) -> tuple[int, Integers]:
     """The width of the pass of all k slots, and the width that each example needs.
 
-    A slot with a wider batch runs alone. The choice makes the fewest tokens in a tick. It depends
-    on the data, k and b, and not on the slots that meet in a tick: the last bits of a product
-    change with its number of rows.
+    A slot with a wider batch runs alone. The choice makes the fewest tokens in a tick, and depends
+    on data, k and b only: the last bits of a product change with its number of rows.
     """
     lengths = np.arange(data.longest + 1)
     widths = lengths
@@ -143,13 +140,14 @@ def pass_inputs(
     chosen = [batch.examples for batch in batches if batch]
     rows = [i * size + np.arange(len(batch.examples)) for i, batch in enumerate(batches) if batch]
     ids, learnt, lengths = data.take(np.concatenate(chosen))
-    at = np.repeat(np.concatenate(rows), lengths), places(lengths)
+    at = np.repeat(np.concatenate(rows), lengths), offsets(lengths)
     idx[at] = ids
     labels[at] = np.where(learnt, ids, IGNORE)
+
     learns = np.zeros(labels.shape, bool)
     learns[:, :-1] = labels[:, 1:] != IGNORE
     block, position = np.nonzero(learns.reshape(m, -1))
     positions = np.full((m, most), width - 1)  # of a row's last nothing is learnt
-    positions[block, places(np.bincount(block, minlength=m))] = position
+    positions[block, offsets(np.bincount(block, minlength=m))] = position
     arrays = idx, labels, positions
     return [torch.from_numpy(array) for array in arrays]

@@ -6,11 +6,9 @@ of the numbers of the dropout and of the element.
 Shapes: k slots · m blocks of a pass · b rows of a block · T time.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -38,7 +36,7 @@ class Rates(NamedTuple):
     clip: Any  # largest norm of the gradient, infinite for none
 
     @classmethod
-    def of(cls, config: TrainConfig, step: int, tokens: int) -> Rates:
+    def of(cls, config: TrainConfig, step: int, tokens: int) -> Self:
         """For a slot's step, from 1, of so many tokens."""
         beta1, beta2 = config.betas
         return cls(

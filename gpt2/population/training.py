@@ -1,12 +1,10 @@
 """Many adapters of one model, trained in one batch, each as if it were alone.
 
-A tick is one micro-batch of each slot. They run together in a pass of one shape, whatever the
-others do. A slot with a longer example than usual runs in a pass of its own.
+A tick is one micro-batch of each slot, in a pass of one shape. A slot with a longer example than
+usual runs in another pass.
 
 Shapes: k slots · P parameters of a slot · m blocks of a pass, k or 1.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
@@ -53,8 +51,8 @@ class PopulationTraining:
         moments: AdamW's, `(2, k, P)`.
 
     Raises:
-        ValueError: the model cannot be called on the data, or drops where slots cannot have masks
-            of their own; packing, token budgets, checkpointing.
+        ValueError: the model cannot be called on the data, or drops where slots cannot have masks;
+            packing, token budgets, checkpointing.
         RuntimeError: the model does not run under the slots.
     """
 
@@ -159,7 +157,7 @@ class PopulationTraining:
         )
 
     def go_on(self, slot: int, state: Slot, *, until: int | None = None) -> None:
-        """Put a training into a slot, where it goes on as if it had never left its own.
+        """Put a training into a slot, where it goes on as if it had never moved.
 
         Args:
             slot: its number.
@@ -232,7 +230,7 @@ class PopulationTraining:
         return (total / tokens).tolist()
 
     def _tick(self) -> tuple[Integers, Tensor]:
-        """One micro-batch of each slot: the steps that end, `(k,)`, and their figures."""
+        """One micro-batch of each slot: the steps that end and their figures."""
         k = len(self.trainings)
         parts = self.slots.parts
         usual: list[Batch | None] = [None] * k
@@ -249,6 +247,7 @@ class PopulationTraining:
             if batch.tokens:
                 lrs = [slot.lr * slot.ratios.get(part, 1.0) for part in parts]
                 rates[:, i] = [*Rates.of(slot.config, slot.taken, batch.tokens), *lrs]
+
         if not any(usual):
             del passes[0]
         for width, batches in passes[:-1]:
@@ -264,6 +263,7 @@ class PopulationTraining:
         for i, batch in enumerate(batches):
             if batch:
                 keys[i] = batch.slot, batch.seed & 0xFFFFFFFF, batch.seed >> 32
+
         inputs = pass_inputs(self.data, size, width, most, batches)
         inputs += [torch.from_numpy(keys), *rates]
         inputs = [devices.copied(tensor, self.device) for tensor in inputs]

@@ -1,6 +1,4 @@
-"""The options of a run, and what follows from them: how many steps, and their learning rates."""
-
-from __future__ import annotations
+"""The options of a run, the number of its steps, and their learning rates."""
 
 import math
 import re
@@ -15,7 +13,7 @@ from gpt2.files import listed
 
 SCHEDULES = ("linear", "cosine", "constant")
 GRAPHED_TOKENS = 4096
-"""Tokens of a batch up to which a GPU's steps are replayed as CUDA graphs by default."""
+"""Tokens of a batch up to which a GPU replays its steps as CUDA graphs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,23 +28,22 @@ class TrainConfig:
         tokens_per_batch: tokens a micro-batch at most, in place of `batch_size`: examples of about
             one length are padded together.
         packing: lay whole examples end to end in one row of `tokens_per_batch` tokens, each read
-            as if it stood alone. A GPU's attention then has no dropout: a model with some is
-            refused.
+            as if it stood alone. A GPU then takes no model with dropout in attention.
         accumulate: micro-batches an optimiser step; its loss is the mean over all their supervised
             tokens.
         schedule: "linear" or "cosine" decay to zero, or "constant", after the warm-up.
         warmup_ratio: share of the steps, in [0, 1], in which the learning rate rises from zero; a
             run of one step has none.
         warmup_steps: the same as a number of steps.
-        weight_decay: AdamW's.
-        betas: AdamW's, how much of the averages of gradient and square a step keeps.
-        eps: AdamW's, added to the root of the average square.
+        weight_decay: AdamW's, decoupled from the gradient.
+        betas: AdamW's decay rates of its two moments, in [0, 1).
+        eps: AdamW's, added to the root of the second moment.
         label_smoothing: share of each target, in [0, 1), that is spread evenly over all tokens; of
             the records' loss, not of an evaluation's.
         clip: largest global norm of the gradient; None leaves it as it is.
         seed: of the order of examples and of dropout.
         autocast: compute in bfloat16 beside float32 weights.
-        compile: run the loss through torch.compile; a shape takes some 15 s on a GPU.
+        compile: run the loss through torch.compile; a shape takes about 15 s on a GPU.
         checkpointing: keep only each block's input for the backward pass and recompute the rest.
         cuda_graph: replay each shape's whole step as one CUDA graph; None does so on one GPU for
             compiled steps and for batches of at most `GRAPHED_TOKENS` tokens, but not beside
@@ -163,15 +160,15 @@ class RunConfig:
     def _steps_and_seconds(self) -> tuple[int, float]:
         """Between two snapshots; 0 for the one that does not count."""
         number = r"(\d{1,15})|(\d{1,9}(?:\.\d{1,9})?) ?s"
-        found = re.fullmatch(number, str(self.save_every))
-        return (int(found[1] or 0), float(found[2] or 0)) if found else (0, 0.0)
+        match = re.fullmatch(number, str(self.save_every))
+        return (int(match[1] or 0), float(match[2] or 0)) if match else (0, 0.0)
 
 
 # Steps and learning rates
 
 
 def total_steps(data: Dataset | int, config: TrainConfig) -> int:
-    """The optimiser steps of a run over the data; how many examples it has is enough for most.
+    """The optimiser steps of a run over the data, or over so many examples.
 
     Raises:
         ValueError: there are none; or with `tokens_per_batch`, which needs the data, a number.
@@ -194,7 +191,7 @@ def learning_rate(step: int, total: int, config: TrainConfig) -> float:
 def lr_scale(step: int, total: int, config: TrainConfig) -> float:
     """The learning rate of step 1, 2, …, `total` as a share, in [0, 1], of the peak.
 
-    It is zero in the first step of a warm-up, as in transformers; a run of one step has none.
+    It is zero in the first step of a warm-up; a run of one step has none.
 
     Source: transformers' `get_linear_schedule_with_warmup` and its cosine sibling.
     """

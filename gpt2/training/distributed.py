@@ -6,8 +6,6 @@ all-reduce, or by FSDP.
 Shapes: R micro-batches of a process · N elements of all trained parameters.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
@@ -28,8 +26,8 @@ Value = TypeVar("Value")
 Trained = Sequence[nn.Parameter]
 
 GATHERED_BYTES = 2**28
-"""Bytes of a step's gradients up to which they are added in order by default."""
-UNITS = 8  # in which a sharded model's blocks are put together: each takes the host 2 ms a step
+"""Bytes of a step's gradients up to which they are added in order."""
+UNITS = 8  # groups of a sharded model's blocks: each takes the host 2 ms a step
 REFUSED = {
     "DataParallel": "start a process for each GPU by torchrun, and give it the model itself",
     "DistributedDataParallel": "give the model in it: gradients of processes are added up here",
@@ -38,7 +36,7 @@ REFUSED = {
 
 
 def rank() -> int:
-    """Which of the processes this one is, counted from 0."""
+    """This process's number, from 0."""
     return torch.distributed.get_rank() if _is_in_group() else 0
 
 
@@ -56,28 +54,28 @@ def gathered(value: Value) -> list[Value]:
 
 
 def whole(tensor: Any) -> Tensor:
-    """The tensor, put together where processes hold a part of it each."""
+    """The tensor, gathered if it is sharded."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def faults(model: nn.Module, config: TrainConfig) -> list[str]:
     """What keeps these processes from training the model."""
     classes = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
-    found = [f"{name} is not trained: {what}" for name, what in REFUSED.items() if name in classes]
+    lines = [f"{name} is not trained: {what}" for name, what in REFUSED.items() if name in classes]
     count, accumulate = size(), config.accumulate
     if accumulate % count:
         fit = [str(n) for n in range(1, accumulate + 1) if accumulate % n == 0]
-        found.append(
+        lines.append(
             f"{count} processes cannot share the {accumulate} micro-batches of a step (accumulate)"
             f": start {', '.join(fit[:12])} of them, or let {count} divide accumulate"
         )
     trained = [p for p in model.parameters() if p.requires_grad]
     sharded = sum(map(is_sharded, trained))
     if sharded not in (0, len(trained)):
-        found.append(f"{sharded} of {len(trained)} trained parameters are sharded: shard the whole")
+        lines.append(f"{sharded} of {len(trained)} trained parameters are sharded: shard the whole")
     if sharded and config.in_order:
-        found.append("in_order=True takes a model that is not sharded")
-    return found
+        lines.append("in_order=True takes a model that is not sharded")
+    return lines
 
 
 def shares(batches: Sequence[Batch], *, sharded: bool) -> list[tuple[int, Batch]]:
@@ -123,8 +121,9 @@ def in_order(trained: Trained, rows: Sequence[Tensor], count: int) -> Tensor:
     mine = torch.zeros(  # (R, N + 1)
         (ceil(count / size()), sum(sizes) + 1), dtype=_holding(trained), device=trained[0].device
     )
-    for k, own in enumerate(rows):
-        mine[k] = own
+    for k, values in enumerate(rows):
+        mine[k] = values
+
     parts = [torch.empty_like(mine) for _ in range(size())]
     torch.distributed.all_gather(parts, mine)
     every = torch.cat(parts)
@@ -132,6 +131,7 @@ def in_order(trained: Trained, rows: Sequence[Tensor], count: int) -> Tensor:
         [g.view_as(p).to(p.dtype) for g, p in zip(one.split(sizes), trained, strict=True)]
         for one in every[:count, :-1]
     ]
+
     for later in gradients[1:]:
         torch._foreach_add_(gradients[0], later)  # pyright: ignore[reportPrivateImportUsage]
     for p, grad in zip(trained, gradients[0], strict=True):
@@ -161,15 +161,15 @@ def sharded(losses: Sequence[Tensor]) -> Tensor:
 
 
 def shard(model: Model, dtype: torch.dtype | None = None) -> Model:
-    """Share out the model's parameters among the processes of torch's default group, by FSDP2.
+    """Shard the model's parameters over the processes of torch's default group, by FSDP2.
 
-    Call it in every process, on a model on the process's own device, after adapters were injected
-    and before `gpt2.train`. It is the model that is changed, and given back.
+    Call it in every process, on a model on its device, after adapters were injected, before
+    `gpt2.train`. It changes the model and gives it back.
 
     Args:
         model: a GPT-2; a ValueError for any other.
-        dtype: what weights are sent and computed with in, their own if none is given. Gradients
-            are added up in float32 then, and the shared-out weights keep their own dtype.
+        dtype: in which weights are sent and computed with, theirs by default. Gradients are then
+            added up in float32, and the sharded weights keep their dtype.
     """
     # Not at the top: they import the compiler, which takes a second.
     from torch.distributed.device_mesh import init_device_mesh

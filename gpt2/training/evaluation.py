@@ -1,7 +1,5 @@
 """The loss on examples that are only read."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -23,7 +21,7 @@ from gpt2.training.randomness import TURN, RandomState
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """How well a model predicts some examples."""
+    """How well a model predicts examples."""
 
     loss: float  # mean over the supervised tokens, nats
     tokens: int  # supervised
@@ -32,7 +30,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """Among how many equally likely tokens the model hesitates; infinite past a float."""
+        """The exponential of the loss; infinite past a float."""
         return math.exp(self.loss) if not self.loss > 709 else math.inf
 
 
@@ -53,26 +51,30 @@ def evaluate(
         data: the examples.
         batch_size: examples a forward pass; another one changes the loss by rounding only.
         autocast: compute in bfloat16 beside float32 weights.
-        references: take completions for references, and find out which prompts the model would
-            continue greedily with one of theirs and its end.
+        references: also give the share of prompts that the model continues greedily with one of
+            their completions and its end.
 
     Raises:
         ValueError: the data does not fit the model; references of data without prompts.
     """
     check_readable(model, data)
     require_count("batch_size", batch_size)
+
     device = next(iter(model.parameters())).device
-    order = data.by_length[::-1]  # alike in length: little padding; the largest batch first
+    order = data.by_length[::-1]  # little padding; the largest batch first
     starts = range(0, len(data), batch_size)
-    exact, asked = np.zeros(len(data), bool), np.asarray(data.prompts)
+    exact = np.zeros(len(data), bool)
+    asked = np.asarray(data.prompts)
     if references and not asked.any():
         raise ValueError("references=True takes examples with a prompt, and no example has one.")
     if references and any(map(is_sharded, model.parameters())):
         raise ValueError("references=True takes a model that is not sharded.")
-    rank, size = distributed.rank(), distributed.size()
+
+    rank = distributed.rank()
+    size = distributed.size()
     mine: list[tuple[float, int, Array]] = []
     with TURN, in_mode(model, training=False), RandomState(0, device), torch.no_grad():
-        # Each takes as many, since a sharded model runs in all processes at once.
+        # A sharded model runs in all processes at once.
         for number in range(rank, math.ceil(len(starts) / size) * size, size):
             start = starts[min(number, len(starts) - 1)]
             chosen = order[start : start + batch_size]
@@ -84,10 +86,13 @@ def evaluate(
                     right = _are_greedy(model, moved, torch.from_numpy(asked[chosen]))
             mine.append((float(loss), batch.n_tokens, right))
     every = distributed.gathered(mine)
-    total, tokens = 0.0, 0
+
+    total = 0.0
+    tokens = 0
     for number, start in enumerate(starts):
         loss, count, right = every[number % size][number // size]
-        total, tokens = total + loss, tokens + count
+        total += loss
+        tokens += count
         exact[order[start : start + batch_size]] = right
     share = None
     if references:  # of the different prompts, those that have an exact example
@@ -97,16 +102,18 @@ def evaluate(
 
 
 def _are_greedy(model: nn.Module, batch: Batch, prompts: Tensor) -> Array:
-    """Whether each token of a row's completion is the most likely one, so nothing is generated."""
-    idx, targets = batch.idx, batch.labels[:, 1:]
-    places = torch.arange(1, idx.shape[1], device=idx.device)
-    wanted = (targets != IGNORE) & (places >= prompts.to(idx.device)[:, None])
+    """Whether each token of a row's completion is the most likely."""
+    idx = batch.idx
+    targets = batch.labels[:, 1:]
+    at = torch.arange(1, idx.shape[1], device=idx.device)
+    wanted = (targets != IGNORE) & (at >= prompts.to(idx.device)[:, None])
     right = ~wanted
     if isinstance(model, GPT2):
-        hidden, found = model.transformer(idx)[:, :-1][wanted], targets[wanted]
+        hidden = model.transformer(idx)[:, :-1][wanted]
+        ids = targets[wanted]
         size = positions_at_a_time(idx.device)
-        parts = [slice(start, start + size) for start in range(0, max(1, len(found)), size)]
-        right[wanted] = torch.cat([model.lm_head(hidden[p]).argmax(-1) == found[p] for p in parts])
+        parts = [slice(start, start + size) for start in range(0, max(1, len(ids)), size)]
+        right[wanted] = torch.cat([model.lm_head(hidden[p]).argmax(-1) == ids[p] for p in parts])
     else:
         for row in range(len(idx)):  # its logits are all that is held
             most_likely = logits_of(model, idx[row : row + 1])[0, :-1].argmax(-1)

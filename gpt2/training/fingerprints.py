@@ -1,6 +1,4 @@
-"""What a run was made of, in a few words each: so that it is resumed as it was begun."""
-
-from __future__ import annotations
+"""What a run was made of, in a few words each."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
@@ -46,12 +44,12 @@ def of_data(data: Dataset, validation: Dataset | None) -> dict[str, str]:
 def of_groups(model: nn.Module, groups: Groups | None) -> dict[str, str]:
     """The optimiser's groups, their options in full; nothing where there are none."""
     names = {id(p): name for name, p in model.named_parameters()}
-    found: dict[str, str] = {}
+    named: dict[str, str] = {}
     for i, group in enumerate(groups or ()):
         of = _digest(repr([names[id(p)] for p in group["params"]]))
         options = {name: group[name] for name in OPTIONS if name in group}
-        found[f"group {i}"] = f"{len(group['params'])} parameters ({of}), {options}"
-    return found
+        named[f"group {i}"] = f"{len(group['params'])} parameters ({of}), {options}"
+    return named
 
 
 def of_start(model: nn.Module, data: Dataset, config: TrainConfig, groups: Groups | None) -> str:
@@ -64,7 +62,7 @@ def of_start(model: nn.Module, data: Dataset, config: TrainConfig, groups: Group
 
 
 def of_base(model: nn.Module) -> str:
-    """Names, shapes, some elements and the sum of all bits of what is not trained."""
+    """Names, shapes, a few elements and the sum of all bits of what is not trained."""
     frozen = {n: p.detach() for n, p in model.named_parameters() if not p.requires_grad}
     frozen |= dict(model.named_buffers())
     digest = blake2b(digest_size=8)
@@ -75,7 +73,7 @@ def of_base(model: nn.Module) -> str:
 
 
 def of_modules(model: nn.Module) -> str:
-    """Classes and plain attributes, since what modules print differs between versions of torch."""
+    """Classes and plain attributes: torch's versions print modules differently."""
     lines: list[str] = []
     for path, module in model.named_modules():
         lines.append(f"{path} {type(module).__name__.replace('FSDP', '')}")

@@ -1,4 +1,4 @@
-"""A run with what people do around its steps: validation, the best kept, a stop, snapshots."""
+"""A run with validation, early stopping and snapshots."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Fit(Training):
     """A run as `fit` makes it: its records, and what became of the model.
 
     Attributes:
-        told: how many steps the caller has dealt with: he came back for the next.
+        told: steps that the caller has dealt with: he came back for the next.
         saved_step: of the last snapshot; 0 for none.
     """
 
@@ -76,7 +76,7 @@ class Fit(Training):
         super().__init__(model, data, config, groups)
         self._used = True  # which is not warned of where it is refused
         self.validation, self.options = validation, run
-        # Evaluations and the best weights: one value, so that no interrupt leaves half of it.
+        # Evaluations and the best weights: one value, which no interrupt splits.
         self._kept: tuple[Mapping[int, float], Weights] = {}, {}
         self._last: Weights = {}  # once the run is over and the model has the best
         self._record: StepRecord | None = None  # that the caller has not dealt with
@@ -98,7 +98,8 @@ class Fit(Training):
         if self._record is not None:  # of a run that was resumed
             yield self._validated(self._record)
             self._tell()
-        steps, patience = super()._run(), self.options.patience or math.inf
+        steps = super()._run()
+        patience = self.options.patience or math.inf
         while waited(self.evaluated.values(), self.options.min_delta) < patience:
             self._record = next(steps, None)
             if self._record is None:
@@ -133,18 +134,18 @@ class Fit(Training):
 
     @contextmanager
     def best_weights(self) -> Generator[None]:
-        """The model has the best weights within, and its own after; the last, where none is."""
+        """The model has the best weights within; the last, where none is."""
         with swapped(self.model, self._kept[1]):
             yield
 
     @contextmanager
     def last_weights(self) -> Generator[None]:
-        """The model has the weights of the last step within, and its own after."""
+        """The model has the weights of the last step within."""
         with swapped(self.model, self._last):
             yield
 
     def save(self) -> bool:
-        """Keep a snapshot; False where there is nothing that could be resumed from.
+        """Keep a snapshot; False where there is none to resume from.
 
         That is so before the first step, in the midst of an update, and in all processes but the
         first; of a sharded model call it in each.
@@ -158,11 +159,12 @@ class Fit(Training):
         writes = self._sharded or not distributed.rank()
         if self.options.folder is None or not whole or not writes:
             return False
+
         (evaluated, best), state = self._kept, self.state()
         if self._sharded:  # processes of a GPU's group meet there
             best = {n: t.to(state.parameters[n].device) for n, t in best.items()}
-        found = Snapshot(self._made_of, state, self._record, evaluated, best)
-        snapshots.write(Path(self.options.folder), found)
+        snapshot = Snapshot(self._made_of, state, self._record, evaluated, best)
+        snapshots.write(Path(self.options.folder), snapshot)
         self.saved_step = state.step
         return True
 
@@ -190,7 +192,7 @@ class Fit(Training):
             self.save()
         except OSError as error:
             warnings.warn(
-                f"The snapshot of step {step} could not be written ({error}). The run goes on, and "
+                f"The snapshot of step {step} could not be written ({error}). The run goes on; "
                 "the snapshot before stays.",
                 RuntimeWarning,
                 stacklevel=2,
@@ -201,35 +203,37 @@ class Fit(Training):
         if self.options.folder is None:
             raise ValueError("To resume, name the folder of the snapshots: RunConfig(folder=...).")
         folder = Path(self.options.folder)
-        found, fault = snapshots.read(folder, dict(self.model.named_parameters()))
-        if differs := fingerprints.differences(found.made_of, self._made_of):
+        last, fault = snapshots.read(folder, dict(self.model.named_parameters()))
+        if differs := fingerprints.differences(last.made_of, self._made_of):
             raise ValueError(
                 f"The run in {folder} cannot be gone on with: {differs}. Give what it was begun "
                 "with, or begin anew in another folder."
             )
         if fault:
             warnings.warn(
-                f"{fault}: the run goes on from the snapshot before, of step {found.state.step}.",
+                f"{fault}: the run goes on from the snapshot before, of step {last.state.step}.",
                 RuntimeWarning,
                 stacklevel=2,
             )
-        self.resume(found.state)
-        self._kept, self._record = (found.evaluated, found.best), found.record
-        self.saved_step, self.told = self.taken, self.taken - (found.record is not None)
+
+        self.resume(last.state)
+        self._kept, self._record = (last.evaluated, last.best), last.record
+        self.saved_step, self.told = self.taken, self.taken - (last.record is not None)
 
 
 def waited(losses: Iterable[float], min_delta: float) -> int:
-    """How many losses at the end are not lower, by more than `min_delta`, than those before."""
+    """How many losses at the end are not lower by more than `min_delta`."""
     least, since = math.inf, 0
     for loss in losses:
         since += 1
         if loss < least - min_delta:  # NaN is never
-            least, since = loss, 0
+            least = loss
+            since = 0
     return since
 
 
 def lowest(evaluated: Mapping[int, float]) -> int | None:
-    """The step of the lowest loss, the first of equal ones; None where none is finite."""
+    """The first step of the lowest loss; None where none is finite."""
     finite = {step: loss for step, loss in evaluated.items() if math.isfinite(loss)}
     return min(finite, key=finite.__getitem__, default=None)
 
@@ -250,10 +254,10 @@ def put(model: nn.Module, values: Weights) -> None:
 
 @contextmanager
 def swapped(model: nn.Module, values: Weights) -> Generator[None]:
-    """The parameters of these names have these values within, and their own after."""
-    own = trained(model) if values else {}
+    """The parameters of these names have these values within."""
+    before = trained(model) if values else {}
     try:
         put(model, values)
         yield
     finally:
-        put(model, own)
+        put(model, before)

@@ -1,4 +1,4 @@
-"""The training loop, which optimises whatever requires grad: one adapter or every weight.
+"""The training loop, which optimises whatever requires grad.
 
 A run is a function of model, data, config and seed, whatever its caller does between steps.
 """
@@ -27,7 +27,7 @@ UNREAD = 1000  # steps after which the host waits for the device even if nobody 
 
 
 class Readings:
-    """Loss, gradient norm and time of steps in a row, until one is read on the device."""
+    """Loss, gradient norm and time of steps in a row, until one is read."""
 
     def __init__(self, first: int, seconds: float) -> None:
         self.first = first  # the first step's number
@@ -93,7 +93,7 @@ class StepRecord:
     grad_norm: Reading = Reading()  # before clipping
     tokens: int  # supervised
     seconds: Reading = Reading()  # of training until it was read
-    validation: float | None = None  # loss on the validation data after this step, from `fit`
+    validation: float | None = None  # loss after this step, from `fit`
 
 
 class Training(Iterator[StepRecord]):
@@ -121,7 +121,7 @@ class Training(Iterator[StepRecord]):
         self.total = config.steps or (config.epochs or 0) * self.steps_an_epoch
         self._readings = Readings(1, 0.0)
         self._used = False
-        # By a weak reference, so that a run that is dropped takes its CUDA graphs along at once.
+        # A weak reference: a dropped run takes its CUDA graphs along at once.
         self._records = type(self)._run(weakref.proxy(self))
 
     def __next__(self) -> StepRecord:
@@ -192,7 +192,7 @@ class Training(Iterator[StepRecord]):
         self._readings = Readings(state.step + 1, state.seconds)
 
     def _agree(self) -> None:
-        """Find out whether all processes begin alike."""
+        """Raise unless all processes begin alike."""
         if distributed.size() == 1:
             return
         mine = fingerprints.of_start(self.model, self.data, self.config, self.groups)
@@ -209,6 +209,7 @@ class Training(Iterator[StepRecord]):
         epoch, at = divmod(step - 1, self.steps_an_epoch)
         numbers = range(at * size, min((at + 1) * size, len(plan)))
         batches = [batch(self.data, plan, k, seed=seed, epoch=epoch) for k in numbers]
+
         network = inner(self.model)
         if not isinstance(network, GPT2):
             return batches
@@ -233,7 +234,7 @@ class Training(Iterator[StepRecord]):
         if not getattr(self, "_used", True):  # it may have been refused
             warnings.warn(
                 "gpt2.train(...) was never iterated, so nothing was trained: "
-                "write `for record in gpt2.train(...)`, or `list(gpt2.train(...))`.",
+                "write `for record in gpt2.train(...)`.",
                 RuntimeWarning,
                 stacklevel=2,
                 source=self,

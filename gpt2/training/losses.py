@@ -1,7 +1,5 @@
 """What is trained and evaluated: any model that reads the data, and its loss."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn
@@ -46,13 +44,13 @@ def summed_loss(
 
 
 def logits_of(model: nn.Module, idx: Tensor) -> Tensor:
-    """The logits `(B, T, V)` of any model that has some; a ValueError where it has none."""
+    """The logits `(B, T, V)` of any model; a ValueError where it gives none."""
     out: Any = model(idx)
     logits = getattr(out, "logits", out)
     if not (isinstance(logits, Tensor) and logits.dim() == 3):
         raise ValueError(
-            f"{type(model).__name__} gives {type(out).__name__}: what is trained must map (B, T) "
-            "token ids to (B, T, V) logits, or to an object that has them as .logits."
+            f"{type(model).__name__} gives {type(out).__name__}: a model must map ids (B, T) to "
+            "logits (B, T, V), or to an object with .logits."
         )
     return logits
 
@@ -63,14 +61,14 @@ def check_readable(model: nn.Module, data: Dataset) -> None:
         raise ValueError(f"model must be an nn.Module, got {type(model).__name__}.")
     if not isinstance(data, Dataset):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(
-            f"data must be a gpt2.Dataset, got {type(data).__name__}: make one of texts with "
-            "gpt2.encode(texts, tokenizer), and of a file with "
-            "gpt2.encode(gpt2.read_examples(file), tokenizer)."
+            f"data must be a gpt2.Dataset, got {type(data).__name__}: make one with "
+            "gpt2.encode(texts, tokenizer), or of a file with gpt2.open_data(file, tokenizer)."
         )
     if not len(data):
         raise ValueError("There is no example in the data.")
     if data.unlearnable:
         raise ValueError(f"{data.unlearnable}. Leave them out.")
+
     network = inner(model)
     if isinstance(network, GPT2):
         longest, limit = data.longest, network.config.block_size
@@ -82,6 +80,6 @@ def check_readable(model: nn.Module, data: Dataset) -> None:
         (low, high), vocab = data.extremes, network.config.vocab_size
         if low < 0 or high >= vocab:
             raise ValueError(
-                f"The data has token ids from {low} to {high}, and the model's vocabulary 0 to "
-                f"{vocab - 1}: encode the data with the model's own tokenizer."
+                f"The data has token ids from {low} to {high}, the model's vocabulary 0 to "
+                f"{vocab - 1}: encode it with the model's tokenizer."
             )

@@ -1,9 +1,7 @@
-"""Random numbers of a run's own: a function of seed, step and micro-batch, and of no history.
+"""A run's random numbers: a function of seed, step and micro-batch only.
 
 So it does not matter which process takes a micro-batch, or when a run was resumed.
 """
-
-from __future__ import annotations
 
 import threading
 
@@ -14,11 +12,11 @@ from gpt2.data.order import seed_of
 from gpt2.fast.devices import Generator
 
 TURN = threading.RLock()
-"""Held by the thread that has torch's generators: runs in several threads take turns."""
+"""Held by the thread that has torch's generators."""
 
 
 class RandomState:
-    """A context in which torch's global generators are the run's, and outside the caller's.
+    """A context in which torch's global generators are the run's.
 
     Args:
         seed: the run's.

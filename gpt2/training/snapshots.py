@@ -1,10 +1,8 @@
-"""A run's state on disk: one file, written beside, flushed and moved; the one before is kept.
+"""A run's state on disk: one file, written beside and moved; the one before is kept.
 
-A file holds, beside its tensors (`parameters.NAME`, `moments.KIND.NAME`, `best.NAME`), one JSON
-text in its metadata: what the run was made of, the step, its record, the validation losses.
+A file holds tensors (`parameters.NAME`, `moments.KIND.NAME`, `best.NAME`), and all else as one
+JSON text in its metadata.
 """
-
-from __future__ import annotations
 
 import json
 import os

@@ -1,7 +1,5 @@
 """One optimiser step: micro-batches, gradients, clip, AdamW; on a GPU as one CUDA graph."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Generator, Mapping, Sequence
@@ -36,11 +34,11 @@ class RunState:
     step: int  # that the weights have taken
     seconds: float = 0.0  # that it took
     parameters: Mapping[str, Tensor]  # what is trained, by name
-    moments: Mapping[str, Tensor]  # AdamW's, by their kind and the parameter's name
+    moments: Mapping[str, Tensor]  # AdamW's, by kind and parameter
 
 
 class Stepper:
-    """One optimiser step after another, nothing asked of the GPU; arguments as `gpt2.train`.
+    """One optimiser step after another, without a wait; arguments as `gpt2.train`.
 
     No document of a packed row has more than `longest` tokens.
     """
@@ -77,13 +75,14 @@ class Stepper:
         fixes its random numbers; `scale` is a factor of the learning rates.
         """
         self.watch.check()
-        if any(p.grad is not None for p in self.trained):  # a caller's, who called backward
+        if any(p.grad is not None for p in self.trained):  # a caller's
             self.optimizer.zero_grad()
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(peak * scale)
             else:
                 group["lr"] = peak * scale
+
         share = (distributed.size() if self.sharded else 1) / sum(b.n_tokens for b in batches)
         weight = torch.full((), share, dtype=torch.float32, device=self.device)
         with TURN, self.randomness, self._blocks_run():
@@ -95,6 +94,7 @@ class Stepper:
                 self.randomness.begin(step, i)
                 loss = self._gradients(weight, *_inputs(batch, self.device))
                 losses.append(distributed.row(self.trained, loss) if in_order else loss)
+
             if distributed.size() == 1:
                 loss = torch.stack(losses).sum()
             elif self.sharded:
@@ -146,7 +146,7 @@ class Stepper:
     def _replayed(self, graphs: GraphedCalls, batch: Batch, step: int, weight: Tensor) -> Tensor:
         inputs = weight, *_inputs(batch, self.device)
         with self._counted():
-            graphs.prepare(self._step, self._state, *inputs)  # it may draw numbers of its own
+            graphs.prepare(self._step, self._state, *inputs)  # it may draw numbers
             self.randomness.begin(step, 0)
             return graphs(self._step, self._state, *inputs).clone()
 
@@ -161,8 +161,8 @@ class Stepper:
             loss = summed_loss(self.model, *inputs, **how) * weight
         if not loss.requires_grad:
             raise RuntimeError(
-                "No parameter that requires grad has a part in the loss. Is what you train "
-                "switched off, such as an adapter that is disabled or merged?"
+                "No parameter that requires grad has a part in the loss. Is the adapter "
+                "disabled or merged?"
             )
         loss.backward()
         return loss.detach()
@@ -173,7 +173,7 @@ class Stepper:
         bad = ~figures.isfinite().all()
         self.failed.copy_(torch.maximum(self.failed, bad.float()))
         if devices.skips_found_inf(self.device):
-            # Read on the device by the fused optimiser, which does nothing where it is 1.
+            # The fused optimiser does nothing where it is 1.
             self.optimizer.found_inf = self.failed
             self.optimizer.step()
         elif not self.failed.item():
@@ -210,6 +210,7 @@ def check_options(model: nn.Module, config: TrainConfig) -> None:
     network: Any = inner(model)
     device, is_gpt2 = trained[0].device, isinstance(network, GPT2)
     faults = distributed.faults(model, config)
+
     if config.checkpointing and not is_gpt2:
         faults.append("checkpointing=True needs a GPT2; another model checkpoints itself")
     if config.compile and not is_gpt2 and network is model:
@@ -265,7 +266,7 @@ _TORCHS: Any = torch.optim.AdamW
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's, but for its first call, which imports torch's compiler: up to 5 s for nothing."""
+    """torch's, without the import of torch's compiler, which takes up to 5 s."""
 
     add_param_group: Any = inspect.unwrap(_TORCHS.add_param_group)
     zero_grad: Any = inspect.unwrap(_TORCHS.zero_grad)
@@ -273,7 +274,7 @@ class AdamW(torch.optim.AdamW):
 
 
 def adamw(groups: list[dict[str, Any]], device: torch.device, capturable: bool) -> AdamW:
-    """Fused where it can be: one call a group, so that an interrupt comes before it or after it."""
+    """Fused where it can be: no interrupt then falls within a group."""
     for group in groups:
         group["initial_lr"] = group["lr"]
         if capturable:  # a tensor, so that a captured step reads the rate of the moment

@@ -1,10 +1,8 @@
 """Whether a model is changed between two steps.
 
-An optimiser holds parameters and a captured CUDA graph addresses. Neither hears of an adapter that
-is switched, merged or taken out, or of a tensor that moves: they would go on without effect.
+An optimiser holds parameters, a captured CUDA graph addresses. If an adapter is switched, merged
+or taken out, or a tensor moves, they would go on without effect.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import itemgetter
@@ -18,10 +16,10 @@ CHILDREN = ("_modules", "_buffers", "_parameters")
 
 
 class Watch:
-    """A model's trained parameters, the modules that own them and all modules above these.
+    """A model's trained parameters, their modules and all modules above these.
 
-    Their children, buffers, parameters and plain attributes are to be what they were at the end
-    of the last step; modes, hooks and attributes that begin with `_` may differ.
+    Their children, buffers, parameters and plain attributes are to be as the last step left
+    them; modes, hooks and attributes that begin with `_` may differ.
     """
 
     def __init__(self, model: nn.Module, trained: Sequence[nn.Parameter]) -> None:
@@ -35,40 +33,40 @@ class Watch:
     def renew(self) -> None:
         """Take the model as it is for what it should be."""
         self.names = {
-            path: [n for n in own if not n.startswith("_") and n != "training"]
-            + [n for n in CHILDREN if own[n]]
-            for path, own in self.modules.items()
+            path: [n for n in attrs if not n.startswith("_") and n != "training"]
+            + [n for n in CHILDREN if attrs[n]]
+            for path, attrs in self.modules.items()
         }
         # Looking takes hardly a line of Python a module.
         self.rows = [(itemgetter(*n, n[0]), self.modules[path]) for path, n in self.names.items()]
-        self.seen = [tuple(map(_copied, get(own))) for get, own in self.rows]
-        self.places = self._places()
+        self.seen = [tuple(map(_copied, get(attrs))) for get, attrs in self.rows]
+        self.where = self._where()
 
     def is_as_it_was(self) -> bool:
         """Whether the model is what it was."""
         try:
-            now = [get(own) for get, own in self.rows]
-            return now == self.seen and self._places() == self.places
+            now = [get(attrs) for get, attrs in self.rows]
+            return now == self.seen and self._where() == self.where
         except (KeyError, RuntimeError, ValueError):
-            return False  # an attribute is gone; or tensors differ, which torch does by element
+            return False  # an attribute is gone, or is a tensor
 
     def check(self) -> None:
-        """Look whether the model is as it was; a RuntimeError names what is not."""
+        """A RuntimeError names what is not as it was."""
         if self.is_as_it_was():
             return
-        places = zip(self.trained, self._places(), self.places, strict=True)
-        changed = [name for name, now, then in places if now != then]
+        pairs = zip(self.trained, self._where(), self.where, strict=True)
+        changed = [name for name, now, then in pairs if now != then]
         for (path, names), seen in zip(self.names.items(), self.seen, strict=True):
-            own = self.modules[path]
+            attrs = self.modules[path]
             for name, then in zip(names, seen, strict=False):
-                if not _same(own.get(name), then):
+                if not _same(attrs.get(name), then):
                     changed.append(f"{path}.{name}".lstrip("."))
         raise RuntimeError(
             f"The model was changed between two steps: {listed(changed)}. "
             "Put it back, or end this run and call train again."
         )
 
-    def _places(self) -> list[tuple[int, bool]]:
+    def _where(self) -> list[tuple[int, bool]]:
         return [(p.data_ptr(), p.requires_grad) for p in self.trained.values()]
 
 

@@ -30,7 +30,7 @@ def locate(name: str | Path) -> tuple[Path, Path]:
     """The config and the weights of a folder, or of "org/repo" on the Hub."""
     folder = Path(name)
     if isinstance(name, str) and not folder.exists() and _REPOSITORY.fullmatch(name):
-        from huggingface_hub import hf_hub_download  # not at the top: it takes long
+        from huggingface_hub import hf_hub_download  # slow
 
         return Path(hf_hub_download(name, CONFIG)), Path(hf_hub_download(name, WEIGHTS))
     if missing := [file for file in (CONFIG, WEIGHTS) if not (folder / file).is_file()]:
@@ -66,7 +66,7 @@ def read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def write(folder: Path, content: Mapping[str, bytes]) -> None:
-    """Write files into a folder, which an error, such as a full disk, leaves as it was."""
+    """Write files into a folder, which an error leaves as it was."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=SAVING) as beside:
         for name, data in content.items():
