@@ -73,7 +73,7 @@ class KVCache:
     ) -> None:
         shape = (batch, slots, 2, config.n_head, config.n_embd // config.n_head)
         self.slots = slots
-        # No row holds more tokens. Known on the host: attention reads the filled slots only, and
+        # No row holds more tokens. The host knows it: attention reads the filled slots only, and
         # asks the device nothing.
         self.filled = 0
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)

@@ -138,7 +138,7 @@ class Transformer(nn.Module):
         documents: Tensor | None = None,
         longest: int | None = None,
     ) -> Tensor:
-        """Hidden states `(B, T, C)` after the last LayerNorm."""
+        """Hidden states `(B, T, C)` after the LayerNorm."""
         mask: Mask = None
         layers: Sequence[LayerCache | None] = [None] * len(self.h)
         if documents is not None:
