@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -255,6 +257,26 @@ def resumed(tmp_path: Path, **changed) -> gpt2.Fit:
     validation = given.pop("validation", HELD_OUT)
     run = RunConfig(eval_every=2, folder=tmp_path, **options)
     return fit(**given, validation=validation, run=run, resume=True)
+
+
+def test_a_snapshot_of_version_0_1_is_resumed(tmp_path):
+    def run(**how) -> gpt2.Fit:
+        torch.manual_seed(0)
+        sizes = {"n_layer": 1, "n_head": 2, "n_embd": 8, "vocab_size": 11, "block_size": 16}
+        model = gpt2.GPT2(gpt2.GPT2Config(**sizes))
+        lora.inject(model, r=2, alpha=4, seed=0)
+        ids, ends = np.arange(24, dtype=np.int32) % 11, np.array([6, 12, 18, 24])
+        data = gpt2.Dataset(ids, ends, np.zeros(4, np.int32))
+        return fit(model, data, TrainConfig(steps=6, lr=1e-2), **how)
+
+    shutil.copy(Path(__file__).parent / "data" / "snapshot_of_0_1" / snapshots.NAME, tmp_path)
+    with pytest.warns(RuntimeWarning, match="of version 0.1: data and options were not compared"):
+        late = run(run=RunConfig(folder=tmp_path), resume=True)
+    assert late.taken == 3
+    whole = run()
+    assert [r.loss for r in late] == pytest.approx([r.loss for r in whole][3:], rel=1e-5)
+    for name, tensor in whole.state().parameters.items():
+        torch.testing.assert_close(late.state().parameters[name], tensor)
 
 
 def test_a_snapshot_cut_short_is_passed_over_with_a_warning(tmp_path):

@@ -124,7 +124,7 @@ class Fit(Training):
 
     @property
     def evaluated(self) -> dict[int, float]:
-        """The validation loss after each step that was evaluated; 0 is before the first."""
+        """The validation loss by step; 0 is before the first."""
         return dict(self._kept[0])
 
     @property
@@ -201,10 +201,14 @@ class Fit(Training):
 
     def _resume(self) -> None:
         if self.options.folder is None:
-            raise ValueError("To resume, name the folder of the snapshots: RunConfig(folder=...).")
+            raise ValueError("To resume, name the folder: RunConfig(folder=...).")
         folder = Path(self.options.folder)
         last, fault = snapshots.read(folder, dict(self.model.named_parameters()))
-        if differs := fingerprints.differences(last.made_of, self._made_of):
+        differs = fingerprints.differences(last.made_of, self._made_of)
+        if not last.made_of:
+            old = "The snapshot is of version 0.1: data and options were not compared."
+            warnings.warn(old, RuntimeWarning, stacklevel=2)
+        elif differs:
             raise ValueError(
                 f"The run in {folder} cannot be gone on with: {differs}. Give what it was begun "
                 "with, or begin anew in another folder."

@@ -104,7 +104,9 @@ def _read(file: Path, parameters: Mapping[str, Tensor]) -> Snapshot:
             kind, _, name = key.partition(".")
             of = name.partition(".")[2] if kind == "moments" else name
             tensors[kind][name] = like(opened.get_tensor(key), parameters.get(of))
-    if about["format"] != FORMAT:
+    if about["format"] == 1:  # of version 0.1
+        about |= {"record": None, "made_of": {}}
+    elif about["format"] != FORMAT:
         raise ValueError(f"it is of format {about['format']}, and this version reads {FORMAT}")
     best, about["evaluated"] = tensors.pop("best"), dict(about["evaluated"])
     state = RunState(step=about["step"], seconds=about["seconds"], **tensors)
