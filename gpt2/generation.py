@@ -158,7 +158,7 @@ def _check_finite(failed: Mapping[int, int], rows: list[list[int]]) -> None:
     if where := [after(i, len(rows[i]), new) for i, new in failed.items()]:
         raise RuntimeError(
             f"The logits are not finite: {listed(where)}. Look for NaN or large numbers in "
-            "weights and adapters, or use a wider dtype."
+            "weights and adapters, or use a dtype with a wider range."
         )
 
 

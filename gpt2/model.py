@@ -159,7 +159,7 @@ class Transformer(nn.Module):
 
     def _positions(self, idx: Tensor, cache: KVCache | None) -> Tensor:
         """The position of every token, `(1, T)` or with a cache `(B, T)`."""
-        T = idx.shape[1]
+        _, T = idx.shape
         start, limit = 0, self.config.block_size
         if cache is not None:
             start, limit = cache.filled, cache.slots
@@ -250,7 +250,7 @@ class GPT2(nn.Module):
 
 @contextmanager
 def in_mode(model: nn.Module, *, training: bool) -> Generator[None]:
-    """The whole model in one mode within, each in its former mode after."""
+    """The whole model in one mode within, each module in its former mode after."""
     changed = [module for module in model.modules() if module.training is not training]
     try:
         for module in changed:

@@ -216,7 +216,7 @@ def test_a_pickle_is_never_read(folder):
         GPT2.from_pretrained(file)
     (folder / "model.safetensors").unlink()
     with pytest.raises(
-        FileNotFoundError, match=r"safetensors is read: convert.*pytorch_model\.bin"
+        FileNotFoundError, match=r"Only safetensors are read: convert.*pytorch_model\.bin"
     ):
         GPT2.from_pretrained(folder)
     with pytest.raises(FileNotFoundError, match=r"'no/such/place'.*gpt2-xl, demo, a folder"):
