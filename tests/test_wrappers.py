@@ -159,5 +159,5 @@ def test_a_model_without_logits_is_refused():
         def forward(self, idx):
             return (super().forward(idx),)
 
-    with pytest.raises(ValueError, match=r"Nothing gives tuple: .* as \.logits"):
+    with pytest.raises(ValueError, match=r"Nothing gives tuple: .* an object with \.logits"):
         run(Nothing(64, 64))

@@ -237,7 +237,7 @@ def waited(losses: Iterable[float], min_delta: float) -> int:
 
 
 def lowest(evaluated: Mapping[int, float]) -> int | None:
-    """The first step of the lowest loss; None where none is finite."""
+    """The first step of the lowest loss, or None."""
     finite = {step: loss for step, loss in evaluated.items() if math.isfinite(loss)}
     return min(finite, key=finite.__getitem__, default=None)
 

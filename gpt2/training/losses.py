@@ -49,7 +49,7 @@ def logits_of(model: nn.Module, idx: Tensor) -> Tensor:
     logits = getattr(out, "logits", out)
     if not (isinstance(logits, Tensor) and logits.dim() == 3):
         raise ValueError(
-            f"{type(model).__name__} gives {type(out).__name__}: a model must map ids (B, T) to "
+            f"{type(model).__name__} gives {type(out).__name__}: a model must map ids to "
             "logits (B, T, V), or to an object with .logits."
         )
     return logits

@@ -65,7 +65,9 @@ def joined() -> Iterator[None]:
     except BaseException as error:
         if not number:
             store.set("ended", str((error.code or 0) if isinstance(error, SystemExit) else 1))
-        elif not isinstance(error, SystemExit):
+        if isinstance(error, SystemExit) or not torch.cuda.is_available():
+            group.destroy_process_group()  # its threads would abort the exit
+        if number and not isinstance(error, SystemExit):
             if store.check(["ended"]):
                 raise SystemExit(int(store.get("ended"))) from None
             error.args = (f"Process {number}: {error}",)
