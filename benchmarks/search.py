@@ -101,7 +101,7 @@ def grid(a: Any, seed: int) -> harness.Facts:
     cost = 0.0
     for rung in range(RUNGS):
         cost += len(alive) * halving.steps(rung, 2**20) / 2**20 / len(losses)
-        alive = dict.fromkeys(halving.going_on({n: losses[n][rung] for n in alive}, rung))
+        alive = dict.fromkeys(halving.survivors({n: losses[n][rung] for n in alive}, rung))
     best, halved = min(last), last[next(iter(alive))]
     good = sum(loss <= best * (1 + WITHIN) for loss in last)
     tries = int(cost * len(losses))

@@ -46,7 +46,7 @@ def child(place: Path, device: str, config: gpt2.TrainConfig = CONFIG) -> None:
     fit = gpt2.fit(model, DATA, config, validation=HELD_OUT, run=run, resume=resume)
     (place / PART).unlink(missing_ok=True)  # so that the next one is this process's
     metrics = place / "metrics"
-    kept = metrics.read_text().splitlines(keepends=True)[: fit.told] if metrics.exists() else []
+    kept = metrics.read_text().splitlines(keepends=True)[: fit.handled] if metrics.exists() else []
     (place / "metrics.part").write_text("".join(kept))
     os.replace(place / "metrics.part", metrics)
     (place / "begun").touch()

@@ -116,7 +116,7 @@ def test_an_interrupt_loses_no_record(within, tmp_path, monkeypatch):
     run = RunConfig(eval_every=2, folder=tmp_path)
     model = model_of(dropout=True, adapter=True)
     again = fit(model, DATA, CONFIG, validation=HELD_OUT, run=run, resume=True)
-    assert (again.taken, again.told) == (4, 3)
+    assert (again.taken, again.handled) == (4, 3)
     got += again
     assert [replace(r, seconds=0) for r in got] == [replace(r, seconds=0) for r in want]
     assert outcome(again) == outcome(whole)

@@ -37,14 +37,14 @@ def goes_on(kind, data):
     loss = st.one_of(st.floats(0, 9), st.just(math.nan), st.just(math.inf))
     losses = dict(enumerate(data.draw(st.lists(loss, min_size=trials, max_size=trials))))
     for rung in range(rungs):
-        on = plan.going_on(losses, rung)
+        on = plan.survivors(losses, rung)
         finite = {n for n, value in losses.items() if math.isfinite(value)}
         room = alive[rung + 1] if rung + 1 < rungs else trials
         assert len(on) == min(room, len(finite))
         assert {*on} <= finite
         assert [losses[n] for n in on] == sorted(losses[n] for n in on)
         assert all(losses[n] >= losses[on[-1]] for n in finite - {*on})
-        assert plan.going_on(dict(reversed(losses.items())), rung) == on, "in whatever order told"
+        assert plan.survivors(dict(reversed(losses.items())), rung) == on, "in whatever order told"
         losses = {n: losses[n] for n in on}
 
 

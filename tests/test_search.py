@@ -626,13 +626,13 @@ def test_the_cost_of_judging_grows_with_the_waves_and_not_with_their_square(
     made, script, monkeypatch
 ):
     halving = script("tuner.halving").Halving
-    calls, real = [0], halving.going_on
+    calls, real = [0], halving.survivors
 
     def counted(plan, losses, rung):
         calls[0] += len(losses)
         return real(plan, losses, rung)
 
-    monkeypatch.setattr(halving, "going_on", counted)
+    monkeypatch.setattr(halving, "survivors", counted)
     course = made(given={"lr": {"low": 1e-3, "high": 1e-1}}, trials=48, slots=16, rungs=2, keep=4)
     course.search(None)
     assert calls[0] < 48 * 8  # once a wave and a few times a rung, not once a trial

@@ -16,7 +16,7 @@ from gpt2.model import GPT2, in_mode
 from gpt2.training import distributed
 from gpt2.training.config import require_count
 from gpt2.training.losses import check_readable, logits_of, summed_loss
-from gpt2.training.randomness import TURN, RandomState
+from gpt2.training.randomness import RandomState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ def evaluate(
     rank = distributed.rank()
     size = distributed.size()
     mine: list[tuple[float, int, Array]] = []
-    with TURN, in_mode(model, training=False), RandomState(0, device), torch.no_grad():
+    with RandomState(0, device), in_mode(model, training=False), torch.no_grad():
         # A sharded model runs in all processes at once.
         for number in range(rank, math.ceil(len(starts) / size) * size, size):
             start = starts[min(number, len(starts) - 1)]

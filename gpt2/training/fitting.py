@@ -59,7 +59,7 @@ class Fit(Training):
     """A run as `fit` makes it: its records, and what became of the model.
 
     Attributes:
-        told: steps that the caller has dealt with: he came back for the next.
+        handled: steps after which the caller came back for the next.
         saved_step: of the last snapshot; 0 for none.
     """
 
@@ -80,7 +80,7 @@ class Fit(Training):
         self._kept: tuple[Mapping[int, float], Weights] = {}, {}
         self._last: Weights = {}  # once the run is over and the model has the best
         self._record: StepRecord | None = None  # that the caller has not dealt with
-        self.told, self.saved_step, self._saved_at = 0, 0, time.monotonic()
+        self.handled, self.saved_step, self._saved_at = 0, 0, time.monotonic()
         self._sharded = any(map(is_sharded, model.parameters()))
         self._made_of: Mapping[str, str] = {}
         if validation is not None:
@@ -97,7 +97,7 @@ class Fit(Training):
         self._evaluate_if_due(self.taken)
         if self._record is not None:  # of a run that was resumed
             yield self._validated(self._record)
-            self._tell()
+            self._mark_handled()
         steps = super()._run()
         patience = self.options.patience or math.inf
         while waited(self.evaluated.values(), self.options.min_delta) < patience:
@@ -106,8 +106,8 @@ class Fit(Training):
                 break
             self._evaluate_if_due(self._record.step)
             yield self._validated(self._record)
-            self._tell()
-            self._save_if_due(self.told)
+            self._mark_handled()
+            self._save_if_due(self.handled)
         steps.close()
         if self._kept[1] and self.best_step != self.taken:
             self._last = trained(self.model)
@@ -117,10 +117,10 @@ class Fit(Training):
         validation = self.evaluated.get(record.step)
         return record if validation is None else replace(record, validation=validation)
 
-    def _tell(self) -> None:
-        """The caller came back for the next record."""
+    def _mark_handled(self) -> None:
+        """The caller came back."""
         if self._record is not None:
-            self.told, self._record = self._record.step, None
+            self.handled, self._record = self._record.step, None
 
     @property
     def evaluated(self) -> dict[int, float]:
@@ -222,7 +222,7 @@ class Fit(Training):
 
         self.resume(last.state)
         self._kept, self._record = (last.evaluated, last.best), last.record
-        self.saved_step, self.told = self.taken, self.taken - (last.record is not None)
+        self.saved_step, self.handled = self.taken, self.taken - (last.record is not None)
 
 
 def waited(losses: Iterable[float], min_delta: float) -> int:

@@ -21,7 +21,7 @@ from gpt2.model import GPT2, in_mode
 from gpt2.training import distributed, fingerprints
 from gpt2.training.config import TrainConfig, lr_scale, planned, require_config
 from gpt2.training.losses import check_readable, inner
-from gpt2.training.step import Groups, RunState, Stepper, listed
+from gpt2.training.step import Groups, RunState, Stepper, with_lists
 
 UNREAD = 1000  # steps after which the host waits for the device even if nobody reads
 
@@ -114,7 +114,7 @@ class Training(Iterator[StepRecord]):
         check_readable(model, data)
         require_config(config)
         self.model, self.data, self.config = model, data, config
-        self.groups = None if groups is None else listed(groups)
+        self.groups = None if groups is None else with_lists(groups)
         self.stepper = Stepper(model, config, self.groups, data.longest)
         self.plan = planned(data, config)
         self.steps_an_epoch = math.ceil(len(self.plan) / config.accumulate)

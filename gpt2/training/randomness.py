@@ -11,8 +11,7 @@ from torch import Tensor
 from gpt2.data.order import seed_of
 from gpt2.fast.devices import Generator
 
-TURN = threading.RLock()
-"""Held by the thread that has torch's generators."""
+_turn = threading.RLock()  # one thread at a time has torch's generators
 
 
 class RandomState:
@@ -30,11 +29,13 @@ class RandomState:
         self.outside: list[Tensor | None] = []
 
     def __enter__(self) -> None:
+        _turn.acquire()
         self.outside = [generator.get() for generator in self.generators]
 
     def __exit__(self, *_: object) -> None:
         for generator, state in zip(self.generators, self.outside, strict=True):
             generator.set(state)
+        _turn.release()
 
     def begin(self, step: int, micro_batch: int) -> None:
         """Set the generators to where this micro-batch of this step begins."""

@@ -14,13 +14,12 @@ from gpt2.data.batches import Batch
 from gpt2.fast import devices
 from gpt2.fast.compiling import blocks_run
 from gpt2.fast.graphs import GraphedCalls
-from gpt2.files import is_sharded
-from gpt2.files import listed as listing
+from gpt2.files import is_sharded, listed
 from gpt2.model import GPT2
 from gpt2.training import distributed
 from gpt2.training.config import GRAPHED_TOKENS, TrainConfig
 from gpt2.training.losses import inner, summed_loss
-from gpt2.training.randomness import TURN, RandomState
+from gpt2.training.randomness import RandomState
 from gpt2.training.watch import Watch
 
 Groups = Sequence[Mapping[str, Any]]
@@ -85,7 +84,7 @@ class Stepper:
 
         share = (distributed.size() if self.sharded else 1) / sum(b.n_tokens for b in batches)
         weight = torch.full((), share, dtype=torch.float32, device=self.device)
-        with TURN, self.randomness, self._blocks_run():
+        with self.randomness, self._blocks_run():
             if self.graphs is not None and self.is_graphed(batches[0].idx.numel()):
                 return self._replayed(self.graphs, batches[0], step, weight)
             losses: list[Tensor] = []
@@ -240,7 +239,7 @@ def grouped(model: nn.Module, config: TrainConfig, groups: Groups | None) -> lis
     usual = {name: getattr(config, name) for name in OPTIONS}
     names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
     trained = [p for p in model.parameters() if p.requires_grad]
-    given = [{"params": trained}] if groups is None else listed(groups)
+    given = [{"params": trained}] if groups is None else with_lists(groups)
     faults: list[str] = []
     for i, group in enumerate(given):
         own = {name: value for name, value in group.items() if name != "params"}
@@ -258,7 +257,7 @@ def grouped(model: nn.Module, config: TrainConfig, groups: Groups | None) -> lis
     if strangers := sum(i not in names for i in ids):
         faults.append(f"{strangers} of their parameters are not the model's, or require no grad")
     if faults:
-        raise ValueError(f"groups: {listing(faults)}.")
+        raise ValueError(f"groups: {listed(faults)}.")
     return [{**usual, **group} for group in given]
 
 
@@ -282,7 +281,7 @@ def adamw(groups: list[dict[str, Any]], device: torch.device, capturable: bool) 
     return AdamW(groups, fused=devices.has_fused_adamw(device), capturable=capturable)
 
 
-def listed(groups: Groups) -> list[dict[str, Any]]:
+def with_lists(groups: Groups) -> list[dict[str, Any]]:
     """The groups with their parameters as lists, which can be read more than once."""
     return [
         {**g, "params": [p] if isinstance(p := g.get("params", ()), nn.Parameter) else list(p)}

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from gpt2.training.distributed import gathered
+
 
 def rank() -> int:
     """This process's number; the first is 0."""
@@ -94,14 +96,6 @@ def agreed() -> Iterator[None]:
     _meet(fault)
     if is_first:
         _meet()
-
-
-def gathered(value: Any) -> list[Any]:
-    """The values of all processes, by their number."""
-    values: list[Any] = [value] * size()
-    if size() > 1:
-        torch.distributed.all_gather_object(values, value)
-    return values
 
 
 def _meet(error: BaseException | None = None) -> None:

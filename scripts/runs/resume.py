@@ -52,15 +52,15 @@ def decide(options: Namespace, kind: str, adapters: list[str]) -> Start:
         raise ValueError(f"--resume names {named}, --res_path names {options.res_path}: give one.")
     if resume and named is None:
         raise ValueError("Name the run's folder: --resume FOLDER.")
-    can = (root / folder.OPTIONS).is_file() and not (root / folder.RUN).is_file()
+    resumable = (root / folder.OPTIONS).is_file() and not (root / folder.RUN).is_file()
     if kind == "qa" and not options.tasks:
-        can = can and any((root / name).is_file() for name in folder.SNAPSHOTS)
-    if resume and not can:
+        resumable = resumable and any((root / name).is_file() for name in folder.SNAPSHOTS)
+    if resume and not resumable:
         raise FileNotFoundError(
             f"{root} has nothing to resume: no snapshot was saved, or the run has ended."
         )
-    if processes.restarts():
-        resume, overwrite = can, not can
+    if processes.restarts():  # the options are of the first
+        resume, overwrite = resumable, not resumable
     if resume:
         then = yaml.safe_load((root / folder.OPTIONS).read_text("utf-8"))
         check_same(root, then, kept(options))

@@ -119,7 +119,7 @@ def _evaluated(reader: Reader, split: Split, fit: gpt2.Fit) -> dict[str, Any]:
 def follow(fit: gpt2.Fit, directory: Path, console: Console, every: int) -> None:
     """Take and record the steps; print a line each `every`."""
     tokens, began, recent = 0, perf_counter(), list[float]()
-    with bar(console, total=fit.total, completed=fit.told) as advance:
+    with bar(console, total=fit.total, completed=fit.handled) as advance:
         for step in recorded(fit, directory):
             if step.step == 1 and fit.evaluated:
                 console.print(f"step     0 · validation {fit.evaluated[0]:.4f}")
@@ -179,11 +179,11 @@ def _save(fit: gpt2.Fit, name: str, root: Path, notes: Mapping[str, Any]) -> str
 def recorded(fit: gpt2.Fit, directory: Path) -> Iterator[gpt2.StepRecord]:
     """Write each step as a line of JSON."""
     file, rows = directory / folder.METRICS, dict[int, str]()
-    if fit.told and file.exists():  # perhaps torn
+    if fit.handled and file.exists():  # perhaps torn
         for line in file.read_text("utf-8", "replace").splitlines(keepends=True):
             with suppress(ValueError, LookupError, TypeError):
                 rows[int(json.loads(line)["step"])] = line
-        kept = [line for step, line in sorted(rows.items()) if step <= fit.told]
+        kept = [line for step, line in sorted(rows.items()) if step <= fit.handled]
         folder.write_whole(file, "".join(kept))
     with file.open("a", encoding="utf-8", buffering=1) as stream:
         for step in fit:

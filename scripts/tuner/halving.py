@@ -52,8 +52,8 @@ class Halving:
             return 0
         return max(1, self.step(rung, total) // self.cooldown)
 
-    def going_on(self, losses: Mapping[int, float], rung: int) -> list[int]:
-        """The trials that go on from a rung, the best first."""
+    def survivors(self, losses: Mapping[int, float], rung: int) -> list[int]:
+        """The trials that a rung keeps, the best first."""
         finite = [trial for trial, loss in losses.items() if math.isfinite(loss)]
         best = sorted(finite, key=lambda trial: (losses[trial], trial))
         return best[: self.alive[rung + 1]] if rung + 1 < self.rungs else best

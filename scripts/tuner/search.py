@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from statistics import fmean
 
 import gpt2
+from gpt2.training.distributed import gathered
 
-from ..runs.processes import gathered, rank, size
+from ..runs.processes import rank, size
 from . import sampler
 from .checkpoint import Checkpoint
 from .halving import Plan
@@ -39,7 +40,7 @@ class Search:
         """Run it to its end; raise where every trial ended early."""
         for rung in range(self.plan.rungs):
             self._rung(rung)
-            if not self.going_on(rung):
+            if not self.survivors_of(rung):
                 ended = next(run.ended for run in self.runs if run.ended)
                 raise RuntimeError(f"No trial came to the end of rung {rung + 1}: {ended}")
         self._finals()
@@ -47,7 +48,7 @@ class Search:
 
     def _rung(self, rung: int) -> None:
         plan = self.plan
-        trials = self.going_on(rung - 1) if rung else [*range(plan.trials)]
+        trials = self.survivors_of(rung - 1) if rung else [*range(plan.trials)]
         self._begin(f"rung {rung + 1}", len(trials))
         self.rungs.append(trials)
         learns = rung == 0 and plan.sampler == "tpe"
@@ -67,16 +68,16 @@ class Search:
             self.values.append(values)
 
     def _retire(self, rung: int) -> None:
-        """Drop the positions of trials that retire."""
-        best = {*self.going_on(rung)}
+        """Free the weights of trials that a rung drops."""
+        best = {*self.survivors_of(rung)}
         for n in self.rungs[rung][: len(self.runs)]:
             if n not in best and math.isfinite(self._at(n, rung)):
                 self.runs[n].position = None
 
-    def going_on(self, rung: int) -> list[int]:
-        """The trials that go on from a rung, the best first."""
+    def survivors_of(self, rung: int) -> list[int]:
+        """The trials that a rung keeps, the best first."""
         losses = {n: self._at(n, rung) for n in self.rungs[rung][: len(self.runs)]}
-        best = self.plan.going_on(losses, rung)
+        best = self.plan.survivors(losses, rung)
         return best[: self.plan.finalists] if rung + 1 == self.plan.rungs else best
 
     def _finals(self) -> None:
@@ -134,7 +135,7 @@ class Search:
     @property
     def finalists(self) -> list[int]:
         """The last rung's best, the best first."""
-        return self.going_on(self.plan.rungs - 1)
+        return self.survivors_of(self.plan.rungs - 1)
 
     @property
     def winner(self) -> int:
