@@ -45,19 +45,20 @@ def test_the_generators_of_an_apple_gpu_are_swapped_too(monkeypatch):
     )
     monkeypatch.setattr(torch, "mps", fake)
     before, randomness = torch.get_rng_state(), RandomState(42, torch.device("mps"))
-    with randomness:
+    with randomness.in_force():
         randomness.begin(3, 1)
         drawn = state["mps"], torch.rand(2)
     assert torch.equal(state["mps"], torch.tensor([7]))
     assert torch.equal(torch.get_rng_state(), before)
-    with randomness:
+    with randomness.in_force():
         randomness.begin(3, 1)
         assert torch.equal(state["mps"], drawn[0])
         assert torch.equal(torch.rand(2), drawn[1])
 
 
 def test_a_device_without_known_generators_is_left_alone():
-    with (randomness := RandomState(42, torch.device("xpu"))):
+    randomness = RandomState(42, torch.device("xpu"))
+    with randomness.in_force():
         randomness.begin(1, 0)
 
 

@@ -172,7 +172,7 @@ def test_all_reduce_gives_the_same_to_rounding():
 
 
 def sharded_fit(world: int, folder: str, stop: int | None, resume: bool) -> Any:
-    """A run of a whole or a sharded model, cut short or gone on with, and its snapshots.
+    """A run of a whole or a sharded model, cut short or resumed, and its snapshots.
 
     The last step that it tells of is told again by a run that goes on, since nobody came back.
     """

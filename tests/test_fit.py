@@ -345,7 +345,7 @@ def test_another_run_cannot_be_resumed(changed, said, tmp_path):
         with pytest.raises(ValueError, match="need validation data"):
             resumed(begun(tmp_path), **changed)
         return
-    with pytest.raises(ValueError, match=f"cannot be gone on with: .*{said}"):
+    with pytest.raises(ValueError, match=f"cannot be resumed: .*{said}"):
         resumed(begun(tmp_path), **changed)
 
 
@@ -357,7 +357,7 @@ def test_other_groups_cannot_be_resumed(tmp_path):
     other = model_of(adapter=True)
     faster = lora.parameter_groups(other, lr=1e-3, b_ratio=4)
     for groups, said in ((None, "group 0 was .*, is gone"), (faster, "group 1 was .*, is .*0.004")):
-        with pytest.raises(ValueError, match=f"cannot be gone on with: .*{said}"):
+        with pytest.raises(ValueError, match=f"cannot be resumed: .*{said}"):
             fit(other, DATA, CONFIG, run=run, groups=groups, resume=True)
     same = lora.parameter_groups(other, lr=1e-3)
     assert fit(other, DATA, CONFIG, run=run, groups=same, resume=True).taken == 2

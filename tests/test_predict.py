@@ -1,4 +1,4 @@
-"""`predict.py`: a file of prompts to a file of answers, stopped anywhere and gone on with."""
+"""`predict.py`: a file of prompts to a file of answers, stopped anywhere and resumed."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_an_exact_answer_is_counted(capsys):
     assert "references" not in lines()[1]
 
 
-# --- stopped and gone on with --------------------------------------------------------------------
+# --- stopped and resumed -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kept", [0, 1, 7, 12])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
-import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def test_a_micro_batch_sees_the_dropout_that_it_would_see_in_a_process_of_its_ow
     def alone(batch: gpt2.Batch, number: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
         model, randomness = model_of(dropout=True).train(), RandomState(42, torch.device("cpu"))
         torch.rand(number + 3)  # each process has a history of its own
-        with randomness:
+        with randomness.in_force():
             randomness.begin(1, number)
             part = model(batch.idx, batch.labels) * share
             return part.detach(), list(torch.autograd.grad(part, list(model.parameters())))
@@ -160,11 +160,12 @@ def test_two_runs_in_two_threads_draw_as_alone():
     def work(i: int) -> None:
         losses[i] = [r.loss for r in run(models[i], seed=i % 2, steps=20)]
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in (2, 3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    broken = RandomState(1, torch.device("cpu"))
+    broken.generators = [None]
+    with pytest.raises(AttributeError), broken.in_force():
+        pass  # an error there leaves the turn to others
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, (2, 3)))
     for i in (0, 1):
         work(i)
         assert losses[i + 2] == losses[i]

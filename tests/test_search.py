@@ -355,7 +355,7 @@ def test_a_search_that_is_killed_goes_on_to_the_same_bytes(found, tiny, tmp_path
         more = [option, value] if option != "--space.r" else ["--space", '{"r": [1, 3, 4, 5]}']
         assert search(["--resume", str(place), *more]) == 2
         said = capsys.readouterr().err
-        assert "cannot be gone on with" in said
+        assert "cannot be resumed" in said
         assert f"{option[2:].partition('.')[0]} was" in said
     rows = [{"question": f"{i} and {i % 3}", "answer": "another"} for i in range(24)]
     (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

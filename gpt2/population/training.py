@@ -125,7 +125,7 @@ class PopulationTraining:
             compiling = blocks_run(blocks, compile=True, checkpointing=False)
         taken = list[tuple[Integers, Tensor]]()
         try:
-            with in_mode(self.model, training=True), self._randomness, compiling:
+            with in_mode(self.model, training=True), self._randomness.in_force(), compiling:
                 while len(taken) < ticks and any(s and s.is_under_way for s in self.trainings):
                     taken.append(self._tick())
         finally:
@@ -217,7 +217,7 @@ class PopulationTraining:
         lengths = data.lengths
         total = torch.zeros(k, dtype=torch.float64)
         tokens = 0
-        with in_mode(self.model, training=False), self._randomness:
+        with in_mode(self.model, training=False), self._randomness.in_force():
             for start in range(0, len(data), batch_size):
                 chosen = order[start : start + batch_size]
                 width = int(lengths[chosen[0]])

@@ -25,8 +25,8 @@ class TrainConfig:
         epochs: passes over the data.
         steps: optimiser steps.
         batch_size: examples a micro-batch.
-        tokens_per_batch: tokens a micro-batch at most, in place of `batch_size`: examples of about
-            one length are padded together.
+        tokens_per_batch: tokens a micro-batch at most, in place of `batch_size`: examples of like
+            length are padded together.
         packing: lay whole examples end to end in one row of `tokens_per_batch` tokens, each read
             as if it stood alone. A GPU then takes no model with dropout in attention.
         accumulate: micro-batches an optimiser step; its loss is the mean over all their supervised

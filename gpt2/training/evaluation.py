@@ -73,7 +73,7 @@ def evaluate(
     rank = distributed.rank()
     size = distributed.size()
     mine: list[tuple[float, int, Array]] = []
-    with RandomState(0, device), in_mode(model, training=False), torch.no_grad():
+    with RandomState(0, device).in_force(), in_mode(model, training=False), torch.no_grad():
         # A sharded model runs in all processes at once.
         for number in range(rank, math.ceil(len(starts) / size) * size, size):
             start = starts[min(number, len(starts) - 1)]

@@ -210,8 +210,8 @@ class Fit(Training):
             warnings.warn(old, RuntimeWarning, stacklevel=2)
         elif differs:
             raise ValueError(
-                f"The run in {folder} cannot be gone on with: {differs}. Give what it was begun "
-                "with, or begin anew in another folder."
+                f"The run in {folder} cannot be resumed: {differs}. Give what it began with, or "
+                "another folder."
             )
         if fault:
             warnings.warn(

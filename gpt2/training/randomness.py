@@ -4,38 +4,35 @@ So it does not matter which process takes a micro-batch, or when a run was resum
 """
 
 import threading
+from collections.abc import Generator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 
 from gpt2.data.order import seed_of
-from gpt2.fast.devices import Generator
+from gpt2.fast import devices
 
 _turn = threading.RLock()  # one thread at a time has torch's generators
 
 
 class RandomState:
-    """A context in which torch's global generators are the run's.
-
-    Args:
-        seed: the run's.
-        device: whose generator is swapped beside the CPU's.
-    """
+    """A run's use of torch's generators, the CPU's and the device's."""
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self.seed = seed
         kinds = {"cpu": torch.device("cpu"), device.type: device}
-        self.generators = [Generator(kind) for kind in kinds.values()]
-        self.outside: list[Tensor | None] = []
+        self.generators = [devices.Generator(kind) for kind in kinds.values()]
 
-    def __enter__(self) -> None:
-        _turn.acquire()
-        self.outside = [generator.get() for generator in self.generators]
-
-    def __exit__(self, *_: object) -> None:
-        for generator, state in zip(self.generators, self.outside, strict=True):
-            generator.set(state)
-        _turn.release()
+    @contextmanager
+    def in_force(self) -> Generator[None]:
+        """Within, torch's global generators are the run's; after it, as they were."""
+        with _turn:
+            outside = [generator.get() for generator in self.generators]
+            try:
+                yield
+            finally:
+                for generator, state in zip(self.generators, outside, strict=True):
+                    generator.set(state)
 
     def begin(self, step: int, micro_batch: int) -> None:
         """Set the generators to where this micro-batch of this step begins."""

@@ -84,7 +84,7 @@ class Stepper:
 
         share = (distributed.size() if self.sharded else 1) / sum(b.n_tokens for b in batches)
         weight = torch.full((), share, dtype=torch.float32, device=self.device)
-        with self.randomness, self._blocks_run():
+        with self.randomness.in_force(), self._blocks_run():
             if self.graphs is not None and self.is_graphed(batches[0].idx.numel()):
                 return self._replayed(self.graphs, batches[0], step, weight)
             losses: list[Tensor] = []
@@ -160,8 +160,7 @@ class Stepper:
             loss = summed_loss(self.model, *inputs, **how) * weight
         if not loss.requires_grad:
             raise RuntimeError(
-                "No parameter that requires grad has a part in the loss. Is the adapter "
-                "disabled or merged?"
+                "Nothing in the loss requires grad. Is the adapter disabled or merged?"
             )
         loss.backward()
         return loss.detach()

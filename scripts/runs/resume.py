@@ -109,5 +109,5 @@ def check_same(root: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> N
     """Raise where a run would not be resumed as it began."""
     if odd := folder.differences(then, now, FREE):
         raise ValueError(
-            f"{root} cannot be gone on with: {odd}. Give the old value, or name a new folder."
+            f"{root} cannot be resumed: {odd}. Give the old value, or name a new folder."
         )
