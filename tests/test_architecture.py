@@ -206,7 +206,7 @@ def test_importing_touches_no_random_state_and_little_else():
 # Lines of Python as `wc -l` counts them: they only fall, but for what a new capability is given.
 BUDGET = {
     "lora": 3_200,
-    "gpt2": 5_682,
+    "gpt2": 5_681,
     "scripts": 3_245,
     "tests": 19_475,
     "benchmarks": 1_797,

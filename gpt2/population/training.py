@@ -41,7 +41,7 @@ class PopulationTraining:
     """Trainings in the slots of a population.
 
     Args:
-        model: runs under the slots, and is frozen but for them.
+        model: frozen but for the slots.
         slots: what is trained, a `lora.Population`.
         data: the examples.
         config: what all slots have in common.
@@ -354,7 +354,7 @@ def check(model: nn.Module, slots: Any, config: TrainConfig) -> None:
 
 
 def check_attached(model: nn.Module, slots: Any) -> None:
-    """Whether the model runs under these slots; else the base would be evaluated."""
+    """Whether the model runs under these slots."""
     parameters = {id(parameter) for parameter in model.parameters()}
     if not all(id(parameter) in parameters for parameter in slots.parameters):
         raise RuntimeError(

@@ -1,7 +1,7 @@
 """Several processes that train one model: those of torch's default group, if there is one.
 
-A step is a number of micro-batches, wherever they run. Their gradients are added in order, by an
-all-reduce, or by FSDP.
+The gradients of a step's micro-batches are added
+in order, by an all-reduce, or by FSDP.
 
 Shapes: R micro-batches of a process · N elements of all trained parameters.
 """

@@ -248,10 +248,10 @@ def train(
 ) -> Training:
     """Train whatever requires grad in the model, yielding a record after each optimiser step.
 
-    Nothing happens until the result is iterated: `for record in gpt2.train(...)`. The model is in
+    Nothing happens until it is iterated: `for record in gpt2.train(...)`. The model is in
     training mode within steps only. An interrupt leaves the weights of the last whole step. A
     step that is not finite is not applied, nor any after it: reading its record is an error, and
-    so is the end. Several processes read the same records.
+    so is the end.
 
     Args:
         model: a GPT-2, `torch.compile` of one, or any model that `gpt2.summed_loss` takes.

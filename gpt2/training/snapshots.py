@@ -1,7 +1,6 @@
 """A run's state on disk: one file, written beside and moved; the one before is kept.
 
-A file holds tensors (`parameters.NAME`, `moments.KIND.NAME`, `best.NAME`), and all else as one
-JSON text in its metadata.
+Tensors are `parameters.NAME`, `moments.KIND.NAME` and `best.NAME`; metadata is a JSON text.
 """
 
 import json

@@ -37,7 +37,7 @@ class RunState:
 
 
 class Stepper:
-    """One optimiser step after another, without a wait; arguments as `gpt2.train`.
+    """Optimiser steps, without a wait; arguments as `gpt2.train`.
 
     No document of a packed row has more than `longest` tokens.
     """
