@@ -12,7 +12,7 @@ from safetensors import safe_open
 import gpt2
 import lora
 from lora.disk import checkpoint
-from tests.toys import TINY, snapshot
+from tests.toys import IDX, refused, tiny_gpt2, twin
 
 C_ATTN = "base_model.model.transformer.h.0.attn.c_attn"
 # What Unsloth writes as target_modules.
@@ -44,31 +44,12 @@ def edit_config(folder, **fields) -> None:
 
 
 def refuses(model, folder, words, error=ValueError, **arguments) -> None:
-    before = snapshot(model)
-    with pytest.raises(error, match=words):
+    with refused(model, words, error):
         lora.load(model, folder, **arguments)
-    assert snapshot(model) == before
 
 
 def contents(folder) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir()}
-
-
-def theirs_of(ours: gpt2.GPT2):
-    """transformers' model with the same weights."""
-    transformers = pytest.importorskip("transformers", reason="PEFT adapts its models")
-    config = transformers.GPT2Config(
-        n_layer=TINY.n_layer,
-        n_head=TINY.n_head,
-        n_embd=TINY.n_embd,
-        n_positions=TINY.block_size,
-        vocab_size=TINY.vocab_size,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    model = transformers.GPT2LMHeadModel(config).eval()
-    model.load_state_dict(ours.state_dict())
-    return model
 
 
 def peft_model(ours: gpt2.GPT2, **fields):
@@ -77,7 +58,13 @@ def peft_model(ours: gpt2.GPT2, **fields):
     settings = {"r": 4, "lora_alpha": 6, "target_modules": ["c_attn"], "init_lora_weights": False}
     config = peft.LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True, **settings | fields)
     torch.manual_seed(0)
-    return peft.get_peft_model(theirs_of(ours), config)
+    return peft.get_peft_model(twin(ours), config)
+
+
+def in_peft(folder) -> torch.Tensor:
+    """The logits of PEFT's model with an adapter of `tiny_gpt2` from a folder."""
+    peft = pytest.importorskip("peft", reason="PEFT is the oracle here")
+    return peft.PeftModel.from_pretrained(twin(tiny_gpt2()), folder).eval()(IDX).logits
 
 
 def llama(tied: bool = False, kind: str = "LlamaForCausalLM"):

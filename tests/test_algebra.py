@@ -14,8 +14,8 @@ from torch import nn
 import lora
 from lora import algebra
 from lora.algebra import Factors
-from tests.folders import edit, peft_model, theirs_of
-from tests.toys import IDX, MLP, deltas, randomize, raw, snapshot, tiny_gpt2
+from tests.folders import edit, peft_model
+from tests.toys import IDX, MLP, deltas, randomize, raw, snapshot, tiny_gpt2, twin
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 SHAPES = {"up": (5, 4), "down": (4, 7), "side": (3, 3)}  # out, in
@@ -347,7 +347,7 @@ def test_a_weighted_sum_is_pefts_cat_where_it_is_exact(tmp_path_factory, scale, 
         lora.inject(model, r=r, alpha=3, adapter=name)
         randomize(model, name, seed=r + ord(name))
         lora.save(model, folder / name, adapter=name)
-    theirs = peft.PeftModel.from_pretrained(theirs_of(tiny_gpt2()), folder / "a", "a")
+    theirs = peft.PeftModel.from_pretrained(twin(tiny_gpt2()), folder / "a", "a")
     theirs.load_adapter(folder / "b", "b")
     theirs.add_weighted_adapter(["a", "b"], list(scale), "both", combination_type="cat")
     theirs.set_adapter("both")

@@ -15,6 +15,9 @@ from pathlib import Path
 
 import pytest
 
+import lora
+from tests.toys import adapted, tiny_gpt2
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("lora", "gpt2")
 SOURCES = [file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py"))]
@@ -168,7 +171,7 @@ BUDGET = {
     "lora": 3_200,
     "gpt2": 5_681,
     "scripts": 3_245,
-    "tests": 19_435,
+    "tests": 19_357,
     "benchmarks": 1_797,
 }
 MOST_LINES = {"lora": 400, "gpt2": 400, "scripts": 400, "tests": 700, "benchmarks": 400}
@@ -209,6 +212,32 @@ def test_the_house_keeps_its_budget(package):
 def test_the_parts_keep_theirs(part):
     files, most = PARTS[part]
     assert sum(file.read_text().count("\n") for file in files) <= most
+
+
+def test_a_reader_of_a_verb_enters_few_files(tmp_path):
+    """The files of `lora` whose functions one call on the demo's shape runs."""
+    model, package = tiny_gpt2(), Path(lora.__file__).parent
+    saved = adapted()
+    lora.save(saved, tmp_path)
+    verbs = [
+        (lambda: lora.inject(model, r=2), 8),
+        (lambda: lora.merge(saved), 4),
+        (lambda: lora.load(model, tmp_path, adapter="other"), 9),
+    ]
+    for call, most in verbs:
+        entered: set[str] = set()
+
+        def enter(frame, event, _, entered=entered):
+            file = Path(frame.f_code.co_filename)
+            if event == "call" and file.is_relative_to(package):
+                entered.add(file.name)
+
+        sys.setprofile(enter)
+        try:
+            call()
+        finally:
+            sys.setprofile(None)
+        assert len(entered) <= most, entered
 
 
 def test_the_readme_prints_the_budget():

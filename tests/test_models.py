@@ -12,14 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpt2
 import lora
-from tests.folders import llama, theirs_of
-from tests.toys import MLP, TINY, layer, randomize, raw, snapshot, tiny_gpt2
+from tests.folders import llama
+from tests.toys import MLP, TINY, layer, randomize, raw, snapshot, tiny_gpt2, twin
 
 IDX = torch.randint(0, 31, (3, 7), generator=torch.Generator().manual_seed(0))
 ROWS = ["a", None, {"a": 0.5, "b": 2.0}]
 
 
-MODELS = {"ours": tiny_gpt2, "transformers": lambda: theirs_of(tiny_gpt2()), "llama": llama}
+MODELS = {"ours": tiny_gpt2, "transformers": lambda: twin(tiny_gpt2()), "llama": llama}
 models = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import lora
-from tests.folders import peft_model, theirs_of
-from tests.toys import IDX, TINY, randomize, tiny_gpt2
+from tests.folders import peft_model
+from tests.toys import IDX, TINY, randomize, tiny_gpt2, twin
 
 peft = pytest.importorskip("peft", reason="PEFT is the oracle here")
 transformers = pytest.importorskip("transformers", reason="PEFT adapts its models")
@@ -24,7 +24,7 @@ def test_ours_to_peft(tmp_path, targets):
     randomize(model)
     want = model(IDX)
     lora.save(model, tmp_path)
-    theirs = peft.PeftModel.from_pretrained(theirs_of(tiny_gpt2()), tmp_path)
+    theirs = peft.PeftModel.from_pretrained(twin(tiny_gpt2()), tmp_path)
     torch.testing.assert_close(theirs(IDX).logits, want, rtol=1e-5, atol=1e-5)
     merged = theirs.merge_and_unload()
     torch.testing.assert_close(merged(IDX).logits, want, rtol=1e-4, atol=1e-4)
@@ -50,7 +50,7 @@ def test_peft_to_ours_and_back(tmp_path, fields):
     lora.load(model, tmp_path / "theirs")
     torch.testing.assert_close(model(IDX), want, rtol=1e-5, atol=1e-5)
     lora.save(model, tmp_path / "ours")
-    again = peft.PeftModel.from_pretrained(theirs_of(tiny_gpt2()), tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(twin(tiny_gpt2()), tmp_path / "ours")
     torch.testing.assert_close(again(IDX).logits, want, rtol=1e-5, atol=1e-5)
 
 
@@ -59,7 +59,7 @@ def test_peft_reads_our_config_without_a_warning(tmp_path, recwarn):
     lora.inject(model, r=4)
     lora.save(model, tmp_path)
     recwarn.clear()
-    peft.PeftModel.from_pretrained(theirs_of(tiny_gpt2()), tmp_path)
+    peft.PeftModel.from_pretrained(twin(tiny_gpt2()), tmp_path)
     assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
     fields = json.loads((tmp_path / "adapter_config.json").read_text())
     known = set(peft.LoraConfig.__dataclass_fields__)
@@ -70,7 +70,7 @@ def test_our_loader_works_on_transformers_model(tmp_path):
     theirs = peft_model(tiny_gpt2()).eval()
     want = theirs(IDX).logits
     theirs.save_pretrained(tmp_path)
-    plain = theirs_of(tiny_gpt2())
+    plain = twin(tiny_gpt2())
     lora.load(plain, tmp_path)
     torch.testing.assert_close(plain(IDX).logits, want, rtol=1e-5, atol=1e-5)
 

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 import lora
-from tests.toys import MLP, snapshot, tiny_gpt2
+from tests.toys import MLP, adapted, snapshot, tiny_gpt2
 
 NAN, INF = float("nan"), float("inf")
 PATH = r"transformer\.h\.0\.attn\.c_attn"
@@ -26,6 +26,8 @@ VALUES = [
     ({"targets": 3}, "targets cannot be 3"),
     ({"targets": ["c_attn", None]}, "targets cannot be"),
     ({"targets": ("c_attn", "c_atn")}, "No module matches target 'c_atn'"),
+    *(({"targets": part}, "No module matches target")  # parts of a segment, of a path
+      for part in ("fc", "ttn.c_attn", r"h\.\d\.attn\.c_attn")),
     ({"targets": ("x", "y")}, r"No module matches target 'x', 'y'\."),
     ({"targets": "q_proj"}, "No module matches target 'q_proj'. Linear modules here end in: "
                             "attn.c_attn, attn.c_proj, lm_head, mlp.c_fc, mlp.c_proj"),
@@ -130,3 +132,12 @@ def test_an_odd_value_is_refused_in_one_line_and_changes_nothing(name, value):
     if name in ("r", "alpha", "dropout") and value not in (17, 10**9):
         with pytest.raises(ValueError, match="must be|cannot be"):
             lora.UpdateConfig(**{"r": 8, "alpha": 16, "dropout": 0.0, name: value})
+
+
+@pytest.mark.parametrize(
+    ("lr", "ratio"),
+    [(0, 16), (-1, 16), (NAN, 16), (1e-3, 0), (1e-3, INF)],
+)
+def test_rates_that_are_refused(lr, ratio):
+    with pytest.raises(ValueError, match="lr and b_ratio must be"):
+        lora.parameter_groups(adapted(), lr, b_ratio=ratio)

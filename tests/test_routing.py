@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpt2
 import lora
-from tests.folders import theirs_of
+from tests import toys
 from tests.toys import TINY, layer, randomize, snapshot, tiny_gpt2, untie
 
 IDX = torch.randint(0, TINY.vocab_size, (5, 7), generator=torch.Generator().manual_seed(0))
@@ -259,7 +259,7 @@ def test_peft_gives_the_same_in_a_mixed_batch(tmp_path):
         lora.inject(ours, r=r, targets=("c_attn", "c_fc"), adapter=name)
         randomize(ours, name, seed=r)
         lora.save(ours, tmp_path / name, adapter=name)
-    theirs = peft.PeftModel.from_pretrained(theirs_of(tiny_gpt2()), tmp_path / "a", "a")
+    theirs = peft.PeftModel.from_pretrained(toys.twin(tiny_gpt2()), tmp_path / "a", "a")
     theirs.load_adapter(tmp_path / "b", "b")
     theirs.eval()
     rows = ["b", "__base__", "a", "a", "b"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -116,6 +118,25 @@ def randomize(model: nn.Module, adapter: str = "default", seed: int = 1, std: fl
             if isinstance(module, lora.LoRALinear) and adapter in module.updates:
                 for p in module.updates[adapter].parameters():
                     p.copy_(torch.randn(p.shape, generator=generator) * std)
+
+
+def adapted(
+    model: nn.Module | None = None, *, adapter: str = "default", values: int = 1, **settings
+) -> nn.Module:
+    """A model, by default `tiny_gpt2()`, with one more adapter as training might leave it."""
+    model = tiny_gpt2() if model is None else model
+    lora.inject(model, adapter=adapter, **{"r": 2, "seed": 0} | settings)
+    randomize(model, adapter, values)
+    return model
+
+
+@contextmanager
+def refused(model: nn.Module, words: str, error: type[Exception] = ValueError) -> Iterator[None]:
+    """The body raises this error and leaves the model as it was."""
+    before = snapshot(model)
+    with pytest.raises(error, match=words):
+        yield
+    assert snapshot(model) == before
 
 
 def snapshot(model: nn.Module) -> dict[str, object]:
