@@ -12,7 +12,7 @@ from safetensors import safe_open
 import gpt2
 import lora
 from lora.disk import checkpoint
-from tests.toys import IDX, refused, tiny_gpt2, twin
+from tests.toys import IDX, MLP, refused, tiny_gpt2, twin
 
 C_ATTN = "base_model.model.transformer.h.0.attn.c_attn"
 # What Unsloth writes as target_modules.
@@ -46,6 +46,17 @@ def edit_config(folder, **fields) -> None:
 def refuses(model, folder, words, error=ValueError, **arguments) -> None:
     with refused(model, words, error):
         lora.load(model, folder, **arguments)
+
+
+def filled(alpha: float) -> MLP:
+    """A model whose adapter has alpha everywhere in its factors too."""
+    torch.manual_seed(0)
+    model = MLP()
+    lora.inject(model, r=2, alpha=alpha, targets=("up", "down"))
+    with torch.no_grad():
+        for parameter in lora.trainable_parameters(model):
+            parameter.fill_(alpha)
+    return model
 
 
 def contents(folder) -> dict[str, bytes]:

@@ -1,8 +1,7 @@
-"""How an adapter's files take their places, whoever writes, edits or dies."""
+"""Saving: PEFT's format, the same bytes, all or nothing, whoever writes, edits or dies."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
@@ -13,68 +12,189 @@ import threading
 import warnings
 
 import pytest
+import safetensors.torch
 import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora
-from lora.disk import checkpoint, files
-from tests.folders import edit
-from tests.toys import MLP, snapshot
+from lora.disk import checkpoint
+from tests.folders import C_ATTN, contents, edit, filled, refuses
+from tests.toys import MLP, adapted, tiny_gpt2
+
+FILES = [checkpoint.CONFIG, checkpoint.WEIGHTS]
 
 
-def adapted(alpha: float, r: int = 2) -> MLP:
-    """A model whose adapter has alpha everywhere in its factors too."""
-    torch.manual_seed(0)
-    model = MLP()
-    lora.inject(model, r=r, alpha=alpha, targets=("up", "down"))
-    with torch.no_grad():
-        for parameter in lora.trainable_parameters(model):
-            parameter.fill_(alpha)
-    return model
-
-
-def loaded(place) -> set[float]:
+def loaded(folder) -> set[float]:
     """The alphas that a loaded adapter has in its config and in its factors: one, if whole."""
     model = MLP()
-    lora.load(model, place, allow_base_mismatch=True)
+    lora.load(model, folder, allow_base_mismatch=True)
     (configs,) = lora.adapters(model).values()
     values = {float(p.detach().flatten()[0]) for p in lora.trainable_parameters(model)}
     return {config.alpha for config in configs.values()} | values
 
 
-def test_of_two_writers_one_wins_whole(tmp_path):
-    """Adapters of one config; their values never mix, and nothing is left beside the two files."""
-    models, stop, broken = {1: adapted(1), 50: adapted(50)}, threading.Event(), []
-    for model in models.values():
-        for layer in (model.up, model.down):
-            update = layer.updates["default"]
-            update.config = dataclasses.replace(update.config, alpha=7)
-
-    def write(model):
-        while not stop.is_set():
-            try:
-                lora.save(model, tmp_path)
-            except Exception as error:  # told below, by the test's own thread
-                broken.append(error)
-                raise
-
-    lora.save(models[1], tmp_path)
-    threads = [threading.Thread(target=write, args=(model,)) for model in models.values()]
-    for thread in threads:
-        thread.start()
-    try:
-        found = [loaded(tmp_path) for _ in range(300)]
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
-    assert not broken
-    assert {frozenset(alphas) for alphas in found} == {frozenset({1.0, 7}), frozenset({50.0, 7})}
-    assert sorted(p.name for p in tmp_path.iterdir()) == [checkpoint.CONFIG, checkpoint.WEIGHTS]
+# What is written
 
 
-def test_a_second_writer_waits_until_the_first_has_moved_both_files(tmp_path, monkeypatch):
+def test_the_format_is_pefts(saved, tmp_path):
+    folder, _ = saved
+    assert sorted(p.name for p in folder.iterdir()) == FILES
+    tensors = safetensors.torch.load_file(folder / checkpoint.WEIGHTS)
+    assert tensors[f"{C_ATTN}.lora_A.weight"].shape == (4, 16)
+    assert tensors[f"{C_ATTN}.lora_B.weight"].shape == (48, 4)
+    assert len(tensors) == 8
+    config = json.loads((folder / checkpoint.CONFIG).read_text())
+    assert config["target_modules"] == ["c_attn", "c_fc"]
+    assert list(config) == sorted(config)
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 6, 0.25)
+    assert config["fan_in_fan_out"] is True
+    model = filled(1)
+    model.name_or_path = "org/base"
+    lora.save(model, tmp_path / "plain")
+    config = json.loads((tmp_path / "plain" / checkpoint.CONFIG).read_text())
+    assert config["fan_in_fan_out"] is False
+    assert config["base_model_name_or_path"] == "org/base"
+
+
+def test_the_same_adapter_gives_the_same_bytes_in_another_process_and_merged(saved, tmp_path):
+    folder, _ = saved
+    model = tiny_gpt2()
+    lora.load(model, folder)
+    with lora.merged(model):
+        lora.save(model, folder, notes={"loss": 0.5})
+    code = (
+        "import lora; from tests.toys import tiny_gpt2; m = tiny_gpt2(); "
+        f"lora.load(m, {str(folder)!r}); "
+        f"lora.save(m, {str(tmp_path / 'other')!r}, notes={{'loss': 0.5}})"
+    )
+    env = os.environ | {"PYTHONHASHSEED": "12345"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env, cwd=os.getcwd())
+    assert contents(tmp_path / "other") == contents(folder)
+    assert len(contents(folder)) == 3
+
+
+class Counting(TorchDispatchMode):
+    """Counts the elements that operations read or make, but for views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            tensors = [t for t in (*args, out) if isinstance(t, Tensor)]
+            made = func is torch.ops.aten.index.Tensor  # reads no more than it makes
+            self.elements += sum(t.numel() for t in (tensors[-1:] if made else tensors))
+        return out
+
+
+def test_a_save_and_a_load_read_some_entries_of_the_base(tmp_path):
+    model = nn.Sequential(nn.Linear(400, 500, bias=False), nn.Embedding(500, 400))
+    lora.inject(model, r=1, targets=("0", "1"))
+    with Counting() as saving:
+        lora.save(model, tmp_path)
+    lora.eject(model)
+    with Counting() as loading:
+        lora.load(model, tmp_path)
+    factors = 2 * (400 + 500)
+    assert factors < saving.elements < 20 * factors < 400 * 500
+    assert factors < loading.elements < 20 * factors
+
+
+def test_what_cannot_be_saved(saved, tmp_path):
+    folder, _ = saved
+    before = contents(folder)
+    model = tiny_gpt2()
+    with pytest.raises(RuntimeError, match="carries no adapter"):
+        lora.save(model, folder)
+    lora.load(model, folder)
+    with pytest.raises(ValueError, match="no adapter 'other'"):
+        lora.save(model, folder, adapter="other")
+    update = model.transformer.h[0].attn.c_attn.updates["default"]
+    with torch.no_grad():
+        update.B[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"Not saved: B of .*h.0.attn.c_attn has NaN or infinite"):
+        lora.save(model, folder)
+    for dtype in (torch.complex64, torch.float8_e4m3fn):
+        update.A = nn.Parameter(torch.ones(4, 16).to(dtype), requires_grad=False)
+        with pytest.raises(ValueError, match=f"Not saved: A of .*h.0.attn.c_attn is {dtype}"):
+            lora.save(model, folder)
+    with pytest.raises(NotImplementedError, match="meta tensor; no data"):
+        lora.save(adapted().to("meta"), folder)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        lora.save(adapted(), tmp_path / "file")
+    assert contents(folder) == before
+
+
+def test_trained_parts_outside_the_adapter_are_said(tmp_path):
+    model = adapted()
+    for i in range(2):
+        model.transformer.h[i].ln_1.requires_grad_(True)
+    model.transformer.ln_f.requires_grad_(True)
+    words = (
+        r"Not saved: transformer\.h\.0\.ln_1\.weight; transformer\.h\.0\.ln_1\.bias; "
+        r"transformer\.h\.1\.ln_1\.weight; .*ln_f\.bias\. Train it by modules_to_save"
+    )
+    with pytest.warns(UserWarning, match=words) as caught:
+        lora.save(model, tmp_path)
+    assert [w.filename for w in caught] == [__file__]
+    assert (tmp_path / checkpoint.WEIGHTS).is_file()
+
+
+def test_a_card_holds_base_targets_rank_and_notes(tmp_path):
+    model = adapted(rank_pattern={"h.1.attn.c_attn": 3})
+    lora.save(model, tmp_path)
+    assert not (tmp_path / "README.md").exists()
+    model.name_or_path = "openai-community/gpt2"
+    lora.save(model, tmp_path, notes={"data": "legal.jsonl", "loss": 2.31})
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("---\nbase_model: openai-community/gpt2\nlibrary_name: peft\n")
+    rows = ("base | openai-community/gpt2", "targets | c_attn", "r | 2, 3")
+    for row in (*rows, "data | legal.jsonl", "loss | 2.31"):
+        assert f"\n| {row} |\n" in text
+    lora.save(model, tmp_path, notes={"data": "new.jsonl"})  # ours is written anew
+    assert "| data | new.jsonl |" in (tmp_path / "README.md").read_text()
+
+
+def test_ones_own_readme_is_never_overwritten(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    lora.save(adapted(), tmp_path)
+    with pytest.warns(UserWarning, match=r"README\.md was not written by lora\.save, and is kept"):
+        lora.save(adapted(), tmp_path, notes={"data": "legal.jsonl"})
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert (tmp_path / checkpoint.WEIGHTS).is_file()
+
+
+# How the files take their places
+
+
+@pytest.mark.parametrize(("call", "spared"), [("fsync", 0), ("fsync", 1), ("replace", 0)])
+def test_a_disk_that_fills_up_leaves_the_previous_adapter(saved, monkeypatch, call, spared):
+    """At the first file, or at the second."""
+    folder, _ = saved
+    before = contents(folder)
+    original, calls = getattr(os, call), []
+
+    def full(*arguments):
+        calls.append(arguments)
+        if len(calls) > spared:
+            raise OSError(28, "No space left on device")
+        original(*arguments)
+
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(OSError, match="No space left"):
+        lora.save(adapted(), folder)
+    assert contents(folder) == before  # and nothing left beside it
+
+
+def test_of_two_writers_the_second_waits_until_the_first_has_moved_both_files(
+    tmp_path, monkeypatch
+):
     replace = os.replace
-    second = threading.Thread(target=lora.save, args=(adapted(50), tmp_path))
+    second = threading.Thread(target=lora.save, args=(filled(50), tmp_path))
 
     def between(*arguments):
         replace(*arguments)
@@ -83,15 +203,16 @@ def test_a_second_writer_waits_until_the_first_has_moved_both_files(tmp_path, mo
             second.join(0.5)
 
     monkeypatch.setattr(os, "replace", between)
-    lora.save(adapted(1), tmp_path)
+    lora.save(filled(1), tmp_path)
     second.join()
     assert loaded(tmp_path) == {50.0}
+    assert sorted(p.name for p in tmp_path.iterdir()) == FILES
 
 
 KILLED = """
 import os, signal, sys
 import lora
-from tests.test_saving import adapted
+from tests.folders import filled
 
 replace, done = os.replace, []
 
@@ -102,26 +223,22 @@ def once(*arguments):
     done.append(True)
 
 os.replace = once
-lora.save(adapted(50), sys.argv[1])
+lora.save(filled(50), sys.argv[1])
 """
 
 
 def test_a_kill_between_the_two_files_is_told_and_the_next_save_mends_it(tmp_path):
-    lora.save(adapted(1), tmp_path)
+    lora.save(filled(1), tmp_path)
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=os.getcwd())
     assert done.returncode == -signal.SIGKILL
     assert len(list(tmp_path.glob(".saving-*"))) == 1
-    model = MLP()
-    before = snapshot(model)
     words = "a save was interrupted before adapter_config.json. Save again"
-    with pytest.raises(ValueError, match=words):
-        lora.load(model, tmp_path, allow_base_mismatch=True)
-    assert snapshot(model) == before
+    refuses(MLP(), tmp_path, words, allow_base_mismatch=True)
     with pytest.raises(ValueError, match=words):
         lora.algebra.read(tmp_path)
-    lora.save(adapted(50), tmp_path)
+    lora.save(filled(50), tmp_path)
     assert loaded(tmp_path) == {50.0}
-    lora.save(adapted(3), tmp_path)
+    lora.save(filled(3), tmp_path)
     edit_alpha(tmp_path, 4)
     with pytest.warns(UserWarning, match="was edited"):  # what the kill left does not matter here
         assert loaded(tmp_path) == {3.0, 4}
@@ -133,12 +250,12 @@ def edit_alpha(folder, alpha: float) -> None:
 
 
 def test_a_folder_in_a_files_place_is_seen_before_anything_moves(tmp_path):
-    lora.save(adapted(1), tmp_path)
+    lora.save(filled(1), tmp_path)
     (tmp_path / checkpoint.WEIGHTS).unlink()
     (tmp_path / checkpoint.WEIGHTS).mkdir()
     before = (tmp_path / checkpoint.CONFIG).read_bytes()
     with pytest.raises(IsADirectoryError, match=checkpoint.WEIGHTS):
-        lora.save(adapted(50), tmp_path)
+        lora.save(filled(50), tmp_path)
     assert (tmp_path / checkpoint.CONFIG).read_bytes() == before
 
 
@@ -146,15 +263,15 @@ def test_a_folder_in_a_files_place_is_seen_before_anything_moves(tmp_path):
 def test_modes_are_as_the_umask_says(tmp_path, umask, mode):
     before = os.umask(umask)
     try:
-        lora.save(adapted(1), tmp_path / "new", notes={})
+        lora.save(filled(1), tmp_path / "new", notes={})
     finally:
         os.umask(before)
-    found = {p.name: stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "new").iterdir()}
-    assert found == dict.fromkeys((checkpoint.CONFIG, checkpoint.WEIGHTS, "README.md"), mode)
+    modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "new").iterdir()}
+    assert modes == dict.fromkeys((*FILES, "README.md"), mode)
 
 
 def test_an_edited_alpha_loads_with_a_warning(tmp_path):
-    lora.save(adapted(1), tmp_path)
+    lora.save(filled(1), tmp_path)
     file = tmp_path / checkpoint.CONFIG
     fields = json.loads(file.read_text())
     notes = {"base_model_name_or_path": "org/base", "task_type": None, "inference_mode": False}
@@ -165,14 +282,14 @@ def test_an_edited_alpha_loads_with_a_warning(tmp_path):
     edit_alpha(tmp_path, 2)
     model = MLP()
     words = r"adapter_config\.json was edited after adapter_model\.safetensors was saved"
-    with pytest.warns(UserWarning, match=words) as caught:
-        lora.load(model, tmp_path, allow_base_mismatch=True)
-    assert [w.filename for w in caught] == [__file__]
+    for call in (
+        lambda: lora.load(model, tmp_path, allow_base_mismatch=True),
+        lambda: lora.algebra.read(tmp_path),
+    ):
+        with pytest.warns(UserWarning, match=words) as caught:
+            assert set(call()) == {"up", "down"}
+        assert [w.filename for w in caught] == [__file__]
     assert {c.alpha for c in lora.adapters(model)["default"].values()} == {2}
-    with pytest.warns(UserWarning, match=words) as caught:
-        value = lora.algebra.read(tmp_path)
-    assert [w.filename for w in caught] == [__file__]
-    assert value.keys() == {"up", "down"}
     edit(tmp_path, lambda tensors: None, metadata={"format": "pt"})  # as PEFT's own files are
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -180,16 +297,10 @@ def test_an_edited_alpha_loads_with_a_warning(tmp_path):
 
 
 def test_a_file_that_changes_later_changes_no_loaded_model(tmp_path):
-    lora.save(adapted(3), tmp_path)
+    lora.save(filled(3), tmp_path)
     model = MLP()
     lora.load(model, tmp_path, allow_base_mismatch=True)
     file = tmp_path / checkpoint.WEIGHTS
     file.write_bytes(bytes(file.stat().st_size))
     file.write_bytes(b"")
     assert {float(p.detach().flatten()[0]) for p in lora.trainable_parameters(model)} == {3.0}
-
-
-def test_metadata_names_the_digest(tmp_path):
-    lora.save(adapted(1), tmp_path)
-    _, metadata = files.read(tmp_path / checkpoint.WEIGHTS)
-    assert len(metadata[checkpoint.DIGEST]) == 64
