@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gpt2
 import lora
 from tests.folders import llama
-from tests.toys import MLP, TINY, layer, randomize, raw, snapshot, tiny_gpt2, twin
+from tests.toys import MLP, TINY, adapted, layer, randomize, raw, refused, snapshot, tiny_gpt2, twin
 
 IDX = torch.randint(0, 31, (3, 7), generator=torch.Generator().manual_seed(0))
 ROWS = ["a", None, {"a": 0.5, "b": 2.0}]
@@ -31,12 +31,8 @@ def logits(model: nn.Module) -> Tensor:
 
 def bank(build) -> nn.Module:
     model = build()
-    for seed, (name, arguments) in enumerate(
-        {"a": {"r": 2, "rslora": True}, "b": {"r": 3, "alpha": 5, "layers": [1]}}.items()
-    ):
-        lora.inject(model, targets="all-linear", adapter=name, seed=seed, **arguments)
-        randomize(model, name, seed=seed)
-    return model
+    adapted(model, targets="all-linear", adapter="a", rslora=True, values=0)
+    return adapted(model, targets="all-linear", adapter="b", r=3, alpha=5, layers=[1])
 
 
 @models
@@ -137,9 +133,7 @@ def test_a_deepcopy_shares_nothing_and_knows_what_was_trainable():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_model_that_is_cast_after_injection(dtype):
-    model = tiny_gpt2()
-    lora.inject(model, r=2, targets=("c_attn[q,v]", "c_fc"))
-    randomize(model)
+    model = adapted(targets=("c_attn[q,v]", "c_fc"))
     want = logits(model)
     model.to(dtype)
     got = logits(model)
@@ -150,14 +144,6 @@ def test_a_model_that_is_cast_after_injection(dtype):
     assert torch.equal(logits(model), got)
     lora.eject(model)
     assert all(p.requires_grad for p in model.parameters())
-
-
-def test_training_mode_and_frozen_bases():
-    model = tiny_gpt2().train().requires_grad_(False)
-    lora.inject(model, r=2, dropout=0.5)
-    assert len(lora.trainable_parameters(model)) == 4
-    lora.eject(model)
-    assert lora.trainable_parameters(model) == []
 
 
 def test_odd_models(tmp_path):
@@ -199,8 +185,7 @@ def test_odd_models(tmp_path):
 def test_through_data_parallel_and_compile_wrappers(tmp_path):
     model = tiny_gpt2()
     wrapped = nn.DataParallel(torch.compile(model))
-    lora.inject(wrapped, r=2, adapter="a")
-    randomize(model, "a")
+    adapted(wrapped, adapter="a")
     lora.save(wrapped, tmp_path, adapter="a")
     idx = IDX.to(model.lm_head.weight.device)  # where there is a GPU, DataParallel moved it there
     with torch.no_grad():
@@ -229,8 +214,7 @@ def test_a_compiled_model_is_right_after_each_switch():
     torch.manual_seed(0)
     model = nn.Sequential(layer("conv1d", 6, 6), nn.Tanh(), layer("linear", 6, 4)).eval()
     for name, r in (("a", 1), ("b", 3)):
-        lora.inject(model, r=r, targets=("0", "2"), adapter=name)
-        randomize(model, name, seed=r)
+        adapted(model, r=r, targets=("0", "2"), adapter=name, values=r)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = torch.randn(3, 6)
     with torch.no_grad():
@@ -272,14 +256,9 @@ def tied_pair() -> nn.Module:
 def test_a_fault_at_any_tensor_changes_nothing(call, tmp_path):
     def build() -> nn.Module:
         model = tied_pair()
-        if call != "inject":
-            lora.inject(model, r=1, targets="up", adapter="here", seed=0)
-            randomize(model, "here")
-        return model
+        return model if call == "inject" else adapted(model, r=1, targets="up", adapter="here")
 
-    donor = tied_pair()
-    lora.inject(donor, r=2, targets=("up", "down"), seed=0)
-    randomize(donor)
+    donor = adapted(tied_pair(), targets=("up", "down"))
     lora.save(donor, tmp_path)
     value = lora.algebra.factors(donor)
     calls = {
@@ -311,9 +290,7 @@ def test_a_fault_at_any_tensor_changes_nothing(call, tmp_path):
 @pytest.mark.parametrize("n", [0, 1, 2])
 def test_a_fault_at_any_layer_changes_nothing(method, n, tmp_path, monkeypatch):
     lora.save(bank(tiny_gpt2), tmp_path, adapter="a")
-    model = tiny_gpt2()
-    lora.inject(model, r=1, adapter="here")
-    before = snapshot(model)
+    model = adapted(r=1, adapter="here")
     owner = lora.LowRankUpdate if method == "set_factors" else lora.LoRALinear
     right, calls = getattr(owner, method), []
 
@@ -324,6 +301,5 @@ def test_a_fault_at_any_layer_changes_nothing(method, n, tmp_path, monkeypatch):
         return right(*args, **kwargs)
 
     monkeypatch.setattr(owner, method, failing)
-    with pytest.raises(MemoryError):
+    with refused(model, "injected", MemoryError):
         lora.load(model, tmp_path)
-    assert snapshot(model) == before
