@@ -9,10 +9,10 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 import lora
-from tests.toys import MLP, randomize, raw, tiny_gpt2
+from tests import toys
+from tests.toys import MLP, raw
 
 accelerate = pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")
@@ -33,10 +33,7 @@ def theirs(**sizes) -> nn.Module:
 
 def adapted(**settings) -> nn.Module:
     torch.manual_seed(0)
-    model = MLP()
-    lora.inject(model, **{"targets": ("up", "down"), "r": 2, "seed": 0} | settings)
-    randomize(model)
-    return model
+    return toys.adapted(MLP(), **{"targets": ("up", "down")} | settings)
 
 
 # Hooks that move weights
@@ -58,9 +55,8 @@ def test_an_adapter_on_an_offloaded_model(how, tmp_path):
     torch.manual_seed(0)
     model = offload(MLP(), how, tmp_path / "weights")
     assert model.down.weight.is_meta
-    lora.inject(model, targets=("up", "down"), r=2, seed=0)
+    toys.adapted(model, targets=("up", "down"))
     assert {p.device.type for p in lora.trainable_parameters(model)} == {"cpu"}
-    randomize(model)
     torch.testing.assert_close(model(X), want)
     model(X).square().sum().backward()
     assert all(p.grad is not None for p in lora.trainable_parameters(model))
@@ -225,8 +221,7 @@ def test_a_copy_of_one_layer_carries_no_model():
 
 
 def test_a_second_adapter_does_not_freeze_what_was_thawed():
-    model = tiny_gpt2()
-    lora.inject(model, r=2)
+    model = toys.adapted()
     model.transformer.ln_f.requires_grad_(True)
     lora.inject(model, r=2, adapter="second")
     assert model.transformer.ln_f.weight.requires_grad
@@ -238,9 +233,7 @@ def test_a_second_adapter_does_not_freeze_what_was_thawed():
 
 
 def test_tie_weights_and_a_grown_vocabulary_leave_the_adapter_right():
-    model = theirs()
-    lora.inject(model, r=2)
-    randomize(model)
+    model = toys.adapted(theirs())
     want = model(IDS).logits
     model.tie_weights()
     assert torch.equal(model(IDS).logits, want)
@@ -258,17 +251,24 @@ def test_an_adapted_embedding_is_not_tied_in_silence():
         model.tie_weights()
 
 
-def test_save_pretrained_says_that_it_writes_the_base_alone(tmp_path):
+@pytest.mark.parametrize("merged", [False, True])
+def test_save_pretrained_writes_the_base_alone_and_says_so(merged, tmp_path):
     model = theirs()
-    lora.inject(model, r=2)
+    want, base = {key: raw(value) for key, value in model.state_dict().items()}, model(IDS).logits
+    toys.adapted(model, targets=("c_attn", "mlp.c_fc"))
+    if merged:
+        lora.merge(model)
     with pytest.warns(UserWarning, match=r"writes the base.*lora\.save"):
         model.save_pretrained(tmp_path / "model")
-    twin = copy.deepcopy(model)
-    model.state_dict()  # a checkpoint of one's own is whole
-    lora.eject(twin)
+    again = transformers.GPT2LMHeadModel
+    again, info = again.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert {key: raw(value) for key, value in again.state_dict().items()} == want
+    assert torch.equal(again.eval()(IDS).logits, base)
+    lora.eject(model, merge=merged)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        twin.save_pretrained(tmp_path / "twin")
+        model.save_pretrained(tmp_path / "ejected")
 
 
 def classifier() -> nn.Module:
@@ -313,9 +313,9 @@ def test_fused_experts_are_left_out_aloud():
 
 @pytest.mark.parametrize("kind", [nn.ModuleList, nn.ModuleDict, nn.ParameterList])
 def test_a_container_is_no_module_to_save(kind):
-    model = MLP()
-    held = {nn.ModuleList: [nn.Linear(2, 2)], nn.ModuleDict: {"a": nn.Linear(2, 2)}}
-    model.more = kind(held.get(kind, [torch.ones(2)]))
+    model, more = MLP(), nn.Linear(2, 2)
+    held = {nn.ModuleList: [more], nn.ModuleDict: {"a": more}, nn.ParameterList: [more.weight]}
+    model.more = kind(held[kind])
     with pytest.raises(ValueError, match="more in modules_to_save has no forward"):
         lora.inject(model, targets="up", r=2, modules_to_save="more")
 
@@ -362,13 +362,3 @@ def words():
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     return tokenizer
-
-
-def test_the_weight_that_is_read_is_the_one_in_force_after_a_write_to_data():
-    model = adapted()
-    before = model.up.weight.detach().clone()
-    model.up.updates["default"].B.data.mul_(2)
-    change = model.up.updates["default"].delta().float()
-    torch.testing.assert_close(model.up.weight, model.up.base.weight + change)
-    assert not torch.allclose(model.up.weight, before)
-    assert torch.allclose(F.linear(X, model.up.weight, model.up.bias), model.up(X), atol=1e-5)
