@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 import gpt2
 import lora
-from lora.disk import checkpoint
+from lora.disk import checkpoint, fingerprint
 from tests.toys import IDX, MLP, refused, tiny_gpt2, twin
 
 C_ATTN = "base_model.model.transformer.h.0.attn.c_attn"
@@ -25,22 +25,31 @@ UNSLOTH = (
 )
 
 
-def edit(folder, change, metadata="keep") -> None:
-    """Rewrite the tensors of a saved adapter."""
+def rewrite(folder, change) -> None:
+    """Rewrite the tensors and the metadata of a saved adapter."""
     file = folder / checkpoint.WEIGHTS
     with safe_open(file, "pt") as f:
-        tensors, kept = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()  # noqa: SIM118
-    change(tensors)
-    safetensors.torch.save_file(tensors, file, kept if metadata == "keep" else metadata)
+        tensors, metadata = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()  # noqa: SIM118
+    change(tensors, metadata)
+    safetensors.torch.save_file(tensors, file, metadata)
+
+
+def edit(folder, change) -> None:
+    """Rewrite the tensors of a saved adapter."""
+    rewrite(folder, lambda tensors, _: change(tensors))
+
+
+def drop_metadata(folder, *names: str) -> None:
+    """Drop these metadata of a saved adapter, or all that is ours."""
+    ours = names or (checkpoint.DIGEST, checkpoint.SLICES, fingerprint.BASE)
+    rewrite(folder, lambda _, metadata: [metadata.pop(name, None) for name in ours])
 
 
 def edit_config(folder, **fields) -> None:
     """Rewrite the config of a saved adapter, in weights that do not say which one is theirs."""
     file = folder / checkpoint.CONFIG
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
-    with safe_open(folder / checkpoint.WEIGHTS, "pt") as f:
-        metadata = {key: value for key, value in f.metadata().items() if key != checkpoint.DIGEST}
-    edit(folder, lambda tensors: None, metadata)
+    drop_metadata(folder, checkpoint.DIGEST)
 
 
 def refuses(model, folder, words, error=ValueError, **arguments) -> None:

@@ -8,12 +8,11 @@ import shutil
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 import lora
 from lora.disk import checkpoint, fingerprint
-from tests.toys import MLP, randomize, snapshot
+from tests.folders import edit_config, rewrite
+from tests.toys import MLP, adapted, snapshot
 
 VALUES = [
     None, True, False, 0, 1, -1, 3, 2**31, 1.5, 1e30, "", "up", "(", ".*", [], [[]], [None], [1],
@@ -32,10 +31,7 @@ DTYPES = [torch.float64, torch.float16, torch.int8, torch.bool, torch.complex64,
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    model = MLP(6, 4)
-    lora.inject(model, r=2, targets=("up", "down"), seed=0)
-    randomize(model)
-    lora.save(model, folder)
+    lora.save(adapted(MLP(6, 4), targets=("up", "down")), folder)
     return folder
 
 
@@ -57,36 +53,28 @@ def spoil_bytes(folder, draw: random.Random) -> None:
 
 
 def spoil_tensors(folder, draw: random.Random) -> None:
-    file = folder / checkpoint.WEIGHTS
-    with safe_open(file, "pt") as f:
-        tensors, metadata = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()  # noqa: SIM118
-    key = draw.choice(sorted(tensors))
-    match draw.randrange(7):
-        case 0:
-            tensors[key] = tensors[key].to(draw.choice(DTYPES))
-        case 1:
-            tensors[key] = torch.ones([draw.randint(0, 6) for _ in range(draw.randint(1, 4))])
-        case 2:
-            tensors[key + draw.choice(["", ".x", ".weight"])] = tensors.pop(key)
-        case 3:
-            tensors[key].flatten()[0] = draw.choice([torch.nan, torch.inf, 1e30])
-        case 4:
-            path = draw.choice(["up", "down", "", "nowhere", "up.base_layer", "up.original_module"])
-            tensors[f"base_model.model.{path}.{draw.choice(['weight', 'bias'])}"] = torch.ones(4, 6)
-        case 5:
-            name = draw.choice([fingerprint.BASE, checkpoint.SLICES, checkpoint.DIGEST])
-            metadata.pop(name, None)
-        case 6:
-            del tensors[key]
-    save_file(tensors, file, metadata)
+    def spoil(tensors, metadata) -> None:
+        key = draw.choice(sorted(tensors))
+        match draw.randrange(7):
+            case 0:
+                tensors[key] = tensors[key].to(draw.choice(DTYPES))
+            case 1:
+                tensors[key] = torch.ones([draw.randint(0, 6) for _ in range(draw.randint(1, 4))])
+            case 2:
+                tensors[key + draw.choice(["", ".x", ".weight"])] = tensors.pop(key)
+            case 3:
+                tensors[key].flatten()[0] = draw.choice([torch.nan, torch.inf, 1e30])
+            case 4:
+                path = draw.choice(["up", "down", "", "no", "up.base_layer", "up.original_module"])
+                name = f"base_model.model.{path}.{draw.choice(['weight', 'bias'])}"
+                tensors[name] = torch.ones(4, 6)
+            case 5:
+                name = draw.choice([fingerprint.BASE, checkpoint.SLICES, checkpoint.DIGEST])
+                metadata.pop(name, None)
+            case 6:
+                del tensors[key]
 
-
-def drop_the_digest(folder) -> None:
-    """As if the config had been written like that by PEFT."""
-    file = folder / checkpoint.WEIGHTS
-    with safe_open(file, "pt") as f:
-        tensors, metadata = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()  # noqa: SIM118
-    save_file(tensors, file, {k: v for k, v in metadata.items() if k != checkpoint.DIGEST})
+    rewrite(folder, spoil)
 
 
 @pytest.mark.filterwarnings("ignore:.*was edited|.*Not loaded")
@@ -98,7 +86,7 @@ def test_a_spoiled_folder_loads_or_is_refused(whole, tmp_path):
         folder = tmp_path / "spoiled"
         shutil.copytree(whole, folder)
         if case % 3:
-            drop_the_digest(folder)
+            edit_config(folder)  # as if PEFT had written it like that
         draw.choice([spoil_config, spoil_config, spoil_bytes, spoil_tensors])(folder, draw)
         model = MLP(6, 4)
         before = snapshot(model)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,13 +14,11 @@ from huggingface_hub.errors import (
 )
 
 import lora
-from lora.disk import checkpoint
+from lora.disk.checkpoint import CONFIG, WEIGHTS
 from tests.folders import contents, refuses
-from tests.test_hub import hub
 from tests.toys import IDX, tiny_gpt2
 
-__all__ = ["hub"]  # the fixture: a running Hub
-ROOT = Path(__file__).parent.parent
+FILES = [CONFIG, WEIGHTS]
 
 
 def test_an_adapter_is_downloaded_once_and_then_needs_no_hub(hub, saved):
@@ -32,7 +28,7 @@ def test_an_adapter_is_downloaded_once_and_then_needs_no_hub(hub, saved):
     lora.load(model, "org/adapter")
     assert torch.equal(model(IDX), want)
     fetched = [file for method, file in hub.requests if method == "GET"]
-    assert fetched == [checkpoint.CONFIG, checkpoint.WEIGHTS]
+    assert fetched == [CONFIG, WEIGHTS]
     hub.stop()
     again = tiny_gpt2()
     lora.load(again, "org/adapter", trainable=False)
@@ -57,38 +53,25 @@ def test_a_folder_here_comes_first_and_a_path_never_means_the_hub(
     assert not hub.requests
 
 
-def test_an_unknown_repository_is_said_as_the_hub_says_it(hub):
-    words = r"Repository Not Found for url: .*org/none"
-    refuses(tiny_gpt2(), "org/none", words, RepositoryNotFoundError)
-
-
-@pytest.mark.parametrize("missing", [checkpoint.CONFIG, checkpoint.WEIGHTS])
-def test_a_repository_without_an_adapter(hub, saved, missing):
-    folder, _ = saved
-    kept = {name: data for name, data in contents(folder).items() if name != missing}
-    hub.repos["org/old"] = kept | {"adapter_model.bin": b"pickle"}
-    words = rf"Entry Not Found for url: .*org/old.*{missing}"
-    refuses(tiny_gpt2(), "org/old", words, EntryNotFoundError)
-    assert not any(file.endswith(".bin") for _, file in hub.requests)
-
-
-@pytest.mark.parametrize("how", ["stopped", "offline"])
-def test_out_of_reach(hub, saved, monkeypatch, how):
-    hub.repos["org/adapter"] = contents(saved[0])
-    if how == "stopped":
+@pytest.mark.parametrize(
+    ("repository", "kept", "error", "words"),
+    [
+        ("org/none", FILES, RepositoryNotFoundError, "Repository Not Found for url: .*org/none"),
+        ("org/old", [WEIGHTS], EntryNotFoundError, f"Entry Not Found for url: .*org/old.*{CONFIG}"),
+        ("org/old", [CONFIG], EntryNotFoundError, f"Entry Not Found for url: .*org/old.*{WEIGHTS}"),
+        ("stopped", FILES, LocalEntryNotFoundError, "cannot find the .* in the (local|disk) cache"),
+        ("offline", FILES, LocalEntryNotFoundError, "cannot find the .* in the (local|disk) cache"),
+    ],
+)
+def test_what_is_not_there_is_said_as_the_hub_says_it(
+    hub, saved, monkeypatch, repository, kept, error, words
+):
+    files = {name: data for name, data in contents(saved[0]).items() if name in kept}
+    hub.repos["org/old"] = files | {"adapter_model.bin": b"pickle"}
+    if repository == "stopped":
         hub.stop()
-    else:
+    if repository == "offline":
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    words = r"cannot find the .* in the (local|disk) cache"
-    refuses(tiny_gpt2(), "org/adapter", words, LocalEntryNotFoundError)
-
-
-def test_the_hub_is_imported_only_when_it_is_needed(saved):
-    program = f"""
-import sys
-import lora
-from tests.toys import tiny_gpt2
-lora.load(tiny_gpt2(), {str(saved[0])!r})
-assert "huggingface_hub" not in sys.modules
-"""
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+    name = repository if "/" in repository else "org/old"
+    refuses(tiny_gpt2(), name, words, error)
+    assert not any(file.endswith(".bin") for _, file in hub.requests)

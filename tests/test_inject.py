@@ -16,7 +16,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import gpt2
 import lora
-from tests.folders import UNSLOTH, edit, in_peft, refuses
+from tests.folders import UNSLOTH, drop_metadata, edit, in_peft, refuses
 from tests.toys import (
     IDX,
     MLP,
@@ -328,7 +328,7 @@ def test_slices_train_only_their_blocks():
 def test_slices_go_to_peft_and_come_back_as_slices(tmp_path, rslora):
     model = adapted(targets="c_attn[q,v]", alpha=3, rslora=rslora)
     goes_round(model, tmp_path)
-    edit(tmp_path, lambda tensors: None, metadata={"format": "pt"})
+    drop_metadata(tmp_path)
     plain = tiny_gpt2()  # without our metadata it is a plain adapter of twice the rank
     lora.load(plain, tmp_path)
     torch.testing.assert_close(plain(IDX), model(IDX), **CLOSE)

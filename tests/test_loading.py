@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import gpt2
 import lora
 from lora.disk import checkpoint
-from tests.folders import C_ATTN, edit, edit_config, refuses
+from tests.folders import C_ATTN, drop_metadata, edit, edit_config, refuses
 from tests.toys import IDX, MLP, TINY, adapted, raw, tiny_gpt2
 
 A = f"{C_ATTN}.lora_A.weight"
@@ -182,7 +182,7 @@ def test_the_same_base_in_another_dtype_is_accepted(saved, dtype):
 
 def test_files_without_our_metadata_load(saved):
     folder, want = saved
-    edit(folder, lambda tensors: None, metadata={"format": "pt"})
+    drop_metadata(folder)
     model = tiny_gpt2()
     lora.load(model, folder)
     assert torch.equal(model(IDX), want)
@@ -198,6 +198,33 @@ def test_a_base_without_finite_values_is_saved_without_its_fingerprint(tmp_path)
     assert len(lora.load(tiny_gpt2(seed=0), tmp_path)) == 4
     with pytest.raises(ValueError, match=r"another base, .* in transformer\.h\.0\.mlp\.c_fc"):
         lora.load(tiny_gpt2(seed=5), tmp_path)
+
+
+class Packed(Tensor):
+    """A weight as a quantiser packs it: it can be handed on, and no entry of it can be read."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor):
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0])
+        raise NotImplementedError(f"{func} of a packed weight")
+
+
+def test_an_adapter_of_a_packed_base_is_saved_and_loads(tmp_path):
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3))
+        model[0].weight = nn.Parameter(Packed(model[0].weight.detach()), requires_grad=False)
+        return model
+
+    model, again = adapted(build(), targets="0"), build()
+    lora.save(model, tmp_path)
+    lora.load(again, tmp_path)
+    assert factors(again) == factors(model)
 
 
 def tower(*paths: str) -> nn.Module:
@@ -249,7 +276,7 @@ def test_another_prefix_hides_neither_a_second_place_nor_another_base(old_style,
 
 def test_a_block_is_never_taken_for_another(tmp_path):
     lora.save(adapted(tower("model.language_model"), targets="up", layers=1), tmp_path)
-    edit(tmp_path, lambda tensors: None, metadata={"format": "pt"})  # no base to tell it by
+    drop_metadata(tmp_path)  # no base to tell it by
     small = tower("model.language_model")
     del small.model.language_model.layers[1]
     refuses(small, tmp_path, r"model\.language_model\.layers\.1\.up: no such layer here")
@@ -315,7 +342,7 @@ def test_finiteness_is_judged_in_the_dtype_that_is_loaded_to(saved):
     edit(folder, lambda tensors: tensors.update({A: tensors[A] + 1e5}))
     words = "lora_A has NaN or infinite values in torch.float16"
     refuses(tiny_gpt2(), folder, words, dtype=torch.float16)
-    edit(folder, lambda tensors: tensors.update({A: tensors[A].double()}), metadata=None)
+    edit(folder, lambda tensors: tensors.update({A: tensors[A].double()}))
     lora.load(tiny_gpt2(), folder, allow_base_mismatch=True, dtype=torch.bfloat16)
 
 

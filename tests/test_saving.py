@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora
 from lora.disk import checkpoint
-from tests.folders import C_ATTN, contents, edit, filled, refuses
+from tests.folders import C_ATTN, contents, drop_metadata, filled, refuses
 from tests.toys import MLP, adapted, tiny_gpt2
 
 FILES = [checkpoint.CONFIG, checkpoint.WEIGHTS]
@@ -66,7 +66,8 @@ def test_the_same_adapter_gives_the_same_bytes_in_another_process_and_merged(sav
     code = (
         "import lora; from tests.toys import tiny_gpt2; m = tiny_gpt2(); "
         f"lora.load(m, {str(folder)!r}); "
-        f"lora.save(m, {str(tmp_path / 'other')!r}, notes={{'loss': 0.5}})"
+        f"lora.save(m, {str(tmp_path / 'other')!r}, notes={{'loss': 0.5}}); "
+        "import sys; assert 'huggingface_hub' not in sys.modules"  # which is slow
     )
     env = os.environ | {"PYTHONHASHSEED": "12345"}
     subprocess.run([sys.executable, "-c", code], check=True, env=env, cwd=os.getcwd())
@@ -290,7 +291,7 @@ def test_an_edited_alpha_loads_with_a_warning(tmp_path):
             assert set(call()) == {"up", "down"}
         assert [w.filename for w in caught] == [__file__]
     assert {c.alpha for c in lora.adapters(model)["default"].values()} == {2}
-    edit(tmp_path, lambda tensors: None, metadata={"format": "pt"})  # as PEFT's own files are
+    drop_metadata(tmp_path)  # as PEFT's own files are
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert loaded(tmp_path) == {1.0, 2}
