@@ -66,8 +66,7 @@ def test_gradcheck_with_dropout_replayed(kind):
 
 
 def test_dropout_touches_the_update_only_and_only_in_training():
-    wrapper = adapted("conv1d", 5, 5, 2, dropout=0.5)
-    x = torch.randn(7, 5, dtype=torch.float64)
+    wrapper, x = adapted("conv1d", 5, 5, 2, dropout=0.5), torch.randn(7, 5, dtype=torch.float64)
     base = wrapper.base(x)
     update = wrapper.updates["default"]
     torch.manual_seed(3)
@@ -83,27 +82,10 @@ def test_rslora_scales_by_the_root_of_the_rank():
     assert lora.UpdateConfig(r=16, alpha=8, dropout=0).scaling == 0.5
 
 
-def test_a_square_layer_is_read_by_its_class_not_its_shape():
-    """The same bytes as Linear and as Conv1D are different maps; so are their merged weights."""
-    x = torch.randn(3, 4, dtype=torch.float64)
-    for kind in KINDS:
-        wrapper = adapted(kind, 4, 4, 2)
-        lora.merge(nn.Sequential(wrapper))
-        torch.testing.assert_close(
-            wrapper(x), F.linear(x, dense_merged(wrapper), wrapper.base.bias)
-        )
-
-
-def dense_merged(wrapper: lora.LoRALinear) -> torch.Tensor:
-    update = wrapper.updates["default"]
-    return dense(wrapper.base) + 1.5 * (update.B @ update.A).detach()
-
-
-def test_transformers_conv1d_is_known_by_its_class():
+def test_a_layer_is_known_by_its_class_not_its_shape():
     theirs = transformers.pytorch_utils.Conv1D(6, 4)  # (nf, nx)
-    assert lora.LoRALinear(theirs).weight_out_in.shape == (6, 4)
-    assert lora.LoRALinear(gpt2.Conv1D(4, 6)).weight_out_in.shape == (6, 4)
-    assert lora.LoRALinear(nn.Linear(4, 6)).weight_out_in.shape == (6, 4)
+    for base in (theirs, gpt2.Conv1D(4, 6), nn.Linear(4, 6)):
+        assert lora.LoRALinear(base).weight_out_in.shape == (6, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
