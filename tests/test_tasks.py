@@ -98,19 +98,16 @@ def test_a_run_of_several_goes_on_where_it_was_stopped(
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     arguments = [*quick, "--steps", "5", *VALID, "--tasks", *files, "--res_path"]
     assert train([*arguments, str(whole)]) == 0
-    recorded, taken = saving.recorded, 0
-    for i, stop in enumerate(stops):
+    taken = 0
 
-        def stopped(run, place, stop=stop):
-            nonlocal taken
-            for record in recorded(run, place):
-                yield record
-                taken += 1
-                if taken == stop:
-                    os.kill(os.getpid(), signal.SIGTERM)
+    def stopping(record, place):
+        nonlocal taken
+        taken += 1
+        return taken in stops
 
+    for i in range(len(stops)):
         with monkeypatch.context() as patch:
-            patch.setattr(saving, "recorded", stopped)
+            patch.setattr(saving, "recorded", stopped(saving.recorded, stopping))
             capsys.readouterr()
             assert train(["--resume", str(cut)] if i else [*arguments, str(cut)]) == 143
         error = capsys.readouterr().err
@@ -125,13 +122,13 @@ def test_a_run_of_several_goes_on_where_it_was_stopped(
     assert "or the run has ended" in capsys.readouterr().err
 
 
-def stopped(recorded, names):
-    """`saving.recorded`, with a SIGTERM after a step of one of these adapters."""
+def stopped(recorded, stops):
+    """`saving.recorded`, with a SIGTERM after each step that `stops` says."""
 
     def until(run, place):
         for record in recorded(run, place):
             yield record
-            if place.name in names:
+            if stops(record, place):
                 os.kill(os.getpid(), signal.SIGTERM)
 
     return until
@@ -141,7 +138,7 @@ def test_another_file_or_option_is_refused(script, quick, tmp_path, files, capsy
     train, saving, out = script("train_qa").main, script("runs.train"), tmp_path / "out"
     arguments = [*quick, "--steps", "5", *VALID, "--tasks", *files, "--res_path", str(out)]
     with monkeypatch.context() as patch:
-        patch.setattr(saving, "recorded", stopped(saving.recorded, NAMES))
+        patch.setattr(saving, "recorded", stopped(saving.recorded, lambda *_: True))
         assert train(arguments) == 143
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     capsys.readouterr()
@@ -170,7 +167,9 @@ def test_a_file_that_changed_after_its_adapter_was_trained_is_refused(
     train, saving, out = script("train_qa").main, script("runs.train"), tmp_path / "out"
     arguments = [*quick, "--steps", "2", *VALID, "--tasks", *files, "--res_path", str(out)]
     with monkeypatch.context() as patch:
-        patch.setattr(saving, "recorded", stopped(saving.recorded, ["air"]))
+        patch.setattr(
+            saving, "recorded", stopped(saving.recorded, lambda _, place: place.name == "air")
+        )
         assert train(arguments) == 143
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     was = {file: Path(file).read_bytes() for file in files}
