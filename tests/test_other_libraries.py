@@ -21,14 +21,15 @@ X = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
 IDS = torch.tensor([[1, 2, 3, 4]])
 
 
-def theirs(**sizes) -> nn.Module:
+def theirs(kind: str = "GPT2LMHeadModel", **sizes) -> nn.Module:
     torch.manual_seed(0)
     config = transformers.GPT2Config(
         **{"n_layer": 2, "n_head": 2, "n_embd": 8, "vocab_size": 20, "n_positions": 8} | sizes,
         bos_token_id=0,
         eos_token_id=0,
+        pad_token_id=0,
     )
-    return transformers.GPT2LMHeadModel(config).eval()
+    return getattr(transformers, kind)(config).eval()
 
 
 def adapted(**settings) -> nn.Module:
@@ -271,17 +272,9 @@ def test_save_pretrained_writes_the_base_alone_and_says_so(merged, tmp_path):
         model.save_pretrained(tmp_path / "ejected")
 
 
-def classifier() -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        n_layer=1, n_head=2, n_embd=8, vocab_size=20, n_positions=8, num_labels=3, pad_token_id=0,
-        bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    return transformers.GPT2ForSequenceClassification(config).eval()
-
-
 def test_a_head_that_a_task_trains_is_named(tmp_path):
-    model = classifier()
+    classifier = {"kind": "GPT2ForSequenceClassification", "num_labels": 3}
+    model = theirs(**classifier)
     with pytest.raises(TypeError, match=r"modules_to_save=\('score',\)"):
         lora.inject(model, r=2, task_type="SEQ_CLS")
     lora.inject(model, r=2)
@@ -290,7 +283,7 @@ def test_a_head_that_a_task_trains_is_named(tmp_path):
     lora.eject(model)
     lora.inject(model, r=2, modules_to_save="score")
     lora.save(model, tmp_path / "with")
-    other = classifier()
+    other = theirs(**classifier)
     with torch.no_grad():
         other.score.weight.mul_(-1)
     lora.load(other, tmp_path / "with")
@@ -311,22 +304,17 @@ def test_fused_experts_are_left_out_aloud():
 # modules_to_save
 
 
-@pytest.mark.parametrize("kind", [nn.ModuleList, nn.ModuleDict, nn.ParameterList])
-def test_a_container_is_no_module_to_save(kind):
-    model, more = MLP(), nn.Linear(2, 2)
-    held = {nn.ModuleList: [more], nn.ModuleDict: {"a": more}, nn.ParameterList: [more.weight]}
-    model.more = kind(held[kind])
-    with pytest.raises(ValueError, match="more in modules_to_save has no forward"):
-        lora.inject(model, targets="up", r=2, modules_to_save="more")
-
-
-def test_a_tied_module_to_save_and_one_that_is_a_target_are_said():
-    model = theirs()
-    with pytest.warns(UserWarning, match="wte.weight and lm_head.weight are one tensor"):
-        lora.inject(model, r=2, modules_to_save="lm_head")
-    model = MLP()
+def test_containers_tied_modules_and_targets_among_modules_to_save_are_said():
+    more = nn.Linear(2, 2)
+    for held in (nn.ModuleList([more]), nn.ModuleDict({"a": more}), nn.ParameterList([more.bias])):
+        model = MLP()
+        model.more = held
+        with pytest.raises(ValueError, match="more in modules_to_save has no forward"):
+            lora.inject(model, targets="up", r=2, modules_to_save="more")
     with pytest.raises(ValueError, match=r"up is a target and in modules_to_save.*exclude="):
-        lora.inject(model, targets="all-linear", r=2, modules_to_save="up")
+        lora.inject(MLP(), targets="all-linear", r=2, modules_to_save="up")
+    with pytest.warns(UserWarning, match="wte.weight and lm_head.weight are one tensor"):
+        lora.inject(theirs(), r=2, modules_to_save="lm_head")
 
 
 # TRL
