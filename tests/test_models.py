@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import copy
 
-import peft
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import gpt2
 import lora
 from tests.folders import llama
-from tests.toys import MLP, TINY, adapted, layer, randomize, raw, refused, snapshot, tiny_gpt2, twin
+from tests.toys import MLP, adapted, layer, randomize, raw, refused, snapshot, tiny_gpt2, twin
 
 IDX = torch.randint(0, 31, (3, 7), generator=torch.Generator().manual_seed(0))
 ROWS = ["a", None, {"a": 0.5, "b": 2.0}]
@@ -69,18 +67,6 @@ def test_the_whole_life_of_a_bank(build, tmp_path):
     assert torch.equal(logits(model), alone["a"])
 
 
-def test_a_llamas_adapters_go_to_peft(tmp_path):
-    model = bank(llama)
-    for name in "ab":
-        lora.activate(model, name)
-        lora.save(model, tmp_path, adapter=name)
-        theirs = peft.PeftModel.from_pretrained(llama(), tmp_path).eval()
-        torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-4, atol=1e-5)
-    plain = llama()
-    lora.inject(plain, r=2, targets=("q_proj", "v_proj"))
-    assert lora.count_parameters(plain).trainable == 2 * 2 * (2 * 8 + 8 * 2)
-
-
 def test_transformers_generates_under_routing():
     model = bank(MODELS["transformers"])
     config = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
@@ -93,22 +79,6 @@ def test_transformers_generates_under_routing():
 
 
 # Other states
-
-
-def test_on_the_meta_device():
-    with torch.device("meta"):
-        model = gpt2.GPT2(TINY)
-    real = tiny_gpt2()
-    for m in (model, real):
-        paths = lora.inject(m, r=2, targets=("c_attn[q,v]", "c_fc"), adapter="first")
-        lora.inject(m, r=4, targets="mlp.c_proj")
-    assert lora.count_parameters(model) == lora.count_parameters(real)
-    assert lora.adapters(model) == lora.adapters(real)
-    assert model(IDX.to("meta")).shape == (3, 7, TINY.vocab_size)
-    assert paths == list(lora.adapters(model)["first"])
-    lora.activate(model, "first")
-    lora.eject(model)
-    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_a_deepcopy_shares_nothing_and_knows_what_was_trainable():
