@@ -7,25 +7,10 @@ Shapes: T time · C n_embd · D head size · V vocab.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file
 
 Weights = Mapping[str, np.ndarray]
-
-
-def read(file: Path | str) -> dict[str, np.ndarray]:
-    """A checkpoint in either layout, as float64."""
-    return {
-        name.removeprefix("transformer."): tensor.astype(np.float64)
-        for name, tensor in load_file(file).items()
-    }
-
-
-def with_deltas(weights: Weights, deltas: Weights) -> dict[str, np.ndarray]:
-    """The weights plus dense updates `(in, out)`, such as `{"h.0.attn.c_attn.weight": s BA}`."""
-    return {**weights, **{name: weights[name] + delta for name, delta in deltas.items()}}
 
 
 def gelu(x: np.ndarray) -> np.ndarray:
