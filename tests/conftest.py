@@ -96,14 +96,6 @@ def saved(tmp_path: Path) -> tuple[Path, torch.Tensor]:
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A running Hub on this machine; `.stop()` ends it."""
-    from tests.hub import serve  # imports huggingface_hub, which is slow
-
-    yield from serve(tmp_path / "cache", monkeypatch)
-
-
-@pytest.fixture
 def script():
     """Import a script, or a room of theirs, by its name."""
     return lambda name: importlib.import_module(f"scripts.{name}")

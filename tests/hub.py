@@ -1,13 +1,9 @@
 """A server on this machine that answers as the Hub does."""
 
-from __future__ import annotations
-
 import hashlib
 import http.server
 import json
 import threading
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
@@ -70,11 +66,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.wfile.write(text)
 
 
-def serve(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[http.server.HTTPServer]:
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
     """A running Hub that huggingface_hub takes for the real one; `.stop()` ends it."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.repos, server.requests = {}, []
-    server.cache = cache
+    server.cache = tmp_path / "cache"
     server.endpoint = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     for name, value in {

@@ -16,8 +16,10 @@ from huggingface_hub.errors import (
 import lora
 from lora.disk.checkpoint import CONFIG, WEIGHTS
 from tests.folders import contents, refuses
+from tests.hub import hub
 from tests.toys import IDX, tiny_gpt2
 
+__all__ = ["hub"]  # the fixture: a running Hub
 FILES = [CONFIG, WEIGHTS]
 
 

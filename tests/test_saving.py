@@ -55,6 +55,9 @@ def test_the_format_is_pefts(saved, tmp_path):
     config = json.loads((tmp_path / "plain" / checkpoint.CONFIG).read_text())
     assert config["fan_in_fan_out"] is False
     assert config["base_model_name_or_path"] == "org/base"
+    lora.save(adapted(targets="attn.c_proj"), tmp_path / "paths")  # c_proj ends other layers too
+    config = json.loads((tmp_path / "paths" / checkpoint.CONFIG).read_text())
+    assert config["target_modules"] == [f"transformer.h.{i}.attn.c_proj" for i in (0, 1)]
 
 
 def test_the_same_adapter_gives_the_same_bytes_in_another_process_and_merged(saved, tmp_path):
