@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -56,26 +56,28 @@ def small_base(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+@pytest.fixture
+def quick(small_base) -> list[str]:
+    """The arguments of a run of three steps on the small base."""
+    from tests.script_runs import QUICK
+
+    return [*QUICK, "--model_name", small_base]
+
+
 @pytest.fixture(scope="session")
 def demo_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The demo's run: its folder, and what it printed. Processes of one suite share it."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     folder, printed = shared / "runs" / "demo", shared / "demo.txt"
-    script = Path(__file__).parents[1] / "scripts" / "train_qa.py"
+    train = importlib.import_module("scripts.train_qa").main
     with FileLock(shared / "demo.lock"):
         if not printed.exists():
-            done = subprocess.run(
-                [sys.executable, str(script), "--device", "cpu", "--res_path", str(folder)],
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                encoding="utf-8",
-                env={**os.environ, "HF_HUB_OFFLINE": "1"},
-                timeout=600,
-            )
-            assert done.returncode == 0, done.stderr
-            assert done.stderr == ""
-            printed.write_text(done.stdout, encoding="utf-8")
+            out, error = io.StringIO(), io.StringIO()
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+                assert train(["--device", "cpu", "--res_path", str(folder)]) == 0
+            assert error.getvalue() == ""
+            printed.write_text(out.getvalue(), encoding="utf-8")
     return folder, printed.read_text(encoding="utf-8")
 
 

@@ -15,12 +15,15 @@ import pytest
 
 import gpt2
 import lora
-
-for package in ("jsonargparse", "docstring_parser", "yaml", "rich", "matplotlib"):
-    pytest.importorskip(package, reason="the scripts need the extra 'scripts'")
-
-from tests.test_resume_script import MANY, VALID, losses_of, stopped_after  # noqa: E402
-from tests.test_scripts import QUICK, assert_trained, command  # noqa: E402
+from tests.script_runs import (
+    MANY,
+    QUICK,
+    VALID,
+    assert_trained,
+    command,
+    losses_of,
+    stopped_after,
+)
 
 
 @pytest.fixture

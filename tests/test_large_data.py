@@ -9,11 +9,7 @@ from pathlib import Path
 import pytest
 
 import gpt2
-
-for package in ("jsonargparse", "docstring_parser", "yaml", "rich", "matplotlib"):
-    pytest.importorskip(package, reason="the scripts need the extra 'scripts'")
-
-from tests.test_scripts import QUICK  # noqa: E402
+from tests.script_runs import QUICK
 
 ROWS = [{"question": f"What is {i}?", "answer": f"It is {i % 7}."} for i in range(60)]
 

@@ -17,11 +17,7 @@ import pytest
 import torch
 
 import lora
-
-for package in ("jsonargparse", "docstring_parser", "yaml", "rich", "matplotlib"):
-    pytest.importorskip(package, reason="the scripts need the extra 'scripts'")
-
-from tests.test_scripts import QUICK  # noqa: E402
+from tests.script_runs import QUICK
 
 
 class Page(HTMLParser):

@@ -13,11 +13,7 @@ import pytest
 
 import gpt2
 import lora
-
-for package in ("jsonargparse", "docstring_parser", "yaml", "rich", "matplotlib"):
-    pytest.importorskip(package, reason="the scripts need the extra 'scripts'")
-
-from tests.test_scripts import QUICK, SCRIPTS, assert_trained, command  # noqa: E402
+from tests.script_runs import QUICK, SCRIPTS, assert_trained, command
 
 ARTICLE = str(SCRIPTS / "data" / "article.jsonl")
 MANY = [f'{{"prompt": "Q{i}:", "completion": " answer {i}"}}' for i in range(12)]

@@ -12,20 +12,10 @@ import pytest
 
 import gpt2
 import lora
-
-for package in ("jsonargparse", "docstring_parser", "yaml", "rich", "matplotlib"):
-    pytest.importorskip(package, reason="the scripts need the extra 'scripts'")
-
-from tests.test_scripts import QUICK  # noqa: E402
-from tests.toys import split  # noqa: E402
+from tests.script_runs import VALID
+from tests.toys import split
 
 NAMES = ("sea", "land", "air")
-VALID = ["--validation", "0.4", "--eval_every", "2", "--train_batch_size", "2"]
-
-
-@pytest.fixture
-def quick(small_base) -> list[str]:
-    return [*QUICK, "--model_name", small_base]
 
 
 @pytest.fixture

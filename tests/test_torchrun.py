@@ -20,10 +20,8 @@ import pytest
 
 from gpt2.training import snapshots
 from tests.processes import end, together
-from tests.test_scripts import QUICK, SCRIPTS
+from tests.script_runs import QUICK, SCRIPTS
 
-for package in ("jsonargparse", "docstring_parser", "yaml", "rich", "matplotlib"):
-    pytest.importorskip(package, reason="the scripts need the extra 'scripts'")
 if not Path("/proc/self/task").is_dir():
     pytest.skip("the tests look for child processes in /proc", allow_module_level=True)
 
