@@ -228,9 +228,14 @@ def test_an_adapter_is_found_in_its_run():
     assert find("run") == Path("run")
     Path("run", "adapter", "adapter_config.json").write_text("{}")
     assert find("run") == find("run/adapter") == Path("run", "adapter")
+    Path("run", "last").mkdir()
+    Path("run", "last", "adapter_config.json").write_text("{}")
+    assert find("run") == Path("run", "adapter")
     Path("run", "poet").mkdir()
     Path("run", "poet", "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="several adapters: name one of run/adapter, run/poet"):
+    with pytest.raises(
+        ValueError, match="several adapters: name one of run/adapter, run/last, run/poet"
+    ):
         find("run")
 
 
