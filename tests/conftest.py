@@ -37,7 +37,19 @@ settings.load_profile("timeless")
 # The promises of bits and of rounding are kept by several threads too.
 TWO_THREADS = ["test_exactness", "test_layer", "test_merge", "test_packing", "test_population"]
 TWO_THREADS += ["test_routing", "test_state_machine"]
+# Files that wait for other processes, or take long: they begin first, so that no core is idle when
+# they end. Files of many tests would else: `--dist loadfile` sorts by their number.
+FIRST = "torchrun search scripts command_line tour store pretrained fit bad_data suite".split()
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}.py": place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture(scope="session")
@@ -57,10 +69,11 @@ def small_base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def quick(small_base) -> list[str]:
-    """The arguments of a run of three steps on the small base."""
+def quick(small_base, script, monkeypatch) -> list[str]:
+    """The arguments of a run of three steps on the small base, which draws no picture."""
     from tests.script_runs import QUICK
 
+    monkeypatch.setattr(script("page.charts"), "png", lambda charts, file: file.touch())
     return [*QUICK, "--model_name", small_base]
 
 

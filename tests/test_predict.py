@@ -64,7 +64,7 @@ def expected(adapter: Path | None = None, **options) -> list[str]:
     model, tokenizer = gpt2.GPT2.from_pretrained("small"), gpt2.Tokenizer()
     if adapter is not None:
         lora.load(model, adapter / "adapter")
-    prompts = dict.fromkeys(e.prompt for e in gpt2.read_prompts("prompts.jsonl"))
+    prompts = dict.fromkeys(line["prompt"] for line in lines("prompts.jsonl"))
     config = gpt2.GenerateConfig(max_new_tokens=NEW, **options)
     ids = [tokenizer.encode(prompt) for prompt in prompts]
     return [tokenizer.decode(row) for row in gpt2.generate(model, ids, config)]
@@ -109,7 +109,7 @@ def test_each_prompt_draws_its_own_numbers_however_it_is_batched_and_resumed():
 
 
 def test_an_exact_answer_is_counted(capsys):
-    prompts = dict.fromkeys(e.prompt for e in gpt2.read_prompts("prompts.jsonl"))
+    prompts = dict.fromkeys(line["prompt"] for line in lines("prompts.jsonl"))
     asked = [{"prompt": p, "completion": s} for p, s in zip(prompts, expected(), strict=True)]
     asked[0]["completion"] = " no"
     asked[1] = {"prompt": asked[1]["prompt"]}

@@ -157,8 +157,10 @@ def test_a_damaged_file_of_a_run_is_named(name, text, script, tmp_path, capsys):
     assert not (tmp_path / "report.html").exists()
 
 
-def test_no_spike_is_lost(script):
+def test_no_spike_is_lost_and_a_decade_is_half_of_two(script):
     charts = script("page.charts")
+    for log, share in ((True, 0.5), (False, 9 / 99)):
+        assert charts.Axis(1, 100, log).at(10) == pytest.approx(share)
     points = [(i, 1.0) for i in range(100_000)]
     points[777], points[70_001], points[5] = (777, 9.0), (70_001, -3.0), (5, float("nan"))
     kept = charts.thinned(points)

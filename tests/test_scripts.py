@@ -415,15 +415,33 @@ def test_references_are_compared_and_no_part_of_the_prompt(script, quick, tmp_pa
     ]
 
 
-def test_the_bases_dropouts_are_its_own_or_what_is_asked_for(script, quick, tmp_path):
-    """The small base states 0.1."""
+def test_answers_are_judged_by_those_that_were_trained_or_else_by_references(script):
+    cases = [  # trained, references, answer, its length of at most 2
+        ([" a"], [], " a", 1, "exact"),
+        ([" a"], [], " a", 2, "exact, cut off"),
+        ([" a"], [" b"], " a b", 2, "exact, then goes on"),
+        ([" a"], [" b"], " b", 1, "differs"),
+        ([], [" b"], " b", 1, "not trained; reference: exact"),
+        ([], [], " b", 1, "not trained"),
+    ]
+    answers = [{"trained": t, "references": r, "tuned": said} for t, r, said, _, _ in cases]
+    ids = [[[0] * length] for *_, length, _ in cases]
+    script("runs.answers").judge(answers, ids, gpt2.GenerateConfig(max_new_tokens=2), whole=True)
+    assert [answer["verdict"] for answer in answers] == [verdict for *_, verdict in cases]
+
+
+def test_the_bases_dropouts_and_the_rate_of_b_are_what_is_asked_for(script, quick, tmp_path):
+    """The small base states a dropout of 0.1."""
     losses = {}
-    for name, asked in {"own": [], "none": ["0"], "some": ["0.1"]}.items():
-        arguments = [*quick, "--lora.dropout", "0", "--res_path", str(tmp_path / name)]
-        arguments += ["--base_dropout", *asked] if asked else []
+    for asked in ("", "--base_dropout 0", "--base_dropout 0.1", "--b_ratio 16"):
+        out = tmp_path / f"run{asked}"
+        arguments = [*quick, "--lora.dropout", "0", "--res_path", str(out), *asked.split()]
         assert script("train_qa").main(arguments) == 0
-        losses[name] = losses_of(tmp_path / name)
-    assert losses["own"] == losses["some"] != losses["none"]
+        losses[asked] = losses_of(out)
+    same, none, some, faster = losses.values()
+    assert same == some != none
+    assert same[0] == faster[0]
+    assert same[2] > faster[2]
 
 
 def test_a_separator_is_between_prompt_and_completion_wherever_prompts_are_read(

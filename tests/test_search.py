@@ -137,9 +137,15 @@ def test_a_search_on_an_apple_gpu_finds_what_one_on_a_cpu_does(made):
         assert other == pytest.approx(one, rel=1e-4)
 
 
-def test_all_of_a_rung_rest_at_the_same_share_and_the_worst_retire(made):
+def test_all_of_a_rung_rest_at_the_same_share_and_the_worst_retire(made, script):
     course = made()
     course.search(None)
+    board = [*script("tuner.outcome").leaderboard(course)]
+    assert [row["rung"] for row in board] == [3, 3, 2, 2, 1, 1, 1, 1]
+    means = {n: sum(course.losses_of(n)) for n in course.finalists}
+    assert board[0]["trial"] == course.winner == min(means, key=means.__getitem__)
+    losses = [row["losses"][row["rung"]] for row in board]
+    assert losses[2:4] + losses[4:] == sorted(losses[2:4]) + sorted(losses[4:])
     for rung, trials in enumerate(course.rungs):
         losses = {n: course.by_rung(n)[rung + 1] for n in trials}
         on = course.rungs[rung + 1] if rung < 2 else course.finalists
