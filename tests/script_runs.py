@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
+import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,33 @@ def command(script: str, *arguments: str) -> list[str]:
 def environment() -> dict[str, str]:
     """In which another process imports what this one does."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+
+
+def two_processes(
+    script: str, *arguments: str, second: Sequence[str] = ()
+) -> list[tuple[int, str, str]]:
+    """How a script ends in two processes without a torchrun; the second has more arguments."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    group = {**environment(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    group |= {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    runs = [
+        subprocess.Popen(
+            command(script, *arguments, *more),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**group, "RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank, more in (("0", ()), ("1", second))
+    ]
+    try:
+        told = [run.communicate(timeout=120) for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+    return [(run.returncode, *texts) for run, texts in zip(runs, told, strict=True)]
 
 
 def rows(file: Path) -> list[dict]:

@@ -414,24 +414,19 @@ def test_the_installed_command_trains_generates_and_merges_anywhere(installed, h
         assert (done.returncode, done.stderr.count(b"\n")) == (2, 1)
 
 
-@pytest.mark.parametrize(
-    ("config", "base"),
-    [
+def test_the_base_is_the_one_that_the_adapter_names(tmp_path):
+    base_of = importlib.import_module("scripts.runs.folder").base_of
+    adapter = tmp_path / "trained" / "adapter"
+    adapter.mkdir(parents=True)
+    assert base_of(None) == base_of(str(adapter)) == "demo"
+    for config, base in (
         ('{"base_model_name_or_path": "gpt2-medium"}', "gpt2-medium"),
         ('{"base_model_name_or_path": null}', "demo"),
         ("{", "demo"),
         ("[]", "demo"),
-        (None, "demo"),
-    ],
-)
-def test_the_base_is_the_one_that_the_adapter_names(tmp_path, config, base):
-    base_of = importlib.import_module("scripts.runs.folder").base_of
-    adapter = tmp_path / "trained" / "adapter"
-    adapter.mkdir(parents=True)
-    if config is not None:
+    ):
         (adapter / "adapter_config.json").write_text(config)
-    assert base_of(str(adapter)) == base_of(str(adapter.parent)) == base
-    assert base_of(None) == "demo"
+        assert base_of(str(adapter)) == base_of(str(adapter.parent)) == base
 
 
 def test_print_config_gives_a_file_of_all_options(capsys):
@@ -451,20 +446,17 @@ def test_flags_win_wherever_the_config_stands(capsys):
         assert (options.lr, options.steps, options.config) == (0.5, 3, "c.yaml")
 
 
-def test_help_shows_the_defaults_of_the_config(capsys):
+@pytest.mark.parametrize(
+    ("named", "lr", "epochs"), [([], 0.003, 40), (["--config", "article.yaml"], 0.0001, 500)]
+)
+def test_help_shows_the_defaults_of_the_config(named, lr, epochs, capsys, monkeypatch):
     """The demo's, or those of the file that is named."""
-
-    def shown(*argv: str) -> str:
-        with pytest.raises(SystemExit) as ended:
-            importlib.import_module("scripts.train_qa").options_of([*argv, "--help"])
-        assert ended.value.code == 0
-        return " ".join(capsys.readouterr().out.split())
-
-    said = shown()
-    assert "peak learning rate. (type: float, default: 0.003)" in said
-    assert "(type: int | null, default: 40)" in said
-    dropout = said.rpartition("--lora.dropout DROPOUT ")[2][:250]
-    assert "(type: float, default: 0.1)" in dropout
-    said = shown("--config", str(SCRIPTS / "configs" / "article.yaml"))
-    assert "peak learning rate. (type: float, default: 0.0001)" in said
-    assert "(type: int | null, default: 500)" in said
+    monkeypatch.chdir(SCRIPTS / "configs")
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit) as ended:
+        parsed(*named, "--help")
+    assert ended.value.code == 0
+    said = dict(
+        re.findall(r"^  --([\w.]+) \S+\s+(?:\S.*)?default: (.*)\)$", capsys.readouterr().out, re.M)
+    )
+    assert (said["lr"], said["epochs"], said["lora.dropout"]) == (str(lr), str(epochs), "0.1")

@@ -9,7 +9,6 @@ import io
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,7 +26,7 @@ import lora
 from gpt2.population.training import PopulationTraining
 from gpt2.training.loop import Training
 from tests.devices import pretended_device
-from tests.script_runs import command, environment, record_of, rows, write_rows
+from tests.script_runs import command, environment, record_of, rows, two_processes, write_rows
 from tests.toys import tiny_data as data
 from tests.toys import tiny_gpt2
 
@@ -379,16 +378,31 @@ def test_a_search_that_is_killed_goes_on_to_the_same_bytes(found, tiny, tmp_path
     assert "or the run has ended" in capsys.readouterr().err
 
 
-def test_a_full_disk_says_where_and_how_to_go_on(tiny, tmp_path, script, capsys, monkeypatch):
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+def full(*_: object) -> None:
+    raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(script("tuner.checkpoint"), "write_tensors", full)
-    place = tmp_path / "run"
-    assert script("search").main([*tiny, "--res_path", str(place)]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"{place / 'waves' / 'rung-1-wave-1.safetensors'} cannot be written: ")
-    assert said.endswith(f"No space left on device. Go on with --resume {place}.\n")
+
+@pytest.mark.parametrize(
+    ("place", "fault", "code"),
+    [
+        ("waves:Waves.train", stopped, 130),
+        ("sampler:write_study", stopped, 130),
+        ("checkpoint:write_tensors", full, 2),
+    ],
+    ids=["in training", "while it writes", "a full disk"],
+)
+def test_what_ends_a_search_says_how_to_go_on(
+    place, fault, code, tiny, tmp_path, script, capsys, monkeypatch
+):
+    room, _, name = place.partition(":")
+    monkeypatch.setattr(f"scripts.tuner.{room}.{name}", fault)
+    run = tmp_path / "run"
+    assert script("search").main([*tiny, "--res_path", str(run)]) == code
+    said = "Interrupted."
+    if fault is full:
+        said = f"{run / 'waves' / 'rung-1-wave-1.safetensors'} cannot be written: "
+        said += "[Errno 28] No space left on device."
+    assert capsys.readouterr().err == f"{said} Go on with --resume {run}.\n"
 
 
 @pytest.mark.parametrize(
@@ -407,6 +421,7 @@ def test_a_full_disk_says_where_and_how_to_go_on(tiny, tmp_path, script, capsys,
         (["--seeds", "1"], "1 does not conform to restriction v>=2"),
         (["--test", ""], "test is empty: leave it out"),
         (["--lora.targets", "nothing"], "No module matches target 'nothing'"),
+        (["--space", '{"r": [2, 400], "lr": [0.1, 0.2]}'], "400 is above"),
         (["--resume", "nowhere"], "nowhere has nothing to resume"),
     ],
 )
@@ -471,14 +486,6 @@ def test_optuna_missing_names_the_extra(tiny, script, capsys, monkeypatch):
     assert capsys.readouterr().err == "optuna is missing: pip install 'lora-gpt2[search]'.\n"
 
 
-def test_a_rank_above_a_layers_side_is_refused_beforehand(tiny, tmp_path, script, capsys):
-    place = tmp_path / "run"
-    more = ["--space", '{"r": [2, 400], "lr": [0.1, 0.2]}', "--res_path", str(place)]
-    assert script("search").main([*tiny, *more]) == 2
-    assert "400 is above" in capsys.readouterr().err
-    assert not place.exists()
-
-
 def test_slots_that_do_not_fit_in_memory_are_refused_with_what_fits(
     tiny, tmp_path, script, capsys, monkeypatch
 ):
@@ -491,78 +498,16 @@ def test_slots_that_do_not_fit_in_memory_are_refused_with_what_fits(
     fit = int(said.partition("--slots ")[2].rstrip(".\n"))
     assert fit < 3
     assert not place.exists()
-    place.joinpath("waves").mkdir(parents=True)
-    place.joinpath("waves", "made_of.json").write_text('{"of": "another search"}')
-    more = ["--slots", str(fit), "--res_path", str(place), "--overwrite", "true"]
-    assert script("search").main([*tiny, *more]) == 0
-
-
-ROOM = lora.LoRAConfig(r=16, targets="all-linear", dropout=0.1)
-SMALL = """
-import numpy as np, gpt2, lora
-from gpt2.population.training import PopulationTraining
-
-def small():
-    model = gpt2.GPT2.from_pretrained("demo", dropout=0.0)
-    tokens = gpt2.Dataset(np.arange(640, dtype=np.int32), np.arange(64, 641, 64), np.zeros(10, int))
-    return model, gpt2.TrainConfig(steps=2, batch_size=1), tokens
-"""
-PEAKS = """
-import pathlib
-room = lora.LoRAConfig(r=16, targets="all-linear", dropout=0.1)
-for k in (8, 20):
-    model, config, tokens = small()
-    slots = lora.Population(model, k, room)
-    training = PopulationTraining(model, slots, tokens, config)
-    for slot in range(k):
-        slots.draw(slot, room)
-        training.start(slot, config)
-    training.advance(1)
-    del model, slots, training
-    # Not ru_maxrss, which begins as that of the process which started this one.
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-    print(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="looks for memory in /proc")
-def test_what_a_slot_takes_is_about_what_is_measured(made, script, monkeypatch):
-    """Against the peak memory of twelve slots more."""
-    measuring = [sys.executable, "-c", SMALL + PEAKS]
-    ended = subprocess.run(measuring, env=environment(), capture_output=True, text=True)
-    few, many = map(int, ended.stdout.split())
-    names: dict[str, object] = {}
-    exec(SMALL, names)
-    base, config, tokens = names["small"]()
-    waves, told = made().waves, []
-    usual = replace(waves.plan.usual, adapter=ROOM, training=config)
-    plan = replace(waves.plan, space=script("tuner.trials").Space({}), usual=usual, slots=100)
-    waves = script("tuner.waves").Waves(base, tokens, tokens, replace(plan, trials=100, rungs=1))
-    measure = waves._measured
-    monkeypatch.setattr(script("tuner.waves"), "available", lambda device: 1e-9)
-    monkeypatch.setattr(waves, "_measured", lambda: told.append(measure()) or 1 << 30)
-    with pytest.raises(ValueError, match="about 0 fit"):
-        waves.check_memory()
-    assert 0.6 < (many - few) * 1024 / 12 / told[0] < 1.4
+    monkeypatch.setattr(script("tuner.waves").Waves, "train", stopped)  # which is reached
+    assert script("search").main([*tiny, "--slots", str(fit), "--res_path", str(place)]) == 130
 
 
 def test_two_processes_find_what_one_finds(found, tiny, tmp_path):
     """Each trains trials of its own; to rounding, since a product of fewer rows is another."""
     place = tmp_path / "run"
-    started = command("search.py", *tiny, "--res_path", str(place))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    group = {**environment(), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    pipe = {"stdout": subprocess.PIPE, "text": True}
-    both = [
-        subprocess.Popen(started, env={**group, "RANK": rank, "LOCAL_RANK": rank}, **pipe)
-        for rank in ("0", "1")
-    ]
-    printed = [process.communicate(timeout=120)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    assert printed[0].count("Saved in") == 1
-    assert printed[1] == ""
+    (code, out, _), *others = two_processes("search.py", *tiny, "--res_path", str(place))
+    assert (code, out.count("Saved in")) == (0, 1)
+    assert others == [(0, "", "")]
     boards = (rows(folder / "leaderboard.jsonl") for folder in (place, found))
     for row, wanted in zip(*boards, strict=True):
         assert row["losses"] == pytest.approx(wanted["losses"], rel=1e-3)
@@ -574,19 +519,6 @@ def test_two_processes_find_what_one_finds(found, tiny, tmp_path):
     for name in ("winner", "default"):
         tested = other[name]["test"]["seeds"]
         assert one[name]["test"]["seeds"] == pytest.approx(tested, rel=1e-3)
-
-
-@pytest.mark.parametrize("where", ["in training", "while it writes"])
-def test_a_search_that_is_interrupted_says_how_to_go_on(
-    tiny, tmp_path, script, capsys, monkeypatch, where
-):
-    if where == "in training":
-        monkeypatch.setattr(script("tuner.waves").Waves, "train", stopped)
-    else:
-        monkeypatch.setattr(script("tuner.sampler"), "write_study", stopped)
-    place = tmp_path / "run"
-    assert script("search").main([*tiny, "--res_path", str(place)]) == 130
-    assert capsys.readouterr().err == f"Interrupted. Go on with --resume {place}.\n"
 
 
 def test_what_varies_takes_the_place_of_the_usual_and_nothing_else_does(made):

@@ -20,7 +20,7 @@ import pytest
 
 from gpt2.training import snapshots
 from tests.processes import end, together
-from tests.script_runs import QUICK, SCRIPTS
+from tests.script_runs import QUICK, SCRIPTS, two_processes
 
 if not Path("/proc/self/task").is_dir():
     pytest.skip("the tests look for child processes in /proc", allow_module_level=True)
@@ -143,28 +143,11 @@ def test_two_hosts_give_what_one_process_gives(alone, tmp_path):
     assert outcome(tmp_path) == alone
 
 
-def two(*argv: str, second: Sequence[str] = ()) -> list[tuple[int, str, str]]:
-    """How two processes without a torchrun end; the second has more arguments."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    group = {**ONE_THREAD, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    pipes: Any = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
-    runs = [
-        subprocess.Popen(
-            [sys.executable, TRAIN, *argv, *more],
-            **pipes,
-            text=True,
-            env={**group, "RANK": rank, "LOCAL_RANK": rank},
-        )
-        for rank, more in (("0", ()), ("1", second))
-    ]
-    return [ended(run) for run in runs]
-
-
 def test_what_one_process_cannot_read_ends_all_with_one_line(tmp_path):
     how = [*OPTIONS, "--res_path", str(tmp_path / "run")]
-    (code, out, error), *others = two(*how, second=("--data", "missing.jsonl"))
+    (code, out, error), *others = two_processes(
+        "train_qa.py", *how, second=("--data", "missing.jsonl")
+    )
     assert (code, out, error.count("\n")) == (2, "", 1)
     assert error.startswith("Process 1: [Errno 2] No such file or directory: 'missing.jsonl'")
     assert others == [(1, "", "")]
@@ -172,6 +155,6 @@ def test_what_one_process_cannot_read_ends_all_with_one_line(tmp_path):
 
 
 def test_help_is_shown_once_and_is_no_fault():
-    (code, out, error), *others = two("--help")
+    (code, out, error), *others = two_processes("train_qa.py", "--help")
     assert (code, out.count("usage: train_qa.py"), error) == (0, 1, "")
     assert others == [(0, "", "")]
