@@ -37,9 +37,9 @@ settings.load_profile("timeless")
 # The promises of bits and of rounding are kept by several threads too.
 TWO_THREADS = ["test_exactness", "test_layer", "test_merge", "test_packing", "test_population"]
 TWO_THREADS += ["test_routing", "test_state_machine"]
-# Files that wait for other processes, or take long: they begin first, so that no core is idle when
-# they end. Files of many tests would else: `--dist loadfile` sorts by their number.
-FIRST = "torchrun search scripts command_line tour store pretrained fit bad_data suite".split()
+# The files that take longest begin first, so that no core is idle at the end. `--dist loadfile`
+# would begin with those of the most tests.
+FIRST = "torchrun scripts search tour generate beams command_line bad_data store pretrained fit"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -48,7 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    places = {f"test_{name}.py": place for place, name in enumerate(FIRST)}
+    places = {f"test_{name}.py": place for place, name in enumerate(FIRST.split())}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
