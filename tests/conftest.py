@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -37,7 +37,19 @@ settings.load_profile("timeless")
 # The promises of bits and of rounding are kept by several threads too.
 TWO_THREADS = ["test_exactness", "test_layer", "test_merge", "test_packing", "test_population"]
 TWO_THREADS += ["test_routing", "test_state_machine"]
+# The files that take longest begin first, so that no core is idle at the end. `--dist loadfile`
+# would begin with those of the most tests.
+FIRST = "torchrun scripts search tour generate beams command_line bad_data store pretrained fit"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}.py": place for place, name in enumerate(FIRST.split())}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture(scope="session")
@@ -56,26 +68,29 @@ def small_base(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+@pytest.fixture
+def quick(small_base, script, monkeypatch) -> list[str]:
+    """The arguments of a run of three steps on the small base, which draws no picture."""
+    from tests.script_runs import QUICK
+
+    monkeypatch.setattr(script("page.charts"), "png", lambda charts, file: file.touch())
+    return [*QUICK, "--model_name", small_base]
+
+
 @pytest.fixture(scope="session")
 def demo_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The demo's run: its folder, and what it printed. Processes of one suite share it."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     folder, printed = shared / "runs" / "demo", shared / "demo.txt"
-    script = Path(__file__).parents[1] / "scripts" / "train_qa.py"
+    train = importlib.import_module("scripts.train_qa").main
     with FileLock(shared / "demo.lock"):
         if not printed.exists():
-            done = subprocess.run(
-                [sys.executable, str(script), "--device", "cpu", "--res_path", str(folder)],
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                encoding="utf-8",
-                env={**os.environ, "HF_HUB_OFFLINE": "1"},
-                timeout=600,
-            )
-            assert done.returncode == 0, done.stderr
-            assert done.stderr == ""
-            printed.write_text(done.stdout, encoding="utf-8")
+            out, error = io.StringIO(), io.StringIO()
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+                assert train(["--device", "cpu", "--res_path", str(folder)]) == 0
+            assert error.getvalue() == ""
+            printed.write_text(out.getvalue(), encoding="utf-8")
     return folder, printed.read_text(encoding="utf-8")
 
 

@@ -9,32 +9,26 @@ from pathlib import Path
 import pytest
 
 import gpt2
-
-for package in ("jsonargparse", "docstring_parser", "yaml", "rich", "matplotlib"):
-    pytest.importorskip(package, reason="the scripts need the extra 'scripts'")
-
-from tests.test_scripts import QUICK  # noqa: E402
+from tests.script_runs import record_of, rows, write_rows
 
 ROWS = [{"question": f"What is {i}?", "answer": f"It is {i % 7}."} for i in range(60)]
 
 
 @pytest.fixture
-def short(small_base) -> list[str]:
-    return [*QUICK, "--answer_only", "true", "--model_name", small_base]
+def short(quick) -> list[str]:
+    return [*quick, "--answer_only", "true"]
 
 
 @pytest.fixture
 def data(tmp_path) -> Path:
     file = tmp_path / "mine" / "data.jsonl"
     file.parent.mkdir()
-    file.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, ROWS[0]]))
-    return file
+    return write_rows(file, [*ROWS, ROWS[0]])
 
 
 def written(folder: Path) -> dict[str, object]:
     """What a run is judged by: adapters, losses, answers, what was found on validation data."""
-    record = json.loads((folder / "run.json").read_text())
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    record, metrics = record_of(folder), rows(folder / "metrics.jsonl")
     return {
         "adapters": [f.read_bytes() for f in sorted(folder.rglob("*.safetensors"))],
         "losses": [(m["step"], m["loss"], m.get("validation")) for m in metrics],

@@ -17,11 +17,7 @@ import pytest
 import torch
 
 import lora
-
-for package in ("jsonargparse", "docstring_parser", "yaml", "rich", "matplotlib"):
-    pytest.importorskip(package, reason="the scripts need the extra 'scripts'")
-
-from tests.test_scripts import QUICK  # noqa: E402
+from tests.script_runs import record_of, rows, write_rows
 
 
 class Page(HTMLParser):
@@ -43,8 +39,8 @@ class Page(HTMLParser):
 
 
 @pytest.fixture
-def run(demo_run):
-    return demo_run
+def run(demo_run) -> Path:
+    return demo_run[0]
 
 
 def drawn(page: str, title: str, number: int = 0) -> list[list[tuple[int, int]]]:
@@ -64,56 +60,56 @@ def placed(chart, points) -> list[tuple[int, int]]:
     return [(round(1000 * a), 1000 - round(1000 * b)) for a, b in shares]
 
 
-def rows(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
+def shown(folder: Path) -> str:
+    """The text of a run's report."""
+    return Page((folder / "report.html").read_text(encoding="utf-8")).text
 
 
-def test_every_run_ends_with_its_report(run):
-    folder, said = run
-    page = (folder / "report.html").read_text(encoding="utf-8")
+def test_every_run_ends_with_its_report(demo_run):
+    folder, said = demo_run
     assert "report.html" in said
-    assert len(page) < 150_000
-    shown = Page(page).text
-    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    assert (folder / "report.html").stat().st_size < 150_000
+    text, record = shown(folder), record_of(folder)
     for answer in record["answers"]:
-        assert answer["tuned"].strip().split()[0] in shown
-        assert answer["prompt"].strip() in shown
-    assert record["commands"]["use"] in shown
-    assert "19,446,528" in shown
+        assert answer["tuned"].strip().split()[0] in text
+        assert answer["prompt"].strip() in text
+    assert record["commands"]["use"] in text
+    assert "19,446,528" in text
 
 
 def test_the_numbers_are_the_records(run, script):
-    steps, record = rows(run[0] / "metrics.jsonl"), script("page.read").read(run[0])
-    page, room = (run[0] / "report.html").read_text(encoding="utf-8"), script("page.page")
+    steps, record = rows(run / "metrics.jsonl"), script("page.read").read(run)
+    page, room = (run / "report.html").read_text(encoding="utf-8"), script("page.page")
     titles = {"lr": "Learning rate", "grad_norm": "Gradient norm before clipping", "loss": "Loss"}
     for key, title in titles.items():
         chart = room.loss(record) if key == "loss" else room.over_steps(record, key, title)
         assert drawn(page, title)[0] == placed(chart, [(s["step"], s[key]) for s in steps])
+    (share,) = {f"{100 * u['update'] / u['weight']:.3g} %" for u in record.run["updates"][:1]}
+    assert share in Page(page).text
 
 
-def test_the_same_record_gives_the_same_bytes(run, script, tmp_path, capsys):
-    before = (run[0] / "report.html").read_bytes()
-    assert script("report").main([str(run[0]), "--output", str(tmp_path / "again.html")]) == 0
+def test_the_same_record_gives_the_same_bytes(run, script, tmp_path):
+    before = (run / "report.html").read_bytes()
+    assert script("report").main([str(run), "--output", str(tmp_path / "again.html")]) == 0
     assert (tmp_path / "again.html").read_bytes() == before
 
 
 def test_a_run_that_was_killed_is_reported(run, script, tmp_path):
     place = tmp_path / "killed"
     place.mkdir()
-    shutil.copy(run[0] / "options.yaml", place)
-    lines = (run[0] / "metrics.jsonl").read_text().splitlines()[:50]
+    shutil.copy(run / "options.yaml", place)
+    lines = (run / "metrics.jsonl").read_text().splitlines()[:50]
     (place / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 51, "lo')
     assert script("report").main([str(place)]) == 0
-    page = (place / "report.html").read_text()
-    assert "stopped after 50 steps" in page
-    assert len(drawn(page, "Loss")[0]) == 50
+    assert "stopped after 50 steps" in shown(place)
+    assert len(drawn((place / "report.html").read_text(), "Loss")[0]) == 50
 
 
 def test_text_is_text(run, script, tmp_path):
     evil = "</script><img src=x onerror=alert(1)> & <b>"
     place = tmp_path / "evil"
-    shutil.copytree(run[0], place)
-    record = json.loads((place / "run.json").read_text(encoding="utf-8"))
+    shutil.copytree(run, place)
+    record = record_of(place)
     for answer in record["answers"]:
         answer |= {"prompt": evil, "base": evil, "tuned": f"{evil} tuned", "trained": [evil]}
     record["config"]["data"] = record["commands"]["use"] = evil
@@ -125,28 +121,22 @@ def test_text_is_text(run, script, tmp_path):
     assert page.text.count(evil) >= 3 * len(record["answers"])
 
 
-def test_several_tasks_and_a_search_that_were_killed_are_reported(script, tmp_path, run):
-    tasks, search = tmp_path / "tasks", tmp_path / "search"
+def test_several_tasks_and_searches_that_were_killed_are_reported(script, tmp_path, run, found):
+    """A search in its trials, and one while it wrote its end, of which run.json is the last."""
+    tasks, search, late = (tmp_path / name for name in ("tasks", "search", "late"))
     for name in ("sea", "land"):
         (tasks / name).mkdir(parents=True)
-        shutil.copy(run[0] / "metrics.jsonl", tasks / name)
+        shutil.copy(run / "metrics.jsonl", tasks / name)
     (tasks / "options.yaml").write_text("tasks: [sea.jsonl, land.jsonl, air.jsonl]\nseed: 7\n")
     search.mkdir()
-    (search / "options.yaml").write_text("space: {lr: [1, 2]}\ndata: mine.jsonl\n")
-    for place, said in ((tasks, "Training: land"), (search, "mine.jsonl")):
+    shutil.copytree(found, late)
+    (late / "run.json").unlink()
+    for place in (search, late):
+        (place / "options.yaml").write_text("space: {lr: [1, 2]}\ndata: mine.jsonl\n")
+    for place, said in ((tasks, "Training: land"), (search, "mine.jsonl"), (late, "mine.jsonl")):
         assert script("report").main([str(place)]) == 0
-        shown = Page((place / "report.html").read_text()).text
-        assert "was stopped" in shown
-        assert said in shown
-
-
-def test_a_search_that_was_killed_while_it_wrote_its_end_is_reported(found, script, tmp_path):
-    place = tmp_path / "late"
-    shutil.copytree(found, place)
-    (place / "run.json").unlink()  # it is written last
-    (place / "options.yaml").write_text("space: {lr: [1, 2]}\n")
-    assert script("report").main([str(place)]) == 0
-    assert "was stopped" in Page((place / "report.html").read_text()).text
+        assert "was stopped" in shown(place)
+        assert said in shown(place)
 
 
 @pytest.mark.parametrize(
@@ -167,13 +157,10 @@ def test_a_damaged_file_of_a_run_is_named(name, text, script, tmp_path, capsys):
     assert not (tmp_path / "report.html").exists()
 
 
-def test_a_folder_is_no_report(run, script, tmp_path, capsys):
-    assert script("report").main([str(run[0]), "--output", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.startswith(f"{tmp_path} is no report: choose another")
-
-
-def test_no_spike_is_lost(script):
+def test_no_spike_is_lost_and_a_decade_is_half_of_two(script):
     charts = script("page.charts")
+    for log, share in ((True, 0.5), (False, 9 / 99)):
+        assert charts.Axis(1, 100, log).at(10) == pytest.approx(share)
     points = [(i, 1.0) for i in range(100_000)]
     points[777], points[70_001], points[5] = (777, 9.0), (70_001, -3.0), (5, float("nan"))
     kept = charts.thinned(points)
@@ -182,92 +169,16 @@ def test_no_spike_is_lost(script):
     assert any(y != y for _, y in kept)
 
 
-def test_choices_of_several_targets_stay_apart(script):
-    shown = script("page.page").shown
-    assert shown([["c_attn"], ["c_attn", "c_fc"]]) == "[c_attn], [c_attn, c_fc]"
-    assert shown(["c_attn", "c_fc"]) == "c_attn, c_fc"
-
-
 def test_losses_that_are_not_finite_are_shown(run, script, tmp_path):
     place = tmp_path / "blown"
-    shutil.copytree(run[0], place)
+    shutil.copytree(run, place)
     steps = rows(place / "metrics.jsonl")
     for step in steps[30:]:
         step["loss"] = step["grad_norm"] = float("nan")
-    (place / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    write_rows(place / "metrics.jsonl", steps)
     assert script("report").main([str(place)]) == 0
-    page = (place / "report.html").read_text()
-    assert len(drawn(page, "Loss")[0]) == 30
-    assert "not finite" in Page(page).text
-
-
-# In a browser.
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
-    "--disable-background-networking --disable-component-update --enable-logging=stderr "
-    "--hide-scrollbars --window-size=1400,1000 --virtual-time-budget=4000 --dump-dom"
-).split()
-PROBE = """<script>
-const errors = [];
-addEventListener("error", (e) => errors.push(e.message));
-addEventListener("load", () => {
-  const frames = [...document.querySelectorAll(".wide")];
-  const out = [...document.querySelectorAll("main *")]
-    .filter((e) => !frames.some((f) => f !== e && f.contains(e)) && e.getClientRects().length)
-    .filter((e) => e.getBoundingClientRect().right > innerWidth + 1)
-    .map((e) => `${e.tagName} ${e.className}`);
-  const cut = frames.filter((f) => f.scrollWidth > f.clientWidth + 1).map((f) => f.textContent);
-  const folded = [...document.querySelectorAll("details")]
-    .filter((d) => !d.lastElementChild.checkVisibility({ contentVisibilityAuto: true }))
-    .map((d) => d.firstElementChild.textContent);
-  parent.postMessage(JSON.stringify({
-    width: innerWidth, out, cut, folded, scroll: document.documentElement.scrollWidth, errors,
-    paper: getComputedStyle(document.body).backgroundColor,
-    asked: performance.getEntriesByType("resource").map((e) => e.name),
-  }), "*");
-});
-</script>"""
-FRAME = """<body style="margin:0">
-<iframe src="inner.html" style="width:{width}px;height:900px;border:0"></iframe>
-<script>
-addEventListener("message", (e) => (document.body.dataset.seen = e.data));
-</script>"""
-
-
-def look(file: Path, tmp_path: Path, width: int, media: str = "") -> tuple[dict, str]:
-    """What a browser finds in a page so wide, and what it says on its console.
-
-    The page is in a frame, since no window is as narrow as a phone; it is shown as `media`.
-    """
-    text = file.read_text(encoding="utf-8")
-    if media:
-        assert f"@media {media}" in text
-        text = text.replace(f"@media {media}", "@media all")
-    inner = text.replace("<main>", f"{PROBE}<main>", 1)
-    mark = b64encode(sha256(PROBE[8:-9].encode()).digest()).decode()
-    inner = inner.replace(
-        "default-src 'none'", f"default-src 'none'; script-src 'sha256-{mark}'", 1
-    )
-    (tmp_path / "inner.html").write_text(inner, encoding="utf-8")
-    (tmp_path / "frame.html").write_text(FRAME.format(width=width))
-    own = [f"--user-data-dir={tmp_path / 'profile'}", (tmp_path / "frame.html").as_uri()]
-    command = [CHROMIUM, *FLAGS, *own]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    (seen,) = (given["data-seen"] for tag, given in Page(done.stdout).tags if tag == "body")
-    return json.loads(seen), "\n".join(s for s in done.stderr.splitlines() if "CONSOLE" in s)
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])
-def test_a_browser_shows_all_of_it(run, tmp_path, width, dark):
-    media = "(prefers-color-scheme: dark)" if dark else ""
-    seen, said = look(run[0] / "report.html", tmp_path, width, media)
-    assert said == ""
-    assert seen["errors"] == seen["out"] == seen["asked"] == []
-    assert seen["scroll"] == seen["width"] == width
-    assert (seen["paper"] == "rgb(21, 22, 23)") == dark
+    assert len(drawn((place / "report.html").read_text(), "Loss")[0]) == 30
+    assert "not finite" in shown(place)
 
 
 # A search.
@@ -307,8 +218,7 @@ def found(tmp_path_factory) -> Path:
         "verdict": "it cannot be told apart from 2 over 2 seeds.",
     }  # fmt: skip
     (place / "run.json").write_text(json.dumps(record))
-    lines = "".join(json.dumps(row) + "\n" for row in board)
-    (place / "leaderboard.jsonl").write_text(lines)
+    write_rows(place / "leaderboard.jsonl", board)
     return place
 
 
@@ -324,38 +234,11 @@ def test_a_search_of_512_trials(found, script, tmp_path):
     points = [(int(rung), loss) for row in board for rung, loss in row["losses"].items()]
     dots = [point for path in drawn(page, "Loss by rung")[1::2] for point in path]
     assert sorted(dots) == sorted(placed(tree, points))
-    shown = Page(page).text
-    assert "ended: </script><b>NaN" in shown
-    assert "it cannot be told apart from 2 over 2 seeds." in shown
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-def test_a_browser_shows_a_search(found, script, tmp_path):
-    assert script("report").main([str(found)]) == 0
-    seen, said = look(found / "report.html", tmp_path, 390)
-    assert said == ""
-    assert seen["errors"] == seen["out"] == seen["asked"] == []
-    assert seen["scroll"] == 390
-
-
-PAPER = 718  # pixels of CSS between the margins of a sheet of A4, with Chromium's 1 cm
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-@pytest.mark.parametrize("wide", [True, False])
-def test_paper_cuts_no_column_and_hides_no_row(found, script, tmp_path, wide):
-    place = tmp_path / "printed"
-    shutil.copytree(found, place)
-    board = rows(place / "leaderboard.jsonl")
-    for row in board if wide else ():  # all that a search may vary
-        four = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
-        more = {"b_ratio": 16, "alpha_over_r": 4.0, "weight_decay": 0.1, "epochs": 100}
-        row["params"] |= {**more, "targets": four}
-    (place / "leaderboard.jsonl").write_text("".join(json.dumps(row) + "\n" for row in board))
-    assert script("report").main([str(place)]) == 0
-    seen, _ = look(place / "report.html", tmp_path, PAPER, "print")
-    assert seen["cut"] == seen["out"] == []
-    assert seen["folded"] == []
+    text = Page(page).text
+    assert "ended: </script><b>NaN" in text
+    assert "it cannot be told apart from 2 over 2 seeds." in text
+    choices = "[c_attn], [c_attn, c_fc]"  # of several targets
+    assert script("page.page").shown([["c_attn"], ["c_attn", "c_fc"]]) == choices
 
 
 # Several.
@@ -363,57 +246,141 @@ def test_paper_cuts_no_column_and_hides_no_row(found, script, tmp_path, wide):
 
 def test_several_runs_are_compared(run, script, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(run[0], tmp_path / "other")
-    record = json.loads((tmp_path / "other" / "run.json").read_text(encoding="utf-8"))
+    shutil.copytree(run, tmp_path / "other")
+    record = record_of(Path("other"))
     record["config"]["lr"] = 0.123
-    (tmp_path / "other" / "run.json").write_text(json.dumps(record))
-    assert script("report").main([str(run[0]), "other"]) == 0
+    Path("other", "run.json").write_text(json.dumps(record))
+    assert script("report").main([str(run), "other"]) == 0
     page = Path("comparison.html").read_text(encoding="utf-8")
     assert "0.123" in Page(page).text
     assert re.findall(r'class="key line c-\d">(\w+)<', page) == ["demo", "other"]
     assert len(drawn(page, "Loss")) == 2
     Path("comparison.html").write_text("mine")
-    assert script("report").main([str(run[0]), "other"]) == 2
-    assert "is no report" in capsys.readouterr().err
+    capsys.readouterr()
+    for more, odd in ([], "comparison.html"), (["--output", "other"], "other"):
+        assert script("report").main([str(run), "other", *more]) == 2
+        assert capsys.readouterr().err.startswith(f"{odd} is no report: choose another")
     assert Path("comparison.html").read_text() == "mine"
-    assert script("report").main(["nowhere"]) == 2
-    assert "nowhere holds no run" in capsys.readouterr().err
 
 
-def test_tasks_show_every_adapter_and_the_mixture(script, tmp_path):
-    for name in ("sea", "land"):
+def test_tasks_show_every_adapter_and_the_mixture(script, quick, tmp_path):
+    names = ("sea", "land")
+    for name in names:
         lines = [{"prompt": f"{name} {i}:", "completion": f" {i} {name}"} for i in range(12)]
-        text = "".join(json.dumps(row) + "\n" for row in lines)
-        (tmp_path / f"{name}.jsonl").write_text(text)
-    files = [str(tmp_path / f"{name}.jsonl") for name in ("sea", "land")]
-    place = tmp_path / "out"
+        write_rows(tmp_path / f"{name}.jsonl", lines)
+    files, place = [str(tmp_path / f"{name}.jsonl") for name in names], tmp_path / "out"
     options = ["--steps", "4", "--validation", "0.4", "--eval_every", "2", "--res_path", str(place)]
-    assert script("train_qa").main([*QUICK, *options, "--tasks", *files]) == 0
-    page = (place / "report.html").read_text(encoding="utf-8")
-    shown, record = Page(page).text, json.loads((place / "run.json").read_text())
-    for answer in record["answers"]:
-        assert {"base", "sea", "land", "mixture", "references"} <= answer.keys()
-        assert all(answer[name].strip() in shown for name in ("base", "sea", "land", "mixture"))
-    for number, name in enumerate(("sea", "land")):
-        own = json.loads((place / name / "run.json").read_text())
+    assert script("train_qa").main([*quick, *options, "--tasks", *files]) == 0
+    page, text = (place / "report.html").read_text(encoding="utf-8"), shown(place)
+    for answer in record_of(place)["answers"]:
+        assert {"base", *names, "mixture", "references"} <= answer.keys()
+        assert all(answer[name].strip() in text for name in ("base", *names, "mixture"))
+    for number, name in enumerate(names):
+        own = record_of(place / name)
         chart = script("page.page").loss(script("page.read").read(place / name))
         points = [(int(step), loss) for step, loss in own["validation"]["losses"].items()]
         assert drawn(page, "Loss", number)[-1] == placed(chart, points)
-        assert f"best: step {own['validation']['best_step']}" in shown
+        assert f"best: step {own['validation']['best_step']}" in text
         assert own["passage"]["held_out"]
+
+
+# In a browser.
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = (
+    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+    "--disable-background-networking --disable-component-update --enable-logging=stderr "
+    "--hide-scrollbars --window-size=1400,1000 --virtual-time-budget=4000 --dump-dom"
+).split()
+PROBE = """<script>
+const errors = [];
+addEventListener("error", (e) => errors.push(e.message));
+addEventListener("load", () => {
+  const frames = [...document.querySelectorAll(".wide")];
+  const out = [...document.querySelectorAll("main *")]
+    .filter((e) => !frames.some((f) => f !== e && f.contains(e)) && e.getClientRects().length)
+    .filter((e) => e.getBoundingClientRect().right > innerWidth + 1)
+    .map((e) => `${e.tagName} ${e.className}`);
+  const cut = frames.filter((f) => f.scrollWidth > f.clientWidth + 1).map((f) => f.textContent);
+  const folded = [...document.querySelectorAll("details")]
+    .filter((d) => !d.lastElementChild.checkVisibility({ contentVisibilityAuto: true }))
+    .map((d) => d.firstElementChild.textContent);
+  parent.postMessage(JSON.stringify({
+    width: innerWidth, out, cut, folded, scroll: document.documentElement.scrollWidth, errors,
+    paper: getComputedStyle(document.body).backgroundColor,
+    asked: performance.getEntriesByType("resource").map((e) => e.name),
+    page: location.pathname.split("/").pop().split(".")[0],
+  }), "*");
+});
+</script>"""
+LISTEN = """<body style="margin:0"><script>
+addEventListener("message", (e) => (document.body.dataset[JSON.parse(e.data).page] = e.data));
+</script>"""
+FRAME = '<iframe src="{name}.html" style="width:{width}px;height:900px;border:0"></iframe>'
+DARK, PRINT = "(prefers-color-scheme: dark)", "print"
+PAPER = 718  # pixels of CSS between the margins of a sheet of A4, with Chromium's 1 cm
+
+
+def look(pages: dict[str, tuple[Path, int, str]], tmp_path: Path) -> tuple[dict[str, dict], str]:
+    """What a browser finds in each page of a width and a medium, and what its console says.
+
+    The pages are in frames, since no window is as narrow as a phone.
+    """
+    mark = b64encode(sha256(PROBE[8:-9].encode()).digest()).decode()
+    frames = LISTEN
+    for name, (folder, width, media) in pages.items():
+        text = (folder / "report.html").read_text(encoding="utf-8")
+        if media:
+            assert f"@media {media}" in text
+            text = text.replace(f"@media {media}", "@media all")
+        probed = f"default-src 'none'; script-src 'sha256-{mark}'"
+        inner = text.replace("<main>", f"{PROBE}<main>", 1)
+        inner = inner.replace("default-src 'none'", probed, 1)
+        (tmp_path / f"{name}.html").write_text(inner, encoding="utf-8")
+        frames += FRAME.format(name=name, width=width)
+    (tmp_path / "frames.html").write_text(frames)
+    own = [f"--user-data-dir={tmp_path / 'profile'}", (tmp_path / "frames.html").as_uri()]
+    done = subprocess.run([CHROMIUM, *FLAGS, *own], capture_output=True, text=True, timeout=60)
+    (body,) = (given for tag, given in Page(done.stdout).tags if tag == "body")
+    seen = {name: json.loads(body[f"data-{name}"]) for name in pages}
+    return seen, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_browser_shows_all_of_it_and_paper_cuts_no_column(run, found, script, tmp_path):
+    varied = tmp_path / "varied"  # in all that a search may vary
+    shutil.copytree(found, varied)
+    board = rows(varied / "leaderboard.jsonl")
+    for row in board:
+        four = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+        more = {"b_ratio": 16, "alpha_over_r": 4.0, "weight_decay": 0.1, "epochs": 100}
+        row["params"] |= {**more, "targets": four}
+    write_rows(varied / "leaderboard.jsonl", board)
+    for folder in (found, varied):
+        assert script("report").main([str(folder)]) == 0
+    screens = {"desk": (run, 1280, ""), "phone": (run, 390, DARK), "search": (found, 390, "")}
+    sheets = {"sheet": (found, PAPER, PRINT), "varied": (varied, PAPER, PRINT)}
+    seen, said = look(screens | sheets, tmp_path)
+    assert said == ""
+    for name, (_, width, media) in screens.items():
+        page = seen[name]
+        assert page["errors"] == page["out"] == page["asked"] == []
+        assert page["scroll"] == page["width"] == width
+        assert (page["paper"] == "rgb(21, 22, 23)") == (media == DARK)
+    for name in sheets:
+        assert seen[name]["cut"] == seen[name]["out"] == seen[name]["folded"] == []
 
 
 # What is recorded for it.
 
 
 def test_norms_and_log_probabilities_are_those_of_the_model(run, demo, tokenizer):
-    record = json.loads((run[0] / "run.json").read_text(encoding="utf-8"))
-    model = copy.deepcopy(demo)
+    record, model = record_of(run), copy.deepcopy(demo)
     ids = torch.tensor([tokenizer.encode("".join(record["passage"]["tokens"]).split("<|")[0])])
     ids = torch.cat([ids, torch.tensor([[50256]])], 1)
     for name in ("base", "adapter"):
         if name == "adapter":
-            lora.load(model, run[0] / "adapter")
+            lora.load(model, run / "adapter")
         with torch.no_grad():
             found = model(ids).log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
         assert found.tolist() == pytest.approx(record["passage"][name], abs=2e-4)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import importlib
 import os
 import shutil
 import signal
@@ -16,13 +17,19 @@ import torch
 
 import gpt2
 import lora
+from tests.script_runs import (
+    ROOT,
+    SCRIPTS,
+    assert_trained,
+    command,
+    losses_of,
+    record_of,
+    rows,
+    stopped_after,
+    times_of,
+    write_rows,
+)
 
-for package in ("jsonargparse", "docstring_parser", "yaml", "rich", "matplotlib"):
-    pytest.importorskip(package, reason="the scripts need the extra 'scripts'")
-
-ROOT = Path(__file__).parents[1]
-SCRIPTS = ROOT / "scripts"
-DEMO = str(SCRIPTS / "configs" / "demo.yaml")
 BASE = ROOT / "gpt2" / "assets" / "demo"
 PHYSICS = "Q: What does physics explain?\nA:"
 TRAINED = {
@@ -37,25 +44,25 @@ TRAINED = {
 }
 
 
-def command(script: str, *arguments: str) -> list[str]:
-    return [sys.executable, str(SCRIPTS / script), *arguments]
+@pytest.fixture
+def run(demo_run) -> Path:
+    return demo_run[0]
 
 
 @pytest.fixture
-def run(demo_run):
-    return demo_run
+def record(run) -> dict:
+    return record_of(run)
 
 
 @pytest.fixture
 def adapted(run):
     """The demo base with the run's adapter."""
     model = gpt2.GPT2.from_pretrained("demo")
-    lora.load(model, run[0] / "adapter")
+    lora.load(model, run / "adapter")
     return model
 
 
-def test_trained_questions_are_answered_word_for_word_and_the_base_answers_none(run):
-    record = json.loads((run[0] / "run.json").read_text(encoding="utf-8"))
+def test_trained_questions_are_answered_word_for_word_and_the_base_answers_none(record):
     answers = {a["prompt"]: a for a in record["answers"]}
     assert len(answers) == 6
     for prompt, trained in TRAINED.items():
@@ -68,49 +75,33 @@ def test_trained_questions_are_answered_word_for_word_and_the_base_answers_none(
     assert {a["verdict"] for a in answers.values()} == {"not trained"}
 
 
-def test_the_adapters_card_says_what_it_was_trained_on_and_how_to_do_so_again(run):
-    card = (run[0] / "adapter" / "README.md").read_text(encoding="utf-8")
-    record = json.loads((run[0] / "run.json").read_text(encoding="utf-8"))
-    for words in ("| data | article.jsonl |", "| seed |", "--config options.yaml |"):
-        assert words in card
-    assert f"| steps | {record['steps']} |" in card
+def test_answers_are_those_of_the_saved_adapter(record, adapted):
+    tokenizer, answers = gpt2.Tokenizer(), record["answers"]
+    ids = [tokenizer.encode(answer["prompt"]) for answer in answers]
+    for name, context in (("tuned", contextlib.nullcontext()), ("base", lora.disabled(adapted))):
+        with context:
+            made = gpt2.generate(adapted, ids, gpt2.GenerateConfig(max_new_tokens=24))
+        assert [tokenizer.decode(row) for row in made] == [answer[name] for answer in answers]
 
 
-def test_answers_are_those_of_the_saved_adapter(run, adapted):
-    tokenizer = gpt2.Tokenizer()
-    config = gpt2.GenerateConfig(max_new_tokens=24)
-    for answer in json.loads((run[0] / "run.json").read_text(encoding="utf-8"))["answers"]:
-        prompt = tokenizer.encode(answer["prompt"])
-        (tuned,) = gpt2.generate(adapted, [prompt], config)
-        with lora.disabled(adapted):
-            (base,) = gpt2.generate(adapted, [prompt], config)
-        assert (tokenizer.decode(tuned), tokenizer.decode(base)) == (
-            answer["tuned"],
-            answer["base"],
-        )
-
-
-def test_output_is_readable_when_it_is_not_a_terminal(run):
-    folder, out = run
-    assert "\x1b" not in out
-    assert "\r" not in out
-    assert "19,446,528" in out
-    assert "65,536" in out
-    assert "0.3359" in out
+def test_output_is_readable_when_it_is_not_a_terminal(demo_run):
+    folder, out = demo_run
+    for odd in ("\x1b", "\r", "…"):  # the last where a cell was cut
+        assert odd not in out
+    for count in ("19,446,528", "65,536", "0.3359"):
+        assert count in out
     steps = [line for line in out.splitlines() if line.startswith("step ")]
     assert len(steps) == 20
     assert "loss" in steps[-1]
     assert "tokens/s" in steps[-1]
     assert "3 of 3 trained prompts answered word for word." in out
-    assert "…" not in out, "a cell was cut"
     (saved,) = (line for line in out.splitlines() if line.startswith(f"Saved in {folder}: "))
     for file in ("adapter", "metrics.jsonl", "loss.png", "answers.md", "run.json"):
         assert file in saved.rpartition(folder.name)[2]
 
 
 def test_metrics_have_every_step(run, demo, tokenizer):
-    lines = (run[0] / "metrics.jsonl").read_text().splitlines()
-    steps = [json.loads(line) for line in lines]
+    steps = rows(run / "metrics.jsonl")
     assert [s["step"] for s in steps] == list(range(1, 201))
     data = gpt2.encode(gpt2.read_examples(SCRIPTS / "data" / "article.jsonl"), tokenizer)
     batch = next(gpt2.batches(data, 1, seed=42, epoch=0))
@@ -121,30 +112,29 @@ def test_metrics_have_every_step(run, demo, tokenizer):
     assert all(s["tokens"] > 0 and s["seconds"] > 0 and s["grad_norm"] > 0 for s in steps)
 
 
-def test_answers_and_plot_are_written(run):
-    text = (run[0] / "answers.md").read_text(encoding="utf-8")
+def test_answers_plot_record_and_card_tell_the_whole_run(run, record):
+    text = (run / "answers.md").read_text(encoding="utf-8")
     assert text.startswith("3 of 3 trained prompts answered word for word.\n")
-    rows = text.splitlines()[2:]
-    assert len(rows) == 2 + 6
-    assert all(row.count(" | ") == 3 for row in (rows[0], *rows[2:]))
-    assert (run[0] / "loss.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_record_tells_the_whole_run(run):
-    record = json.loads((run[0] / "run.json").read_text(encoding="utf-8"))
+    head, _, *lines = text.splitlines()[2:]
+    assert len(lines) == 6
+    assert all(line.count(" | ") == 3 for line in (head, *lines))
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert record["config"]["seed"] == 42
     assert record["config"]["lora"]["dropout"] == 0.1
     assert record["versions"]["torch"] == torch.__version__
     assert record["parameters"]["LoRA"] == {"trainable": 65536, "total": 19512064}
-    assert record["data"]["examples"] == 5
-    assert record["data"]["truncated"] == 0
+    assert (record["data"]["examples"], record["data"]["truncated"]) == (5, 0)
     assert set(record["seconds"]) == {"load", "base answers", "training", "tuned answers"}
+    card = (run / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert record["steps"] == 200
+    for words in ("data | article.jsonl", "seed | 42", "steps | 200", "--config options.yaml"):
+        assert f"{words} |" in card
 
 
 def test_peft_loads_the_adapter_with_equal_logits(run, adapted):
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     base = transformers.GPT2LMHeadModel.from_pretrained(BASE, dtype=torch.float32)
-    theirs = peft.PeftModel.from_pretrained(base, run[0] / "adapter").eval()
+    theirs = peft.PeftModel.from_pretrained(base, run / "adapter").eval()
     idx = torch.tensor([gpt2.Tokenizer().encode(PHYSICS)])
     with torch.no_grad():
         torch.testing.assert_close(adapted(idx), theirs(idx).logits, rtol=1e-5, atol=1e-4)
@@ -154,55 +144,59 @@ def test_transformers_alone_loads_the_adapter(run, adapted):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("peft")
     theirs = transformers.GPT2LMHeadModel.from_pretrained(BASE, dtype=torch.float32).eval()
-    theirs.load_adapter(str(run[0] / "adapter"))
+    theirs.load_adapter(str(run / "adapter"))
     idx = torch.tensor([gpt2.Tokenizer().encode(PHYSICS)])
     with torch.no_grad():
         torch.testing.assert_close(adapted(idx), theirs(idx).logits, rtol=1e-5, atol=1e-4)
 
 
-def test_merge_writes_what_transformers_loads(run, adapted, script, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def merged(demo_run, tmp_path_factory) -> Path:
+    """The run's model, merged."""
+    out = tmp_path_factory.mktemp("merged") / "model"
+    assert importlib.import_module("scripts.merge").main([str(demo_run[0]), str(out)]) == 0
+    return out
+
+
+def test_merge_writes_what_transformers_loads_and_overwrites_nothing(
+    run, merged, adapted, script, capsys
+):
     transformers = pytest.importorskip("transformers")
-    out = tmp_path / "merged"
-    merge = script("merge").main
-    assert merge([str(run[0] / "adapter"), str(out)]) == 0
-    assert str(out) in capsys.readouterr().out
-    theirs = transformers.GPT2LMHeadModel.from_pretrained(out)
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(merged)
     idx = torch.tensor([gpt2.Tokenizer().encode(PHYSICS)])
     with torch.no_grad(), lora.merged(adapted):
         torch.testing.assert_close(adapted(idx), theirs(idx).logits, rtol=1e-5, atol=1e-4)
-    before = (out / "model.safetensors").read_bytes()
-    assert merge([str(run[0] / "adapter"), str(out)]) == 2
+    before = times_of(merged)
+    assert script("merge").main([str(run / "adapter"), str(merged)]) == 2
     assert "not an empty folder" in capsys.readouterr().err
-    assert (out / "model.safetensors").read_bytes() == before
+    assert times_of(merged) == before
 
 
-def test_merge_never_overwrites_the_base(run, script, capsys):
-    before = {file.name: file.stat().st_mtime_ns for file in BASE.iterdir()}
-    assert script("merge").main([str(run[0] / "adapter"), str(BASE), "--base", str(BASE)]) == 2
-    assert "not an empty folder" in capsys.readouterr().err
-    assert {file.name: file.stat().st_mtime_ns for file in BASE.iterdir()} == before
+def test_a_merged_model_answers_in_a_pipeline(merged):
+    transformers = pytest.importorskip("transformers")
+    pipeline = transformers.pipeline("text-generation", str(merged), device="cpu")
+    (answer,) = pipeline(PHYSICS, max_new_tokens=24, do_sample=False)
+    assert answer["generated_text"].removeprefix(PHYSICS) in TRAINED[PHYSICS]
 
 
-def test_generate_with_and_without_the_adapter(run, script, capsys):
-    generate = script("generate").main
-    for folder in (run[0], run[0] / "adapter"):
-        assert generate([PHYSICS, "--adapter", str(folder), "--device", "cpu"]) == 0
-        assert capsys.readouterr().out == f"{PHYSICS}{next(iter(TRAINED[PHYSICS]))}\n"
-    assert generate([PHYSICS, "--max_new_tokens", "5", "--device", "cpu"]) == 0
-    assert capsys.readouterr().out == f"{PHYSICS} The first of the three\n"
-
-
-def test_generate_shows_the_best_of_several_beams(run, script, capsys):
+def test_generate_with_and_without_the_adapter_and_with_several_beams(run, script, capsys):
     beams = ["--num_beams", "3", "--length_penalty", "0.8", "--max_new_tokens", "12"]
-    folder = ["--adapter", str(run[0]), "--device", "cpu"]
-    assert script("generate").main([PHYSICS, *folder, *beams]) == 0
-    assert capsys.readouterr().out == f"{PHYSICS}{next(iter(TRAINED[PHYSICS]))}\n"
+    (trained,) = TRAINED[PHYSICS]
+    for arguments, said in (
+        (["--adapter", str(run)], trained),
+        (["--adapter", str(run / "adapter")], trained),
+        (["--adapter", str(run), *beams], trained),
+        (["--max_new_tokens", "5"], " The first of the three"),
+    ):
+        assert script("generate").main([PHYSICS, "--device", "cpu", *arguments]) == 0
+        assert capsys.readouterr().out == f"{PHYSICS}{said}\n"
 
 
-def test_generate_samples_by_seed(script, capsys):
+def test_generate_samples_by_seed(script, small_base, capsys):
     def sampled(seed: int) -> str:
         options = ["--temperature", "1", "--top_p", "0.95", "--max_new_tokens", "12"]
-        assert script("generate").main(["Once", *options, "--seed", str(seed)]) == 0
+        arguments = ["Once", "--base", small_base, *options, "--seed", str(seed)]
+        assert script("generate").main(arguments) == 0
         return capsys.readouterr().out
 
     assert sampled(1) == sampled(1) != sampled(2)
@@ -220,17 +214,10 @@ def test_a_character_of_several_tokens_is_shown_once_it_is_whole(script):
     assert "".join(cut) == tokenizer.decode(ids[:-4])
 
 
-def test_a_merged_model_answers_in_a_pipeline(run, script, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    assert script("merge").main([str(run[0]), str(tmp_path / "merged")]) == 0
-    pipeline = transformers.pipeline("text-generation", str(tmp_path / "merged"), device="cpu")
-    (answer,) = pipeline(PHYSICS, max_new_tokens=24, do_sample=False)
-    assert answer["generated_text"].removeprefix(PHYSICS) in TRAINED[PHYSICS]
-
-
-def test_ctrl_c_leaves_a_saved_adapter_and_says_so(heeded, tmp_path):
+def test_ctrl_c_leaves_a_saved_adapter_and_says_so(heeded, quick, small_base, tmp_path):
+    arguments = [*quick, "--steps", "5000", "--res_path", str(tmp_path / "cut")]
     started = subprocess.Popen(
-        command("train_qa.py", "--config", DEMO, "--res_path", str(tmp_path / "cut")),
+        command("train_qa.py", *arguments),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         encoding="utf-8",
@@ -245,39 +232,31 @@ def test_ctrl_c_leaves_a_saved_adapter_and_says_so(heeded, tmp_path):
     assert started.returncode == 130
     assert error.startswith("Interrupted. The adapter of step ")
     assert error.count("\n") == 1
-    adapter = tmp_path / "cut" / "adapter"
-    assert str(adapter) in error
-    assert_trained(adapter)
+    assert str(tmp_path / "cut" / "adapter") in error
+    assert_trained(tmp_path / "cut" / "adapter", small_base)
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_a_signal_saves_the_step_it_met_and_others_change_nothing(
-    name, code, heeded, script, tmp_path, monkeypatch, capsys
+    name, code, heeded, script, quick, small_base, tmp_path, monkeypatch, capsys
 ):
-    saving, save = script("runs.train"), lora.save
-    recorded, kill = saving.recorded, getattr(signal, name)
-
-    def killed(run, place):
-        for step in recorded(run, place):
-            yield step
-            if step.step == 2:
-                os.kill(os.getpid(), kill)
+    save, kill = lora.save, getattr(signal, name)
 
     def impatient(*arguments, **options):
         for other in (signal.SIGTERM, signal.SIGHUP):
             os.kill(os.getpid(), other)
         save(*arguments, **options)
 
-    monkeypatch.setattr(saving, "recorded", killed)
+    stopped_after(2, script("runs.train"), monkeypatch, kill)
     monkeypatch.setattr(lora, "save", impatient)
     before = signal.getsignal(kill)
     out = tmp_path / "cut"
-    assert script("train_qa").main([*QUICK, "--res_path", str(out)]) == code
+    assert script("train_qa").main([*quick, "--res_path", str(out)]) == code
     error = capsys.readouterr().err
     said = "Interrupted." if name == "SIGINT" else f"Stopped by {name}."
     saved = f"The adapter of step 2 is saved in {out / 'adapter'}."
     assert error == f"{said} {saved} Go on with --resume {out}.\n"
-    assert_trained(out / "adapter")
+    assert_trained(out / "adapter", small_base)
     assert signal.getsignal(kill) == before
 
 
@@ -336,10 +315,10 @@ def test_a_signal_where_python_ignores_errors_ends_the_script_too(
     assert capsys.readouterr().err == f"{said}\n"
 
 
-def test_a_reader_that_goes_ends_training_with_a_line(tmp_path):
+def test_a_reader_that_goes_ends_training_with_a_line(quick, small_base, tmp_path):
     options = ["--steps", "5000", "--logging_steps", "1", "--res_path", str(tmp_path / "cut")]
     started = subprocess.Popen(
-        command("train_qa.py", *options, "--prompts", str(SCRIPTS / "data" / "article.jsonl")),
+        command("train_qa.py", *quick, *options),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         encoding="utf-8",
@@ -353,246 +332,120 @@ def test_a_reader_that_goes_ends_training_with_a_line(tmp_path):
     error = started.stderr.read()
     assert error.startswith("Nobody reads the output any more. The adapter of step ")
     assert error.count("\n") == 1
-    assert_trained(tmp_path / "cut" / "adapter")
+    assert_trained(tmp_path / "cut" / "adapter", small_base)
 
 
-def assert_trained(adapter: Path) -> None:
-    model = gpt2.GPT2.from_pretrained("demo")
-    lora.load(model, adapter)
-    trained = [m for m in model.modules() if isinstance(m, lora.LowRankUpdate)]
-    assert len(trained) == 8
-    assert all(update.B.abs().max() > 0 for update in trained)
+def full(*_, **__) -> None:
+    raise OSError(28, "No space left on device")
 
 
-QUICK = ("--steps", "3", "--generate.max_new_tokens", "2", "--device", "cpu")
-
-
-def test_a_step_that_was_not_applied_is_no_step_of_the_adapter(script, tmp_path, capsys):
-    out = tmp_path / "run"
-    assert script("train_qa").main([*QUICK, "--lr", "1e20", "--res_path", str(out)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("Step 2: the loss is nan")
-    assert f"The adapter of step 1 is saved in {out / 'adapter'}." in error
-    assert_trained(out / "adapter")
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
-def test_a_full_disk_in_training_leaves_a_saved_adapter(script, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("fault", ["a loss", "the metrics", "the adapter"])
+def test_what_ends_a_training_is_one_line_and_its_adapter_is_saved(
+    fault, script, quick, small_base, tmp_path, monkeypatch, capsys
+):
+    """A step that was not applied is no step of the adapter; a disk may be full."""
+    if fault == "the metrics" and not Path("/dev/full").exists():
+        pytest.skip("needs a disk that is always full")
     folder, out = script("runs.folder"), tmp_path / "run"
     prepare = folder.prepare
 
-    def full(*arguments) -> Path:
+    def prepared(*arguments) -> Path:
         place = prepare(*arguments)
         (place / folder.METRICS).symlink_to("/dev/full")
         return place
 
-    monkeypatch.setattr(folder, "prepare", full)
-    assert script("train_qa").main([*QUICK, "--res_path", str(out)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("[Errno 28] No space left on device The adapter of step 1")
-    assert error.count("\n") == 1
-    assert f"is saved in {out / 'adapter'}." in error
-    assert_trained(out / "adapter")
-
-
-def test_an_adapter_that_cannot_be_saved_is_one_line(script, tmp_path, monkeypatch, capsys):
-    def full(*_, **__) -> None:
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(lora, "save", full)
-    out = tmp_path / "run"
-    assert script("train_qa").main([*QUICK, "--res_path", str(out)]) == 2
+    if fault == "the metrics":
+        monkeypatch.setattr(folder, "prepare", prepared)
+    if fault == "the adapter":
+        monkeypatch.setattr(lora, "save", full)
+    rate = ["--lr", "1e20" if fault == "a loss" else "0.01"]
+    assert script("train_qa").main([*quick, *rate, "--res_path", str(out)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "The adapter cannot be saved either: No space left on device." in error
-    assert f"Go on with --resume {out}." in error
+    said = "Step 2: the loss is nan" if fault == "a loss" else "[Errno 28] No space left on device"
+    assert error.startswith(said)
+    assert (f" Go on with --resume {out}." in error) == (fault != "a loss")
+    if fault == "the adapter":
+        assert f"The adapter cannot be saved either: {said}." in error
+    else:
+        assert f"The adapter of step 1 is saved in {out / 'adapter'}." in error
+        assert_trained(out / "adapter", small_base)
 
 
-def test_a_run_is_left_alone_unless_told(run, script, tmp_path, capsys, monkeypatch):
-    before = {p: p.stat().st_mtime_ns for p in run[0].rglob("*")}
-    assert script("train_qa").main([*QUICK, "--res_path", str(run[0])]) == 2
-    assert f"{run[0]} holds a run (adapter, metrics.jsonl" in capsys.readouterr().err
-    assert {p: p.stat().st_mtime_ns for p in run[0].rglob("*")} == before
+def test_a_run_is_left_alone_unless_told(run, script, quick, tmp_path, capsys, monkeypatch):
+    before, train = times_of(run), script("train_qa").main
+    assert train([*quick, "--res_path", str(run)]) == 2
+    assert f"{run} holds a run (adapter, metrics.jsonl" in capsys.readouterr().err
+    assert times_of(run) == before
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(run[0], "mine")
+    shutil.copytree(run, "mine")
     Path("mine", "notes.txt").write_text("mine")
-    train = script("train_qa").main
-    assert train([*QUICK, "--res_path", "mine", "--overwrite"]) == 0
+    assert train([*quick, "--res_path", "mine", "--overwrite"]) == 0
     assert Path("mine", "notes.txt").read_text() == "mine"
-    assert len(Path("mine", "metrics.jsonl").read_text().splitlines()) == 3
+    assert len(rows(Path("mine", "metrics.jsonl"))) == 3
     for number in (1, 2):
-        assert train([*QUICK]) == 0
+        assert train([*quick]) == 0
         assert Path("runs", f"qa-{number}", "run.json").is_file()
 
 
-def test_a_path_is_no_markup(script, tmp_path, capsys, monkeypatch):
+def test_a_path_is_no_markup(script, quick, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = Path("[red]odd.csv")
     data.write_text("text\n[bold]markup[/nothing] of some length\n")
     odd = ["--max_token_length", "5", "--res_path", "[/b] :smile: \udcff"]
-    assert script("train_qa").main([*QUICK, "--data", str(data), *odd]) == 0
+    assert script("train_qa").main([*quick, "--data", str(data), *odd]) == 0
     out = capsys.readouterr().out
     assert "Saved in [/b] :smile: " in out
     assert "Answers" not in out  # a text as a whole has no prompt to try
     assert "1 (100.0%) longer than 5 were cut: see --max_token_length" in out
-    assert script("train_qa").main([*QUICK, "--tasks", str(data), "--res_path", "[/t]"]) == 0
+    assert script("train_qa").main([*quick, "--tasks", str(data), "--res_path", "[/t]"]) == 0
     assert "[red]odd: 1 examples" in capsys.readouterr().out
 
 
-def test_references_are_compared_and_no_part_of_the_prompt(script, tmp_path, capsys):
+def test_references_are_compared_and_no_part_of_the_prompt(script, quick, tmp_path, capsys):
     prompts = tmp_path / "prompts.csv"
     prompts.write_text("question,answer\nWhat is it?,Nothing.\nHow do transformers work?,Well.\n")
     out = tmp_path / "run"
-    arguments = ["--prompts", str(prompts), "--res_path", str(out)]
-    assert script("train_qa").main([*QUICK, *arguments]) == 0
+    assert script("train_qa").main([*quick, "--prompts", str(prompts), "--res_path", str(out)]) == 0
     said = capsys.readouterr().out
     assert "0 of 1 trained prompts answered word for word. 0 of 1 others answered as" in said
-    answers = json.loads((out / "run.json").read_text(encoding="utf-8"))["answers"]
-    assert [a["prompt"] for a in answers] == [
-        "Q: What is it?\nA:",
-        "Q: How do transformers work?\nA:",
+    assert [(a["prompt"], a["references"], a["verdict"]) for a in record_of(out)["answers"]] == [
+        ("Q: What is it?\nA:", [" Nothing."], "not trained; reference: differs"),
+        ("Q: How do transformers work?\nA:", [" Well."], "differs"),
     ]
-    assert [a["references"] for a in answers] == [[" Nothing."], [" Well."]]
-    assert [a["verdict"] for a in answers] == ["not trained; reference: differs", "differs"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--config", "nowhere.yaml"], "nowhere.yaml"),
-        (["--no_such_option", "1"], "no_such_option"),
-        (["--config", DEMO, "--lr", "fast"], "lr"),
-        (["--config", DEMO, "--epochs", "0"], "epochs"),
-        (["--config", DEMO, "--logging_steps", "0"], "logging_steps"),
-        (["--config", DEMO, "--data", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--config", DEMO, "--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--config", DEMO, "--model_name", "./nowhere"], "nowhere"),
-        (["--config", DEMO, "--device", "abacus"], "abacus"),
-        (["--config", DEMO, "--lora.r", "0"], "r must be"),
-        (["--config", DEMO, "--lora.targets", "q_proj"], "c_attn"),
-        (["--config", DEMO, "--generate.top_p", "2"], "top_p"),
-        (["--config", DEMO, "--res_path", __file__], __file__),
-        (["--config", DEMO, "--res_path", f"{__file__}/below"], __file__),
-    ],
-    ids=lambda value: " ".join(value[-2:])[-30:] if isinstance(value, list) else "",
-)
-def test_bad_input_is_one_line_and_exit_code_2(arguments, said, script, capsys, tmp_path):
-    res_path = [] if "--res_path" in arguments else ["--res_path", str(tmp_path / "never")]
-    assert script("train_qa").main([*arguments, *res_path]) == 2
-    out, error = capsys.readouterr()
-    assert out == ""
-    assert error.count("\n") == 1
-    assert said in error
-    assert list(tmp_path.iterdir()) == []
+def test_answers_are_judged_by_those_that_were_trained_or_else_by_references(script):
+    cases = [  # trained, references, answer, its length of at most 2
+        ([" a"], [], " a", 1, "exact"),
+        ([" a"], [], " a", 2, "exact, cut off"),
+        ([" a"], [" b"], " a b", 2, "exact, then goes on"),
+        ([" a"], [" b"], " b", 1, "differs"),
+        ([], [" b"], " b", 1, "not trained; reference: exact"),
+        ([], [], " b", 1, "not trained"),
+    ]
+    answers = [{"trained": t, "references": r, "tuned": said} for t, r, said, _, _ in cases]
+    ids = [[[0] * length] for *_, length, _ in cases]
+    script("runs.answers").judge(answers, ids, gpt2.GenerateConfig(max_new_tokens=2), whole=True)
+    assert [answer["verdict"] for answer in answers] == [verdict for *_, verdict in cases]
 
 
-@pytest.mark.parametrize("name", ["generate", "merge"])
-def test_a_folder_without_an_adapter_is_one_line_and_exit_code_2(name, script, capsys, tmp_path):
-    arguments = {
-        "generate": ["Once", "--adapter", str(tmp_path)],
-        "merge": [str(tmp_path), str(tmp_path / "out")],
-    }
-    assert script(name).main(arguments[name]) == 2
-    out, error = capsys.readouterr()
-    assert out == ""
-    assert error.count("\n") == 1
-    assert str(tmp_path) in error
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_process_ends_with_the_exit_code():
-    done = subprocess.run(command("generate.py"), capture_output=True, encoding="utf-8")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.count("\n") == 1
-
-
-def test_the_articles_config_is_the_articles_run(script):
-    options = script("train_qa").options_of(["--config", str(SCRIPTS / "configs" / "article.yaml")])
-    article = {
-        "model_name": "gpt2",
-        "seed": 42,
-        "max_token_length": 128,
-        "lr": 1e-4,
-        "warmup_ratio": 0.0,
-        "epochs": 500,
-        "train_batch_size": 1,
-        "logging_steps": 5,
-    }
-    assert {name: options[name] for name in article} == article
-    assert {name: options.lora[name] for name in ("r", "alpha", "dropout", "targets")} == {
-        "r": 8,
-        "alpha": 16,
-        "dropout": 0.1,
-        "targets": ["c_attn"],
-    }
-
-
-def test_tasks_train_an_adapter_each_and_answer_in_one_batch(script, tmp_path, capsys):
-    files = sorted(str(f) for f in (SCRIPTS / "data" / "tasks").glob("*.jsonl"))
-    out = tmp_path / "tasks"
-    arguments = ["--config", DEMO, "--epochs", "2", "--res_path", str(out), "--tasks", *files]
-    assert script("train_qa").main(arguments) == 0
-    assert "One batch, many adapters" in capsys.readouterr().out
-    heading, _, *rows = (out / "answers.md").read_text(encoding="utf-8").splitlines()
-    assert heading == "| prompt | base | science | transformers | mixture |"
-    assert len(rows) == 6
-    for name in ("science", "transformers"):
-        model = gpt2.GPT2.from_pretrained("demo")
-        assert len(lora.load(model, out / name)) == 8
-
-
-def test_tasks_are_all_checked_before_the_first_is_trained(script, tmp_path, capsys):
-    good, bad = tmp_path / "good.jsonl", tmp_path / "a.bad.name.jsonl"
-    for file in (good, bad):
-        file.write_text('{"text": "a b c"}')
-    out = tmp_path / "out"
-    train = script("train_qa").main
-    assert train([*QUICK, "--res_path", str(out), "--tasks", str(good), str(bad)]) == 2
-    printed, error = capsys.readouterr()
-    assert (printed, error.count("\n")) == ("", 1)
-    assert "'a.bad.name'" in error
-    assert not out.exists()
-    assert train([*QUICK, "--res_path", str(out), "--tasks", str(good)]) == 0
-    made = ["good", "options.yaml", "report.html", "run.json"]
-    assert sorted(p.name for p in out.iterdir()) == made
-    capsys.readouterr()
-    assert train([*QUICK, "--res_path", str(out), "--tasks", str(good)]) == 2
-    assert "holds a run (good, run.json, report.html)" in capsys.readouterr().err
-
-
-def test_tasks_train_each_adapter_as_alone(script, tmp_path):
-    files = [str(f) for f in sorted((SCRIPTS / "data" / "tasks").glob("*.jsonl"))]
-    train = script("train_qa").main
-    assert train([*QUICK, "--res_path", str(tmp_path / "both"), "--tasks", *files]) == 0
-    for file in files:
-        alone, name = tmp_path / f"alone-{Path(file).stem}", Path(file).stem
-        assert train([*QUICK, "--res_path", str(alone), "--tasks", file]) == 0
-        weights = [(p / name / "adapter_model.safetensors") for p in (tmp_path / "both", alone)]
-        assert weights[0].read_bytes() == weights[1].read_bytes()
-
-
-def test_tasks_take_no_beams_and_say_so_before_they_train(script, tmp_path, capsys):
-    file = str(SCRIPTS / "data" / "article.jsonl")
-    beams = ["--generate.num_beams", "2", "--res_path", str(tmp_path / "out")]
-    assert script("train_qa").main([*QUICK, *beams, "--tasks", file]) == 2
-    assert "generate.num_beams must be 1" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_bases_dropouts_are_its_own_or_what_is_asked_for(script, tmp_path):
-    """The demo base states none; with some the same run takes other steps."""
+def test_the_bases_dropouts_and_the_rate_of_b_are_what_is_asked_for(script, quick, tmp_path):
+    """The small base states a dropout of 0.1."""
     losses = {}
-    for name, asked in {"own": [], "none": ["0"], "some": ["0.1"]}.items():
-        arguments = [*QUICK, "--lora.dropout", "0", "--res_path", str(tmp_path / name)]
-        arguments += ["--base_dropout", *asked] if asked else []
+    for asked in ("", "--base_dropout 0", "--base_dropout 0.1", "--b_ratio 16"):
+        out = tmp_path / f"run{asked}"
+        arguments = [*quick, "--lora.dropout", "0", "--res_path", str(out), *asked.split()]
         assert script("train_qa").main(arguments) == 0
-        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        losses[name] = [json.loads(line)["loss"] for line in lines]
-    assert losses["own"] == losses["none"] != losses["some"]
+        losses[asked] = losses_of(out)
+    same, none, some, faster = losses.values()
+    assert same == some != none
+    assert same[0] == faster[0]
+    assert same[2] > faster[2]
 
 
 def test_a_separator_is_between_prompt_and_completion_wherever_prompts_are_read(
-    script, tmp_path, capsys, monkeypatch
+    script, quick, small_base, tmp_path, monkeypatch
 ):
     asked: list[list[int]] = []
     real = gpt2.generate
@@ -600,41 +453,43 @@ def test_a_separator_is_between_prompt_and_completion_wherever_prompts_are_read(
         gpt2, "generate", lambda model, ids, config: asked.extend(ids) or real(model, ids, config)
     )
     data, out = tmp_path / "data.jsonl", tmp_path / "out"
-    data.write_text('{"prompt": "a b", "completion": " c"}\n')
+    write_rows(data, [{"prompt": "a b", "completion": " c"}])
     ids = [*gpt2.Tokenizer().encode("a b"), 50256]
     separator = ["--separator", "50256"]
-    train = [*QUICK, "--data", str(data), "--res_path", str(out), *separator]
+    train = [*quick, "--data", str(data), "--res_path", str(out), *separator]
     assert script("train_qa").main(train) == 0
-    assert json.loads((out / "run.json").read_text())["data"]["tokens"] == len(ids) + 2
-    short = [*separator, "--max_new_tokens", "2", "--device", "cpu"]
+    assert record_of(out)["data"]["tokens"] == len(ids) + 2
+    short = [*separator, "--max_new_tokens", "2", "--device", "cpu", "--base", small_base]
     assert script("predict").main([str(data), "--adapter", str(out), *short]) == 0
     assert script("generate").main(["a b", *short, "--num_beams", "2"]) == 0
     assert asked == [ids] * len(asked)
     assert len(asked) >= 4
 
 
+# The configs.
+
+
+def test_the_articles_config_is_the_articles_run(script):
+    options = script("train_qa").options_of(["--config", str(SCRIPTS / "configs" / "article.yaml")])
+    article = {"model_name": "gpt2", "seed": 42, "max_token_length": 128, "lr": 1e-4}
+    article |= {"warmup_ratio": 0.0, "epochs": 500, "train_batch_size": 1, "logging_steps": 5}
+    assert {name: options[name] for name in article} == article
+    adapter = {"r": 8, "alpha": 16, "dropout": 0.1, "targets": ["c_attn"]}
+    assert {name: options.lora[name] for name in adapter} == adapter
+
+
 def test_the_e2e_config_is_read_as_the_benchmark_reads_it(script):
-    options = script("train_qa").options_of(["--config", str(SCRIPTS / "configs" / "e2e.yaml")])
+    config = ["--config", str(SCRIPTS / "configs" / "e2e.yaml")]
+    options = script("train_qa").options_of(config)
     assert (options.base_dropout, options.answer_only, options.eos) == (0.0, True, True)
     assert options.lora["targets"] == ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
     beams = {"num_beams": 10, "length_penalty": 0.8, "no_repeat_ngram": 4}  # the paper's
     assert {name: options.generate[name] for name in beams} == beams
-    steps = 2 * -(-42_061 // 8)  # the task's examples
-    by_steps, by_share = (
-        gpt2.TrainConfig(lr=options.lr, epochs=2, **{name: value})
-        for name, value in (("warmup_steps", options.warmup_steps), ("warmup_ratio", 0.015))
-    )
-    for step in range(1, steps + 1, 7):
-        assert gpt2.learning_rate(step, steps, by_steps) == gpt2.learning_rate(
-            step, steps, by_share
-        )
     assert options.label_smoothing == 0.0
-    given = ["--config", str(SCRIPTS / "configs" / "e2e.yaml"), "--warmup_ratio", "0.5"]
-    assert script("train_qa").options_of(given).warmup_steps is None  # which would win
-
-
-def test_tasks_of_one_name_are_refused(script, tmp_path, capsys):
-    file = str(SCRIPTS / "data" / "article.jsonl")
-    arguments = ["--config", DEMO, "--res_path", str(tmp_path), "--tasks", file, file]
-    assert script("train_qa").main(arguments) == 2
-    assert "needs different names" in capsys.readouterr().err
+    total = 2 * -(-42_061 // 8)  # the task's examples
+    warmups = ({"warmup_steps": options.warmup_steps}, {"warmup_ratio": 0.015})
+    steps, share = (gpt2.TrainConfig(lr=options.lr, epochs=2, **how) for how in warmups)
+    for step in range(1, total + 1, 7):
+        assert gpt2.learning_rate(step, total, steps) == gpt2.learning_rate(step, total, share)
+    given = script("train_qa").options_of([*config, "--warmup_ratio", "0.5"])
+    assert given.warmup_steps is None  # which would win

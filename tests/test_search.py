@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import importlib
+import io
 import json
 import os
 import signal
@@ -12,7 +15,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -24,10 +26,10 @@ import lora
 from gpt2.population.training import PopulationTraining
 from gpt2.training.loop import Training
 from tests.devices import pretended_device
+from tests.script_runs import command, environment, record_of, rows, two_processes, write_rows
 from tests.toys import tiny_data as data
 from tests.toys import tiny_gpt2
 
-ROOT = Path(__file__).parents[1]
 SPACE = {
     "lr": {"low": 1e-3, "high": 1e-1},
     "r": [1, 2, 4],
@@ -134,9 +136,15 @@ def test_a_search_on_an_apple_gpu_finds_what_one_on_a_cpu_does(made):
         assert other == pytest.approx(one, rel=1e-4)
 
 
-def test_all_of_a_rung_rest_at_the_same_share_and_the_worst_retire(made):
+def test_all_of_a_rung_rest_at_the_same_share_and_the_worst_retire(made, script):
     course = made()
     course.search(None)
+    board = [*script("tuner.outcome").leaderboard(course)]
+    assert [row["rung"] for row in board] == [3, 3, 2, 2, 1, 1, 1, 1]
+    means = {n: sum(course.losses_of(n)) for n in course.finalists}
+    assert board[0]["trial"] == course.winner == min(means, key=means.__getitem__)
+    losses = [row["losses"][row["rung"]] for row in board]
+    assert losses[2:4] + losses[4:] == sorted(losses[2:4]) + sorted(losses[4:])
     for rung, trials in enumerate(course.rungs):
         losses = {n: course.by_rung(n)[rung + 1] for n in trials}
         on = course.rungs[rung + 1] if rung < 2 else course.finalists
@@ -228,20 +236,27 @@ def unfinished(file: Path) -> bool:
     return not all(run["ended"] or run["losses"] for run in runs)
 
 
+def stopped(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 # The script.
+
+
+def examples(answer: str = "") -> list[dict]:
+    return [{"question": f"{i} and {i % 3}", "answer": answer or f"{i % 3}"} for i in range(24)]
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory, small_base) -> list[str]:
     """The arguments of a search in seconds."""
     place = tmp_path_factory.mktemp("tiny")
-    rows = [{"question": f"{i} and {i % 3}", "answer": f"{i % 3}"} for i in range(24)]
-    (place / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(place / "data.jsonl", examples())
     options = {
+        "data": str(place / "data.jsonl"),
         "model_name": small_base,
         "device": "cpu",
         "base_dropout": 0.0,
-        "data": str(place / "data.jsonl"),
         "validation": "0.25",
         "test": "0.2",
         "steps": 8,
@@ -269,28 +284,15 @@ def tiny(tmp_path_factory, small_base) -> list[str]:
 def found(tiny, tmp_path_factory) -> Path:
     """The folder of a search that came to its end; beside it lies what it printed."""
     place = tmp_path_factory.mktemp("found") / "run"
-    ended = subprocess.run(started(tiny, place), capture_output=True, text=True, env=env())
-    assert ended.returncode == 0, ended.stderr
-    (place.parent / "printed.txt").write_text(ended.stdout)
+    search = importlib.import_module("scripts.search").main
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert search([*tiny, "--res_path", str(place)]) == 0
+    (place.parent / "printed.txt").write_text(printed.getvalue())
     return place
 
 
-def env() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-
-
-def started(arguments: list[str], place: Path, *more: str) -> list[str]:
-    script = str(ROOT / "scripts" / "search.py")
-    return [sys.executable, script, *arguments, "--res_path", str(place), *more]
-
-
-def lines(file: Path) -> list[dict]:
-    return [json.loads(line, parse_constant=pytest.fail) for line in file.read_text().splitlines()]
-
-
 def test_what_a_search_leaves_behind(found, script):
-    board = lines(found / "leaderboard.jsonl")
-    run = json.loads((found / "run.json").read_text(), parse_constant=pytest.fail)
+    board, run = rows(found / "leaderboard.jsonl"), record_of(found)
     assert [row["place"] for row in board] == [1, 2, 3, 4]
     assert sorted(row["trial"] for row in board) == [0, 1, 2, 3]
     assert [row["state"] for row in board] == ["winner", "finalist", "retired", "retired"]
@@ -329,19 +331,17 @@ def test_train_qa_alone_gives_the_winner_again(found, tmp_path, script):
     assert wanted.keys() == made.keys()
     for key, factor in wanted.items():
         assert (made[key] - factor).norm() <= 1e-3 * factor.norm(), key
-    run = json.loads((found / "run.json").read_text())
-    again = json.loads((tmp_path / "r" / "run.json").read_text())
-    selection = run["winner"]["selection"]["seeds"]["42"]
+    winner, again = record_of(found)["winner"], record_of(tmp_path / "r")
+    selection, test = (winner[name]["seeds"]["42"] for name in ("selection", "test"))
     assert again["validation"]["losses"]["8"] == pytest.approx(selection, rel=1e-4)
-    if again["validation"]["best_step"] == 8:
-        assert again["test"]["loss"] == pytest.approx(
-            run["winner"]["test"]["seeds"]["42"], rel=1e-4
-        )
+    assert again["validation"]["best_step"] == 8
+    assert again["test"]["loss"] == pytest.approx(test, rel=1e-4)
 
 
 def test_a_search_that_is_killed_goes_on_to_the_same_bytes(found, tiny, tmp_path, script, capsys):
     place, name = tmp_path / "run", "rung-1-wave-2.safetensors"
-    child = subprocess.Popen(started(tiny, place), stdout=subprocess.DEVNULL, env=env())
+    started = command("search.py", *tiny, "--res_path", str(place))
+    child = subprocess.Popen(started, stdout=subprocess.DEVNULL, env=environment())
     while not (place / "waves" / "rung-1-wave-1.safetensors").exists():
         assert child.poll() is None
         time.sleep(0.01)
@@ -349,48 +349,60 @@ def test_a_search_that_is_killed_goes_on_to_the_same_bytes(found, tiny, tmp_path
     child.wait()
     assert not (place / "waves" / name).exists(), "in the middle of a rung"
     assert not (place / "run.json").exists()
-    search = script("search").main
-    refuse = {"--space.r": "[1, 3]", "--seed": "7", "--trials": "5", "--base_dropout": "0.1"}
-    for option, value in refuse.items():
-        more = [option, value] if option != "--space.r" else ["--space", '{"r": [1, 3, 4, 5]}']
-        assert search(["--resume", str(place), *more]) == 2
+    resume = ["--resume", str(place)]
+    other = write_rows(tmp_path / "other.jsonl", examples("another"))
+    for option, value, was in (
+        ("space", '{"r": [1, 3, 4, 5]}', "space was {"),
+        ("seed", "7", "seed was 42, is 7"),
+        ("trials", "5", "trials was 4, is 5"),
+        ("base_dropout", "0.1", "base_dropout was 0.0, is 0.1"),
+        ("data", str(other), "splits was ["),
+    ):
+        assert script("search").main([*resume, f"--{option}", value]) == 2
         said = capsys.readouterr().err
         assert "cannot be resumed" in said
-        assert f"{option[2:].partition('.')[0]} was" in said
-    rows = [{"question": f"{i} and {i % 3}", "answer": "another"} for i in range(24)]
-    (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert search(["--resume", str(place), "--data", str(tmp_path / "other.jsonl")]) == 2
-    assert "splits was [" in capsys.readouterr().err
-    ended = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "search.py"), "--resume", str(place)],
-        capture_output=True, text=True, env=env(),
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr
+        assert was in said
+    assert script("search").main(resume) == 0
     clocked = ("study.db", "report.html")  # which shows the clock of run.json
     for file in (f for f in found.rglob("*") if f.is_file() and f.name not in clocked):
         again = place / file.relative_to(found)
         if file.name == "run.json":
-            one, other = (json.loads(f.read_text()) for f in (file, again))
+            one, other = record_of(found), record_of(place)
             for record in (one, other):
                 del record["seconds"], record["config"]["res_path"], record["config"]["resume"]
                 del record["commands"]  # which name the folder
             assert one == other
         else:
             assert file.read_bytes() == again.read_bytes(), file
-    assert search(["--resume", str(place)]) == 2
+    assert script("search").main(resume) == 2
     assert "or the run has ended" in capsys.readouterr().err
 
 
-def test_a_full_disk_says_where_and_how_to_go_on(tiny, tmp_path, script, capsys, monkeypatch):
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+def full(*_: object) -> None:
+    raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(script("tuner.checkpoint"), "write_tensors", full)
-    place = tmp_path / "run"
-    assert script("search").main([*tiny, "--res_path", str(place)]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"{place / 'waves' / 'rung-1-wave-1.safetensors'} cannot be written: ")
-    assert said.endswith(f"No space left on device. Go on with --resume {place}.\n")
+
+@pytest.mark.parametrize(
+    ("place", "fault", "code"),
+    [
+        ("waves:Waves.train", stopped, 130),
+        ("sampler:write_study", stopped, 130),
+        ("checkpoint:write_tensors", full, 2),
+    ],
+    ids=["in training", "while it writes", "a full disk"],
+)
+def test_what_ends_a_search_says_how_to_go_on(
+    place, fault, code, tiny, tmp_path, script, capsys, monkeypatch
+):
+    room, _, name = place.partition(":")
+    monkeypatch.setattr(f"scripts.tuner.{room}.{name}", fault)
+    run = tmp_path / "run"
+    assert script("search").main([*tiny, "--res_path", str(run)]) == code
+    said = "Interrupted."
+    if fault is full:
+        said = f"{run / 'waves' / 'rung-1-wave-1.safetensors'} cannot be written: "
+        said += "[Errno 28] No space left on device."
+    assert capsys.readouterr().err == f"{said} Go on with --resume {run}.\n"
 
 
 @pytest.mark.parametrize(
@@ -403,15 +415,13 @@ def test_a_full_disk_says_where_and_how_to_go_on(tiny, tmp_path, script, capsys,
         (["--rungs", "5"], "5 rungs, each 2 times as long"),
         (["--warmup_steps", "4"], "the first ends after 4 steps and the warm-up takes 4"),
         (["--finalists", "3"], "there are 3 finalists, and 2 in the last rung"),
-        (["--sampler", "grid"], 'Parser key "sampler"'),
         (["--sampler", "tpe", "--slots", "4"], "tpe learns from wave to wave"),
         (["--validation", "null"], "A search needs validation data"),
         (["--validation", "0.9", "--test", "0.2"], "of the data: lower them"),
-        (["--seeds", "1"], 'Parser key "seeds"'),
-        (["--b_ratio", "0"], 'Parser key "b_ratio"'),
+        (["--seeds", "1"], "1 does not conform to restriction v>=2"),
         (["--test", ""], "test is empty: leave it out"),
         (["--lora.targets", "nothing"], "No module matches target 'nothing'"),
-        (["--packing", "true", "--tokens_per_batch", "64", "--train_batch_size", "1"], "packing"),
+        (["--space", '{"r": [2, 400], "lr": [0.1, 0.2]}'], "400 is above"),
         (["--resume", "nowhere"], "nowhere has nothing to resume"),
     ],
 )
@@ -476,14 +486,6 @@ def test_optuna_missing_names_the_extra(tiny, script, capsys, monkeypatch):
     assert capsys.readouterr().err == "optuna is missing: pip install 'lora-gpt2[search]'.\n"
 
 
-def test_a_rank_above_a_layers_side_is_refused_beforehand(tiny, tmp_path, script, capsys):
-    place = tmp_path / "run"
-    more = ["--space", '{"r": [2, 400], "lr": [0.1, 0.2]}', "--res_path", str(place)]
-    assert script("search").main([*tiny, *more]) == 2
-    assert "400 is above" in capsys.readouterr().err
-    assert not place.exists()
-
-
 def test_slots_that_do_not_fit_in_memory_are_refused_with_what_fits(
     tiny, tmp_path, script, capsys, monkeypatch
 ):
@@ -496,99 +498,27 @@ def test_slots_that_do_not_fit_in_memory_are_refused_with_what_fits(
     fit = int(said.partition("--slots ")[2].rstrip(".\n"))
     assert fit < 3
     assert not place.exists()
-    place.joinpath("waves").mkdir(parents=True)
-    place.joinpath("waves", "made_of.json").write_text('{"of": "another search"}')
-    more = ["--slots", str(fit), "--res_path", str(place), "--overwrite", "true"]
-    assert script("search").main([*tiny, *more]) == 0
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="looks for memory in /proc")
-def test_what_a_slot_takes_is_about_what_is_measured(script, monkeypatch):
-    """Peak memory of twelve slots more, in processes of their own."""
-    code = (
-        "import pathlib, sys\n"
-        "from tests.test_search import a_step\n"
-        "a_step(int(sys.argv[1]))\n"
-        # Not ru_maxrss, which begins as that of the process which started this one.
-        "lines = pathlib.Path('/proc/self/status').read_text().splitlines()\n"
-        "print(next(line.split()[1] for line in lines if line.startswith('VmHWM')))"
-    )
-    pipe = {"env": env(), "cwd": ROOT, "stdout": subprocess.PIPE, "text": True}
-    both = [subprocess.Popen([sys.executable, "-c", code, k], **pipe) for k in ("8", "20")]
-    peaks = [int(process.communicate()[0]) for process in both]
-    base, config, tokens = small()
-    trials, waving = script("tuner.trials"), script("tuner.waves")
-    usual = trials.Recipe(adapter=ROOM, training=config, b_ratio=1.0)
-    how = {"trials": 100, "rungs": 1, "keep": 2, "slots": 100, "sampler": "random"}
-    plan = script("tuner.halving").Plan(
-        space=trials.Space({}), usual=usual, finalists=1, seeds=2, **how
-    )
-    monkeypatch.setattr(waving, "available", lambda device: 1e-9)
-    waves, told = waving.Waves(base, tokens, tokens, plan), []
-    monkeypatch.setattr(waves, "_measured", lambda: told.append(measure(waves)) or 1 << 30)
-    measure = type(waves)._measured
-    with pytest.raises(ValueError, match="about 0 fit"):
-        waves.check_memory()
-    measured = (peaks[1] - peaks[0]) * 1024 / 12
-    assert 0.6 < measured / told[0] < 1.4
-
-
-ROOM = lora.LoRAConfig(r=16, targets="all-linear", dropout=0.1)
-
-
-def small():
-    model = gpt2.GPT2.from_pretrained("demo", dropout=0.0)
-    tokens = gpt2.Dataset(np.arange(640, dtype=np.int32), np.arange(64, 641, 64), np.zeros(10, int))
-    return model, gpt2.TrainConfig(steps=2, batch_size=1), tokens
-
-
-def a_step(k: int) -> None:
-    """Take a step of so many slots on the demo base."""
-    model, config, tokens = small()
-    slots = lora.Population(model, k, ROOM)
-    training = PopulationTraining(model, slots, tokens, config)
-    for slot in range(k):
-        slots.draw(slot, ROOM)
-        training.start(slot, config)
-    training.advance(1)
+    monkeypatch.setattr(script("tuner.waves").Waves, "train", stopped)  # which is reached
+    assert script("search").main([*tiny, "--slots", str(fit), "--res_path", str(place)]) == 130
 
 
 def test_two_processes_find_what_one_finds(found, tiny, tmp_path):
     """Each trains trials of its own; to rounding, since a product of fewer rows is another."""
     place = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    ended = subprocess.run(
-        [*command, *started(tiny, place)[1:]], capture_output=True, text=True, env=env()
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("Saved in") == 1
-    boards = (lines(folder / "leaderboard.jsonl") for folder in (place, found))
+    (code, out, _), *others = two_processes("search.py", *tiny, "--res_path", str(place))
+    assert (code, out.count("Saved in")) == (0, 1)
+    assert others == [(0, "", "")]
+    boards = (rows(folder / "leaderboard.jsonl") for folder in (place, found))
     for row, wanted in zip(*boards, strict=True):
         assert row["losses"] == pytest.approx(wanted["losses"], rel=1e-3)
         assert row.get("seeds", {}) == pytest.approx(wanted.get("seeds", {}), rel=1e-3)
         assert (row["trial"], row["params"]) == (wanted["trial"], wanted["params"])
-    one, other = (json.loads((f / "run.json").read_text()) for f in (place, found))
+    one, other = record_of(place), record_of(found)
     for name in ("finalists", "not_told_apart", "winner_on_test", "adapter_steps"):
         assert one[name] == other[name], name
     for name in ("winner", "default"):
         tested = other[name]["test"]["seeds"]
         assert one[name]["test"]["seeds"] == pytest.approx(tested, rel=1e-3)
-
-
-@pytest.mark.parametrize("where", ["in training", "while it writes"])
-def test_a_search_that_is_interrupted_says_how_to_go_on(
-    tiny, tmp_path, script, capsys, monkeypatch, where
-):
-    def stopped(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    if where == "in training":
-        monkeypatch.setattr(script("tuner.waves").Waves, "train", stopped)
-    else:
-        monkeypatch.setattr(script("tuner.sampler"), "write_study", stopped)
-    place = tmp_path / "run"
-    assert script("search").main([*tiny, "--res_path", str(place)]) == 130
-    assert capsys.readouterr().err == f"Interrupted. Go on with --resume {place}.\n"
 
 
 def test_what_varies_takes_the_place_of_the_usual_and_nothing_else_does(made):
@@ -611,7 +541,7 @@ def test_what_varies_takes_the_place_of_the_usual_and_nothing_else_does(made):
 def test_what_a_search_prints_and_reports_is_of_use(found):
     """No loss before there is one; who won among whom; the commands that use it."""
     out = (found.parent / "printed.txt").read_text()
-    run = json.loads((found / "run.json").read_text())
+    run = record_of(found)
     claim = run["verdict"]
     assert "The test is Student's paired t-test over the seeds" in claim
     assert " ".join(claim.split()) in " ".join(out.split())
@@ -641,9 +571,6 @@ def test_the_cost_of_judging_grows_with_the_waves_and_not_with_their_square(
 def test_a_search_stopped_before_its_first_file_can_begin_again(
     tiny, tmp_path, script, monkeypatch
 ):
-    def stopped(*_: object) -> None:
-        raise KeyboardInterrupt
-
     arguments = [*tiny, "--res_path", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
         patch.setattr(script("tuner.checkpoint").Checkpoint, "begin", stopped)

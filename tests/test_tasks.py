@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import signal
 from pathlib import Path
@@ -12,38 +11,27 @@ import pytest
 
 import gpt2
 import lora
-
-for package in ("jsonargparse", "docstring_parser", "yaml", "rich", "matplotlib"):
-    pytest.importorskip(package, reason="the scripts need the extra 'scripts'")
-
-from tests.test_scripts import QUICK  # noqa: E402
-from tests.toys import split  # noqa: E402
+from tests.script_runs import VALID, record_of, rows, write_rows
+from tests.toys import split
 
 NAMES = ("sea", "land", "air")
-VALID = ["--validation", "0.4", "--eval_every", "2", "--train_batch_size", "2"]
-
-
-@pytest.fixture
-def quick(small_base) -> list[str]:
-    return [*QUICK, "--model_name", small_base]
 
 
 @pytest.fixture
 def files(tmp_path) -> list[str]:
     for name in NAMES:
-        rows = [{"prompt": f"{name} {i}:", "completion": f" {i} {name}"} for i in range(12)]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (tmp_path / f"{name}.jsonl").write_text(text)
+        lines = [{"prompt": f"{name} {i}:", "completion": f" {i} {name}"} for i in range(12)]
+        write_rows(tmp_path / f"{name}.jsonl", lines)
     return [str(tmp_path / f"{name}.jsonl") for name in NAMES]
 
 
 def kept(folder: Path) -> dict[str, object]:
     """What is kept of one adapter: weights, losses, what was found on its validation data."""
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    metrics = rows(folder / "metrics.jsonl")
     return {
         "weights": [f.read_bytes() for f in sorted(folder.rglob("adapter_model.safetensors"))],
         "losses": [(m["step"], m["loss"], m.get("validation")) for m in metrics],
-        "validation": json.loads((folder / "run.json").read_text())["validation"],
+        "validation": record_of(folder)["validation"],
     }
 
 
@@ -84,7 +72,7 @@ def test_patience_ends_each_by_itself(script, quick, tmp_path, files, capsys, mo
     out = tmp_path / "out"
     arguments = [*quick, "--steps", "8", *VALID, "--patience", "2", "--res_path", str(out)]
     assert script("train_qa").main([*arguments, "--tasks", *files]) == 0
-    steps = [json.loads((out / n / "run.json").read_text())["steps"] for n in NAMES]
+    steps = [record_of(out / n)["steps"] for n in NAMES]
     best = [kept(out / n)["validation"]["best_step"] for n in NAMES]
     assert (steps, best) == ([4, 8, 6], [0, 4, 2])
 

@@ -20,10 +20,8 @@ import pytest
 
 from gpt2.training import snapshots
 from tests.processes import end, together
-from tests.test_scripts import QUICK, SCRIPTS
+from tests.script_runs import QUICK, SCRIPTS, two_processes
 
-for package in ("jsonargparse", "docstring_parser", "yaml", "rich", "matplotlib"):
-    pytest.importorskip(package, reason="the scripts need the extra 'scripts'")
 if not Path("/proc/self/task").is_dir():
     pytest.skip("the tests look for child processes in /proc", allow_module_level=True)
 
@@ -146,38 +144,17 @@ def test_two_hosts_give_what_one_process_gives(alone, tmp_path):
 
 
 def test_what_one_process_cannot_read_ends_all_with_one_line(tmp_path):
-    odd = tmp_path / "odd.py"
-    odd.write_text(
-        "import os, runpy, sys\n"
-        "if os.environ['RANK'] == '1':\n"
-        "    sys.argv[sys.argv.index('--data') + 1] += '.missing'\n"
-        f"runpy.run_path({TRAIN!r}, run_name='__main__')\n"
+    how = [*OPTIONS, "--res_path", str(tmp_path / "run")]
+    (code, out, error), *others = two_processes(
+        "train_qa.py", *how, second=("--data", "missing.jsonl")
     )
-    data = str(SCRIPTS / "data" / "article.jsonl")
-    run = started(str(odd), *OPTIONS, "--data", data, "--res_path", str(tmp_path / "run"))
-    code, out, err = ended(run)
-    assert code != 0
-    assert out == ""
-    lines = [line for line in err.splitlines() if "article.jsonl.missing" in line]
-    assert len(lines) == 1
-    assert lines[0].startswith("Process 1: ")
+    assert (code, out, error.count("\n")) == (2, "", 1)
+    assert error.startswith("Process 1: [Errno 2] No such file or directory: 'missing.jsonl'")
+    assert others == [(1, "", "")]
     assert not (tmp_path / "run").exists()
 
 
 def test_help_is_shown_once_and_is_no_fault():
-    code, out, err = ended(started(TRAIN, "--help"))
-    assert (code, out.count("usage: train_qa.py")) == (0, 1)
-    assert "Process 1" not in err
-
-
-def test_a_port_that_is_taken_is_said_by_torchrun(tmp_path):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        code, _, err = ended(
-            started(TRAIN, "--res_path", str(tmp_path / "run"), how=["--master_port", str(port)])
-        )
-    assert code != 0
-    assert "EADDRINUSE" in err
-    assert not (tmp_path / "run").exists()
+    (code, out, error), *others = two_processes("train_qa.py", "--help")
+    assert (code, out.count("usage: train_qa.py"), error) == (0, 1, "")
+    assert others == [(0, "", "")]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 
 import pytest
 import tour
@@ -17,13 +16,7 @@ def notebook():
 
 @pytest.fixture(scope="module")
 def ran(notebook):
-    begin = time.perf_counter()
-    outputs, names = tour.run(notebook)
-    return outputs, names, time.perf_counter() - begin
-
-
-def test_it_runs_in_time(ran):
-    assert ran[2] < 90
+    return tour.run(notebook)
 
 
 def test_the_model_learns_what_the_tour_says(ran):
