@@ -1,0 +1,184 @@
+"""An adapter in the formats of other programs, and those programs' answers.
+
+Shapes: A `(r, in)`, B `(out, r)` with the scaling in it; mlx-lm takes both transposed.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
+from itertools import islice, takewhile, zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch.nn.functional import pad
+
+import gpt2
+import lora
+from gpt2.files import written
+from lora.algebra import Factors
+
+READERS = {"gguf": "llama_cpp", "gguf-lora": "llama_cpp", "mlx": "mlx_lm", "merged": "transformers"}
+LINEARS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+ADAPTERS = "adapters"  # mlx-lm's, in the folder of the base
+NEW_TOKENS = 24  # after each prompt that is compared
+
+Rows = list[list[int]]
+Continue = Callable[[list[int]], Iterable[int]]
+
+
+def write(form: str, model: gpt2.GPT2, out: Path, dtype: str) -> None:
+    """Write an adapted model; afterwards it is the base, or merged where the format is."""
+    values = dict[str, Factors]()
+    if form in ("gguf-lora", "mlx"):
+        values = lora.algebra.factors(model)
+        if others := [path for path in values if not path.endswith(LINEARS)]:
+            raise ValueError(
+                f"{form} holds updates of {', '.join(LINEARS)}, and the adapter has "
+                f"{', '.join(others)}: export it as gguf or merged."
+            )
+    lora.eject(model, merge=not values)
+    if form == "gguf":
+        with written(out.parent) as made:
+            write_gguf(model, made / out.name, dtype)
+    elif form == "gguf-lora":
+        with written(out.parent) as made:
+            write_gguf_lora(values, model.config.n_layer, made / out.name)
+    else:
+        model.save_pretrained(str(out))
+        gpt2.Tokenizer().save_pretrained(out)
+    if form == "mlx":
+        with written(out / ADAPTERS) as made:
+            write_mlx(values, model.config.n_layer, made)
+
+
+def write_gguf(model: gpt2.GPT2, file: Path, dtype: str = "float32") -> None:
+    """Write a plain model and its tokenizer for llama.cpp."""
+    gguf, config, vocabulary = import_module("gguf"), model.config, gpt2.Tokenizer()
+    half = dtype == "float16"
+    writer = gguf.GGUFWriter(file, "gpt2")
+    writer.add_file_type(gguf.LlamaFileType["MOSTLY_F16" if half else "ALL_F32"])
+    writer.add_context_length(config.block_size)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_feed_forward_length(4 * config.n_embd)
+    writer.add_block_count(config.n_layer)
+    writer.add_head_count(config.n_head)
+    writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    with tempfile.TemporaryDirectory() as folder:
+        vocabulary.save_pretrained(folder)
+        ranks = json.loads(Path(folder, "vocab.json").read_text("utf-8"))
+        writer.add_token_list(list(ranks))
+        writer.add_token_merges(Path(folder, "merges.txt").read_text("utf-8").splitlines()[1:])
+    kinds = dict.fromkeys(ranks.values(), gguf.TokenType.NORMAL)
+    writer.add_token_types([*(kinds | {vocabulary.eos: gguf.TokenType.CONTROL}).values()])
+    writer.add_bos_token_id(vocabulary.eos)
+    writer.add_eos_token_id(vocabulary.eos)
+
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
+    for path, tensor in model.state_dict().items():
+        name, _, part = path.rpartition(".")
+        if name == "lm_head":  # the embedding once more
+            continue
+        if part == "weight" and name.endswith(LINEARS):
+            tensor = tensor.T
+        narrow = half and tensor.dim() == 2 and name != "transformer.wpe"
+        array = tensor.contiguous().to(torch.float16 if narrow else torch.float32).numpy()
+        writer.add_tensor(f"{names.get_name(name)}.{part}", array)
+    _finish(writer)
+
+
+def write_gguf_lora(values: Mapping[str, Factors], n_layer: int, file: Path) -> None:
+    """Write an adapter for llama.cpp, to be used beside a GGUF of its base."""
+    gguf = import_module("gguf")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, n_layer)
+    ranks = {pair.r for pair in values.values()}
+    writer = gguf.GGUFWriter(file, "gpt2")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    # Its scale is alpha / r of each layer, and 1 where alpha is 0.
+    writer.add_float32("adapter.lora.alpha", max(ranks) if len(ranks) == 1 else 0)
+    for path, pair in values.items():
+        for letter, factor in (("a", pair.A), ("b", pair.B)):
+            array = factor.float().contiguous().numpy()
+            writer.add_tensor(f"{names.get_name(path)}.weight.lora_{letter}", array)
+    _finish(writer)
+
+
+def write_mlx(values: Mapping[str, Factors], n_layer: int, folder: Path) -> None:
+    """Write an adapter as mlx-lm writes its own: one rank, the same layers in its last blocks."""
+    blocks, rank = [int(path.split(".")[2]) for path in values], max(p.r for p in values.values())
+    about = {
+        "fine_tune_type": "lora",
+        "num_layers": n_layer - min(blocks),
+        "lora_parameters": {
+            "keys": sorted({path.split(".", 3)[3] for path in values}),
+            "rank": rank,
+            "scale": 1.0,
+            "dropout": 0.0,
+        },
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(about, indent=2), "utf-8")
+    tensors = {
+        f"model.{path.removeprefix('transformer.')}.lora_{letter}": factor.float().contiguous()
+        for path, pair in values.items()
+        for letter, factor in (
+            ("a", pad(pair.A.T, (0, rank - pair.r))),
+            ("b", pad(pair.B.T, (0, 0, 0, rank - pair.r))),
+        )
+    }
+    save_file(tensors, folder / "adapters.safetensors")
+
+
+def answers(form: str, model: gpt2.GPT2, out: Path, ids: Rows) -> Rows:
+    """Each prompt's greedy tokens by the program that reads the format; `model` as written."""
+    with tempfile.TemporaryDirectory() as folder:
+        base, adapter = out, None
+        if form == "gguf-lora":
+            base, adapter = Path(folder, "base.gguf"), out
+            write_gguf(model, base)
+        if form == "mlx":
+            go_on = _mlx_lm(out)
+        elif form == "merged":
+            go_on = _transformers(out)
+        else:
+            go_on = _llama_cpp(base, adapter)
+        end = gpt2.Tokenizer().eos
+        first = ([*islice(go_on(row), NEW_TOKENS)] for row in ids)
+        return [[*takewhile(lambda token: token != end, row)] for row in first]
+
+
+def agreement(ours: Rows, theirs: Rows) -> tuple[int, int, int | None]:
+    """Tokens that agree, all tokens, and the number of the first row that differs."""
+    pairs = [list(zip_longest(*rows)) for rows in zip(ours, theirs, strict=True)]
+    same = [sum(one == other for one, other in row) for row in pairs]
+    differing = (i for i, row in enumerate(pairs) if same[i] < len(row))
+    return sum(same), sum(map(len, pairs)), next(differing, None)
+
+
+def _llama_cpp(file: Path, adapter: Path | None) -> Continue:
+    more = {"lora_path": str(adapter)} if adapter else {}
+    model = import_module("llama_cpp").Llama(str(file), n_ctx=0, verbose=False, **more)
+    return lambda row: model.generate(row, temp=0.0, repeat_penalty=1.0)
+
+
+def _mlx_lm(out: Path) -> Continue:
+    mlx, step = import_module("mlx.core"), import_module("mlx_lm.generate").generate_step
+    model, _ = import_module("mlx_lm").load(str(out), adapter_path=str(out / ADAPTERS))
+    return lambda row: (int(token) for token, _ in step(mlx.array(row), model))
+
+
+def _transformers(out: Path) -> Continue:
+    model = import_module("transformers").AutoModelForCausalLM.from_pretrained(out)
+    how = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+    return lambda row: model.generate(torch.tensor([row]), **how)[0, len(row) :].tolist()
+
+
+def _finish(writer: Any) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
