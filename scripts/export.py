@@ -1,4 +1,4 @@
-"""Write an adapter for llama.cpp, MLX or transformers, and compare their answers with ours."""
+"""Write an adapter for llama.cpp or MLX, or merged; compare the answers."""
 
 if __name__ == "__main__":  # before slow imports
     import sys
@@ -40,7 +40,7 @@ def main(argv: Arguments = None) -> None:
     folder.unused(options.out)
     needed = ["gguf"] * form.startswith("gguf") + [reader] * bool(options.check)
     if missing := [name for name in needed if find_spec(name) is None]:
-        raise ValueError(f"{' and '.join(missing)} is missing: see 'Export' in docs/export.md.")
+        raise ValueError(f"{' and '.join(missing)} must be installed first.")
 
     base = options.base or folder.base_of(options.adapter)
     model = gpt2.GPT2.from_pretrained(base)
@@ -58,7 +58,7 @@ def main(argv: Arguments = None) -> None:
     same, tokens, differing = exports.agreement(ours, theirs)
     line = f"{same} of {tokens} greedy tokens after {len(ids)} prompts are {reader}'s too"
     if differing is not None and options.dtype == "float32":
-        raise ValueError(f"Only {line}; the first that differs is after {texts[differing]!r}.")
+        raise ValueError(f"Only {line}; the first that differs: {texts[differing]!r}.")
     print(f"{line}.")
 
 

@@ -207,8 +207,8 @@ def test_importing_touches_no_random_state_and_little_else():
 BUDGET = {
     "lora": 3_200,
     "gpt2": 5_681,
-    "scripts": 3_245,
-    "tests": 19_475,
+    "scripts": 3_502,
+    "tests": 19_707,
     "benchmarks": 1_797,
 }
 MOST_LINES = {"lora": 400, "gpt2": 400, "scripts": 400, "tests": 700, "benchmarks": 400}

@@ -187,7 +187,7 @@ def test_answers_that_differ_end_with_an_error(plain, script, tmp_path, monkeypa
     assert export.main([str(plain), str(tmp_path / "one.gguf"), "--format", "gguf"]) == 2
     error = capsys.readouterr().err
     assert "Only 143 of 144 greedy tokens" in error
-    assert "the first that differs is after 'Q: What do machine learning models do?" in error
+    assert "the first that differs: 'Q: What do machine learning models do?" in error
     words = [str(plain), str(tmp_path / "two.gguf"), "--format", "gguf", "--dtype", "float16"]
     assert export.main(words) == 0
     assert "143 of 144" in capsys.readouterr().out

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 from torch.nn.functional import pad
 
 import gpt2
@@ -30,15 +31,12 @@ Continue = Callable[[list[int]], Iterable[int]]
 
 
 def write(form: str, model: gpt2.GPT2, out: Path, dtype: str) -> None:
-    """Write an adapted model; afterwards it is the base, or merged where the format is."""
+    """Write an adapted model, which is then the base, or merged."""
     values = dict[str, Factors]()
     if form in ("gguf-lora", "mlx"):
         values = lora.algebra.factors(model)
         if others := [path for path in values if not path.endswith(LINEARS)]:
-            raise ValueError(
-                f"{form} holds updates of {', '.join(LINEARS)}, and the adapter has "
-                f"{', '.join(others)}: export it as gguf or merged."
-            )
+            raise ValueError(f"{form} cannot hold {', '.join(others)}: use gguf or merged.")
     lora.eject(model, merge=not values)
     if form == "gguf":
         with written(out.parent) as made:
@@ -92,7 +90,7 @@ def write_gguf(model: gpt2.GPT2, file: Path, dtype: str = "float32") -> None:
 
 
 def write_gguf_lora(values: Mapping[str, Factors], n_layer: int, file: Path) -> None:
-    """Write an adapter for llama.cpp, to be used beside a GGUF of its base."""
+    """Write an adapter for llama.cpp."""
     gguf = import_module("gguf")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, n_layer)
     ranks = {pair.r for pair in values.values()}
@@ -102,15 +100,16 @@ def write_gguf_lora(values: Mapping[str, Factors], n_layer: int, file: Path) -> 
     # Its scale is alpha / r of each layer, and 1 where alpha is 0.
     writer.add_float32("adapter.lora.alpha", max(ranks) if len(ranks) == 1 else 0)
     for path, pair in values.items():
-        for letter, factor in (("a", pair.A), ("b", pair.B)):
-            array = factor.float().contiguous().numpy()
-            writer.add_tensor(f"{names.get_name(path)}.weight.lora_{letter}", array)
+        name = f"{names.get_name(path)}.weight.lora"
+        writer.add_tensor(f"{name}_a", pair.A.float().contiguous().numpy())
+        writer.add_tensor(f"{name}_b", pair.B.float().contiguous().numpy())
     _finish(writer)
 
 
 def write_mlx(values: Mapping[str, Factors], n_layer: int, folder: Path) -> None:
-    """Write an adapter as mlx-lm writes its own: one rank, the same layers in its last blocks."""
-    blocks, rank = [int(path.split(".")[2]) for path in values], max(p.r for p in values.values())
+    """Write an adapter for mlx-lm: one rank, the same layers in the last blocks."""
+    blocks = [int(path.split(".")[2]) for path in values]
+    rank = max(pair.r for pair in values.values())
     about = {
         "fine_tune_type": "lora",
         "num_layers": n_layer - min(blocks),
@@ -122,19 +121,19 @@ def write_mlx(values: Mapping[str, Factors], n_layer: int, folder: Path) -> None
         },
     }
     (folder / "adapter_config.json").write_text(json.dumps(about, indent=2), "utf-8")
-    tensors = {
-        f"model.{path.removeprefix('transformer.')}.lora_{letter}": factor.float().contiguous()
-        for path, pair in values.items()
-        for letter, factor in (
-            ("a", pad(pair.A.T, (0, rank - pair.r))),
-            ("b", pad(pair.B.T, (0, 0, 0, rank - pair.r))),
-        )
-    }
+    tensors: dict[str, Tensor] = {}
+    for path, pair in values.items():
+        name = path.replace("transformer", "model")
+        more = rank - pair.r
+        a = pad(pair.A.T, (0, more))
+        b = pad(pair.B.T, (0, 0, 0, more))
+        tensors[f"{name}.lora_a"] = a.float().contiguous()
+        tensors[f"{name}.lora_b"] = b.float().contiguous()
     save_file(tensors, folder / "adapters.safetensors")
 
 
 def answers(form: str, model: gpt2.GPT2, out: Path, ids: Rows) -> Rows:
-    """Each prompt's greedy tokens by the program that reads the format; `model` as written."""
+    """Each prompt's greedy tokens by the format's reader."""
     with tempfile.TemporaryDirectory() as folder:
         base, adapter = out, None
         if form == "gguf-lora":
