@@ -36,8 +36,10 @@ def main(argv: Arguments = None) -> None:
     add("--dtype", type=Literal["float32", "float16"], default="float32", help="of a gguf")
     add("--check", type=bool | None, help="else where the format's reader is installed")
     options = parse(to, argv or [])
-    form, out, reader = options.format, Path(options.out), exports.READERS[options.format]
-    folder.unused(options.out)
+
+    form = options.format
+    out = folder.unused(options.out)
+    reader = exports.READERS[form]
     needed = ["gguf"] * form.startswith("gguf") + [reader] * bool(options.check)
     if missing := [name for name in needed if find_spec(name) is None]:
         raise ValueError(f"{' and '.join(missing)} must be installed first.")
@@ -48,7 +50,8 @@ def main(argv: Arguments = None) -> None:
     texts = prompts(Path(options.adapter))
     room = model.config.block_size - exports.NEW_TOKENS
     ids = [row[-room:] for row in map(gpt2.Tokenizer().encode, texts)]
-    ours = gpt2.generate(model, ids, gpt2.GenerateConfig(max_new_tokens=exports.NEW_TOKENS))
+    config = gpt2.GenerateConfig(max_new_tokens=exports.NEW_TOKENS)
+    ours = gpt2.generate(model, ids, config)
     exports.write(form, model, out, options.dtype)
     print(f"{options.adapter}, on {base}, is written as {form} to {out}.")
 
@@ -66,5 +69,6 @@ def prompts(path: Path) -> list[str]:
     """Those that a run answered, or the article's."""
     texts = list[str]()
     with suppress(OSError, ValueError, KeyError):
-        texts = [a["prompt"] for a in json.loads((path / folder.RUN).read_bytes())["answers"]]
+        record = json.loads((path / folder.RUN).read_bytes())
+        texts = [answer["prompt"] for answer in record["answers"]]
     return texts or [example.prompt for example in gpt2.read_prompts(data.ARTICLE_PROMPTS)]

@@ -205,9 +205,9 @@ def test_importing_touches_no_random_state_and_little_else():
 
 # Lines of Python as `wc -l` counts them: they only fall, but for what a new capability is given.
 BUDGET = {
-    "lora": 3_200,
+    "lora": 3_274,
     "gpt2": 5_681,
-    "scripts": 3_502,
+    "scripts": 3_468,
     "tests": 19_707,
     "benchmarks": 1_797,
 }

@@ -1,27 +1,26 @@
-"""An adapter in the formats of other programs, and those programs' answers.
-
-Shapes: A `(r, in)`, B `(out, r)` with the scaling in it; mlx-lm takes both transposed.
-"""
+"""An adapter in the formats of other programs, and those programs' answers."""
 
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from itertools import islice, takewhile, zip_longest
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
-from torch.nn.functional import pad
 
 import gpt2
 import lora
 from gpt2.files import written
 from lora.algebra import Factors
+from lora.disk import exports as lora_exports
 
-READERS = {"gguf": "llama_cpp", "gguf-lora": "llama_cpp", "mlx": "mlx_lm", "merged": "transformers"}
+READERS = {
+    "gguf": "llama_cpp",
+    "gguf-lora": "llama_cpp",
+    "mlx": "mlx_lm",
+    "merged": "transformers",
+}
 LINEARS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 ADAPTERS = "adapters"  # mlx-lm's, in the folder of the base
 NEW_TOKENS = 24  # after each prompt that is compared
@@ -43,18 +42,20 @@ def write(form: str, model: gpt2.GPT2, out: Path, dtype: str) -> None:
             write_gguf(model, made / out.name, dtype)
     elif form == "gguf-lora":
         with written(out.parent) as made:
-            write_gguf_lora(values, model.config.n_layer, made / out.name)
+            lora_exports.write_gguf(values, made / out.name, "gpt2", _names(model))
     else:
         model.save_pretrained(str(out))
         gpt2.Tokenizer().save_pretrained(out)
     if form == "mlx":
         with written(out / ADAPTERS) as made:
-            write_mlx(values, model.config.n_layer, made)
+            lora_exports.write_mlx(values, made, model.config.n_layer, "transformer.h")
 
 
 def write_gguf(model: gpt2.GPT2, file: Path, dtype: str = "float32") -> None:
     """Write a plain model and its tokenizer for llama.cpp."""
-    gguf, config, vocabulary = import_module("gguf"), model.config, gpt2.Tokenizer()
+    gguf = import_module("gguf")
+    vocabulary = gpt2.Tokenizer()
+    config = model.config
     half = dtype == "float16"
     writer = gguf.GGUFWriter(file, "gpt2")
     writer.add_file_type(gguf.LlamaFileType["MOSTLY_F16" if half else "ALL_F32"])
@@ -70,13 +71,14 @@ def write_gguf(model: gpt2.GPT2, file: Path, dtype: str = "float32") -> None:
         vocabulary.save_pretrained(folder)
         ranks = json.loads(Path(folder, "vocab.json").read_text("utf-8"))
         writer.add_token_list(list(ranks))
-        writer.add_token_merges(Path(folder, "merges.txt").read_text("utf-8").splitlines()[1:])
+        merges = Path(folder, "merges.txt").read_text("utf-8").splitlines()
+        writer.add_token_merges(merges[1:])  # below the version
     kinds = dict.fromkeys(ranks.values(), gguf.TokenType.NORMAL)
     writer.add_token_types([*(kinds | {vocabulary.eos: gguf.TokenType.CONTROL}).values()])
     writer.add_bos_token_id(vocabulary.eos)
     writer.add_eos_token_id(vocabulary.eos)
 
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
+    name_of = _names(model)
     for path, tensor in model.state_dict().items():
         name, _, part = path.rpartition(".")
         if name == "lm_head":  # the embedding once more
@@ -84,52 +86,13 @@ def write_gguf(model: gpt2.GPT2, file: Path, dtype: str = "float32") -> None:
         if part == "weight" and name.endswith(LINEARS):
             tensor = tensor.T
         narrow = half and tensor.dim() == 2 and name != "transformer.wpe"
-        array = tensor.contiguous().to(torch.float16 if narrow else torch.float32).numpy()
-        writer.add_tensor(f"{names.get_name(name)}.{part}", array)
-    _finish(writer)
-
-
-def write_gguf_lora(values: Mapping[str, Factors], n_layer: int, file: Path) -> None:
-    """Write an adapter for llama.cpp."""
-    gguf = import_module("gguf")
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, n_layer)
-    ranks = {pair.r for pair in values.values()}
-    writer = gguf.GGUFWriter(file, "gpt2")
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    # Its scale is alpha / r of each layer, and 1 where alpha is 0.
-    writer.add_float32("adapter.lora.alpha", max(ranks) if len(ranks) == 1 else 0)
-    for path, pair in values.items():
-        name = f"{names.get_name(path)}.weight.lora"
-        writer.add_tensor(f"{name}_a", pair.A.float().contiguous().numpy())
-        writer.add_tensor(f"{name}_b", pair.B.float().contiguous().numpy())
-    _finish(writer)
-
-
-def write_mlx(values: Mapping[str, Factors], n_layer: int, folder: Path) -> None:
-    """Write an adapter for mlx-lm: one rank, the same layers in the last blocks."""
-    blocks = [int(path.split(".")[2]) for path in values]
-    rank = max(pair.r for pair in values.values())
-    about = {
-        "fine_tune_type": "lora",
-        "num_layers": n_layer - min(blocks),
-        "lora_parameters": {
-            "keys": sorted({path.split(".", 3)[3] for path in values}),
-            "rank": rank,
-            "scale": 1.0,
-            "dropout": 0.0,
-        },
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(about, indent=2), "utf-8")
-    tensors: dict[str, Tensor] = {}
-    for path, pair in values.items():
-        name = path.replace("transformer", "model")
-        more = rank - pair.r
-        a = pad(pair.A.T, (0, more))
-        b = pad(pair.B.T, (0, 0, 0, more))
-        tensors[f"{name}.lora_a"] = a.float().contiguous()
-        tensors[f"{name}.lora_b"] = b.float().contiguous()
-    save_file(tensors, folder / "adapters.safetensors")
+        kept = torch.float16 if narrow else torch.float32
+        array = tensor.contiguous().to(kept).numpy()
+        writer.add_tensor(f"{name_of(name)}.{part}", array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def answers(form: str, model: gpt2.GPT2, out: Path, ids: Rows) -> Rows:
@@ -151,7 +114,7 @@ def answers(form: str, model: gpt2.GPT2, out: Path, ids: Rows) -> Rows:
 
 
 def agreement(ours: Rows, theirs: Rows) -> tuple[int, int, int | None]:
-    """Tokens that agree, all tokens, and the number of the first row that differs."""
+    """Tokens that agree, all tokens, and the first row that differs."""
     pairs = [list(zip_longest(*rows)) for rows in zip(ours, theirs, strict=True)]
     same = [sum(one == other for one, other in row) for row in pairs]
     differing = (i for i, row in enumerate(pairs) if same[i] < len(row))
@@ -160,24 +123,27 @@ def agreement(ours: Rows, theirs: Rows) -> tuple[int, int, int | None]:
 
 def _llama_cpp(file: Path, adapter: Path | None) -> Continue:
     more = {"lora_path": str(adapter)} if adapter else {}
-    model = import_module("llama_cpp").Llama(str(file), n_ctx=0, verbose=False, **more)
+    llama = import_module("llama_cpp").Llama
+    model = llama(str(file), n_ctx=0, verbose=False, **more)
     return lambda row: model.generate(row, temp=0.0, repeat_penalty=1.0)
 
 
 def _mlx_lm(out: Path) -> Continue:
-    mlx, step = import_module("mlx.core"), import_module("mlx_lm.generate").generate_step
-    model, _ = import_module("mlx_lm").load(str(out), adapter_path=str(out / ADAPTERS))
-    return lambda row: (int(token) for token, _ in step(mlx.array(row), model))
+    array = import_module("mlx.core").array
+    step = import_module("mlx_lm.generate").generate_step
+    adapter = str(out / ADAPTERS)
+    model, _ = import_module("mlx_lm").load(str(out), adapter_path=adapter)
+    return lambda row: (int(token) for token, _ in step(array(row), model))
 
 
 def _transformers(out: Path) -> Continue:
-    model = import_module("transformers").AutoModelForCausalLM.from_pretrained(out)
+    auto = import_module("transformers").AutoModelForCausalLM
+    model = auto.from_pretrained(out)
     how = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
     return lambda row: model.generate(torch.tensor([row]), **how)[0, len(row) :].tolist()
 
 
-def _finish(writer: Any) -> None:
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+def _names(model: gpt2.GPT2) -> Callable[[str], str]:
+    """From a module's path to llama.cpp's name of it."""
+    gguf = import_module("gguf")
+    return gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, model.config.n_layer).get_name
