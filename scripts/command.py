@@ -1,4 +1,4 @@
-"""`lora-gpt2 train|generate|predict|merge|search|report`: the scripts, anywhere."""
+"""`lora-gpt2 train|generate|predict|merge|export|search|report`: the scripts, anywhere."""
 
 import sys
 

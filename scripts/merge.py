@@ -8,7 +8,6 @@ if __name__ == "__main__":  # before slow imports
 
     sys.exit(start("merge", sys.argv[1:]))
 
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -31,13 +30,11 @@ def main(argv: Arguments = None) -> None:
     add("--base", type=str | None, help="by default the adapter's")
     add("--dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="of it")
     options = parse(to, argv or [])
-    out = Path(options.out)
-    if not options.out or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
-        raise ValueError(f"{options.out or repr('')} is not an empty folder: name a new one.")
+    out = folder.unused(options.out)
     base = options.base or folder.base_of(options.adapter)
     model = gpt2.GPT2.from_pretrained(base, dtype=getattr(torch, options.dtype))
     paths = lora.load(model, folder.adapter_in(options.adapter))
     lora.eject(model, merge=True)
-    model.save_pretrained(str(out))
+    model.save_pretrained(out)
     gpt2.Tokenizer().save_pretrained(out)
     print(f"{options.adapter} is merged into {len(paths)} layers of {base}: see {out}")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Arguments = list[str] | None
-NAMES = ("train_qa", "generate", "predict", "merge", "search", "report")
+NAMES = ("train_qa", "generate", "predict", "merge", "export", "search", "report")
 VERBS = {name.partition("_")[0]: name for name in NAMES}  # of lora-gpt2
 
 

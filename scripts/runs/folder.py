@@ -84,6 +84,13 @@ def write_whole(file: Path, text: str) -> None:
         part.unlink(missing_ok=True)
 
 
+def unused(path: str) -> Path:
+    """A path to write to, new or an empty folder."""
+    if not path or (Path(path).exists() and not (Path(path).is_dir() and not os.listdir(path))):
+        raise ValueError(f"{path or repr('')} is not an empty folder: name a new one.")
+    return Path(path)
+
+
 @contextmanager
 def locked(path: Path, *, option: str = "res_path") -> Iterator[None]:
     """Keep other runs out; `option` is how to name another path."""

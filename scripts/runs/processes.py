@@ -2,7 +2,6 @@
 
 import os
 import re
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,9 +73,6 @@ def joined() -> Iterator[None]:
                 raise SystemExit(int(store.get("ended"))) from None
             error.args = (f"Process {number}: {error}",)
         raise
-    if torch.cuda.is_available():  # a graph keeps the group
-        sys.stdout.flush()
-        os._exit(0)
     group.destroy_process_group()
 
 
