@@ -104,7 +104,7 @@ class Stepper:
                 loss = distributed.all_reduce(self.trained, losses)
             with self._counted():
                 figures = self._update(loss)
-        if not self.watch.is_as_it_was():  # as of a model that counts its calls
+        if self.watch.changes():  # as of a model that counts its calls
             self.watch.renew()
         return figures
 
