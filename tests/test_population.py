@@ -216,7 +216,7 @@ def test_no_neighbour_moves_a_bit(fate):
             slots.layers["transformer.h.0.mlp.c_fc"].A[1, 0, 0] = torch.nan
     if fate == "retired":
         training.advance(5)
-        training.retire(1)
+        training.trainings[1] = None
     to_the_end(training)
     for i in (0, 2, 3):
         same(outcome(training, slots, i), outcome(want, wanted, i))

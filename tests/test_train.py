@@ -504,12 +504,12 @@ def test_records_that_nobody_read_hold_numbers_alone(monkeypatch):
     del model
     gc.collect()
     assert not any(ref() for ref in refs)
-    assert len({id(vars(r)["loss"]) for r in records}) == 3
+    assert len({id(vars(r)["readings"]) for r in records}) == 3
     steps = train(model_of(), DATA, TrainConfig(steps=40))
     held = [next(steps) for _ in range(30)]
-    figures = vars(held[0])["loss"].figures
+    figures = vars(held[0])["readings"].figures
     assert [(f.shape, f.grad_fn, f.requires_grad) for f in figures] == [((2,), None, False)] * 30
-    kept = {type(v) for r in held for v in (*vars(r).values(), *vars(vars(r)["loss"]).values())}
+    kept = {type(v) for r in held for v in (*vars(r).values(), *vars(vars(r)["readings"]).values())}
     assert kept <= {int, float, str, list, dict, Readings, type(None)}
 
 

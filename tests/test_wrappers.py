@@ -112,7 +112,7 @@ def test_a_sharded_model_trains_as_a_whole_one():
         ),
         (
             lambda model: fsdp.FullyShardedDataParallel(model, device_id=torch.device("cpu")),
-            r"FullyShardedDataParallel is not trained: give .*fully_shard \(FSDP2\)",
+            r"FullyShardedDataParallel is not trained: .*fully_shard \(FSDP2\)",
         ),
     ],
     ids=["DataParallel", "DDP", "FSDP1"],

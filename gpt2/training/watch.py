@@ -35,10 +35,8 @@ class Watch:
         self.seen: list[tuple[str, Any, Any]] = []
         for path, attrs in self.modules.items():
             names = [n for n in attrs if n in CHILDREN or not (n[0] == "_" or n == "training")]
-            values = [
-                v.copy() if type(v) in (dict, list, set) else v for v in map(attrs.get, names)
-            ]
-            self.seen.append((path, itemgetter(*names), tuple(values)))
+            values = tuple(_copied(attrs[name]) for name in names)
+            self.seen.append((path, itemgetter(*names), values))
 
     def changes(self) -> list[str]:
         """The names of what is not as it was."""
@@ -63,3 +61,8 @@ class Watch:
 
     def _places(self) -> list[tuple[int, bool]]:
         return [(p.data_ptr(), p.requires_grad) for p in self.trained.values()]
+
+
+def _copied(value: Any) -> Any:
+    """The value; of a container, which can be changed where it is, its content."""
+    return value.copy() if type(value) in (dict, list, set) else value
