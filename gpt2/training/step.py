@@ -51,8 +51,7 @@ class Stepper:
         capturable = devices.on_cuda(self.device) and not self.sharded
         self.optimizer: Any = adamw(grouped(model, config, groups), self.device, capturable)
         self.peaks = [float(group["initial_lr"]) for group in self.optimizer.param_groups]
-        self.graphs = GraphedCalls()
-        self.capturable = capturable and distributed.size() == 1
+        self.graphs = GraphedCalls() if capturable and distributed.size() == 1 else None
 
         self.watch = Watch(self.network, self.trained)
         # On the device, 1 after a step that was not finite.
@@ -80,9 +79,9 @@ class Stepper:
         weight = torch.full((), share, dtype=torch.float32, device=self.device)
         number = partial(seed_of, self.config.seed, step)
         with devices.own_generators(self.device) as seed, self._blocks_run():
-            if self.is_graphed(batches[0].idx.numel()):
+            if self.graphs and self.is_graphed(batches[0].idx.numel()):
                 inputs = weight, *_inputs(batches[0], self.device)
-                update = partial(self._replayed, partial(seed, number(0)), *inputs)
+                update = partial(self._replayed, self.graphs, partial(seed, number(0)), *inputs)
             else:
                 losses: list[Tensor] = []
                 in_order = distributed.adds_in_order(self.trained, self.config)
@@ -103,8 +102,8 @@ class Stepper:
     def is_graphed(self, tokens: int) -> bool:
         """Whether a step with a batch of so many tokens is a CUDA graph."""
         config = self.config
-        if not self.capturable or config.cuda_graph is not None:
-            return self.capturable and bool(config.cuda_graph)
+        if self.graphs is None or config.cuda_graph is not None:
+            return self.graphs is not None and bool(config.cuda_graph)
         small = config.compile or tokens <= GRAPHED_TOKENS
         single = config.accumulate == 1 and not config.checkpointing
         return small and single and isinstance(self.model, GPT2)
@@ -131,10 +130,10 @@ class Stepper:
             self.optimizer.state[self.parameters[name]][kind] = tensor.to(home, copy=True)
         self.taken = step
 
-    def _replayed(self, seed: Callable[[], None], *inputs: Tensor) -> Tensor:
-        self.graphs.prepare(self._step, self._state, *inputs)  # it may draw numbers
+    def _replayed(self, graphs: GraphedCalls, seed: Callable[[], None], *inputs: Tensor) -> Tensor:
+        graphs.prepare(self._step, self._state, *inputs)  # it may draw numbers
         seed()
-        return self.graphs(self._step, self._state, *inputs).clone()
+        return graphs(self._step, self._state, *inputs).clone()
 
     def _step(self, weight: Tensor, *inputs: Tensor) -> Tensor:
         return self._update(self._gradients(weight, *inputs))
