@@ -28,10 +28,9 @@ import torch.distributed.tensor  # here once, not in the first step of every chi
 import gpt2
 from benchmarks import harness
 from gpt2.training import snapshots
-from tests.test_train import DATA, Letters, model_of
+from tests.runs import DATA, HELD_OUT, model_of
 
 STEPS = 24
-HELD_OUT = gpt2.encode(["abd", "hallo", "lowtank", "as"], Letters())
 CONFIG = gpt2.TrainConfig(lr=3e-2, steps=STEPS, batch_size=3, accumulate=2)
 GRAPHED = replace(CONFIG, accumulate=1)
 PART = snapshots.PART

@@ -5,33 +5,15 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import pytest
 import torch
 
 from gpt2 import TrainConfig
 from gpt2.fast import devices
 from gpt2.training.step import AdamW, Stepper
-from tests.test_run import micro_batches
-from tests.test_train import model_of, weights
+from tests.runs import micro_batches, model_of, weights
 
 KINDS = ("cpu", "cuda", "mps", "xpu")
 CPU = torch.device("cpu")
-
-
-@pytest.mark.parametrize(
-    ("choice", "kinds"),
-    [
-        (devices.on_cpu, {"cpu"}),
-        (devices.on_cuda, {"cuda"}),
-        (devices.has_float64, {"cpu", "cuda"}),
-        (devices.has_fused_adamw, {"cpu", "cuda", "mps"}),
-        (devices.skips_found_inf, {"cpu", "cuda"}),
-        (lambda device: devices.positions_at_a_time(device) < 2048, {"cpu"}),
-    ],
-)
-def test_each_choice_is_the_kinds_alone(choice, kinds):
-    assert {kind for kind in KINDS if choice(torch.device(kind))} == kinds
-    assert {kind for kind in KINDS if choice(torch.device(kind, 1))} == kinds
 
 
 def test_the_generators_of_an_apple_gpu_are_swapped_too(monkeypatch):

@@ -18,19 +18,17 @@ import lora
 from gpt2.training import fitting
 from gpt2.training.distributed import shard, whole
 from tests.processes import end, together
-from tests.test_train import DATA, Letters, model_of
+from tests.runs import DATA, encoded, model_of
 from tests.toys import raw
 
-HELD_OUT = gpt2.encode(["abd", "hallo", "lowtank", "as", "x"], Letters())
-MANY = gpt2.encode(
-    "a bc def ghij klmno pqrstu vw xyz abab cd efgh ijk lmnopq r stu vwxyz ace bdfh ik jl".split(),
-    Letters(),
+HELD_OUT = encoded("abd hallo lowtank as x")
+MANY = encoded(
+    "a bc def ghij klmno pqrstu vw xyz abab cd efgh ijk lmnopq r stu vwxyz ace bdfh ik jl"
 )
-PACKED = {"tokens_per_batch": 16, "packing": True}
 PLANS: dict[str, dict[str, Any]] = {
     "rows": {"batch_size": 1},
     "buckets": {"tokens_per_batch": 24},
-    "packed": PACKED,
+    "packed": {"tokens_per_batch": 16, "packing": True},
 }
 
 

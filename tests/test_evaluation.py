@@ -11,7 +11,7 @@ import gpt2
 import gpt2.fast.head
 from gpt2 import IGNORE, Example, encode, evaluate
 from gpt2.data.held_out import is_within, sides, within, without_overlap
-from tests.test_train import DATA, Letters, model_of, modes, weights
+from tests.runs import DATA, Letters, model_of, modes, weights
 from tests.toys import split
 
 

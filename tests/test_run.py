@@ -21,14 +21,8 @@ from gpt2 import TrainConfig, batches, encode, learning_rate, total_steps, train
 from gpt2.data.order import seed_of
 from gpt2.fast import devices
 from gpt2.training.step import Stepper
-from tests.test_train import DATA, Letters, model_of, run, weights
+from tests.runs import DATA, Letters, Logits, micro_batches, model_of, run, weights
 from tests.toys import TINY, randomize
-
-
-def micro_batches(config: TrainConfig) -> list[list[gpt2.Batch]]:
-    """Those of each step of a run of one epoch or less."""
-    epoch = batches(DATA, config.batch_size, seed=config.seed, epoch=0)
-    return [list(islice(epoch, config.accumulate)) for _ in range(config.steps)]
 
 
 def table() -> nn.Module:
@@ -289,14 +283,6 @@ def test_torch_func_differentiates_the_whole_model():
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["GPT-2", "logits"])
 def test_label_smoothing_is_in_the_steps_and_not_in_an_evaluation(wrapped):
-    class Logits(nn.Module):
-        def __init__(self, model: nn.Module) -> None:
-            super().__init__()
-            self.inner = model
-
-        def forward(self, idx: torch.Tensor) -> torch.Tensor:
-            return self.inner(idx)
-
     def made() -> nn.Module:
         return Logits(model_of(adapter=True)) if wrapped else model_of(adapter=True)
 

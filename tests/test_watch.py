@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import lora
 from gpt2 import TrainConfig, train
 from gpt2.training.watch import Watch
-from tests.test_train import DATA, model_of, weights
+from tests.runs import DATA, model_of, weights
 
 
 class Part(nn.Module):
