@@ -506,7 +506,6 @@ BAD_OPTIONS = {
     r"warmup_ratio must be in \[0, 1\]": [{"warmup_ratio": 1.1}, {"warmup_ratio": math.nan}],
     "warmup_ratio or warmup_steps, and not both": [{"warmup_steps": 1, "warmup_ratio": 0.1}],
     "schedule must be one of linear, cosine, constant": [{"schedule": "step"}],
-    "packing must be one of True, False, got 'always'": [{"packing": "always"}],
     "cuda_graph=True takes accumulate=1 and no checkpointing": [
         {"cuda_graph": True, "accumulate": 2},
         {"cuda_graph": True, "checkpointing": True},
