@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from hashlib import blake2b
 from itertools import islice
 
+import torch
 from torch import nn
 
 import gpt2
@@ -59,6 +62,14 @@ def micro_batches(config: gpt2.TrainConfig) -> list[list[gpt2.Batch]]:
 
 def weights(model: nn.Module) -> dict[str, bytes]:
     return {name: raw(p) for name, p in model.named_parameters()}
+
+
+def digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """A hash of all bytes."""
+    made = blake2b(digest_size=8)
+    for name, tensor in sorted(tensors.items()):
+        made.update(name.encode() + raw(tensor))
+    return made.hexdigest()
 
 
 def modes(model: nn.Module) -> list[bool]:

@@ -6,7 +6,6 @@ import copy
 import itertools
 from collections.abc import Iterator
 from dataclasses import asdict
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,7 @@ import lora
 from gpt2.training import fitting
 from gpt2.training.distributed import shard, whole
 from tests.processes import end, together
-from tests.runs import DATA, encoded, model_of
-from tests.toys import raw
+from tests.runs import DATA, digest, encoded, model_of
 
 HELD_OUT = encoded("abd hallo lowtank as x")
 MANY = encoded(
@@ -62,13 +60,6 @@ def fitted(adapter: bool, options: dict[str, Any], nan_on: int | None = None) ->
             "parameters": digest(state.parameters),
             "moments": digest(state.moments),
         }
-
-
-def digest(tensors: Any) -> str:
-    found = blake2b(digest_size=8)
-    for name, tensor in sorted(tensors.items()):
-        found.update(name.encode() + raw(tensor))
-    return found.hexdigest()
 
 
 @pytest.mark.parametrize("plan", PLANS)
