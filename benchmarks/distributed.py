@@ -70,7 +70,7 @@ def measured(case: str, way: str, world: int, B: int, a: Any) -> harness.Facts:
     steps = {"step": lambda: stepper(batches, stepper.taken + 1)}
     ms = harness.interleaved(steps, a.repeats, "cuda")["step"]
     weights = sum(map(local_bytes, stepper.parameters.values()))
-    moments = sum(map(local_bytes, stepper.state().moments.values()))
+    moments = sum(map(local_bytes, stepper.state()["moments"].values()))
     return {
         "ms": ms,
         "loss": losses[-1],

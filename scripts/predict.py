@@ -21,7 +21,7 @@ from jsonargparse import Namespace
 
 import gpt2
 import lora
-from gpt2.training import fingerprints
+from gpt2.training import snapshots
 
 from .cli.console import bar
 from .cli.guard import Arguments, guarded
@@ -84,7 +84,7 @@ def made_with(options: Namespace, base: gpt2.GPT2, adapter: Path | None) -> dict
     names = ("base", "fields", "separator", *(f.name for f in fields(gpt2.GenerateConfig)))
     values = {name: options[name] for name in names}
     values["prompts"] = digest([Path(options.prompts)])
-    values["base's weights"] = fingerprints.of_base(base)
+    values["base's weights"] = snapshots.of_base(base)
     if adapter is not None:
         values["adapter"] = digest(sorted(adapter.glob("adapter_*")))
     return values

@@ -16,7 +16,7 @@ from jsonargparse import Namespace
 
 import gpt2
 import lora
-from gpt2.training import fingerprints
+from gpt2.training import snapshots
 
 from .cli.console import bar
 from .cli.guard import Arguments, guarded
@@ -92,7 +92,7 @@ def main(argv: Arguments = None) -> None:
         model, console = reader.model, reader.console
         split = reader.split(options.data, training(options))
         waves = waves_of(options, reader, split)
-        made_of = {"splits": split.made_of, "base": fingerprints.of_base(model)}
+        made_of = {"splits": split.made_of, "base": snapshots.of_base(model)}
 
     line = f"{folder.examples_line(split.train)}{split.message} {waves.plan.message()}"
     console.print(line, soft_wrap=True)

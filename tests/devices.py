@@ -195,8 +195,7 @@ def pretended_device() -> Iterator[torch.device]:
     """Inside, "mps" is a device that modules and tensors can be moved to; yields it."""
     generator = torch.Generator("cpu")
     patched: dict[str, Callable[..., Any]] = {
-        "get_rng_state": generator.get_state,
-        "set_rng_state": generator.set_state,
+        "_get_default_mps_generator": lambda: generator,
         "manual_seed": generator.manual_seed,
         "synchronize": lambda: None,
     }

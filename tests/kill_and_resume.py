@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, replace
-from hashlib import blake2b
 from pathlib import Path
 
 import torch
@@ -28,10 +27,9 @@ import torch.distributed.tensor  # here once, not in the first step of every chi
 import gpt2
 from benchmarks import harness
 from gpt2.training import snapshots
-from tests.test_train import DATA, Letters, model_of
+from tests.runs import DATA, HELD_OUT, digest, model_of
 
 STEPS = 24
-HELD_OUT = gpt2.encode(["abd", "hallo", "lowtank", "as"], Letters())
 CONFIG = gpt2.TrainConfig(lr=3e-2, steps=STEPS, batch_size=3, accumulate=2)
 GRAPHED = replace(CONFIG, accumulate=1)
 PART = snapshots.PART
@@ -66,13 +64,6 @@ def outcome(fit: gpt2.Fit) -> dict[str, object]:
     with fit.best_weights():
         best = digest(fit.state().parameters)
     return {**found, "best": best, "best_step": fit.best_step, "evaluated": str(fit.evaluated)}
-
-
-def digest(tensors) -> str:
-    found = blake2b(digest_size=8)
-    for name, tensor in sorted(tensors.items()):
-        found.update(name.encode() + tensor.cpu().numpy().tobytes())
-    return found.hexdigest()
 
 
 def start(place: Path, device: str, config: gpt2.TrainConfig = CONFIG) -> int:

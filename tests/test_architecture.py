@@ -169,9 +169,9 @@ def test_importing_touches_no_random_state_and_little_else():
 # Lines of Python as `wc -l` counts them: they only fall, but for what a new capability is given.
 BUDGET = {
     "lora": 3_274,
-    "gpt2": 5_681,
+    "gpt2": 5_468,
     "scripts": 3_468,
-    "tests": 18_656,
+    "tests": 18_476,
     "benchmarks": 1_797,
 }
 MOST_LINES = {"lora": 400, "gpt2": 400, "scripts": 400, "tests": 700, "benchmarks": 400}

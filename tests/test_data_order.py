@@ -212,10 +212,9 @@ def test_a_config_takes_one_size():
     for wrong, said in (
         ({"batch_size": 2, "tokens_per_batch": 9}, "batch_size or tokens_per_batch"),
         ({"packing": True}, "packing takes tokens_per_batch"),
-        ({"packing": "yes", "tokens_per_batch": 9}, "packing must be one of True, False, got 'y"),
         ({"tokens_per_batch": 0}, "tokens_per_batch must be an integer of at least 1"),
     ):
         with pytest.raises(ValueError, match=said):
             TrainConfig(steps=1, **wrong)
-    with pytest.raises(ValueError, match="give the Dataset, not its length"):
+    with pytest.raises(ValueError, match="give the Dataset"):
         total_steps(3, TrainConfig(epochs=1, tokens_per_batch=9))

@@ -4,62 +4,35 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
-import pytest
 import torch
 
 from gpt2 import TrainConfig
 from gpt2.fast import devices
-from gpt2.training.randomness import RandomState
 from gpt2.training.step import AdamW, Stepper
-from tests.test_run import micro_batches
-from tests.test_train import model_of, weights
+from tests.runs import micro_batches, model_of, weights
 
 KINDS = ("cpu", "cuda", "mps", "xpu")
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(
-    ("choice", "kinds"),
-    [
-        (devices.on_cpu, {"cpu"}),
-        (devices.on_cuda, {"cuda"}),
-        (devices.has_float64, {"cpu", "cuda"}),
-        (devices.has_fused_adamw, {"cpu", "cuda", "mps"}),
-        (devices.skips_found_inf, {"cpu", "cuda"}),
-        (lambda device: devices.positions_at_a_time(device) < 2048, {"cpu"}),
-    ],
-)
-def test_each_choice_is_the_kinds_alone(choice, kinds):
-    assert {kind for kind in KINDS if choice(torch.device(kind))} == kinds
-    assert {kind for kind in KINDS if choice(torch.device(kind, 1))} == kinds
-
-
 def test_the_generators_of_an_apple_gpu_are_swapped_too(monkeypatch):
-    state = {"mps": torch.tensor([7])}
-    fake = SimpleNamespace(
-        get_rng_state=lambda: state["mps"],
-        set_rng_state=lambda s: state.update(mps=s),
-        manual_seed=lambda n: state.update(mps=torch.tensor([n % 1000])),
-    )
-    monkeypatch.setattr(torch, "mps", fake)
-    before, randomness = torch.get_rng_state(), RandomState(42, torch.device("mps"))
-    with randomness.in_force():
-        randomness.begin(3, 1)
-        drawn = state["mps"], torch.rand(2)
-    assert torch.equal(state["mps"], torch.tensor([7]))
-    assert torch.equal(torch.get_rng_state(), before)
-    with randomness.in_force():
-        randomness.begin(3, 1)
-        assert torch.equal(state["mps"], drawn[0])
-        assert torch.equal(torch.rand(2), drawn[1])
+    other = torch.Generator().manual_seed(7)
+    monkeypatch.setattr(torch.mps, "_get_default_mps_generator", lambda: other)
+    kept = torch.get_rng_state(), other.get_state()
+    drawn = []
+    for _ in range(2):
+        with devices.own_generators(torch.device("mps")) as seed:
+            seed(5)
+            drawn.append(torch.cat([torch.rand(2), torch.rand(2, generator=other)]))
+        assert torch.equal(torch.get_rng_state(), kept[0])
+        assert torch.equal(other.get_state(), kept[1])
+    assert torch.equal(*drawn)
 
 
 def test_a_device_without_known_generators_is_left_alone():
-    randomness = RandomState(42, torch.device("xpu"))
-    with randomness.in_force():
-        randomness.begin(1, 0)
+    with devices.own_generators(torch.device("xpu")) as seed:
+        seed(1)
 
 
 def test_where_the_flag_is_not_heeded_the_host_looks(monkeypatch):

@@ -116,7 +116,7 @@ def test_a_signal_ends_all_in_one_line_and_one_process_goes_on(
     assert err.count(said) == 1
     assert err.count("Go on with --resume") == 1
     kept, fault = snapshots.read(tmp_path)
-    assert f"the last, of step {kept.state.step}, in" in err
+    assert f"the last, of step {kept.step}, in" in err
     assert not fault
     assert not list(tmp_path.rglob("*.part"))
     resume = ("--resume", str(tmp_path), "--device", "cpu")

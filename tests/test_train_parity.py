@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import gpt2
 import lora
-from gpt2 import Batch, Dataset, StepRecord, TrainConfig, batches, encode, summed_loss, train
+from gpt2 import Batch, Dataset, StepRecord, TrainConfig, batches, encode, train
 from tests.toys import TEXTS
 
 peft, transformers = map(pytest.importorskip, ("peft", "transformers"))
@@ -98,12 +98,3 @@ def test_twenty_steps_are_pefts(ours, data):
         assert record.grad_norm == pytest.approx(norm, rel=1e-4)
         assert record.lr == pytest.approx(lr, rel=1e-12)
     assert records[-1].loss < 0.5 * records[0].loss  # enough has happened to tell loops apart
-
-
-def test_every_tensor_of_the_adapter_learns(ours, data):
-    list(train(ours, data, replace(CONFIG, steps=2)))
-    batch = in_order(data)[0]
-    summed_loss(ours, batch.idx, batch.labels).backward()
-    trained = {name: p.grad for name, p in ours.named_parameters() if p.requires_grad}
-    assert len(trained) == 2 * ours.config.n_layer
-    assert [name for name, grad in trained.items() if grad is None or not grad.any()] == []

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import lora
 from gpt2 import TrainConfig, train
 from gpt2.training.watch import Watch
-from tests.test_train import DATA, model_of, weights
+from tests.runs import DATA, model_of, weights
 
 
 class Part(nn.Module):
@@ -52,19 +52,19 @@ def part(model: Toy) -> Part:
 
 
 CHANGES = {
-    "a dictionary in place": ("active", lambda m: part(m).active.update(default=0.5)),
-    "a dictionary": ("active", lambda m: setattr(part(m), "active", {"other": 1.0})),
-    "a counter": ("disabled", lambda m: setattr(part(m), "disabled", 1)),
-    "a function": ("routing", lambda m: setattr(part(m), "routing", len)),
-    "a list in place": ("factors", lambda m: part(m).factors.append(2.0)),
-    "a buffer": ("_buffers", lambda m: setattr(part(m), "merged", torch.eye(64))),
-    "an attribute less": ("disabled", lambda m: delattr(part(m), "disabled")),
-    "a child": ("_modules", lambda m: setattr(part(m), "act", nn.Tanh())),
-    "a frozen child above": ("_modules", lambda m: setattr(m, "table", nn.Embedding(64, 64))),
-    "a layer": ("_modules", lambda m: m.parts.__setitem__(0, Part())),
+    "a dictionary in place": (r"parts\.0", lambda m: part(m).active.update(default=0.5)),
+    "a dictionary": (r"parts\.0", lambda m: setattr(part(m), "active", {"other": 1.0})),
+    "a counter": (r"parts\.0", lambda m: setattr(part(m), "disabled", 1)),
+    "a function": (r"parts\.0", lambda m: setattr(part(m), "routing", len)),
+    "a list in place": (r"parts\.0", lambda m: part(m).factors.append(2.0)),
+    "a buffer": (r"parts\.0", lambda m: setattr(part(m), "merged", torch.eye(64))),
+    "an attribute less": (r"parts\.0", lambda m: delattr(part(m), "disabled")),
+    "a child": (r"parts\.0", lambda m: setattr(part(m), "act", nn.Tanh())),
+    "a frozen child above": ("the model", lambda m: setattr(m, "table", nn.Embedding(64, 64))),
+    "a layer": ("parts", lambda m: m.parts.__setitem__(0, Part())),
     "memory": ("weight", lambda m: setattr(part(m).weight, "data", torch.eye(64))),
     "a parameter": (
-        "_parameters",
+        r"parts\.0",
         lambda m: setattr(part(m), "weight", nn.Parameter(torch.eye(64))),
     ),
     "frozen": ("weight", lambda m: part(m).weight.requires_grad_(False)),

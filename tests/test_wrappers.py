@@ -10,8 +10,8 @@ from torch import nn
 from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
 
-from gpt2 import IGNORE, StepRecord, TrainConfig, summed_loss, train
-from tests.test_train import DATA, model_of
+from gpt2 import StepRecord, TrainConfig, train
+from tests.runs import DATA, Logits, model_of
 
 
 @pytest.fixture
@@ -22,17 +22,6 @@ def _one_process():
     )
     yield
     torch.distributed.destroy_process_group()
-
-
-class Logits(nn.Module):
-    """A model that holds a GPT-2 and takes ids only."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.module = model
-
-    def forward(self, idx: torch.Tensor) -> torch.Tensor:
-        return self.module(idx)
 
 
 class Output(Logits):
@@ -53,29 +42,10 @@ def losses(records: list[StepRecord]) -> list[float]:
 # The model's own loss
 
 
-def test_the_models_loss_is_the_summed_cross_entropy():
-    model = model_of()
-    idx, labels = torch.randint(60, (3, 9)), torch.randint(60, (3, 9))
-    labels[1, 4:] = IGNORE
-    want = nn.functional.cross_entropy(
-        model(idx)[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
-    )
-    torch.testing.assert_close(model(idx, labels), want)
-    torch.testing.assert_close(summed_loss(model, idx, labels), want)
-    parts = [model(idx[i : i + 1], labels[i : i + 1]) for i in range(3)]
-    torch.testing.assert_close(sum(parts), want)
-
-
 def test_labels_that_lie_not_beside_the_ids_are_refused():
     idx = torch.zeros(2, 5, dtype=torch.long)
     with pytest.raises(ValueError, match=r"labels \(2, 4\) and token ids \(2, 5\) differ"):
         model_of()(idx, idx[:, :4])
-
-
-def test_the_head_computes_what_a_linear_layer_does():
-    head, x = model_of().lm_head, torch.randn(2, 3, 16)
-    assert isinstance(head, nn.Linear)
-    torch.testing.assert_close(head(x), nn.functional.linear(x, head.weight))
 
 
 # Wrappers
@@ -112,7 +82,7 @@ def test_a_sharded_model_trains_as_a_whole_one():
         ),
         (
             lambda model: fsdp.FullyShardedDataParallel(model, device_id=torch.device("cpu")),
-            r"FullyShardedDataParallel is not trained: give .*fully_shard \(FSDP2\)",
+            r"FullyShardedDataParallel is not trained: .*fully_shard \(FSDP2\)",
         ),
     ],
     ids=["DataParallel", "DDP", "FSDP1"],

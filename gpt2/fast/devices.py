@@ -3,11 +3,14 @@
 "cpu", "cuda" and "mps" are known; of others the least is expected.
 """
 
-from collections.abc import Callable
-from typing import Any
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+_turn = threading.RLock()  # of the thread that has torch's generators
 
 
 def on_cpu(device: torch.device) -> bool:
@@ -54,21 +57,26 @@ def copied(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
-class Generator:
-    """Torch's global generator of one device; none of an unknown one."""
+@contextmanager
+def own_generators(device: torch.device) -> Generator[Callable[[int], None]]:
+    """Within, torch's global generators are the caller's, who seeds them; then as they were.
 
-    def __init__(self, device: torch.device) -> None:
-        self.get: Callable[[], Tensor | None] = lambda: None
-        self.set: Callable[[Any], None] = lambda state: None
-        self.seed: Callable[[int], object] = lambda seed: None
-        if on_cpu(device):
-            self.get, self.set = torch.get_rng_state, torch.set_rng_state
-            self.seed = torch.default_generator.manual_seed
-        elif on_cuda(device):
-            self.get = lambda: torch.cuda.get_rng_state(device)
-            self.set = lambda state: torch.cuda.set_rng_state(state, device)
-            index = device.index or 0
-            self.seed = lambda seed: torch.cuda.default_generators[index].manual_seed(seed)
-        elif device.type == "mps":
-            self.get, self.set = torch.mps.get_rng_state, torch.mps.set_rng_state
-            self.seed = torch.mps.manual_seed
+    One thread at a time has them. Of an unknown device the CPU's is all.
+    """
+    generators = [torch.default_generator]
+    if on_cuda(device):
+        generators.append(torch.cuda.default_generators[device.index or 0])
+    elif device.type == "mps":
+        generators.append(torch.mps._get_default_mps_generator())
+
+    def seed(number: int) -> None:
+        for generator in generators:
+            generator.manual_seed(number)
+
+    with _turn:
+        states = [generator.get_state() for generator in generators]
+        try:
+            yield seed
+        finally:
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)

@@ -117,8 +117,7 @@ def pass_widths(
 ) -> tuple[int, Integers]:
     """The width of the pass of all k slots, and the width that each example needs.
 
-    A slot with a wider batch runs alone. The choice makes the fewest tokens in a tick, by data,
-    k and b only: the last bits of a product change with its rows.
+    A slot with a wider batch runs alone. The choice makes the fewest tokens in a tick.
     """
     lengths = np.arange(data.longest + 1)
     widths = lengths

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpt2.fast.devices import Generator
 from gpt2.fast.dropout import drop
 from gpt2.population.slots import Batch
 from gpt2.training.config import TrainConfig
@@ -84,11 +83,10 @@ class Streams:
 
     def __init__(self, batches: Sequence[Batch | None]) -> None:
         self.batches = batches
-        self._generator = Generator(torch.device("cpu"))
-        self._states = list[Tensor | None]()
+        self._states: list[Tensor] = []
         for batch in batches:
-            self._generator.seed(batch.seed if batch else 0)
-            self._states.append(self._generator.get())
+            torch.default_generator.manual_seed(batch.seed if batch else 0)
+            self._states.append(torch.get_rng_state())
 
     def __call__(self, x: Tensor, p: float | Tensor) -> Tensor:
         """Drop elements of `(m·b, T, …)` or `(m·b, H, T, T)`, at one rate or `(m,)`."""
@@ -100,9 +98,9 @@ class Streams:
                 start, T = i * len(x) // m, slice(batch.width)
                 rows = slice(start, start + len(batch.examples))
                 filled = (rows, T) if x.dim() == 3 else (rows, slice(None), T, T)
-                self._generator.set(self._states[i])
+                torch.set_rng_state(self._states[i])
                 _, keep = drop(x[filled].detach(), rate)
-                self._states[i] = self._generator.get()
+                self._states[i] = torch.get_rng_state()
                 factors[filled] = keep.to(x.dtype) * (1 / (1 - rate))
         return x * factors
 

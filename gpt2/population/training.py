@@ -1,7 +1,7 @@
 """Many adapters of one model, trained in one batch, each as if it were alone.
 
-A tick is one micro-batch of each slot, in a pass of one shape. A slot with a longer example than
-usual runs in another pass.
+A tick is one micro-batch of each slot, in a pass of one shape. Slots with longer examples run in
+other passes.
 
 Shapes: k slots · P parameters of a slot · m blocks of a pass, k or 1.
 """
@@ -27,7 +27,6 @@ from gpt2.population.slots import Batch, Slot, pass_inputs, pass_widths
 from gpt2.population.step import Rates, Streams, adamw, hashes
 from gpt2.training.config import TrainConfig
 from gpt2.training.losses import check_readable, logits_of
-from gpt2.training.randomness import RandomState
 
 ALIGNED = 8  # rows: between, a CPU's product has other last bits
 VARYING = frozenset(
@@ -47,12 +46,11 @@ class PopulationTraining:
         config: what all slots have in common.
 
     Attributes:
-        trainings: each slot's training; None where none was started.
+        trainings: each slot's training; None where none was started, or to end it.
         moments: AdamW's, `(2, k, P)`.
 
     Raises:
-        ValueError: the model cannot be called on the data, or drops where slots cannot have masks;
-            packing, token budgets, checkpointing.
+        ValueError: data, model or config cannot be trained so.
         RuntimeError: the model does not run under the slots.
     """
 
@@ -64,6 +62,7 @@ class PopulationTraining:
         self.data = data
         self.config = config
         self.device = slots.flat.device
+
         k = len(slots.flat)
         self.trainings: list[Slot | None] = [None] * k
         limit = data.longest
@@ -72,9 +71,9 @@ class PopulationTraining:
         self.width, self._widths = pass_widths(data, k, config.batch_size, limit, self.device)
         learnt = np.sort(data.supervised(np.arange(len(data))))
         self._most_learnt = int(learnt[-config.batch_size :].sum())
-        self._randomness = RandomState(config.seed, self.device)
         self._dropping: list[Any] = [m for m in model.modules() if hasattr(m, "drops")]
         self.moments = slots.flat.new_zeros(2, *slots.flat.shape)
+
         self._losses = slots.flat.new_zeros(k)  # of the current steps
         self._state = [slots.flat, slots.grad, self.moments, self._losses]
         self.graphs: GraphedCalls | None = None
@@ -99,7 +98,7 @@ class PopulationTraining:
             until: the step to rest after; None for the end of its schedule.
 
         Raises:
-            ValueError: a config that differs in more; no such part, no such slot or an empty one.
+            ValueError: a config that differs in more; no such part or slot, or an empty one.
         """
         training = Slot(
             data=self.data,
@@ -123,9 +122,10 @@ class PopulationTraining:
         if self.config.compile:
             blocks: Any = self.model.transformer
             compiling = blocks_run(blocks, compile=True, checkpointing=False)
+        drawing = devices.own_generators(self.device)
         taken = list[tuple[Integers, Tensor]]()
         try:
-            with in_mode(self.model, training=True), self._randomness.in_force(), compiling:
+            with in_mode(self.model, training=True), drawing, compiling:
                 while len(taken) < ticks and any(s and s.is_under_way for s in self.trainings):
                     taken.append(self._tick())
         finally:
@@ -159,13 +159,7 @@ class PopulationTraining:
     def go_on(self, slot: int, state: Slot, *, until: int | None = None) -> None:
         """Put a training into a slot, where it goes on as if it had never moved.
 
-        Args:
-            slot: its number.
-            state: of the training.
-            until: as for `start`.
-
-        Raises:
-            ValueError: as `start`; no room for what is trained.
+        Arguments and errors as `start`; a ValueError too if it does not fit.
         """
         common = asdict(self.config)
         parts = self.slots.parts
@@ -181,6 +175,7 @@ class PopulationTraining:
         ]
         if faults:
             raise ValueError(f"Slot {slot} cannot be trained so: {'; '.join(faults)}.")
+
         moments = torch.empty_like(self.moments[:, slot])
         moments.copy_(torch.as_tensor(state.moments))
         self.slots.put(slot, state.occupant)
@@ -193,10 +188,6 @@ class PopulationTraining:
             occupant=None,
             moments=0.0,
         )
-
-    def retire(self, slot: int) -> None:
-        """End a training: its slot is idle, and keeps what was trained."""
-        self.trainings[slot] = None
 
     @torch.no_grad()
     def evaluate(self, data: Dataset, batch_size: int = 8) -> list[float]:
@@ -217,7 +208,7 @@ class PopulationTraining:
         lengths = data.lengths
         total = torch.zeros(k, dtype=torch.float64)
         tokens = 0
-        with in_mode(self.model, training=False), self._randomness.in_force():
+        with in_mode(self.model, training=False), devices.own_generators(self.device):
             for start in range(0, len(data), batch_size):
                 chosen = order[start : start + batch_size]
                 width = int(lengths[chosen[0]])
@@ -285,8 +276,8 @@ class PopulationTraining:
     ) -> Tensor:
         """Add the gradients of blocks; given rates, update the slots whose step ends.
 
-        `keys` `(m, 3)` are a block's slot and the halves of its seed. Below the rates are the
-        parts' learning rates. Gives losses and gradient norms, `(2, k)`.
+        `keys` `(m, 3)` are a block's slot and the halves of its seed. The last rates are the parts'
+        learning rates. Gives losses and gradient norms, `(2, k)`.
         """
         slots = self.slots
         if not devices.on_cpu(self.device):
@@ -358,6 +349,6 @@ def check_attached(model: nn.Module, slots: Any) -> None:
     parameters = {id(parameter) for parameter in model.parameters()}
     if not all(id(parameter) in parameters for parameter in slots.parameters):
         raise RuntimeError(
-            "The model does not run under these slots: they were taken off, "
-            "lend the model out, or are another model's."
+            "The model does not run under these slots: they were taken off, lend the model out, or "
+            "are another model's."
         )

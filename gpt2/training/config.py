@@ -1,4 +1,4 @@
-"""The options of a run, the number of its steps, and their learning rates."""
+"""The options of a run, its steps, and their learning rates."""
 
 import math
 import re
@@ -12,6 +12,7 @@ from gpt2.data.dataset import Dataset
 from gpt2.files import listed
 
 SCHEDULES = ("linear", "cosine", "constant")
+OPTIONS = ("lr", "weight_decay", "betas", "eps")  # of an optimiser group
 GRAPHED_TOKENS = 4096
 """Tokens of a batch up to which a GPU replays its steps as CUDA graphs."""
 
@@ -25,32 +26,28 @@ class TrainConfig:
         epochs: passes over the data.
         steps: optimiser steps.
         batch_size: examples a micro-batch.
-        tokens_per_batch: tokens a micro-batch at most, in place of `batch_size`: examples of like
-            length are padded together.
-        packing: lay whole examples end to end in one row of `tokens_per_batch` tokens, each read
-            as if it stood alone. A GPU then takes no model with dropout in attention.
-        accumulate: micro-batches an optimiser step; its loss is the mean over all their supervised
-            tokens.
+        tokens_per_batch: tokens a micro-batch at most, in place of `batch_size`: examples of about
+            one length are padded together.
+        packing: lay whole examples end to end in one row of `tokens_per_batch` tokens. A GPU then
+            takes no model with dropout in attention.
+        accumulate: micro-batches a step; the loss is the mean over all their supervised tokens.
         schedule: "linear" or "cosine" decay to zero, or "constant", after the warm-up.
-        warmup_ratio: share of the steps, in [0, 1], in which the learning rate rises from zero; a
-            run of one step has none.
+        warmup_ratio: share of the steps, in [0, 1], in which the learning rate rises from zero.
         warmup_steps: the same as a number of steps.
         weight_decay: AdamW's, decoupled from the gradient.
         betas: AdamW's decay rates of its two moments, in [0, 1).
         eps: AdamW's, added to the root of the second moment.
-        label_smoothing: share of each target, in [0, 1), that is spread evenly over all tokens; of
-            the records' loss, not of an evaluation's.
+        label_smoothing: share of each target, in [0, 1), that is spread evenly over all tokens.
+            An evaluation's loss has none.
         clip: largest global norm of the gradient; None leaves it as it is.
         seed: of the order of examples and of dropout.
         autocast: compute in bfloat16 beside float32 weights.
         compile: run the loss through torch.compile; a shape takes about 15 s on a GPU.
         checkpointing: keep only each block's input for the backward pass and recompute the rest.
-        cuda_graph: replay each shape's whole step as one CUDA graph; None does so on one GPU for
-            compiled steps and for batches of at most `GRAPHED_TOKENS` tokens, but not beside
-            `accumulate` or `checkpointing`.
-        in_order: where several processes share a step, add gradients in the order of the
-            micro-batches, so that any number of processes gives the same bits; False for an
-            all-reduce. None does so up to 256 MiB of gradients a step.
+        cuda_graph: replay each shape's step as one CUDA graph; None does so on one GPU where it is
+            compiled or has few tokens, but not beside `accumulate` or `checkpointing`.
+        in_order: add the gradients of several processes in the order of the micro-batches, so that
+            any number gives the same bits; False for an all-reduce; None decides by their size.
 
     Raises:
         ValueError: naming each field that is out of range.
@@ -90,19 +87,15 @@ class TrainConfig:
         }
         if self.clip is not None:
             intervals["clip"] = "(0, inf]"
+
         faults = outside(self, least, **intervals)
         given: Any = self.betas
         betas = given if isinstance(given, tuple | list) else ()
         if len(betas) != 2 or not all(is_number(b) and 0 <= b < 1 for b in betas):
             faults.append(f"betas must be two numbers in [0, 1), got {given!r}")
-        flags = ("packing", "autocast", "compile", "checkpointing")
-        choices: dict[str, tuple[Any, ...]] = dict.fromkeys(flags, (True, False))
-        choices |= dict.fromkeys(("cuda_graph", "in_order"), (True, False, None))
-        choices["schedule"] = SCHEDULES
-        for name, known in choices.items():
-            if (value := getattr(self, name)) not in known:
-                listing = ", ".join(map(str, known))
-                faults.append(f"{name} must be one of {listing}, got {value!r}")
+        if self.schedule not in SCHEDULES:
+            faults.append(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+
         if (self.epochs is None) == (self.steps is None):
             faults.append("give epochs or steps, and not both")
         if self.warmup_steps is not None and self.warmup_ratio:
@@ -124,8 +117,7 @@ class RunConfig:
     Args:
         eval_every: steps between two evaluations; None for once an epoch. The last step is
             evaluated too.
-        patience: evaluations in a row without a lower loss after which the run stops; None for
-            never.
+        patience: evaluations without a lower loss after which the run stops; None for never.
         min_delta: by how much, in nats, a loss must be lower to count for `patience`.
         save_every: steps between two snapshots, or seconds as "30s"; None for none.
         folder: where snapshots are kept; made if it is missing.
@@ -143,10 +135,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         faults = outside(self, {"eval_every": 1, "patience": 1}, min_delta="[0, inf)")
         if self.save_every is not None and not any(self._steps_and_seconds()):
-            faults.append(
-                "save_every must be steps, such as 500, or seconds, such as '30s', "
-                f"got {self.save_every!r}"
-            )
+            faults.append(f"save_every must be steps (500) or seconds ('30s'): {self.save_every!r}")
         if self.save_every is not None and self.folder is None:
             faults.append("save_every needs a folder")
         if faults:
@@ -171,13 +160,11 @@ def total_steps(data: Dataset | int, config: TrainConfig) -> int:
     """The optimiser steps of a run over the data, or over so many examples.
 
     Raises:
-        ValueError: there are none; or with `tokens_per_batch`, which needs the data, a number.
+        ValueError: there are none; a number of examples for `tokens_per_batch`.
     """
-    if (data if isinstance(data, int) else len(data)) < 1:
-        raise ValueError("There is no example to train on.")
-    if config.steps is not None and isinstance(data, int):
-        return config.steps
     steps = steps_an_epoch(data, config)  # raises what would stop the first step
+    if not steps:
+        raise ValueError("There is no example to train on.")
     return config.steps or (config.epochs or 0) * steps
 
 
@@ -214,7 +201,7 @@ def steps_an_epoch(data: Dataset | int, config: TrainConfig) -> int:
     elif config.tokens_per_batch is None:
         batches = math.ceil(data / config.batch_size)
     else:
-        raise ValueError("To count steps of tokens_per_batch give the Dataset, not its length.")
+        raise ValueError("To count steps of tokens_per_batch give the Dataset.")
     return math.ceil(batches / config.accumulate)
 
 
@@ -222,15 +209,3 @@ def planned(data: Dataset, config: TrainConfig) -> Plan:
     """How an epoch of the data falls into micro-batches."""
     size = config.batch_size if config.tokens_per_batch is None else None
     return plan(data, size, config.tokens_per_batch, config.packing)
-
-
-def require_count(name: str, value: object) -> None:
-    """Raise a ValueError unless the value is an integer of at least 1."""
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
-
-
-def require_config(value: object) -> None:
-    """Raise a ValueError unless the value is a TrainConfig."""
-    if not isinstance(value, TrainConfig):
-        raise ValueError(f"config must be a gpt2.TrainConfig, got {type(value).__name__}.")

@@ -1,8 +1,5 @@
 """Several processes that train one model: those of torch's default group, if there is one.
 
-The gradients of a step's micro-batches are added
-in order, by an all-reduce, or by FSDP.
-
 Shapes: R micro-batches of a process · N elements of all trained parameters.
 """
 
@@ -21,7 +18,7 @@ from gpt2.loss import IGNORE
 from gpt2.model import GPT2
 from gpt2.training.config import TrainConfig
 
-Model = TypeVar("Model", bound=nn.Module)
+Model = TypeVar("Model", bound=GPT2)
 Value = TypeVar("Value")
 Trained = Sequence[nn.Parameter]
 
@@ -29,9 +26,9 @@ GATHERED_BYTES = 2**28
 """Bytes of a step's gradients up to which they are added in order."""
 UNITS = 8  # groups of a sharded model's blocks: each takes the host 2 ms a step
 REFUSED = {
-    "DataParallel": "start a process for each GPU by torchrun, and give it the model itself",
-    "DistributedDataParallel": "give the model in it: gradients of processes are added up here",
-    "FullyShardedDataParallel": "give what torch.distributed.fsdp.fully_shard (FSDP2) makes",
+    "DataParallel": "start a process for each GPU by torchrun",
+    "DistributedDataParallel": "give the model in it",
+    "FullyShardedDataParallel": "shard it by fully_shard (FSDP2)",
 }
 
 
@@ -62,18 +59,14 @@ def faults(model: nn.Module, config: TrainConfig) -> list[str]:
     """What keeps these processes from training the model."""
     classes = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
     lines = [f"{name} is not trained: {what}" for name, what in REFUSED.items() if name in classes]
-    count, accumulate = size(), config.accumulate
-    if accumulate % count:
-        fit = [str(n) for n in range(1, accumulate + 1) if accumulate % n == 0]
+    if config.accumulate % size():
         lines.append(
-            f"{count} processes cannot share the {accumulate} micro-batches of a step (accumulate)"
-            f": start {', '.join(fit[:12])} of them, or let {count} divide accumulate"
+            f"{size()} processes cannot share the {config.accumulate} micro-batches of a step: "
+            f"let {size()} divide accumulate"
         )
+
     trained = [p for p in model.parameters() if p.requires_grad]
-    sharded = sum(map(is_sharded, trained))
-    if sharded not in (0, len(trained)):
-        lines.append(f"{sharded} of {len(trained)} trained parameters are sharded: shard the whole")
-    if sharded and config.in_order:
+    if config.in_order and any(map(is_sharded, trained)):
         lines.append("in_order=True takes a model that is not sharded")
     return lines
 
@@ -103,30 +96,50 @@ def row(trained: Trained, loss: Tensor) -> Tensor:
     """The gradients taken from the parameters, and the loss, `(N + 1,)`."""
     grads = [p.grad for p in trained if p.grad is not None]
     if lacking := len(trained) - len(grads):
-        raise RuntimeError(
-            f"{lacking} trained parameters have no part in the loss: freeze them, or train in one "
-            "process."
-        )
+        raise RuntimeError(f"{lacking} trained parameters have no part in the loss: freeze them.")
     for p in trained:
         p.grad = None
-    return torch.cat([grad.reshape(-1) for grad in (*grads, loss)]).to(_holding(trained))
+    return torch.cat([part.reshape(-1) for part in (*grads, loss)])
 
 
-def in_order(trained: Trained, rows: Sequence[Tensor], count: int) -> Tensor:
-    """The step's loss and gradients from all `count` rows, added in their order.
+def summed(trained: Trained, losses: Sequence[Tensor], count: int, *, in_order: bool) -> Tensor:
+    """The step's loss over all processes; its gradients are in the parameters.
 
-    So any number of processes gives the same bits.
+    Rows of the `count` micro-batches are added in their order: any number of processes gives the
+    same bits.
     """
+    if in_order:
+        losses = _gathered_rows(trained, losses, count)
+    loss = sum(losses, torch.zeros((), device=trained[0].device, dtype=torch.float32))
+    if size() == 1 or in_order:
+        return loss
+
+    torch.distributed.all_reduce(loss)
+    if is_sharded(trained[0]):  # FSDP has shared out the mean of the processes' gradients
+        return loss / size()
+
+    for dtype in dict.fromkeys(p.dtype for p in trained):
+        alike = [p for p in trained if p.dtype == dtype]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in alike]
+        flat = torch.cat([grad.reshape(-1) for grad in grads])
+        torch.distributed.all_reduce(flat)
+        for p, part in zip(alike, flat.split([p.numel() for p in alike]), strict=True):
+            p.grad = part.view_as(p)
+    return loss
+
+
+def _gathered_rows(trained: Trained, rows: Sequence[Tensor], count: int) -> Sequence[Tensor]:
+    """The losses of all rows, and the sum of their gradients in the parameters."""
     sizes = [p.numel() for p in trained]
-    mine = torch.zeros(  # (R, N + 1)
-        (ceil(count / size()), sum(sizes) + 1), dtype=_holding(trained), device=trained[0].device
-    )
-    for k, values in enumerate(rows):
-        mine[k] = values
+    dtype = reduce(torch.promote_types, (p.dtype for p in trained), torch.float32)
+    mine = trained[0].new_zeros((ceil(count / size()), sum(sizes) + 1), dtype=dtype)  # (R, N + 1)
+    for held, values in zip(mine, rows, strict=False):
+        held.copy_(values)
 
     parts = [torch.empty_like(mine) for _ in range(size())]
     torch.distributed.all_gather(parts, mine)
     every = torch.cat(parts)
+
     gradients = [
         [g.view_as(p).to(p.dtype) for g, p in zip(one.split(sizes), trained, strict=True)]
         for one in every[:count, :-1]
@@ -136,38 +149,16 @@ def in_order(trained: Trained, rows: Sequence[Tensor], count: int) -> Tensor:
         torch._foreach_add_(gradients[0], later)  # pyright: ignore[reportPrivateImportUsage]
     for p, grad in zip(trained, gradients[0], strict=True):
         p.grad = grad
-    return every[:count, -1].float().contiguous().sum()
-
-
-def all_reduce(trained: Trained, losses: Sequence[Tensor]) -> Tensor:
-    """The step's loss; all gradients are added up, in an order of the backend's."""
-    loss = sum(losses, trained[0].new_zeros((), dtype=torch.float32))
-    for dtype in dict.fromkeys(p.dtype for p in trained):
-        alike = [p for p in trained if p.dtype == dtype]
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in alike]
-        flat = torch.cat([grad.reshape(-1) for grad in grads])
-        torch.distributed.all_reduce(flat)
-        for p, part in zip(alike, flat.split([p.numel() for p in alike]), strict=True):
-            p.grad = part.view_as(p)
-    torch.distributed.all_reduce(loss)
-    return loss
-
-
-def sharded(losses: Sequence[Tensor]) -> Tensor:
-    """The step's loss; FSDP has shared out the mean of the processes' gradients."""
-    loss = torch.stack([*losses]).sum() / size()
-    torch.distributed.all_reduce(loss)
-    return loss
+    return every[:count, -1].unbind()
 
 
 def shard(model: Model, dtype: torch.dtype | None = None) -> Model:
     """Shard the model's parameters over the processes of torch's default group, by FSDP2.
 
-    Call it in every process, on a model on its device, after adapters were injected, before
-    `gpt2.train`. It changes the model and gives it back.
+    Call it in every process after adapters were injected. It changes the model and returns it.
 
     Args:
-        model: a GPT-2; a ValueError for any other.
+        model: a GPT-2, on its device.
         dtype: in which weights are sent and computed with, theirs by default. Gradients are then
             added up in float32, and the sharded weights keep their dtype.
     """
@@ -175,13 +166,12 @@ def shard(model: Model, dtype: torch.dtype | None = None) -> Model:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    if not isinstance(model, GPT2):
-        raise ValueError(f"shard takes a GPT-2, got {type(model).__name__}: see fully_shard.")
     # So that between two steps each parameter is sharded.
     how: Any = {"reshard_after_forward": True}
     how["mesh"] = init_device_mesh(next(model.parameters()).device.type, (size(),))
     if dtype is not None:
         how["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+
     blocks = list[nn.Module](model.transformer.h)
     together = ceil(len(blocks) / UNITS)
     for first in range(0, len(blocks), together):
@@ -196,13 +186,8 @@ def like(tensor: Tensor, other: Any) -> Tensor:
         return tensor
     from torch.distributed.tensor import distribute_tensor  # a sharded model has imported it
 
-    mesh, placements = other.device_mesh, other.placements
-    return distribute_tensor(tensor.to(other.device), mesh, placements, src_data_rank=None).clone()
-
-
-def _holding(trained: Trained) -> torch.dtype:
-    """The dtype that holds each gradient as it is, and the loss."""
-    return reduce(torch.promote_types, (p.dtype for p in trained), torch.float32)
+    how: Any = {"device_mesh": other.device_mesh, "placements": other.placements}
+    return distribute_tensor(tensor.to(other.device), **how, src_data_rank=None).clone()
 
 
 def _is_in_group() -> bool:

@@ -9,14 +9,11 @@ from torch import Tensor, nn
 
 from gpt2.data.batches import Batch, collate
 from gpt2.data.dataset import Array, Dataset
-from gpt2.fast.devices import positions_at_a_time
-from gpt2.files import is_sharded
+from gpt2.fast import devices
 from gpt2.loss import IGNORE
 from gpt2.model import GPT2, in_mode
 from gpt2.training import distributed
-from gpt2.training.config import require_count
 from gpt2.training.losses import check_readable, logits_of, summed_loss
-from gpt2.training.randomness import RandomState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,22 +55,19 @@ def evaluate(
         ValueError: the data does not fit the model; references of data without prompts.
     """
     check_readable(model, data)
-    require_count("batch_size", batch_size)
-
     device = next(iter(model.parameters())).device
     order = data.by_length[::-1]  # little padding; the largest batch first
+
     starts = range(0, len(data), batch_size)
     exact = np.zeros(len(data), bool)
     asked = np.asarray(data.prompts)
     if references and not asked.any():
         raise ValueError("references=True takes examples with a prompt, and no example has one.")
-    if references and any(map(is_sharded, model.parameters())):
-        raise ValueError("references=True takes a model that is not sharded.")
 
     rank = distributed.rank()
     size = distributed.size()
     mine: list[tuple[float, int, Array]] = []
-    with RandomState(0, device).in_force(), in_mode(model, training=False), torch.no_grad():
+    with devices.own_generators(device), in_mode(model, training=False), torch.no_grad():
         # A sharded model runs in all processes at once.
         for number in range(rank, math.ceil(len(starts) / size) * size, size):
             start = starts[min(number, len(starts) - 1)]
@@ -94,6 +88,7 @@ def evaluate(
         total += loss
         tokens += count
         exact[order[start : start + batch_size]] = right
+
     share = None
     if references:  # of the different prompts, those that have an exact example
         keys = np.concatenate([*data.prompt_keys()])
@@ -111,7 +106,7 @@ def _are_greedy(model: nn.Module, batch: Batch, prompts: Tensor) -> Array:
     if isinstance(model, GPT2):
         hidden = model.transformer(idx)[:, :-1][wanted]
         ids = targets[wanted]
-        size = positions_at_a_time(idx.device)
+        size = devices.positions_at_a_time(idx.device)
         parts = [slice(start, start + size) for start in range(0, max(1, len(ids)), size)]
         right[wanted] = torch.cat([model.lm_head(hidden[p]).argmax(-1) == ids[p] for p in parts])
     else:

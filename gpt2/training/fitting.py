@@ -6,24 +6,21 @@ import math
 import time
 import warnings
 from collections.abc import Generator, Iterable, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gpt2.data.dataset import Dataset
-from gpt2.files import is_sharded
-from gpt2.training import distributed, fingerprints, snapshots
+from gpt2.files import is_sharded, listed
+from gpt2.training import distributed, snapshots
 from gpt2.training.config import RunConfig, TrainConfig
 from gpt2.training.evaluation import evaluate
 from gpt2.training.loop import StepRecord, Training
 from gpt2.training.losses import check_readable
-from gpt2.training.snapshots import Snapshot
-from gpt2.training.step import Groups
-
-Weights = Mapping[str, Tensor]
+from gpt2.training.step import Groups, Weights
 
 
 def fit(
@@ -39,7 +36,7 @@ def fit(
     """Train as `gpt2.train` does; evaluate, keep the best, stop early, save and resume.
 
     Iterate the result: `for record in gpt2.fit(...)`. The model is evaluated before the first
-    step too. At the end it has the weights of the lowest validation loss, of equal ones the first.
+    step too. At the end it has the weights of the lowest validation loss.
 
     Args:
         model, data, config, groups: as for `gpt2.train`.
@@ -48,8 +45,8 @@ def fit(
         resume: go on, bit for bit on a CPU, from the snapshot in the run's folder.
 
     Raises:
-        ValueError, RuntimeError: as `gpt2.train`; also for validation data that does not fit, and
-            a snapshot of a run of other data, base or options.
+        ValueError, RuntimeError: as `gpt2.train`; a snapshot of a run of other data, base or
+            options.
         FileNotFoundError: there is no snapshot to resume from.
     """
     return Fit(model, data, config, groups, validation, run or RunConfig(), resume)
@@ -88,39 +85,29 @@ class Fit(Training):
         elif run.patience is not None or run.eval_every is not None:
             raise ValueError("patience and eval_every need validation data.")
         if run.folder is not None:
-            self._made_of = fingerprints.of_run(model, data, config, self.groups, validation)
+            self._made_of = self.made_of(validation)
         if resume:
             self._resume()
         self._used = False
 
     def _run(self) -> Generator[StepRecord]:
         self._evaluate_if_due(self.taken)
-        if self._record is not None:  # of a run that was resumed
-            yield self._validated(self._record)
-            self._mark_handled()
         steps = super()._run()
         patience = self.options.patience or math.inf
-        while waited(self.evaluated.values(), self.options.min_delta) < patience:
-            self._record = next(steps, None)
+        while self._record or waited(self.evaluated.values(), self.options.min_delta) < patience:
+            self._record = self._record or next(steps, None)
             if self._record is None:
                 break
-            self._evaluate_if_due(self._record.step)
-            yield self._validated(self._record)
-            self._mark_handled()
-            self._save_if_due(self.handled)
+            step = self._record.step
+            self._evaluate_if_due(step)
+            loss = self.evaluated.get(step)
+            yield self._record if loss is None else replace(self._record, validation=loss)
+            self.handled, self._record = step, None
+            self._save_if_due(step)
         steps.close()
         if self._kept[1] and self.best_step != self.taken:
             self._last = trained(self.model)
             put(self.model, self._kept[1])
-
-    def _validated(self, record: StepRecord) -> StepRecord:
-        validation = self.evaluated.get(record.step)
-        return record if validation is None else replace(record, validation=validation)
-
-    def _mark_handled(self) -> None:
-        """The caller came back."""
-        if self._record is not None:
-            self.handled, self._record = self._record.step, None
 
     @property
     def evaluated(self) -> dict[int, float]:
@@ -129,26 +116,22 @@ class Fit(Training):
 
     @property
     def best_step(self) -> int | None:
-        """The step of the lowest validation loss, whose weights are kept; None for none yet."""
-        return lowest(self.evaluated)
+        """The first step of the lowest validation loss; None for none."""
+        finite = {step: loss for step, loss in self.evaluated.items() if math.isfinite(loss)}
+        return min(finite, key=finite.__getitem__, default=None)
 
-    @contextmanager
-    def best_weights(self) -> Generator[None]:
+    def best_weights(self) -> AbstractContextManager[None]:
         """The model has the best weights within; the last, where none is."""
-        with swapped(self.model, self._kept[1]):
-            yield
+        return swapped(self.model, self._kept[1])
 
-    @contextmanager
-    def last_weights(self) -> Generator[None]:
+    def last_weights(self) -> AbstractContextManager[None]:
         """The model has the weights of the last step within."""
-        with swapped(self.model, self._last):
-            yield
+        return swapped(self.model, self._last)
 
     def save(self) -> bool:
         """Keep a snapshot; False where there is none to resume from.
 
-        That is so before the first step, in the midst of an update, and in all processes but the
-        first; of a sharded model call it in each.
+        Of a sharded model call it in each process; of another the first writes.
 
         Raises:
             OSError: it cannot be written; those of before are as they were.
@@ -163,8 +146,9 @@ class Fit(Training):
         (evaluated, best), state = self._kept, self.state()
         if self._sharded:  # processes of a GPU's group meet there
             best = {n: t.to(state.parameters[n].device) for n, t in best.items()}
-        snapshot = Snapshot(self._made_of, state, self._record, evaluated, best)
-        snapshots.write(Path(self.options.folder), snapshot)
+        record = self._record and asdict(self._record)
+        around = {"best": best, "evaluated": evaluated, "record": record, "made_of": self._made_of}
+        snapshots.write(Path(self.options.folder), replace(state, **around))
         self.saved_step = state.step
         return True
 
@@ -178,9 +162,10 @@ class Fit(Training):
         if budget := self.config.tokens_per_batch:
             size = max(1, budget // self.validation.longest)
         loss = evaluate(self.model, self.validation, batch_size=size, autocast=autocast).loss
-        evaluated = {**self.evaluated, step: loss}
-        best = trained(self.model) if lowest(evaluated) == step else self._kept[1]
-        self._kept = evaluated, best
+        evaluated, best = self._kept
+        if loss < min(filter(math.isfinite, evaluated.values()), default=math.inf):
+            best = trained(self.model)
+        self._kept = {**evaluated, step: loss}, best
 
     def _save_if_due(self, step: int) -> None:
         due = self.options.is_save_due(step, time.monotonic() - self._saved_at)
@@ -192,8 +177,7 @@ class Fit(Training):
             self.save()
         except OSError as error:
             warnings.warn(
-                f"The snapshot of step {step} could not be written ({error}). The run goes on; "
-                "the snapshot before stays.",
+                f"The snapshot of step {step} could not be written ({error}). The run goes on.",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -204,24 +188,22 @@ class Fit(Training):
             raise ValueError("To resume, name the folder: RunConfig(folder=...).")
         folder = Path(self.options.folder)
         last, fault = snapshots.read(folder, dict(self.model.named_parameters()))
-        differs = fingerprints.differences(last.made_of, self._made_of)
-        if not last.made_of:
-            old = "The snapshot is of version 0.1: data and options were not compared."
-            warnings.warn(old, RuntimeWarning, stacklevel=2)
-        elif differs:
-            raise ValueError(
-                f"The run in {folder} cannot be resumed: {differs}. Give what it began with, or "
-                "another folder."
-            )
+        then, now = last.made_of, self._made_of
         if fault:
-            warnings.warn(
-                f"{fault}: the run goes on from the snapshot before, of step {last.state.step}.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            fault += f": the run goes on from the snapshot before, of step {last.step}."
+        if not then:
+            fault = "The snapshot is of version 0.1: data and options were not compared."
+        elif names := [n for n in {**then, **now} if then.get(n) != now.get(n)]:
+            differs = [
+                f"{n} was {then.get(n, 'not there')}, is {now.get(n, 'gone')}" for n in names
+            ]
+            raise ValueError(f"The run in {folder} cannot be resumed: {listed(differs)}.")
+        if fault:
+            warnings.warn(fault, RuntimeWarning, stacklevel=2)
 
-        self.resume(last.state)
-        self._kept, self._record = (last.evaluated, last.best), last.record
+        self.resume(last)
+        self._kept = last.evaluated, last.best
+        self._record = StepRecord(**last.record) if last.record else None
         self.saved_step, self.handled = self.taken, self.taken - (last.record is not None)
 
 
@@ -234,12 +216,6 @@ def waited(losses: Iterable[float], min_delta: float) -> int:
             least = loss
             since = 0
     return since
-
-
-def lowest(evaluated: Mapping[int, float]) -> int | None:
-    """The first step of the lowest loss, or None."""
-    finite = {step: loss for step, loss in evaluated.items() if math.isfinite(loss)}
-    return min(finite, key=finite.__getitem__, default=None)
 
 
 def trained(model: nn.Module) -> Weights:

@@ -10,7 +10,8 @@ import time
 import warnings
 import weakref
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 from gpt2.data.batches import Batch, batch
 from gpt2.data.dataset import Dataset
 from gpt2.model import GPT2, in_mode
-from gpt2.training import distributed, fingerprints
-from gpt2.training.config import TrainConfig, lr_scale, planned, require_config
+from gpt2.training import distributed, snapshots
+from gpt2.training.config import TrainConfig, lr_scale, planned
 from gpt2.training.losses import check_readable, inner
-from gpt2.training.step import Groups, RunState, Stepper, with_lists
+from gpt2.training.snapshots import Snapshot
+from gpt2.training.step import Groups, Stepper
 
 UNREAD = 1000  # steps after which the host waits for the device even if nobody reads
 
@@ -51,31 +53,13 @@ class Readings:
         self.seconds += time.perf_counter() - began
         self.rows, self.figures, self.parameters = rows[:good], [], {}
 
-    def of(self, step: int, name: str) -> float:
-        """A number of a step; a RuntimeError if it, or one before, was not finite."""
+    def of(self, step: int) -> dict[str, float]:
+        """The numbers of a step; a RuntimeError if it, or one before, was not finite."""
         self.read()
         if self.first + len(self.rows) <= step:
             raise RuntimeError(self.fault)
         loss, norm = self.rows[step - self.first]
-        return {"loss": loss, "grad_norm": norm, "seconds": self.seconds}[name]
-
-
-class Reading:
-    """A field of a record: a number, or the `Readings` where it will be."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __set__(self, record: StepRecord, value: float | Readings) -> None:
-        vars(record)[self.name] = value
-
-    def __get__(self, record: StepRecord | None, owner: type) -> float:
-        if record is None:
-            raise AttributeError(self.name)  # so that the field has no default
-        value = vars(record)[self.name]
-        if isinstance(value, Readings):
-            return value.of(record.step, self.name)
-        return value
+        return {"loss": loss, "grad_norm": norm, "seconds": self.seconds}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,12 +72,26 @@ class StepRecord:
 
     step: int
     epoch: int
-    loss: Reading = Reading()  # mean over the step's supervised tokens, nats
+    loss: float  # mean over the step's supervised tokens, nats
     lr: float  # the first group's
-    grad_norm: Reading = Reading()  # before clipping
+    grad_norm: float  # before clipping
     tokens: int  # supervised
-    seconds: Reading = Reading()  # of training until it was read
+    seconds: float  # of training until it was read
     validation: float | None = None  # loss after this step, from `fit`
+
+    @classmethod
+    def unread(cls, readings: Readings, **known: float) -> StepRecord:
+        """A record whose other fields are read when they are asked for."""
+        record = object.__new__(cls)
+        vars(record).update(known, readings=readings)
+        return record
+
+    def __getattr__(self, name: str) -> Any:
+        if "readings" not in vars(self):
+            raise AttributeError(name)
+        vars(self).update(vars(self)["readings"].of(self.step))
+        del vars(self)["readings"]
+        return getattr(self, name)
 
 
 class Training(Iterator[StepRecord]):
@@ -112,10 +110,8 @@ class Training(Iterator[StepRecord]):
         groups: Groups | None = None,
     ) -> None:
         check_readable(model, data)
-        require_config(config)
         self.model, self.data, self.config = model, data, config
-        self.groups = None if groups is None else with_lists(groups)
-        self.stepper = Stepper(model, config, self.groups, data.longest)
+        self.stepper = Stepper(model, config, groups, data.longest)
         self.plan = planned(data, config)
         self.steps_an_epoch = math.ceil(len(self.plan) / config.accumulate)
         self.total = config.steps or (config.epochs or 0) * self.steps_an_epoch
@@ -138,15 +134,12 @@ class Training(Iterator[StepRecord]):
             scale = lr_scale(step, self.total, self.config)
             with in_mode(self.model, training=True):
                 figures = stepper(micro_batches, step, scale)
-            readings = self._readings_with(step, figures, began)
-            yield StepRecord(
+            yield StepRecord.unread(
+                self._readings_with(step, figures, began),
                 step=step,
                 epoch=(step - 1) // self.steps_an_epoch + 1,
-                loss=readings,
                 lr=stepper.peaks[0] * scale,
-                grad_norm=readings,
                 tokens=sum(batch.n_tokens for batch in micro_batches),
-                seconds=readings,
             )
         self.wait()
         if not_finite(stepper.parameters):
@@ -168,12 +161,13 @@ class Training(Iterator[StepRecord]):
     @property
     def taken(self) -> int:
         """How many steps the weights have taken; waits for the device."""
-        self._readings.read()
-        if self._readings.fault:
-            return self._readings.first + len(self._readings.rows) - 1
+        readings = self._readings
+        readings.read()
+        if readings.fault:
+            return readings.first + len(readings.rows) - 1
         return self.stepper.taken
 
-    def state(self) -> RunState:
+    def state(self) -> Snapshot:
         """Where the run is; the next step changes the tensors.
 
         Raises:
@@ -181,26 +175,29 @@ class Training(Iterator[StepRecord]):
         """
         if not self.stepper.whole:
             raise RuntimeError("The run was interrupted in the midst of an update.")
-        taken = self.taken
-        return replace(self.stepper.state(), step=taken, seconds=self._readings.seconds)
+        step = self.taken
+        return Snapshot(step=step, seconds=self._readings.seconds, **self.stepper.state())
 
-    def resume(self, state: RunState) -> None:
-        """Begin where that state was taken; a RuntimeError where the run has begun."""
-        if self.stepper.taken:
-            raise RuntimeError("The run has begun: only a new one can be resumed.")
-        self.stepper.resume(state)
+    def resume(self, state: Snapshot) -> None:
+        """Begin where that state was taken."""
+        self.stepper.resume(state.step, state.parameters, state.moments)
         self._readings = Readings(state.step + 1, state.seconds)
+
+    def made_of(self, validation: Dataset | None = None) -> dict[str, str]:
+        """Everything that the run is a function of, in a few words by name."""
+        groups = self.stepper.optimizer.param_groups
+        return snapshots.made_of(self.model, self.data, self.config, groups, validation)
 
     def _agree(self) -> None:
         """Raise unless all processes begin alike."""
         if distributed.size() == 1:
             return
-        mine = fingerprints.of_start(self.model, self.data, self.config, self.groups)
-        every = distributed.gathered(f"{self.stepper.taken} {mine}")
+        weights = snapshots.of_tensors(self.stepper.parameters)
+        every = distributed.gathered((self.stepper.taken, weights, self.made_of()))
         if other := [i for i, start in enumerate(every) if start != every[0]]:
             raise RuntimeError(
                 f"Process {other[0]} begins with other weights, data or options than process 0: "
-                "give all the same, and lora.inject a seed."
+                "give lora.inject a seed."
             )
 
     def _batches_of(self, step: int) -> list[Batch]:
@@ -250,8 +247,7 @@ def train(
 
     Nothing happens until it is iterated: `for record in gpt2.train(...)`. The model is in
     training mode within steps only. An interrupt leaves the weights of the last whole step. A
-    step that is not finite is not applied, nor any after it: reading its record is an error, and
-    so is the end.
+    step that is not finite is not applied, nor any after it: reading its record raises.
 
     Args:
         model: a GPT-2, `torch.compile` of one, or any model that `gpt2.summed_loss` takes.

@@ -39,7 +39,7 @@ def summed_loss(
         how: Any = {"longest": longest, "smoothing": smoothing, "compile": compile}
         return model(idx, labels, documents=documents, **how)
     if documents is not None:
-        raise ValueError(f"{type(model).__name__} reads a row as one text: packing takes a GPT-2.")
+        raise ValueError(f"Packing takes a GPT-2, not {type(model).__name__}.")
     return summed(logits_of(model, idx), labels, smoothing)
 
 
@@ -49,21 +49,20 @@ def logits_of(model: nn.Module, idx: Tensor) -> Tensor:
     logits = getattr(out, "logits", out)
     if not (isinstance(logits, Tensor) and logits.dim() == 3):
         raise ValueError(
-            f"{type(model).__name__} gives {type(out).__name__}: a model must map ids to "
-            "logits (B, T, V), or to an object with .logits."
+            f"{type(model).__name__} gives {type(out).__name__}: it must map ids to logits "
+            "(B, T, V), or to an object with .logits."
         )
     return logits
 
 
 def check_readable(model: nn.Module, data: Dataset) -> None:
     """Raise a ValueError unless the model can be called on the data."""
-    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ValueError(f"model must be an nn.Module, got {type(model).__name__}.")
     if not isinstance(data, Dataset):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(
             f"data must be a gpt2.Dataset, got {type(data).__name__}: make one with "
-            "gpt2.encode(texts, tokenizer), or of a file with gpt2.open_data(file, tokenizer)."
+            "gpt2.encode(texts, tokenizer)."
         )
+
     if not len(data):
         raise ValueError("There is no example in the data.")
     if data.unlearnable:
@@ -80,6 +79,6 @@ def check_readable(model: nn.Module, data: Dataset) -> None:
         (low, high), vocab = data.extremes, network.config.vocab_size
         if low < 0 or high >= vocab:
             raise ValueError(
-                f"The data has token ids from {low} to {high}, the model's vocabulary 0 to "
-                f"{vocab - 1}: encode it with the model's tokenizer."
+                f"The data has token ids from {low} to {high}, the model 0 to {vocab - 1}: "
+                "encode it with the model's tokenizer."
             )

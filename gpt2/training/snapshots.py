@@ -1,58 +1,58 @@
-"""A run's state on disk: one file, written beside and moved; the one before is kept.
+"""A run's state on disk, in one file, and what a run is made of. The file before is kept.
 
 Tensors are `parameters.NAME`, `moments.KIND.NAME` and `best.NAME`; metadata is a JSON text.
 """
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
+from gpt2.data.dataset import Dataset
 from gpt2.files import gathered, write_tensors
-from gpt2.training.distributed import like
-from gpt2.training.loop import StepRecord
-from gpt2.training.step import RunState
+from gpt2.training.config import OPTIONS, TrainConfig
+from gpt2.training.distributed import like, whole
 
 NAME, BEFORE = "snapshot.safetensors", "snapshot-before.safetensors"
 NAMES, PART = (NAME, BEFORE), f".{NAME}.part"
 FORMAT = 2
+PROBED = 1024  # elements of each tensor that are read one by one, beside the sum of all
+Named = Mapping[str, Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """What is kept of a run."""
+    """Where a run is."""
 
-    made_of: Mapping[str, str]  # base, data and options, by name
-    state: RunState
-    record: StepRecord | None  # of its last step, if the caller has not dealt with it
-    evaluated: Mapping[int, float]  # validation losses by step
-    best: Mapping[str, Tensor]  # the trained parameters of the lowest
+    step: int  # that the weights have taken
+    seconds: float  # of training
+    parameters: Named  # what is trained
+    moments: Named  # AdamW's, by kind and parameter
+    best: Named = field(default_factory=dict[str, Tensor])  # parameters of the lowest loss
+    evaluated: Mapping[int, float] = field(default_factory=dict[int, float])
+    record: Mapping[str, Any] | None = None  # that the caller has not dealt with
+    made_of: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 def write(folder: Path, snapshot: Snapshot) -> None:
     """Write a snapshot; after an OSError those of before are as they were."""
-    state = snapshot.state
-    kinds = {"parameters": state.parameters, "moments": state.moments, "best": snapshot.best}
+    about = {"format": FORMAT, **vars(snapshot)}
+    kinds: dict[str, Named] = {kind: about.pop(kind) for kind in ("parameters", "moments", "best")}
     tensors = {f"{kind}.{n}": t for kind, named in kinds.items() for n, t in named.items()}
-    if (whole := gathered(tensors)) is None:
+    if (all_whole := gathered(tensors)) is None:
         return  # another process writes
-    about = {
-        "format": FORMAT,
-        "made_of": dict(snapshot.made_of),
-        "step": state.step,
-        "seconds": state.seconds,
-        "record": snapshot.record and asdict(snapshot.record),
-        "evaluated": list(snapshot.evaluated.items()),
-    }
+    about["evaluated"] = list(snapshot.evaluated.items())
     folder.mkdir(parents=True, exist_ok=True)
     made = folder / PART
     try:
-        write_tensors(made, whole, {"run": json.dumps(about)})
+        write_tensors(made, all_whole, {"run": json.dumps(about)})
         if (folder / NAME).exists():
             os.replace(folder / NAME, folder / BEFORE)
         os.replace(made, folder / NAME)
@@ -60,16 +60,7 @@ def write(folder: Path, snapshot: Snapshot) -> None:
         made.unlink(missing_ok=True)
 
 
-def check(folder: Path) -> None:
-    """Raise a FileNotFoundError if there is nothing to resume from."""
-    if not any((folder / name).is_file() for name in NAMES):
-        raise FileNotFoundError(
-            f"{folder} holds no snapshot ({NAME}) to go on from: none was saved there, or the run "
-            "came to its end."
-        )
-
-
-def read(folder: Path, parameters: Mapping[str, Tensor] | None = None) -> tuple[Snapshot, str]:
+def read(folder: Path, parameters: Named | None = None) -> tuple[Snapshot, str]:
     """The last snapshot that is whole; and what is wrong with a later one, "" for nothing.
 
     What belongs to a sharded one of these parameters is sharded as it is.
@@ -78,9 +69,13 @@ def read(folder: Path, parameters: Mapping[str, Tensor] | None = None) -> tuple[
         FileNotFoundError: there is none.
         ValueError: none is whole.
     """
-    check(folder)
+    files = [folder / name for name in NAMES if (folder / name).is_file()]
+    if not files:
+        raise FileNotFoundError(
+            f"{folder} holds no snapshot: none was saved there, or the run came to its end."
+        )
     faults: list[str] = []
-    for file in (folder / name for name in NAMES if (folder / name).is_file()):
+    for file in files:
         try:
             return _read(file, parameters or {}), "; ".join(faults)
         except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
@@ -94,20 +89,83 @@ def remove(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _read(file: Path, parameters: Mapping[str, Tensor]) -> Snapshot:
+def _read(file: Path, parameters: Named) -> Snapshot:
     tensors: dict[str, dict[str, Tensor]] = {"parameters": {}, "moments": {}, "best": {}}
     opener: Any = safe_open(file, "pt")
     with opener as opened:
-        about = json.loads(opened.metadata()["run"])
+        about: dict[str, Any] = json.loads(opened.metadata()["run"])
         for key in list(opened.keys()):
             kind, _, name = key.partition(".")
             of = name.partition(".")[2] if kind == "moments" else name
             tensors[kind][name] = like(opened.get_tensor(key), parameters.get(of))
-    if about["format"] == 1:  # of version 0.1
-        about |= {"record": None, "made_of": {}}
-    elif about["format"] != FORMAT:
-        raise ValueError(f"it is of format {about['format']}, and this version reads {FORMAT}")
-    best, about["evaluated"] = tensors.pop("best"), dict(about["evaluated"])
-    state = RunState(step=about["step"], seconds=about["seconds"], **tensors)
-    record = about["record"] and StepRecord(**about["record"])
-    return Snapshot(about["made_of"], state, record, about["evaluated"], best)
+
+    if about.pop("format") == 1:  # of version 0.1
+        about = {name: about[name] for name in ("step", "seconds", "evaluated")}
+    about |= {**tensors, "evaluated": dict(about["evaluated"])}
+    return Snapshot(**about)
+
+
+def made_of(
+    model: nn.Module,
+    data: Dataset,
+    config: TrainConfig,
+    groups: Iterable[Mapping[str, Any]],
+    validation: Dataset | None = None,
+) -> dict[str, str]:
+    """Everything that a run is a function of, in a few words by name."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad}
+    made = {name: repr(value) for name, value in asdict(config).items()}
+
+    for name, examples in (("data", data), ("validation data", validation)):
+        made[name] = "none"
+        if examples is not None:
+            made[name] = f"{len(examples)} examples, {examples.fingerprint[:16]}"
+
+    for i, group in enumerate(groups):
+        of = _digest(repr([names[id(p)] for p in group["params"]]))
+        options = {**group, "lr": group["initial_lr"]}
+        own = {n: options[n] for n in OPTIONS if options[n] != getattr(config, n)}
+        made[f"group {i}"] = f"{len(group['params'])} parameters ({of}), {own}"
+
+    made["base"] = of_base(model)
+    made["modules"] = _digest(_described(model))
+    made["trained parameters"] = _digest(repr(sorted(shapes.items())))
+    made["kind of device"] = next(iter(model.parameters())).device.type
+    return made
+
+
+def of_base(model: nn.Module) -> str:
+    """Names, shapes, a few elements and the sum of all bits of what is not trained."""
+    frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
+    return of_tensors({**frozen, **dict(model.named_buffers())})
+
+
+def of_tensors(named: Named) -> str:
+    """The same of these tensors."""
+    digest = blake2b(digest_size=8)
+    for name, tensor in sorted(named.items()):
+        flat = whole(tensor.detach()).contiguous().flatten()
+        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+        total = flat.view(bits.get(flat.element_size(), torch.uint8)).sum(dtype=torch.int64)
+        few = flat[:: max(1, -(-flat.numel() // PROBED))].contiguous().view(torch.uint8)
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {int(total)}".encode())
+        digest.update(few.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _described(model: nn.Module) -> str:
+    """Classes and plain attributes: torch's versions print modules differently."""
+    lines: list[str] = []
+    for path, module in model.named_modules():
+        lines.append(f"{path} {type(module).__name__.replace('FSDP', '')}")
+        for name, value in sorted(vars(module).items()):
+            weights = isinstance(value, dict) and {*map(type, value.values())} == {float}
+            plain = weights or type(value) in (int, float, str) or is_dataclass(value)
+            if plain and not name.startswith("_"):
+                lines.append(f"{name} {value}")
+    return "\n".join(lines)
+
+
+def _digest(text: str) -> str:
+    return blake2b(text.encode(), digest_size=8).hexdigest()

@@ -2,38 +2,29 @@
 
 import inspect
 import math
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gpt2.data.batches import Batch
+from gpt2.data.order import seed_of
 from gpt2.fast import devices
 from gpt2.fast.compiling import blocks_run
 from gpt2.fast.graphs import GraphedCalls
 from gpt2.files import is_sharded, listed
 from gpt2.model import GPT2
 from gpt2.training import distributed
-from gpt2.training.config import GRAPHED_TOKENS, TrainConfig
+from gpt2.training.config import GRAPHED_TOKENS, OPTIONS, TrainConfig
 from gpt2.training.losses import inner, summed_loss
-from gpt2.training.randomness import RandomState
 from gpt2.training.watch import Watch
 
 Groups = Sequence[Mapping[str, Any]]
-OPTIONS = ("lr", "weight_decay", "betas", "eps")  # of a group
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunState:
-    """All that a run is made of beside base, data, config and seed."""
-
-    step: int  # that the weights have taken
-    seconds: float = 0.0  # that it took
-    parameters: Mapping[str, Tensor]  # what is trained, by name
-    moments: Mapping[str, Tensor]  # AdamW's, by kind and parameter
+Weights = Mapping[str, Tensor]
 
 
 class Stepper:
@@ -54,13 +45,14 @@ class Stepper:
         self.network: Any = inner(model)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.trained = list(self.parameters.values())
+
         self.device = self.trained[0].device
         self.sharded = is_sharded(self.trained[0])
         capturable = devices.on_cuda(self.device) and not self.sharded
         self.optimizer: Any = adamw(grouped(model, config, groups), self.device, capturable)
         self.peaks = [float(group["initial_lr"]) for group in self.optimizer.param_groups]
         self.graphs = GraphedCalls() if capturable and distributed.size() == 1 else None
-        self.randomness = RandomState(config.seed, self.device)
+
         self.watch = Watch(self.network, self.trained)
         # On the device, 1 after a step that was not finite.
         self.failed = torch.zeros((), dtype=torch.float32, device=self.device)
@@ -74,8 +66,9 @@ class Stepper:
         fixes its random numbers; `scale` is a factor of the learning rates.
         """
         self.watch.check()
-        if any(p.grad is not None for p in self.trained):  # a caller's
-            self.optimizer.zero_grad()
+        for p in self.trained:
+            p.grad = None  # a caller's
+
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(peak * scale)
@@ -84,27 +77,25 @@ class Stepper:
 
         share = (distributed.size() if self.sharded else 1) / sum(b.n_tokens for b in batches)
         weight = torch.full((), share, dtype=torch.float32, device=self.device)
-        with self.randomness.in_force(), self._blocks_run():
-            if self.graphs is not None and self.is_graphed(batches[0].idx.numel()):
-                return self._replayed(self.graphs, batches[0], step, weight)
-            losses: list[Tensor] = []
-            in_order = distributed.adds_in_order(self.trained, self.config)
-            for i, batch in distributed.shares(batches, sharded=self.sharded):
-                self.randomness.begin(step, i)
-                loss = self._gradients(weight, *_inputs(batch, self.device))
-                losses.append(distributed.row(self.trained, loss) if in_order else loss)
-
-            if distributed.size() == 1:
-                loss = torch.stack(losses).sum()
-            elif self.sharded:
-                loss = distributed.sharded(losses)
-            elif in_order:
-                loss = distributed.in_order(self.trained, losses, len(batches))
+        number = partial(seed_of, self.config.seed, step)
+        with devices.own_generators(self.device) as seed, self._blocks_run():
+            if self.graphs and self.is_graphed(batches[0].idx.numel()):
+                inputs = weight, *_inputs(batches[0], self.device)
+                update = partial(self._replayed, self.graphs, partial(seed, number(0)), *inputs)
             else:
-                loss = distributed.all_reduce(self.trained, losses)
-            with self._counted():
-                figures = self._update(loss)
-        if not self.watch.is_as_it_was():  # as of a model that counts its calls
+                losses: list[Tensor] = []
+                in_order = distributed.adds_in_order(self.trained, self.config)
+                for i, batch in distributed.shares(batches, sharded=self.sharded):
+                    seed(number(i))
+                    loss = self._gradients(weight, *_inputs(batch, self.device))
+                    losses.append(distributed.row(self.trained, loss) if in_order else loss)
+                loss = distributed.summed(self.trained, losses, len(batches), in_order=in_order)
+                update = partial(self._update, loss)
+
+            self.whole = False
+            figures = update()
+            self.taken, self.whole = self.taken + 1, True
+        if self.watch.changes():  # as of a model that counts its calls
             self.watch.renew()
         return figures
 
@@ -117,37 +108,32 @@ class Stepper:
         single = config.accumulate == 1 and not config.checkpointing
         return small and single and isinstance(self.model, GPT2)
 
-    def state(self) -> RunState:
-        """What the steps have made; the next one changes the tensors."""
-        return RunState(
-            step=self.taken,
-            parameters={name: p.detach() for name, p in self.parameters.items()},
-            moments={
-                f"{kind}.{name}": tensor
-                for name, p in self.parameters.items()
-                for kind, tensor in self.optimizer.state[p].items()
-            },
-        )
+    def state(self) -> dict[str, Any]:
+        """Parameters by name, AdamW's moments by kind and name; the next step changes them."""
+        moments = {
+            f"{kind}.{name}": tensor
+            for name, p in self.parameters.items()
+            for kind, tensor in self.optimizer.state[p].items()
+        }
+        parameters = {name: p.detach() for name, p in self.parameters.items()}
+        return {"parameters": parameters, "moments": moments}
 
     @torch.no_grad()
-    def resume(self, state: RunState) -> None:
-        """Go on from there."""
+    def resume(self, step: int, parameters: Weights, moments: Weights) -> None:
+        """Go on from that state after that step."""
         fused = devices.has_fused_adamw(self.device)  # else the host counts the steps
         for name, p in self.parameters.items():
-            p.copy_(state.parameters[name])
-        for key, tensor in state.moments.items():
+            p.copy_(parameters[name])
+        for key, tensor in moments.items():
             kind, _, name = key.partition(".")
             home = self.device if kind != "step" or fused else torch.device("cpu")
-            moments = self.optimizer.state[self.parameters[name]]
-            moments[kind] = tensor.to(home, copy=True)
-        self.taken = state.step
+            self.optimizer.state[self.parameters[name]][kind] = tensor.to(home, copy=True)
+        self.taken = step
 
-    def _replayed(self, graphs: GraphedCalls, batch: Batch, step: int, weight: Tensor) -> Tensor:
-        inputs = weight, *_inputs(batch, self.device)
-        with self._counted():
-            graphs.prepare(self._step, self._state, *inputs)  # it may draw numbers
-            self.randomness.begin(step, 0)
-            return graphs(self._step, self._state, *inputs).clone()
+    def _replayed(self, graphs: GraphedCalls, seed: Callable[[], None], *inputs: Tensor) -> Tensor:
+        graphs.prepare(self._step, self._state, *inputs)  # it may draw numbers
+        seed()
+        return graphs(self._step, self._state, *inputs).clone()
 
     def _step(self, weight: Tensor, *inputs: Tensor) -> Tensor:
         return self._update(self._gradients(weight, *inputs))
@@ -185,13 +171,6 @@ class Stepper:
         moments = [tensor for state in states for tensor in state.values()]
         return [self.failed, *(p.detach() for p in self.trained), *moments]
 
-    @contextmanager
-    def _counted(self) -> Generator[None]:
-        self.whole = False
-        yield
-        self.taken += 1
-        self.whole = True
-
     def _blocks_run(self) -> Any:
         if not isinstance(self.network, GPT2):
             return nullcontext()
@@ -204,11 +183,10 @@ def check_options(model: nn.Module, config: TrainConfig) -> None:
     """Raise a ValueError that names what cannot be done with this model."""
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
-        raise ValueError("Nothing in the model requires grad: inject an adapter or unfreeze it.")
+        raise ValueError("Nothing in the model requires grad: inject an adapter.")
     network: Any = inner(model)
     device, is_gpt2 = trained[0].device, isinstance(network, GPT2)
     faults = distributed.faults(model, config)
-
     if config.checkpointing and not is_gpt2:
         faults.append("checkpointing=True needs a GPT2; another model checkpoints itself")
     if config.compile and not is_gpt2 and network is model:
@@ -219,14 +197,10 @@ def check_options(model: nn.Module, config: TrainConfig) -> None:
         faults.append(f"packing takes a GPT-2, and the model is a {type(network).__name__}")
     elif config.packing and not devices.on_cpu(device) and network.config.attn_pdrop:
         faults.append(
-            f"packing's kernel on {device.type} has no dropout, and the model's attention has "
-            f"{network.config.attn_pdrop}: load the base with dropout=0"
+            f"packing on {device.type} takes no dropout in attention: load the base with dropout=0"
         )
     if faults:
         raise ValueError(f"The model cannot be trained so: {'; '.join(faults)}.")
-
-
-# Groups: parts of the parameters with options of their own, as PyTorch writes them
 
 
 def grouped(model: nn.Module, config: TrainConfig, groups: Groups | None) -> list[dict[str, Any]]:
@@ -235,29 +209,34 @@ def grouped(model: nn.Module, config: TrainConfig, groups: Groups | None) -> lis
     Raises:
         ValueError: listing parameters in no group, twice, or not trained, and bad options.
     """
-    usual = {name: getattr(config, name) for name in OPTIONS}
     names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
     trained = [p for p in model.parameters() if p.requires_grad]
-    given = [{"params": trained}] if groups is None else with_lists(groups)
+    usual = {name: getattr(config, name) for name in OPTIONS}
+    made: list[dict[str, Any]] = []
     faults: list[str] = []
-    for i, group in enumerate(given):
-        own = {name: value for name, value in group.items() if name != "params"}
-        unknown = [name for name in own if name not in OPTIONS]
-        faults += [f"group {i} has the option {n!r} (known: {', '.join(OPTIONS)})" for n in unknown]
+
+    for i, group in enumerate([{"params": trained}] if groups is None else groups):
+        options = {**group}
+        params = options.pop("params", ())
+        made.append({**usual, **options})
+        made[-1]["params"] = [params] if isinstance(params, nn.Parameter) else list(params)
         try:
-            replace(config, **{n: value for n, value in own.items() if n in OPTIONS})
+            replace(config, **{name: made[-1][name] for name in OPTIONS})
         except ValueError as error:
             faults.append(f"group {i}: {error}")
-    ids = [id(p) for group in given for p in group["params"]]
+        if unknown := options.keys() - usual.keys():
+            faults.append(f"group {i} has {', '.join(unknown)} (known: {', '.join(OPTIONS)})")
+
+    ids = [id(p) for group in made for p in group["params"]]
     if lacking := [name for i, name in names.items() if i not in ids]:
         faults.append(f"in no group: {', '.join(lacking)}")
     if twice := [name for i, name in names.items() if ids.count(i) > 1]:
         faults.append(f"in two groups: {', '.join(twice)}")
     if strangers := sum(i not in names for i in ids):
-        faults.append(f"{strangers} of their parameters are not the model's, or require no grad")
+        faults.append(f"{strangers} parameters are not the model's, or require no grad")
     if faults:
         raise ValueError(f"groups: {listed(faults)}.")
-    return [{**usual, **group} for group in given]
+    return made
 
 
 _TORCHS: Any = torch.optim.AdamW
@@ -278,14 +257,6 @@ def adamw(groups: list[dict[str, Any]], device: torch.device, capturable: bool) 
         if capturable:  # a tensor, so that a captured step reads the rate of the moment
             group["lr"] = torch.full((), group["lr"], dtype=torch.float32, device=device)
     return AdamW(groups, fused=devices.has_fused_adamw(device), capturable=capturable)
-
-
-def with_lists(groups: Groups) -> list[dict[str, Any]]:
-    """The groups with their parameters as lists, which can be read more than once."""
-    return [
-        {**g, "params": [p] if isinstance(p := g.get("params", ()), nn.Parameter) else list(p)}
-        for g in groups
-    ]
 
 
 def _inputs(batch: Batch, device: torch.device) -> list[Tensor]:

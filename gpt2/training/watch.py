@@ -1,7 +1,7 @@
 """Whether a model is changed between two steps.
 
-An optimiser holds parameters, a captured CUDA graph addresses. If an adapter is switched, merged
-or taken out, or a tensor moves, they would go on without effect.
+An optimiser holds parameters, a captured CUDA graph addresses: an adapter that is switched,
+merged or taken out, or a tensor that moves, would go on without effect.
 """
 
 from collections.abc import Sequence
@@ -16,67 +16,53 @@ CHILDREN = ("_modules", "_buffers", "_parameters")
 
 
 class Watch:
-    """A model's trained parameters, their modules and all modules above these.
+    """The trained parameters, their modules, and the modules above these.
 
-    Their children, buffers, parameters and plain attributes are to be as the last step left
-    them; modes, hooks and attributes that begin with `_` may differ.
+    Modes, hooks and attributes that begin with `_` may change.
     """
 
     def __init__(self, model: nn.Module, trained: Sequence[nn.Parameter]) -> None:
         ids = {id(p) for p in trained}
-        self.trained = {n: p for n, p in model.named_parameters() if id(p) in ids}
-        owners = tuple(name.rpartition(".")[0] + "." for name in self.trained)
-        above = [p for p, _ in model.named_modules() if any(o.startswith(f"{p}.") for o in owners)]
-        self.modules = {path: vars(model.get_submodule(path)) for path in ("", *above)}
+        self.trained = {name: p for name, p in model.named_parameters() if id(p) in ids}
+        parts = [name.split(".") for name in self.trained]
+        above = {".".join(path[:i]) for path in parts for i in range(len(path))}
+        self.modules = {path: vars(model.get_submodule(path)) for path in sorted(above)}
         self.renew()
 
     def renew(self) -> None:
         """Take the model as it is for what it should be."""
-        self.names = {
-            path: [n for n in attrs if not n.startswith("_") and n != "training"]
-            + [n for n in CHILDREN if attrs[n]]
-            for path, attrs in self.modules.items()
-        }
-        # Looking takes hardly a line of Python a module.
-        self.rows = [(itemgetter(*n, n[0]), self.modules[path]) for path, n in self.names.items()]
-        self.seen = [tuple(map(_copied, get(attrs))) for get, attrs in self.rows]
-        self.where = self._where()
+        self.places = self._places()
+        self.seen: list[tuple[str, Any, Any]] = []
+        for path, attrs in self.modules.items():
+            names = [n for n in attrs if n in CHILDREN or not (n[0] == "_" or n == "training")]
+            values = tuple(_copied(attrs[name]) for name in names)
+            self.seen.append((path, itemgetter(*names), values))
 
-    def is_as_it_was(self) -> bool:
-        """Whether the model is what it was."""
-        try:
-            now = [get(attrs) for get, attrs in self.rows]
-            return now == self.seen and self._where() == self.where
-        except (KeyError, RuntimeError, ValueError):
-            return False  # an attribute is gone, or is a tensor
+    def changes(self) -> list[str]:
+        """The names of what is not as it was."""
+        triples = zip(self.trained, self.places, self._places(), strict=True)
+        changed = [name for name, then, now in triples if then != now]
+        for path, get, then in self.seen:
+            try:
+                if get(self.modules[path]) == then:
+                    continue
+            except (KeyError, RuntimeError, ValueError):
+                pass  # an attribute is gone, or is a tensor
+            changed.append(path or "the model")
+        return changed
 
     def check(self) -> None:
-        """A RuntimeError names what is not as it was."""
-        if self.is_as_it_was():
-            return
-        pairs = zip(self.trained, self._where(), self.where, strict=True)
-        changed = [name for name, now, then in pairs if now != then]
-        for (path, names), seen in zip(self.names.items(), self.seen, strict=True):
-            attrs = self.modules[path]
-            for name, then in zip(names, seen, strict=False):
-                if not _same(attrs.get(name), then):
-                    changed.append(f"{path}.{name}".lstrip("."))
-        raise RuntimeError(
-            f"The model was changed between two steps: {listed(changed)}. "
-            "Put it back, or end this run and call train again."
-        )
+        """Raise a RuntimeError that names what is not as it was."""
+        if changed := self.changes():
+            raise RuntimeError(
+                f"The model was changed between two steps: {listed(changed)}. "
+                "Put it back, or end this run and call train again."
+            )
 
-    def _where(self) -> list[tuple[int, bool]]:
+    def _places(self) -> list[tuple[int, bool]]:
         return [(p.data_ptr(), p.requires_grad) for p in self.trained.values()]
 
 
 def _copied(value: Any) -> Any:
     """The value; of a container, which can be changed where it is, its content."""
     return value.copy() if type(value) in (dict, list, set) else value
-
-
-def _same(one: Any, other: Any) -> bool:
-    try:
-        return one is other or bool(one == other)
-    except (RuntimeError, ValueError):  # a tensor or an array has no one answer
-        return False
