@@ -29,8 +29,6 @@ def written(folder: str | Path) -> Generator[Path]:
     After an error, such as a full disk, nothing has changed. The first by name is out of the way
     meanwhile: a process that is killed leaves no new config beside old weights.
     """
-    if folder == "":  # which would be the folder one is in
-        raise ValueError("'' is no path of a folder.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as made:
@@ -61,10 +59,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def gathered(tensors: Mapping[str, Any]) -> dict[str, Tensor] | None:
-    """Whole tensors in the host's memory; None in a process that writes nothing.
-
-    Where a tensor is sharded, each process calls this before any file is touched.
-    """
+    """Whole tensors in the host's memory; None in a process that writes nothing."""
     writes = not any(map(is_sharded, tensors.values())) or torch.distributed.get_rank() == 0
     whole: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

@@ -1,8 +1,7 @@
 """Weights in and out of a GPT-2, as safetensors.
 
 Files may use the published names (`h.0.attn.c_attn.weight`), which are written, or those with
-transformers' prefix (`transformer.h.0…`). Nothing is transposed. A tensor is copied only for
-another dtype or device, and training never changes the mapped file.
+transformers' prefix (`transformer.h.0…`). Training never changes the mapped file.
 """
 
 import os
@@ -83,8 +82,8 @@ def load(
 def save(model: Any, folder: str | Path) -> None:
     """Write `config.json` and `model.safetensors` for transformers, or for `from_pretrained`.
 
-    The same weights give the same bytes. After a failure, as of a full disk, all is as before. Of
-    a sharded model call it in each process. The folder is created if missing.
+    The same weights give the same bytes. After an error the folder is as before. Of a sharded
+    model call it in each process.
 
     Raises:
         RuntimeError: listing the tensors that are not a GPT-2's.
