@@ -33,7 +33,7 @@ QUESTIONS = {
     "products.linear": {"gpt2.model"},
     "decoding.Steps": {"gpt2.generation", "gpt2.beams"},
 }
-FACE = {"lora": 28, "gpt2": 31}
+FACE = {"lora": 28, "gpt2": 30}
 ids = {"ids": lambda file: str(file.relative_to(ROOT))}
 
 
@@ -206,9 +206,9 @@ def test_importing_touches_no_random_state_and_little_else():
 # Lines of Python as `wc -l` counts them: they only fall, but for what a new capability is given.
 BUDGET = {
     "lora": 3_200,
-    "gpt2": 5_681,
+    "gpt2": 5_573,
     "scripts": 3_245,
-    "tests": 19_475,
+    "tests": 19_392,
     "benchmarks": 1_797,
 }
 MOST_LINES = {"lora": 400, "gpt2": 400, "scripts": 400, "tests": 700, "benchmarks": 400}
@@ -216,8 +216,8 @@ MOST_LINES = {"lora": 400, "gpt2": 400, "scripts": 400, "tests": 700, "benchmark
 CORE = "layer config layout tree targets injection bank merging".split()
 PARTS = {
     "lora core": ([ROOT / "lora" / f"{name}.py" for name in CORE], 1_350),
-    "gpt2 core": (sorted((ROOT / "gpt2").glob("*.py")), 1_497),
-    "gpt2/data": (sorted((ROOT / "gpt2" / "data").glob("*.py")), 1_012),
+    "gpt2 core": (sorted((ROOT / "gpt2").glob("*.py")), 1_479),
+    "gpt2/data": (sorted((ROOT / "gpt2" / "data").glob("*.py")), 940),
 }
 # Characters a line and the share of blank lines when the budget began, and how far a line may have
 # grown: lines do not go by becoming denser.

@@ -150,7 +150,7 @@ LINES = {
     "--data folder.jsonl": "Is a directory: 'folder.jsonl'",
     "--data file": "file has none of the endings",
     "--data '[/b].jsonl'": "No such file or directory: '[/b].jsonl'",
-    "--data binary.jsonl": "binary.jsonl:1: not JSON in UTF-8",
+    "--data binary.jsonl": "binary.jsonl:1: Expecting value",
     f"--data {LONG}.csv": "File name too long",
     "--data fine.jsonl --fields.text t": "has no 't', only ['text']",
     "--data fine.jsonl --fields.question t": "has no 't', only ['text']",

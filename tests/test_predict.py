@@ -66,7 +66,7 @@ def expected(adapter: Path | None = None, **options) -> list[str]:
     model, tokenizer = gpt2.GPT2.from_pretrained("small"), gpt2.Tokenizer()
     if adapter is not None:
         lora.load(model, adapter / "adapter")
-    prompts = dict.fromkeys(e.prompt for e in gpt2.read_prompts("prompts.jsonl"))
+    prompts = dict.fromkeys(e.prompt for e in gpt2.read_examples("prompts.jsonl", prompts=True))
     config = gpt2.GenerateConfig(max_new_tokens=NEW, **options)
     ids = [tokenizer.encode(prompt) for prompt in prompts]
     return [tokenizer.decode(row) for row in gpt2.generate(model, ids, config)]
@@ -116,7 +116,7 @@ def test_each_prompt_draws_its_own_numbers_however_it_is_batched_and_resumed():
 
 def test_an_exact_answer_is_counted(capsys):
     said = expected()
-    prompts = dict.fromkeys(e.prompt for e in gpt2.read_prompts("prompts.jsonl"))
+    prompts = dict.fromkeys(e.prompt for e in gpt2.read_examples("prompts.jsonl", prompts=True))
     rows = [{"prompt": p, "completion": s} for p, s in zip(prompts, said, strict=True)]
     rows[0]["completion"] = " no"
     rows[1] = {"prompt": rows[1]["prompt"]}
