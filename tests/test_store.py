@@ -202,17 +202,20 @@ def test_two_runs_may_make_it_at_once(file):
 
 
 KILLED = """
-import os, signal, sys
-from pathlib import Path
-from tests.test_store import Hooked, Told
-Told().open(Path(sys.argv[1]), Hooked(lambda: os.kill(os.getpid(), signal.SIGKILL)))
+import os, signal, sys, gpt2
+from tests.toys import Letters
+class Killed(Letters):
+    def encode(self, text):
+        os.kill(os.getpid(), signal.SIGKILL)
+gpt2.open_data(sys.argv[1], Killed(), cache=sys.argv[2])
 """
 
 
 def test_a_run_that_is_killed_leaves_no_store(file):
-    ran = subprocess.run([sys.executable, "-c", KILLED, str(file)], check=False)
+    cache = file.parent / "cache"
+    ran = subprocess.run([sys.executable, "-c", KILLED, str(file), str(cache)], check=False)
     assert ran.returncode == -9
-    assert not [*(file.parent / "cache").glob("data.jsonl.*")]
+    assert not [*cache.glob("data.jsonl.*")]
     told = Told()
     assert same(told.open(file), encode(read_examples(file), Letters()))
     assert "there are none yet" in told.lines[0]
