@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 import lora
 from lora.disk import checkpoint
 from tests.folders import contents, refuses
-from tests.test_hub import hub
+from tests.hub import hub
 from tests.toys import IDX, tiny_gpt2
 
 __all__ = ["hub"]  # the fixture: a running Hub
