@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gpt2.config import outside
-from gpt2.files import listed
+from gpt2.files import listed, outside
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +77,8 @@ def uniform_numbers(rows: int, config: GenerateConfig) -> Tensor:
     Each row has a generator, so that it draws as alone, on any device.
     """
     generators = [torch.Generator("cpu").manual_seed(config.seed + row) for row in range(rows)]
-    size, kind = (config.max_new_tokens, 2), torch.double
-    draws = [torch.rand(size, dtype=kind, device="cpu", generator=g) for g in generators]
+    size = (config.max_new_tokens, 2)
+    draws = [torch.rand(size, dtype=torch.double, device="cpu", generator=g) for g in generators]
     return torch.stack(draws, 1)
 
 

@@ -206,9 +206,9 @@ def test_importing_touches_no_random_state_and_little_else():
 # Lines of Python as `wc -l` counts them: they only fall, but for what a new capability is given.
 BUDGET = {
     "lora": 3_200,
-    "gpt2": 5_573,
+    "gpt2": 5_572,
     "scripts": 3_245,
-    "tests": 19_198,
+    "tests": 19_204,
     "benchmarks": 1_797,
 }
 MOST_LINES = {"lora": 400, "gpt2": 400, "scripts": 400, "tests": 700, "benchmarks": 400}

@@ -120,6 +120,12 @@ def test_attention_keeps_its_dropout_on_a_cpu(monkeypatch):
     assert rates == [0.25] * 2 * documents
 
 
+def test_attention_that_drops_is_torchs_but_for_the_draws():
+    q, k, v = torch.randn(3, 2, 2, 10, 4, dtype=torch.float64).unbind()
+    want = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(attend(q, k, v, None, 0.5, lambda weights, _: weights), want)
+
+
 def test_documents_of_several_rows_or_beside_a_cache_are_refused():
     cache = KVCache(CONFIG, 1, 12, torch.float64, torch.device("cpu"))
     for rows, starts, held in ((2, [0, 5], None), (1, [[0, 5]], None), (1, [0, 5], cache)):

@@ -97,8 +97,8 @@ def write(folder: Path, data: Dataset, about: dict[str, Any]) -> None:
     """Write a store's arrays, ids in two bytes each where they fit, and its header."""
     folder.mkdir()
     types = TYPES | ({"ids": "<u2"} if data.extremes[1] < 2**16 else {})
-    for name, kind in types.items():
-        np.save(folder / f"{name}.npy", getattr(data, name).astype(kind))
+    for name, dtype in types.items():
+        np.save(folder / f"{name}.npy", getattr(data, name).astype(dtype))
     header = {**about, **{name: getattr(data, name) for name in KNOWN}}
     (folder / HEADER).write_text(json.dumps(header, indent=1), encoding="utf-8")
 

@@ -161,14 +161,14 @@ def _in_slices(
 
     Source: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax".
     """
-    kind = wide_enough(hidden.dtype)
-    top = hidden.new_full(targets.shape, -torch.inf, dtype=kind)
-    total, at_wanted, gradient = top.new_zeros(()), top, hidden.new_zeros((), dtype=kind)
+    wide = wide_enough(hidden.dtype)
+    top = hidden.new_full(targets.shape, -torch.inf, dtype=wide)
+    total, at_wanted, gradient = top.new_zeros(()), top, hidden.new_zeros((), dtype=wide)
 
     size = max(1, CACHED // (len(hidden) + hidden.shape[1]))
     for start in range(0, vocab, size):
         rows = weight[start : start + size]
-        logits = (rows @ hidden.t()).to(kind)  # (V of the slice, N)
+        logits = (rows @ hidden.t()).to(wide)  # (V of the slice, N)
         row = targets - start
         there = logits.gather(0, row.clamp(0, len(rows) - 1)[None])[0]
         at_wanted = there.where((row >= 0) & (row < len(rows)), at_wanted)
@@ -180,12 +180,12 @@ def _in_slices(
         total = total * shrunk + scores.sum(0)
         if learns:
             added = scores.to(weight.dtype).t() @ rows
-            gradient = gradient * shrunk[:, None] + added.to(kind)  # (N, C)
+            gradient = gradient * shrunk[:, None] + added.to(wide)  # (N, C)
 
-    unlike = (1 - smoothing) * weight[targets].to(kind)
+    unlike = (1 - smoothing) * weight[targets].to(wide)
     if smoothing:
-        mean = weight.to(kind).mean(0)
-        at_wanted = at_wanted.lerp(hidden.to(kind) @ mean, smoothing)
+        mean = weight.to(wide).mean(0)
+        at_wanted = at_wanted.lerp(hidden.to(wide) @ mean, smoothing)
         unlike += smoothing * mean
 
     loss = total.log() + (top - at_wanted)
