@@ -9,9 +9,8 @@ The model, where reading starts (`gpt2.model`):
 
 Data:
     Example               a prompt and its completion
-    read_examples         the examples of a file
+    read_examples         the examples of a file, or its prompts
     stream_examples       the same, one at a time
-    read_prompts          the prompts of a file
     encode                texts or examples to a Dataset
     open_data             a file to a Dataset that is kept on disk
     Dataset               tokenised examples
@@ -48,7 +47,6 @@ from gpt2.data.dataset import Dataset as Dataset
 from gpt2.data.dataset import encode as encode
 from gpt2.data.examples import Example as Example
 from gpt2.data.examples import read_examples as read_examples
-from gpt2.data.examples import read_prompts as read_prompts
 from gpt2.data.examples import stream_examples as stream_examples
 from gpt2.data.store import open_data as open_data
 from gpt2.generation import generate as generate

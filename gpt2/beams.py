@@ -33,12 +33,12 @@ class Beams(Steps):
         self.history = torch.full((B, K, self._before + N), NOTHING, device=device)
         self.history[..., : self._before] = before[:, None]
 
-        kind: Any = {"dtype": torch.float32, "device": device}
+        floats: Any = {"dtype": torch.float32, "device": device}
         # Running texts' log-probabilities, best first; -inf for no beam.
-        self.scores = torch.full((B, K), -torch.inf, **kind)
+        self.scores = torch.full((B, K), -torch.inf, **floats)
         self.scores[:, 0] = 0  # beams are alike: one chooses the first tokens
         # The best scores of ended texts, and the best text with its length.
-        self.ended = torch.full((B, K), -torch.inf, **kind)
+        self.ended = torch.full((B, K), -torch.inf, **floats)
         self.text = torch.zeros(B, N, **how)
         self.length = torch.zeros(B, **how)
         # Whether a running text may still join them; when logits were not finite.
@@ -51,7 +51,7 @@ class Beams(Steps):
         # So many candidates cannot all have ended: K are left to go on with.
         self._candidates = K * max(2, 1 + len(config.ends))
         powers = [length**config.length_penalty for length in range(1, N + 1)]
-        self._powers = torch.tensor(powers, **kind)  # (N,)
+        self._powers = torch.tensor(powers, **floats)  # (N,)
         self._extend(logits.repeat_interleave(K, 0))
 
     def are_open(self) -> bool:

@@ -3,13 +3,12 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from numbers import Real
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 
-from gpt2.files import listed, read_json
+from gpt2.files import listed, outside, read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,32 +48,6 @@ class GPT2Config:
             faults.append(f"n_head {self.n_head} must divide n_embd {self.n_embd}")
         if faults:
             raise ValueError(f"GPT2Config: {listed(faults)}.")
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether it is a real number; True and "0.5" are none."""
-    return not isinstance(value, bool) and isinstance(value, Real)
-
-
-def outside(config: object, least: Mapping[str, int], **intervals: str) -> list[str]:
-    """What is wrong with a config: integers below their least, numbers outside "[0, 1)" or so.
-
-    A field whose default is None may be None.
-    """
-    faults: list[str] = []
-    for name in (*least, *intervals):
-        value = getattr(config, name)
-        if value is None and getattr(type(config), name) is None:
-            continue
-        if name in least and (type(value) is not int or value < least[name]):
-            faults.append(f"{name} must be an integer of at least {least[name]}, got {value!r}")
-        elif interval := intervals.get(name):
-            low, high = map(float, interval[1:-1].split(","))
-            if not (is_number(value) and low <= value <= high) or (
-                (value == low and interval[0] == "(") or (value == high and interval[-1] == ")")
-            ):
-                faults.append(f"{name} must be in {interval}, got {value!r}")
-    return faults
 
 
 # The four published sizes by their names on the Hub.

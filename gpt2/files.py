@@ -1,12 +1,13 @@
-"""Files written together or not at all, and error messages of bounded length."""
+"""Files written together or not at all; faults of a config, and messages of bounded length."""
 
 import json
 import os
 import tempfile
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors.torch import save_file
@@ -22,6 +23,32 @@ def listed(faults: Sequence[str]) -> str:
     return "; ".join(shown) + (f"; and {more} more" if more else "")
 
 
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a real number; True and "0.5" are none."""
+    return not isinstance(value, bool) and isinstance(value, Real)
+
+
+def outside(config: object, least: Mapping[str, int], **intervals: str) -> list[str]:
+    """What is wrong with a config: integers below their least, numbers outside "[0, 1)" or so.
+
+    A field whose default is None may be None.
+    """
+    faults: list[str] = []
+    for name in (*least, *intervals):
+        value = getattr(config, name)
+        if value is None and getattr(type(config), name) is None:
+            continue
+        if name in least and (type(value) is not int or value < least[name]):
+            faults.append(f"{name} must be an integer of at least {least[name]}, got {value!r}")
+        elif interval := intervals.get(name):
+            low, high = map(float, interval[1:-1].split(","))
+            if not (is_number(value) and low <= value <= high) or (
+                (value == low and interval[0] == "(") or (value == high and interval[-1] == ")")
+            ):
+                faults.append(f"{name} must be in {interval}, got {value!r}")
+    return faults
+
+
 @contextmanager
 def written(folder: str | Path) -> Generator[Path]:
     """An empty folder to write files to, which are then moved to `folder`.
@@ -29,8 +56,6 @@ def written(folder: str | Path) -> Generator[Path]:
     After an error, such as a full disk, nothing has changed. The first by name is out of the way
     meanwhile: a process that is killed leaves no new config beside old weights.
     """
-    if folder == "":  # which would be the folder one is in
-        raise ValueError("'' is no path of a folder.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as made:
@@ -61,10 +86,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def gathered(tensors: Mapping[str, Any]) -> dict[str, Tensor] | None:
-    """Whole tensors in the host's memory; None in a process that writes nothing.
-
-    Where a tensor is sharded, each process calls this before any file is touched.
-    """
+    """Whole tensors in the host's memory; None in a process that writes nothing."""
     writes = not any(map(is_sharded, tensors.values())) or torch.distributed.get_rank() == 0
     whole: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

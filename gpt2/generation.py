@@ -31,9 +31,8 @@ def generate(
 ) -> list[list[int]]:
     """Continue each prompt.
 
-    In float32 and float64 each prompt gives what it gives alone. In bfloat16 and float16 it need
-    not: a product of more rows is rounded otherwise, which can change a token and the text after
-    it. The same call gives the same.
+    In float32 and float64 each prompt gives what it gives alone. In bfloat16 and float16 a product
+    of more rows is rounded otherwise, which can change a token and the text after it.
 
     Args:
         model: a GPT-2, with adapters or without; used in eval mode, and left as it was.
@@ -47,8 +46,7 @@ def generate(
     Raises:
         ValueError: listing the prompts that are empty, hold unknown ids, or leave no room in the
             context.
-        RuntimeError: naming the prompts whose logits are not finite, and after which token. On a
-            GPU it is noticed once a burst.
+        RuntimeError: naming the prompts whose logits are not finite, and after which token.
     """
     rows = _checked(model, prompts, config)
     if config.num_beams > 1:
@@ -66,8 +64,7 @@ def stream(
 ) -> Iterator[list[int | None]]:
     """As `generate`, token by token: each item holds one token a row, None for rows that stopped.
 
-    Prompts are checked at once. Between items the model is in its former mode: a stream may be
-    left at any time.
+    Prompts are checked at once. Between items the model is in its former mode.
 
     Raises:
         ValueError: as `generate`; and beams, whose text is known when the search has ended.

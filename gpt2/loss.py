@@ -35,8 +35,6 @@ def summed(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
 
     `smoothing` is the share of each target that is spread evenly over all tokens.
     """
-    if logits.shape[:2] != labels.shape:
-        raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} differ.")
     return cross_entropies(logits.flatten(0, 1), shifted(labels), smoothing).sum()
 
 

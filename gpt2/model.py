@@ -233,8 +233,9 @@ class GPT2(nn.Module):
         """Read prompts of any lengths: logits `(B, V)` after their last tokens, and a cache."""
         weight = self.lm_head.weight
         lengths = [len(row) for row in rows]
-        device, kind = weight.device, weight.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        device = weight.device
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
         cache = KVCache(self.config, len(rows), slots, dtype, device)
         padded = [[*row, *[0] * (max(lengths) - len(row))] for row in rows]
         hidden = self.transformer(torch.tensor(padded, device=device), cache)  # (B, T, C)

@@ -1,8 +1,7 @@
 """Weights in and out of a GPT-2, as safetensors.
 
 Files may use the published names (`h.0.attn.c_attn.weight`), which are written, or those with
-transformers' prefix (`transformer.h.0…`). Nothing is transposed. A tensor is copied only for
-another dtype or device, and training never changes the mapped file.
+transformers' prefix (`transformer.h.0…`). Training never changes the mapped file.
 """
 
 import os
@@ -58,8 +57,8 @@ def load(
         ValueError: listing all faults: a damaged file, tensors missing, left over or mis-shaped,
             another architecture; and weights not finite, where each is copied, cast or moved.
     """
-    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or torch.float32
-    if not isinstance(kind, torch.dtype) or not kind.is_floating_point or kind.itemsize < 2:
+    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or torch.float32
+    if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point or wanted.itemsize < 2:
         raise ValueError(f"dtype must be 16, 32 or 64 bits of floating-point, got {dtype}.")
     config_file, weight_files = _locate(os.fspath(name))
     dropouts: dict[str, Any] = {} if dropout is None else dict.fromkeys(_DROPOUTS, dropout)
@@ -69,11 +68,11 @@ def load(
         raise ValueError(f"{name} does not hold a GPT-2 as it should: {listed(faults)}.")
     tensors.pop(_HEAD, None)
 
-    state = {key: t.to(device=device, dtype=kind, copy=not mmap) for key, t in tensors.items()}
+    state = {key: t.to(device=device, dtype=wanted, copy=not mmap) for key, t in tensors.items()}
     changed = [key for key, tensor in state.items() if tensor is not tensors[key]]
     extremes = {key: torch.stack(state[key].aminmax()) for key in changed}  # NaN is both
     if spoiled := [key for key, two in extremes.items() if not two.isfinite().all()]:
-        raise ValueError(f"{name} holds weights that are not finite as {kind}: {listed(spoiled)}.")
+        raise ValueError(f"{name} has weights that are not finite as {wanted}: {listed(spoiled)}.")
     model.load_state_dict(state | {_HEAD: state[_TOKENS]}, assign=True)
     model.get_submodule("lm_head").register_parameter("weight", model.get_parameter(_TOKENS))
     setattr(model, "name_or_path", str(name))  # noqa: B010 - as in transformers
@@ -83,8 +82,8 @@ def load(
 def save(model: Any, folder: str | Path) -> None:
     """Write `config.json` and `model.safetensors` for transformers, or for `from_pretrained`.
 
-    The same weights give the same bytes. After a failure, as of a full disk, all is as before. Of
-    a sharded model call it in each process. The folder is created if missing.
+    The same weights give the same bytes. After an error the folder is as before. Of a sharded
+    model call it in each process.
 
     Raises:
         RuntimeError: listing the tensors that are not a GPT-2's.

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gpt2.config import outside
-from gpt2.files import listed
+from gpt2.files import listed, outside
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +74,11 @@ class GenerateConfig:
 def uniform_numbers(rows: int, config: GenerateConfig) -> Tensor:
     """Random numbers `(max_new_tokens, rows, 2)` in [0, 1), float64 on the CPU.
 
-    Each row has a generator, so that it draws what it draws alone, on any device.
+    Each row has a generator, so that it draws as alone, on any device.
     """
     generators = [torch.Generator("cpu").manual_seed(config.seed + row) for row in range(rows)]
-    size, kind = (config.max_new_tokens, 2), torch.double
-    draws = [torch.rand(size, dtype=kind, device="cpu", generator=g) for g in generators]
+    size = (config.max_new_tokens, 2)
+    draws = [torch.rand(size, dtype=torch.double, device="cpu", generator=g) for g in generators]
     return torch.stack(draws, 1)
 
 
@@ -135,8 +134,7 @@ def sample(logits: Tensor, config: GenerateConfig, uniform: Tensor) -> Tensor:
 def _drawn(p: Tensor, uniform: Tensor) -> Tensor:
     """A token `(B,)` for each row of probabilities `(B, V)`: first a block of √V, then one of it.
 
-    Rounding, as in another batch, moves each bound a little: a draw beside 2√V bounds, not V,
-    seldom falls on the other side of one.
+    Rounding moves each bound a little: a draw seldom lies beside one of 2√V bounds, not V.
     """
     side = math.isqrt(p.shape[-1] - 1) + 1
     blocks = F.pad(p, (0, side * side - p.shape[-1])).reshape(-1, side, side)

@@ -4,7 +4,6 @@ import base64
 import json
 import operator
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -49,10 +48,8 @@ class Tokenizer:
         """
         joined = "".join(text + _END_OF_TEXT for text in texts)
         if joined.count(_END_OF_TEXT) == len(texts):
-            end = {_END_OF_TEXT}
-            with suppress(UnicodeEncodeError):  # half a surrogate pair, which JSON can escape
-                ids = self._encoding.encode_to_numpy(joined, allowed_special=end).astype(np.int32)
-                return ids, np.flatnonzero(ids == self.eos)
+            ids = self._encoding.encode_to_numpy(joined, allowed_special={_END_OF_TEXT})
+            return ids.astype(np.int32), np.flatnonzero(ids == self.eos)
         rows = [[*self.encode(text), self.eos] for text in texts]
         lengths = np.array([len(row) for row in rows], np.int64)
         return np.concatenate([[], *rows]).astype(np.int32), np.cumsum(lengths) - 1
@@ -64,8 +61,7 @@ class Tokenizer:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the files from which transformers makes the same tokenizer.
 
-        It takes `<|endoftext|>` in a text for the id that ends a text. The folder is created if
-        missing.
+        It takes `<|endoftext|>` in a text for the id that ends a text.
         """
         glyphs = _glyphs()
         shown = {token: "".join(glyphs[byte] for byte in token) for token in self._ranks}

@@ -71,4 +71,5 @@ def prompts(path: Path) -> list[str]:
     with suppress(OSError, ValueError, KeyError):
         record = json.loads((path / folder.RUN).read_bytes())
         texts = [answer["prompt"] for answer in record["answers"]]
-    return texts or [example.prompt for example in gpt2.read_prompts(data.ARTICLE_PROMPTS)]
+    article = gpt2.read_examples(data.ARTICLE_PROMPTS, prompts=True)
+    return texts or [example.prompt for example in article]

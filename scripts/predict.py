@@ -45,7 +45,7 @@ def main(argv: Arguments = None) -> None:
     to.add_class_arguments(gpt2.GenerateConfig, as_group=False)
     options = parse(to, argv or [])
     config = build(gpt2.GenerateConfig, options)
-    prompts = data.distinct(gpt2.read_prompts(options.prompts, options.fields))
+    prompts = data.distinct(gpt2.read_examples(options.prompts, options.fields, prompts=True))
 
     adapter = None if options.adapter is None else folder.adapter_in(options.adapter)
     options.base = options.base or folder.base_of(options.adapter)

@@ -14,7 +14,7 @@ from jsonargparse import Namespace
 
 import gpt2
 import lora
-from gpt2.data.held_out import is_within
+from gpt2.data.examples import is_within
 from gpt2.training import snapshots
 
 from .cli.guard import Arguments, guarded

@@ -169,9 +169,9 @@ def test_importing_touches_no_random_state_and_little_else():
 # Lines of Python as `wc -l` counts them: they only fall, but for what a new capability is given.
 BUDGET = {
     "lora": 3_274,
-    "gpt2": 5_468,
-    "scripts": 3_468,
-    "tests": 18_476,
+    "gpt2": 5_359,
+    "scripts": 3_469,
+    "tests": 18_199,
     "benchmarks": 1_797,
 }
 MOST_LINES = {"lora": 400, "gpt2": 400, "scripts": 400, "tests": 700, "benchmarks": 400}
@@ -179,8 +179,8 @@ MOST_LINES = {"lora": 400, "gpt2": 400, "scripts": 400, "tests": 700, "benchmark
 CORE = "layer config layout tree targets injection bank merging".split()
 PARTS = {
     "lora core": ([ROOT / "lora" / f"{name}.py" for name in CORE], 1_350),
-    "gpt2 core": (sorted((ROOT / "gpt2").glob("*.py")), 1_497),
-    "gpt2/data": (sorted((ROOT / "gpt2" / "data").glob("*.py")), 1_012),
+    "gpt2 core": (sorted((ROOT / "gpt2").glob("*.py")), 1_479),
+    "gpt2/data": (sorted((ROOT / "gpt2" / "data").glob("*.py")), 940),
 }
 # Characters a line and the share of blank lines when the budget began, and how far a line may have
 # grown: lines do not go by becoming denser.

@@ -110,7 +110,7 @@ LINES = {
     "--data ''": "has none of the endings",
     "--data folder.jsonl": "Is a directory: 'folder.jsonl'",
     "--data nowhere.jsonl": "No such file or directory: 'nowhere.jsonl'",
-    "--data binary.jsonl": "Expecting value",
+    "--data binary.jsonl": "binary.jsonl:1: Expecting value",
     f"--data {LONG}.csv": "File name too long",
     "--data fine.jsonl --fields.question t": "has no 't', only ['text']",
     "--resume ''": "resume is empty: leave it out.",

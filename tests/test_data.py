@@ -24,7 +24,6 @@ from gpt2 import (
     encode,
     evaluate,
     read_examples,
-    read_prompts,
     stream_examples,
     train,
 )
@@ -50,7 +49,7 @@ def written(folder: Path, *lines: object) -> Path:
     return file
 
 
-# read_examples, read_prompts
+# read_examples
 
 
 def test_the_three_forms_are_read(tmp_path):
@@ -72,40 +71,35 @@ def test_the_three_forms_are_read(tmp_path):
     assert read_examples(str(file)) == read_examples(file)
 
 
-def test_a_byte_order_mark_and_windows_line_ends_do_not_matter(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        (b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "b"}\r\n', ["a", "b"]),
+        # Where str.splitlines would cut.
+        ('{"text": "one\u2028two\x85three"}'.encode(), ["one\u2028two\x85three"]),
+    ],
+)
+def test_a_byte_order_mark_does_not_matter_and_a_line_ends_at_a_newline_only(
+    tmp_path, content, texts
+):
     file = tmp_path / "data.jsonl"
-    file.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "b"}\r\n')
-    assert read_examples(file) == [Example("", "a"), Example("", "b")]
-
-
-def test_a_line_ends_at_a_newline_only(tmp_path):
-    separators = "one\u2028two\x85three\x0cfour"  # where str.splitlines would cut
-    file = tmp_path / "data.jsonl"
-    file.write_text(json.dumps({"text": separators}, ensure_ascii=False), encoding="utf-8")
-    assert read_examples(file) == [Example("", separators)]
+    file.write_bytes(content)
+    assert read_examples(file) == [Example("", text) for text in texts]
 
 
 @pytest.mark.parametrize(
     ("line", "said"),
     [
         (b'{"text": "\xff"}', "'text' is not UTF-8: '\\udcff'"),
-        (json.dumps({"text": "a"}).encode("utf-16"), "not JSON in UTF-8"),
+        (json.dumps({"text": "a"}).encode("utf-16"), "Expecting value: line 1 column 1"),
         (b'{"text": "\\ud800"}', "'text' is not UTF-8: '\\ud800'"),
-        (b"Q: Why?", "not JSON in UTF-8 (Expecting value: line 1 column 1"),
-        (b'{"text": "a"} {"text": "b"}', "not JSON in UTF-8 (Extra data: line 1 column 15"),
-        (b"[" * 100_000, "not JSON"),
+        (b"Q: Why?", "Expecting value: line 1 column 1"),
         (b"9" * 5000, "Exceeds the limit"),
-        ("a string", "got 'a string'"),
         (["a", "list"], "got ['a', 'list']"),
-        (None, "got None"),
         ({}, "got []"),
-        ({"label": 1, "title": "a"}, "got ['label', 'title']"),
-        ({"question": "a"}, "got ['question']"),
         ({"question": "a", "completion": "b"}, "got ['completion', 'question']"),
-        ({"Text": "a"}, "got ['Text']"),
         ({"text": 3}, "'text' is 3, not a string"),
         ({"question": "a", "answer": None}, "'answer' is None, not a string"),
-        ({"text": ""}, "'text' is empty"),
         ({"text": " \n"}, "'text' is empty"),
         ({"question": "", "answer": "b"}, "'question' is empty"),
         ({"prompt": "a", "completion": ""}, "'completion' is empty"),
@@ -119,25 +113,21 @@ def test_a_bad_line_is_named(tmp_path, line, said):
     assert "\n" not in str(error.value)
 
 
-def test_all_bad_lines_are_listed_at_once(tmp_path):
+def test_bad_lines_are_listed_until_there_are_ten(tmp_path):
     file = written(tmp_path, {"text": ""}, {"text": "good"}, b"{", b"\xff")
-    with pytest.raises(ValueError, match=str(file)) as error:
+    with pytest.raises(ValueError, match=f"^{file}:1: .*; {file}:3: .*; {file}:4: ") as error:
         read_examples(file)
-    assert [f"{file}:{n}: " in str(error.value) for n in (1, 2, 3, 4)] == [True, False, True, True]
-    assert "; " in str(error.value)
-
-
-def test_a_long_list_of_bad_lines_is_cut(tmp_path):
+    assert f"{file}:2: " not in str(error.value)
     file = written(tmp_path, *[{"text": ""}] * 1000)
-    with pytest.raises(ValueError, match="; and 990 more.$") as error:
+    with pytest.raises(ValueError, match="; the rest was not read.$") as error:
         read_examples(file)
     assert str(error.value).count(str(file)) == 10
 
 
-@pytest.mark.parametrize("content", [b"", b"\n \n"])
-def test_a_file_without_examples_is_refused(tmp_path, content):
-    file = tmp_path / "data.jsonl"
-    file.write_bytes(content)
+@pytest.mark.parametrize("name", ["data.jsonl", "data.txt"])
+def test_a_file_without_examples_is_refused(tmp_path, name):
+    file = tmp_path / name
+    file.write_bytes(b"\n \n")
     with pytest.raises(ValueError, match="holds no examples"):
         read_examples(file)
 
@@ -174,7 +164,7 @@ def test_every_format_gives_the_same_examples(tmp_path, suffix):
     own = in_format(tmp_path, suffix, ("frage", "antwort"))
     fields = {"question": "frage", "answer": "antwort"}
     assert read_examples(own, fields) == AS_EXAMPLES
-    assert read_prompts(own, fields) == AS_EXAMPLES
+    assert read_examples(own, fields, prompts=True) == AS_EXAMPLES
     as_they_are = [Example(*pair) for pair in PAIRS]
     assert read_examples(own, {"prompt": "frage", "completion": "antwort"}) == as_they_are
     assert read_examples(own, {"text": "antwort"}) == [Example("", answer) for _, answer in PAIRS]
@@ -197,7 +187,7 @@ def test_a_json_file_may_have_strings_or_an_object_a_line(tmp_path):
     file.write_text('\n{"text": "one"}\n{"text": "two"}\n')
     assert read_examples(file) == [Example("", "one"), Example("", "two")]
     file.write_text('["one",\n "two"')
-    with pytest.raises(ValueError, match=f"^{file}: not JSON .*: line 2 column 7"):
+    with pytest.raises(ValueError, match=f"^{file}: Expecting .*: line 2 column 7"):
         read_examples(file)
 
 
@@ -205,12 +195,13 @@ def test_plain_text_has_documents_between_blank_lines_and_a_prompt_a_line(tmp_pa
     file = tmp_path / "data.txt"
     file.write_bytes("\ufeff\nOne,\r\n two.\r\n\r\n \t\nThree é\n\n\n".encode())
     assert read_examples(file) == [Example("", "One,\n two."), Example("", "Three é")]
-    assert read_prompts(file) == [Example(t, "") for t in ("One,", " two.", "Three é")]
+    prompts = [Example(text, "") for text in ("One,", " two.", "Three é")]
+    assert read_examples(file, prompts=True) == prompts
     file.write_bytes(b"good\n\nbad \xff\n\ngood\n\xff\n")
-    for read, line in ((read_examples, 5), (read_prompts, 6)):
+    for prompts, line in ((False, 5), (True, 6)):
         fault = "'text' is not UTF-8"
         with pytest.raises(ValueError, match=f"^{file}:3: {fault}.*; {file}:{line}: {fault}"):
-            read(file)
+            read_examples(file, prompts=prompts)
 
 
 @pytest.mark.parametrize(
@@ -223,8 +214,7 @@ def test_plain_text_has_documents_between_blank_lines_and_a_prompt_a_line(tmp_pa
         ("question,answer\na,b\nonly", ":3: has more or fewer cells than the heading's 2"),
         ("question,answer\na,b,c", ":2: has more or fewer cells than the heading's 2"),
         ('text\n"a\nb"\n""', ":4: 'text' is empty"),
-        ('text\n"never closed', ":2: not a .csv (unexpected end of data)"),
-        ("text", " holds no examples"),
+        ('text\n"never closed', ":2: not CSV (unexpected end of data)"),
     ],
 )
 def test_a_bad_row_of_a_table_is_named(tmp_path, text, said):
@@ -246,7 +236,7 @@ def test_an_answer_to_a_prompt_is_a_reference_and_no_part_of_it(tmp_path):
         {"question": "Why?", "answer": ""},
     )
     why = "Q: Why?\nA:"
-    assert read_prompts(file) == [
+    assert read_examples(file, prompts=True) == [
         Example("As it is\nA:", ""),
         Example(why, ""),
         Example(why, ""),
@@ -255,7 +245,8 @@ def test_an_answer_to_a_prompt_is_a_reference_and_no_part_of_it(tmp_path):
         Example("Once", " upon"),
         Example(why, ""),
     ]
-    assert read_prompts(file, {"text": "frage"}) == read_prompts(file)
+    again = read_examples(file, {"text": "frage"}, prompts=True)
+    assert again == read_examples(file, prompts=True)
 
 
 @pytest.mark.parametrize(
@@ -271,12 +262,12 @@ def test_an_answer_to_a_prompt_is_a_reference_and_no_part_of_it(tmp_path):
 def test_a_row_that_is_no_prompt_is_named(tmp_path, row):
     file = written(tmp_path, {"text": "good"}, row)
     with pytest.raises(ValueError, match=f"^{file}:2: "):
-        read_prompts(file)
+        read_examples(file, prompts=True)
 
 
 def test_a_row_with_two_forms_needs_fields(tmp_path):
     file = written(tmp_path, {"text": "a", "question": "b", "answer": "c"})
-    with pytest.raises(ValueError, match="more than one form of an example: say which by fields"):
+    with pytest.raises(ValueError, match=r"one of these alone \(name yours by fields\), got"):
         read_examples(file)
     assert read_examples(file, {"text": "text"}) == [Example("", "a")]
 
@@ -298,28 +289,23 @@ def test_without_pyarrow_parquet_is_refused_in_a_line(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "line",
     [
-        b'{"nothing": "' + b"x" * 2_000_000 + b'"}',
         b"x" * 2_000_000,
         json.dumps({"text": ["x" * 1000] * 2000}).encode(),
-        json.dumps(dict.fromkeys(map(str, range(100_000)), 1)).encode(),
         b'{"' + b"k" * 2_000_000 + b'": 1}',
-        b'{"' + b"k" * 2000 + b'": 1, "' + b"k" * 2000 + b'": 1}',
-        b'{"a":' * 50_000,
     ],
 )
 def test_however_long_a_line_is_its_fault_is_short(tmp_path, line):
     file = written(tmp_path, *[line] * 3)
-    for read in (read_examples, read_prompts):
+    for prompts in (False, True):
         with pytest.raises(ValueError, match=f"^{file}:1: ") as error:
-            read(file)
+            read_examples(file, prompts=prompts)
         assert len(str(error.value)) < 3 * (200 + len(str(file)))
 
 
 def test_a_cell_may_be_as_long_as_a_line_of_json(tmp_path):
-    file, before = tmp_path / "data.csv", csv.field_size_limit(131_072)
+    file = tmp_path / "data.csv"
     file.write_text("text\n" + "x" * 200_000)
     assert read_examples(file) == [Example("", "x" * 200_000)]
-    assert csv.field_size_limit(before) == 131_072
 
 
 def test_a_file_is_streamed_and_its_faults_come_last(tmp_path):
@@ -328,7 +314,7 @@ def test_a_file_is_streamed_and_its_faults_come_last(tmp_path):
     examples = stream_examples(file)
     assert next(examples) == Example("", "x" * 1000)
     tracemalloc.start()
-    with pytest.raises(ValueError, match=f"^{file}:20001: not JSON"):
+    with pytest.raises(ValueError, match=f"^{file}:20001: Expecting"):
         for _ in examples:
             pass
     assert tracemalloc.get_traced_memory()[1] < 1_000_000  # of the file's 20 MB
@@ -369,12 +355,6 @@ def test_answer_only_learns_the_answer_and_its_end(tokenizer):
         assert labels[-1] == tokenizer.eos
 
 
-def test_control_text_is_text(tokenizer):
-    (ids, _), *_ = rows(encode(["a<|endoftext|>b"], tokenizer))
-    assert ids.count(tokenizer.eos) == 1
-    assert ids[-1] == tokenizer.eos
-
-
 def test_too_long_is_cut_and_counted():
     data = encode(["abc", "abcd", "abcde"], Letters(), max_length=4)
     assert [bytes(ids) for ids, _ in rows(data)] == [b"abc\0", b"abcd", b"abcd"]
@@ -410,7 +390,7 @@ def test_one_token_is_enough(example, options):
 
 
 @pytest.mark.parametrize(
-    ("examples", "options", "said"),
+    ("examples", "options", "message"),
     [
         ([], {}, "no examples"),
         ("a text", {}, "examples is one str: give a list"),
@@ -418,34 +398,31 @@ def test_one_token_is_enough(example, options):
         ([""] * 500, {}, r"^500 examples .*: 1, 2, 3, 4, 5, 6, 7, 8, 9, 10…\."),
     ],
 )
-def test_bad_arguments_of_encode(examples, options, said):
-    with pytest.raises(ValueError, match=said):
+def test_bad_arguments_of_encode(examples, options, message):
+    with pytest.raises(ValueError, match=message):
         encode(examples, Letters(), **options)
 
 
 def test_many_examples_are_streamed_and_kept_compact():
-    n, text = 100_000, "x" * 15
+    n = 100_000
     tracemalloc.start()
-    data = encode((text for _ in range(n)), Letters())
+    data = encode(("x" * 15 for _ in range(n)), Letters())
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert data.n_tokens == 16 * n
-    assert peak < 1.5 * (
-        4 * data.n_tokens + 20 * n
-    )  # as lists of ids: eight bytes a token and more
+    # Lists of ids take eight bytes a token and more.
+    assert peak < 1.5 * (4 * data.n_tokens + 20 * n)
 
 
 def test_a_dataset_is_a_sequence():
     data = encode(["ab", "cde", "f"], Letters())
     assert len(data) == 3
-    assert data[-1][0].tolist() == data[2][0].tolist() == [ord("f"), 0]
+    assert data[-1][0].tolist() == [ord("f"), 0]
     assert [ids.tolist() for ids, _ in data[1:]] == [ids.tolist() for ids, _ in list(data)[1:]]
-    for i in (3, -4):
-        with pytest.raises(IndexError):
-            data[i]
+    with pytest.raises(IndexError):
+        data[3]
     data[0][0].zero_()
-    data[0][1].zero_()
-    assert data[0][0].tolist() == data[0][1].tolist() == [ord("a"), ord("b"), 0]
+    assert data[0][0].tolist() == [ord("a"), ord("b"), 0]
 
 
 # batches
@@ -470,8 +447,6 @@ def test_a_padded_batch_learns_the_same():
     assert (padded.labels[2:] == IGNORE).all()
     assert (padded.labels[:, 4:] == IGNORE).all()
     assert padded.n_tokens == batch.n_tokens
-    with pytest.raises(ValueError, match=r"A \(3, 7\) batch does not fit into \(3, 6\)"):
-        padded.padded(3, 6)
 
 
 def test_the_order_leaves_the_callers_random_numbers_alone():
@@ -495,19 +470,18 @@ def test_a_separator_stands_between_prompt_and_completion_and_is_the_prompts(tok
         assert data[1][0].tolist() == [*tokenizer.encode("d e"), end]  # no prompt, nothing between
 
 
-def test_a_dataset_says_its_size(tokenizer):
+def test_a_dataset_shows_its_size(tokenizer):
     data = encode(["one two", "a rose is a rose"], tokenizer, max_length=4)
     assert repr(data) == "<Dataset: 2 examples, 7 tokens, the longest 4; 1 cut>"
-    nothing = data.only(np.zeros(0, np.int64))
-    assert repr(nothing) == "<Dataset: 0 examples, 0 tokens, the longest 0; 0 cut>"
 
 
 # Datasets that nothing or not all of can be learnt from
 
 
-def test_an_empty_last_example_is_no_other():
+def test_an_empty_last_example_has_a_key_of_its_own():
     data = Dataset(np.array([1, 2]), np.array([0, 2, 2]), np.zeros(3, int))
-    assert data.repeated == 1  # the empty ones
+    ((first, second, last),) = data.prompt_keys()
+    assert first == last != second
 
 
 def test_a_fingerprint_is_of_ids_of_ends_and_of_what_is_learnt():

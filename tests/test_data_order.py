@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -80,12 +81,10 @@ def test_epochs_seeds_and_streams_differ():
 @pytest.mark.parametrize("n", [2, 3, 4, 5])
 def test_all_orders_are_about_equally_frequent(n):
     draws, every = 3000, list(itertools.permutations(range(n)))
-    counts = dict.fromkeys(every, 0)
-    for epoch in range(draws):
-        counts[tuple(shuffled(np.arange(n), n, seed=0, epoch=epoch).tolist())] += 1
-    expected = draws / len(every)
-    chi_squared = sum((found - expected) ** 2 / expected for found in counts.values())
-    freedom = len(every) - 1
+    orders = (shuffled(np.arange(n), n, seed=0, epoch=epoch) for epoch in range(draws))
+    counts = Counter(tuple(order.tolist()) for order in orders)
+    expected, freedom = draws / len(every), len(every) - 1
+    chi_squared = sum((counts[order] - expected) ** 2 / expected for order in every)
     assert chi_squared < freedom + 4 * (2 * freedom) ** 0.5
 
 
@@ -148,13 +147,11 @@ def test_seed_and_epoch_fix_the_batches(way):
     assert len({len(order) for order in orders}) == 1  # any epoch has as many batches
 
 
-def padding(examples: Dataset, **way) -> tuple[float, int]:
+def padding(examples: Dataset, made: type[Buckets | Rows]) -> tuple[float, int]:
     """The share of padding of an epoch of batches padded to their shapes, and those shapes."""
-    tokens, shapes = 0, set()
-    made = Rows if way.pop("packing", False) else Buckets
-    plan = made(examples, way["tokens_per_batch"])
-    packing = made is Rows
-    for batch in batches(examples, **way, packing=packing, seed=0, epoch=0):
+    tokens, shapes, plan = 0, set(), made(examples, 16_384)
+    how = {"tokens_per_batch": 16_384, "packing": made is Rows}
+    for batch in batches(examples, **how, seed=0, epoch=0):
         shape = plan.shape(batch.idx.shape[1], 1024)
         tokens += batch.padded(*shape).idx.numel()
         shapes.add(shape)
@@ -167,10 +164,10 @@ def padding(examples: Dataset, **way) -> tuple[float, int]:
 )
 def test_a_tenth_is_padding_at_most_and_shapes_are_few(median, sigma, n, most):
     examples = dataset(log_normal(median, sigma, n))
-    share, shapes = padding(examples, tokens_per_batch=16_384)
+    share, shapes = padding(examples, Buckets)
     assert share <= 0.1
     assert shapes <= most
-    share, shapes = padding(examples, tokens_per_batch=16_384, packing=True)
+    share, shapes = padding(examples, Rows)
     assert share <= 0.02
     assert shapes == 1
 
@@ -216,5 +213,5 @@ def test_a_config_takes_one_size():
     ):
         with pytest.raises(ValueError, match=said):
             TrainConfig(steps=1, **wrong)
-    with pytest.raises(ValueError, match="give the Dataset"):
+    with pytest.raises(ValueError, match="give the Dataset, not its length"):
         total_steps(3, TrainConfig(epochs=1, tokens_per_batch=9))

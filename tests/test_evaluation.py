@@ -10,7 +10,8 @@ import torch
 import gpt2
 import gpt2.fast.head
 from gpt2 import IGNORE, Example, encode, evaluate
-from gpt2.data.held_out import is_within, sides, within, without_overlap
+from gpt2.data.dataset import without_overlap
+from gpt2.data.examples import is_within
 from tests.runs import DATA, Letters, model_of, modes, weights
 from tests.toys import split
 
@@ -128,13 +129,6 @@ def test_texts_are_told_apart_by_what_they_say():
     assert 60 < len(held_out) < 140
     assert is_within(held_out[0], (0, 0.5))
     assert not is_within(learnt[0], (0, 0.5))
-    assert [list(within(texts, side)) for side in sides(0.5)] == [learnt, held_out]
-
-
-@pytest.mark.parametrize("share", [0, 1, -0.5, 2, math.nan])
-def test_a_share_out_of_range_is_refused(share):
-    with pytest.raises(ValueError, match="above 0 and below 1"):
-        split(MANY, share)
 
 
 def test_a_share_that_leaves_no_example_is_refused():
@@ -156,12 +150,6 @@ def test_what_is_learnt_is_not_evaluated_on():
         without_overlap(data(MANY[:2]), data(MANY))
     texts = [Example("", f"text {i}") for i in range(9)]
     assert len(without_overlap(data(texts), data(texts[3:]))) == 3
-
-
-def test_examples_that_stand_there_again_are_counted():
-    twice = [*MANY[:9], MANY[2], MANY[2], Example("prompt 1", "completion 1")]
-    assert encode(twice, Letters()).repeated == 2
-    assert encode(MANY, Letters()).repeated == 0
 
 
 # Exact match

@@ -5,14 +5,13 @@ from copy import deepcopy
 
 import numpy as np
 import pytest
-import reference
 import torch
 from torch import nn
 from toys import randomize, twin
 
 import lora
 from gpt2.config import GPT2Config
-from gpt2.generation import Decoder, generate, stream
+from gpt2.generation import generate, stream
 from gpt2.model import GPT2
 from gpt2.sampling import (
     GenerateConfig,
@@ -39,12 +38,8 @@ PROMPTS = [[7, 8, 9, 10, 11], [3], [50, 4, 50, 4, 50, 4, 2, 1], [12, 13]]
 
 
 @pytest.fixture
-def transformers():
-    return pytest.importorskip("transformers", reason="compares with transformers (extra: peers)")
-
-
-@pytest.fixture
-def theirs(transformers):
+def theirs():
+    pytest.importorskip("transformers", reason="compares with transformers (extra: peers)")
     return importlib.import_module("transformers.generation.logits_process")
 
 
@@ -126,14 +121,6 @@ def test_rounding_seldom_changes_what_is_drawn():
     assert changed <= 2
 
 
-def test_greedy_is_the_oracles(demo, tokenizer):
-    prompts = [tokenizer.encode(p) for p in ("In the beginning", "Q: What does physics explain?")]
-    weights = {k.removeprefix("transformer."): v for k, v in demo.state_dict().items()}
-    weights = {k: v.double().numpy() for k, v in weights.items()}
-    expected = [reference.greedy(weights, prompt, 8, n_head=4) for prompt in prompts]
-    assert generate(demo, prompts, GenerateConfig(max_new_tokens=8)) == expected
-
-
 def test_greedy_is_what_an_independent_implementation_writes(demo, tokenizer, demo_expected):
     prompts = list(demo_expected["greedy_24"])
     config = GenerateConfig(max_new_tokens=24)
@@ -158,23 +145,17 @@ def test_greedy_is_transformers_own(demo, penalty):
 
 @pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.5}, SAMPLED])
 def test_each_prompt_of_a_batch_gives_what_it_gives_alone(options):
-    model = tiny()
-    together = generate(
-        model, PROMPTS, GenerateConfig(max_new_tokens=20, eos=None, seed=5, **options)
-    )
+    model, options = tiny(), {"max_new_tokens": 20, "eos": None, **options}
+    together = generate(model, PROMPTS, GenerateConfig(seed=5, **options))
     assert len({tuple(text) for text in together}) == len(PROMPTS)
     for row, prompt in enumerate(PROMPTS):
-        config = GenerateConfig(max_new_tokens=20, eos=None, seed=5 + row, **options)
-        assert generate(model, [prompt], config) == [together[row]]
+        assert generate(model, [prompt], GenerateConfig(seed=5 + row, **options)) == [together[row]]
 
 
 def test_a_seed_gives_the_same_text_and_leaves_the_global_generator_alone():
-    model = tiny()
-    before = torch.get_rng_state()
-    texts = [
-        generate(model, [[1, 2]] * 2, GenerateConfig(temperature=1.5, seed=s, max_new_tokens=25))
-        for s in (3, 3, 4)
-    ]
+    model, before = tiny(), torch.get_rng_state()
+    configs = [GenerateConfig(temperature=1.5, seed=s, max_new_tokens=25) for s in (3, 3, 4)]
+    texts = [generate(model, [[1, 2]] * 2, config) for config in configs]
     assert texts[0] == texts[1] != texts[2]
     assert texts[0][0] != texts[0][1]  # the same prompt twice draws differently
     assert torch.equal(torch.get_rng_state(), before)
@@ -197,16 +178,13 @@ def test_rows_stop_at_their_own_end():
 
 
 def test_tokens_come_one_at_a_time():
-    model = tiny()
-    calls = []
+    model, calls = tiny(), []
     model.transformer.register_forward_hook(lambda *_: calls.append(1))
     tokens = stream(model, [[1, 2, 3]], GenerateConfig(max_new_tokens=5, eos=None))
     assert not calls
     next(tokens)
     assert len(calls) == 1
-    next(tokens)
-    assert len(calls) == 2
-    assert len(list(tokens)) == 3
+    assert len(list(tokens)) == 4
     assert len(calls) == 5  # the last token is not read back
 
 
@@ -246,14 +224,12 @@ def test_all_bad_prompts_are_named_before_any_work():
 @pytest.mark.parametrize(
     "prompts",
     [
-        ((7, 8, 9), (3, 4, 5)),
-        torch.tensor([[7, 8, 9], [3, 4, 5]]),
         torch.tensor([[7, 8, 9], [3, 4, 5]], dtype=torch.int32),
         [torch.tensor([7, 8, 9]), torch.tensor([3, 4, 5])],
         np.array([[7, 8, 9], [3, 4, 5]]),
         [[np.int64(7), np.int32(8), torch.tensor(9)], range(3, 6)],
     ],
-    ids=["tuples", "tensor", "int32", "tensors", "array", "scalars"],
+    ids=["tensor", "tensors", "array", "scalars"],
 )
 def test_prompts_in_every_form_of_integers(prompts):
     model, config = tiny(), GenerateConfig(max_new_tokens=6, eos=None)
@@ -292,14 +268,6 @@ def test_logits_that_are_not_finite_stop_the_text(value, options, burst, monkeyp
         next(tokens)
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}])
-def test_a_row_without_any_possible_token(options):
-    model = tiny()
-    model.lm_head.register_forward_hook(lambda module, args, logits: logits - math.inf)
-    with pytest.raises(RuntimeError, match="prompt 0 after its 1 tokens and 0 new ones"):
-        generate(model, [[1]], GenerateConfig(max_new_tokens=9, **options))
-
-
 def test_logits_of_a_row_that_has_ended_do_not_matter():
     free = generate(tiny(), PROMPTS, GenerateConfig(max_new_tokens=12, eos=None))
     eos = free[1][2]
@@ -332,19 +300,6 @@ def test_no_token_is_drawn_from_logits_that_are_not_finite():
     for token, *others in (tokens.tolist() for tokens in (greedy(logits), *drawn)):
         assert 0 <= token < 9
         assert others == [-1, -1, -1]
-
-
-def test_a_decoder_makes_the_text_a_token_a_step():
-    model, config = tiny(), GenerateConfig(max_new_tokens=6, eos=None)
-    decoder = Decoder(model, PROMPTS, config)
-    for made in range(1, 7):
-        assert decoder.n.item() == made
-        assert decoder.text[made - 1 : made].tolist() == [decoder.tokens.tolist()]
-        assert decoder.cache.lengths.tolist() == [len(row) + made - 1 for row in PROMPTS]
-        if made < 6:
-            decoder.step()
-    assert decoder.text.T.tolist() == generate(model, PROMPTS, config)
-    assert not decoder.text.requires_grad
 
 
 @pytest.mark.parametrize("options", [{}, SAMPLED])
@@ -428,36 +383,21 @@ def test_other_dtypes(dtype, options):
     [
         ({"num_beams": 0}, "num_beams must be an integer of at least 1, got 0"),
         ({"num_beams": 2, "temperature": 0.5}, "temperature does not go with num_beams 2"),
-        (
-            {"num_beams": 2, "repetition_penalty": 1.2},
-            "repetition_penalty does not go with num_beams",
-        ),
         ({"length_penalty": 0.8}, "length_penalty does not go with num_beams 1"),
         ({"no_repeat_ngram": 4}, "no_repeat_ngram does not go with num_beams 1"),
-        (
-            {"num_beams": 2, "no_repeat_ngram": 0},
-            "no_repeat_ngram must be an integer of at least 1",
-        ),
         ({"num_beams": 2, "no_repeat_prompt": True}, "no_repeat_prompt takes a no_repeat_ngram"),
-        (
-            {"num_beams": 2, "length_penalty": math.nan},
-            r"length_penalty must be in \(-inf, inf\), got nan",
-        ),
+        ({"num_beams": 2, "length_penalty": math.nan}, r"length_penalty must be in \(-inf, inf\)"),
         ({"eos": (1, -2)}, r"eos must be .* got \(1, -2\)"),
-        ({"eos": "x"}, "eos must be .* got 'x'"),
         ({"max_new_tokens": 0, "top_k": 0}, "max_new_tokens .* 1, got 0; top_k .* 1, got 0"),
         ({"max_new_tokens": 2.0}, "max_new_tokens must be an integer"),
-        ({"temperature": -1.0}, "temperature"),
         ({"temperature": math.nan}, "temperature"),
         ({"temperature": "0.5", "top_p": True}, "temperature must .* got '0.5'; top_p .* got True"),
-        ({"repetition_penalty": None}, r"repetition_penalty must be in \(0, inf\), got None"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
+        ({"repetition_penalty": None}, r"repetition_penalty must be in \(0, inf\), got None"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
         ({"repetition_penalty": math.inf}, "repetition_penalty"),
-        ({"seed": -1}, "seed"),
         ({"seed": None}, "seed"),
-        ({"eos": -5}, "eos"),
     ],
 )
 def test_bad_options(options, message):

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gpt2.config import GPT2Config
-from gpt2.model import GPT2, KVCache
+from gpt2 import GPT2, GenerateConfig, GPT2Config, generate
+from gpt2.cache import KVCache
 from tests import reference
 from tests.toys import twin
 
@@ -49,10 +49,8 @@ def test_float32_logits_loss_and_greedy_are_the_oracles(demo, tokenizer):
     torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=5e-5)
     mean_loss = F.cross_entropy(logits[:-1], torch.tensor(ids[1:])).item()
     assert mean_loss == pytest.approx(reference.loss(weights, ids, n_head=4), abs=1e-5)
-    continued = list(ids)
-    for _ in range(8):
-        continued.append(int(demo(torch.tensor([continued]))[0, -1].argmax()))
-    assert continued[len(ids) :] == reference.greedy(weights, ids, 8, n_head=4)
+    [text] = generate(demo, [ids], GenerateConfig(max_new_tokens=8))
+    assert text == reference.greedy(weights, ids, 8, n_head=4)
 
 
 @torch.no_grad()
@@ -195,8 +193,6 @@ def test_a_full_cache_refuses_more():
 def test_a_bad_config_lists_all_its_faults():
     with pytest.raises(ValueError, match=r"n_layer.*0.*vocab_size.*'x'.*attn_pdrop.*1\.0"):
         GPT2Config(n_layer=0, vocab_size="x", attn_pdrop=1.0)
-    with pytest.raises(ValueError, match="n_head 5 must divide n_embd 768"):
-        GPT2Config(n_head=5)
 
 
 def test_a_new_model_is_drawn_as_for_pretraining():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import gpt2
 import lora
-from gpt2.data.held_out import sides, within
+from gpt2.data.examples import within
 
 TINY = gpt2.GPT2Config(n_layer=2, n_head=2, n_embd=16, block_size=32, vocab_size=61)
 IDX = torch.randint(0, TINY.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -168,5 +168,5 @@ def raw(tensor: Tensor) -> bytes:
 
 def split(examples, share: float) -> tuple[list[gpt2.Example], list[gpt2.Example]]:
     """Examples to learn and examples that are held out, in their order."""
-    learnt, held_out = sides(share)
+    learnt, held_out = ((share, 1.0), (0.0, share))
     return list(within(examples, learnt)), list(within(examples, held_out))

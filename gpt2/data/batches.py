@@ -1,7 +1,7 @@
 """Tokenised examples to batches: padded rows, or whole documents end to end in one row.
 
-A batch is a function of seed, epoch and its number, and each epoch has as many batches as any
-other. So a run is resumed from an integer.
+A batch is a function of seed, epoch and number, and each epoch has as many. So a run is resumed
+from an integer.
 
 Shapes: B batch · T time · S documents of a row.
 """
@@ -40,18 +40,15 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
+        idx, labels = copied(self.idx, device), copied(self.labels, device)
         documents = None if self.documents is None else copied(self.documents, device)
-        idx = copied(self.idx, device)
-        labels = copied(self.labels, device)
         return Batch(idx, labels, self.n_tokens, documents)
 
     def padded(self, rows: int, width: int) -> Batch:
         """The same batch with rows and columns added in which nothing is learnt."""
         B, T = self.idx.shape
         if (rows, width) == (B, T):
-            return self
-        if rows < B or width < T or self.documents is not None:
-            raise ValueError(f"A ({B}, {T}) batch does not fit into ({rows}, {width}).")
+            return self  # as every packed row
         more = (0, width - T, 0, rows - B)
         return Batch(F.pad(self.idx, more), F.pad(self.labels, more, value=IGNORE), self.n_tokens)
 
@@ -137,7 +134,7 @@ def _end_to_end(data: Dataset, chosen: Array, plan: Rows) -> Batch:
 
 
 class Counted:
-    """Batches of so many examples each, the last of the rest."""
+    """Batches of `batch_size` examples, the last of the rest."""
 
     def __init__(self, n: int, batch_size: int) -> None:
         self.n, self.batch_size, self.order = n, batch_size, Order(n)
@@ -157,10 +154,10 @@ class Counted:
 
 
 class Buckets:
-    """Batches of examples of about one length, padded to at most so many tokens.
+    """Batches of examples of about one length, padded to a budget of tokens.
 
-    Each bucket is a run of the examples by length that fills its batches, the last bucket's last
-    one left out. Within a bucket examples are shuffled, and then the batches of all buckets.
+    A bucket is a run of the examples by length that fills its batches, but for the last bucket's
+    last. Examples are shuffled within a bucket, and then the batches of all buckets.
     """
 
     def __init__(self, data: Dataset, tokens: int) -> None:
@@ -194,11 +191,11 @@ class Buckets:
 
 
 class Rows:
-    """Whole documents end to end in rows of at most so many tokens; each batch is one row.
+    """Whole documents end to end in rows of a budget of tokens; each batch is one row.
 
     The documents by length are cut into groups of as many as there are rows, and groups into pairs.
-    A row's rank in a pair counts from the short end in one group and the long end in the other.
-    So all rows are about equally long, and the longest possible is known.
+    A row takes a short document of one group and a long one of the other. So all rows are about
+    equally long, and the longest possible is known.
     """
 
     def __init__(self, data: Dataset, tokens: int) -> None:

@@ -36,24 +36,18 @@ class Dataset(Sequence[tuple[Tensor, Tensor]]):
         ignored: how many of each example's first tokens are not learnt, or of all examples'.
         truncated: how many examples were cut to the longest length.
         known: `prompts`, how many of each example's first tokens are its prompt, if that is not
-            `ignored`; and whatever is known of the cached properties.
-
-    Raises:
-        ValueError: arrays that do not fit.
+            `ignored`; and values of the cached properties.
     """
 
     def __init__(
         self, ids: Array, ends: Array, ignored: Array | int, truncated: int = 0, **known: Any
     ) -> None:
-        if (last := int(ends[-1]) if len(ends) else 0) != len(ids):
-            raise ValueError(f"The last example ends at {last}, and the ids at {len(ids)}.")
         self.ids, self.ends, self.ignored = ids, ends, np.broadcast_to(ignored, ends.shape)
         self.n_tokens, self.truncated, self.prompts = len(ids), truncated, self.ignored
         vars(self).update(known)
 
     def __repr__(self) -> str:
-        longest = self.longest if len(self) else 0
-        size = f"{len(self):,} examples, {self.n_tokens:,} tokens, the longest {longest:,}"
+        size = f"{len(self):,} examples, {self.n_tokens:,} tokens, the longest {self.longest:,}"
         return f"<Dataset: {size}; {self.truncated:,} cut>"
 
     def __len__(self) -> int:
@@ -84,11 +78,11 @@ class Dataset(Sequence[tuple[Tensor, Tensor]]):
         lengths = self._spans(chosen)[1]
         return np.maximum(lengths - np.maximum(self.ignored[chosen], 1), 0)
 
-    def prompt_keys(self, *, whole: bool = False) -> Iterator[Array]:
+    def prompt_keys(self) -> Iterator[Array]:
         """64 bits of each example's prompt, or of one without as a whole; many at a time."""
         for ids, ends, _, prompts in self._parts():
             lengths = np.diff(ends, prepend=0)
-            upto = np.where((prompts > 0) & (not whole), np.minimum(prompts, lengths), lengths)
+            upto = np.where(prompts > 0, np.minimum(prompts, lengths), lengths)
             at = offsets(lengths)
             bits = mixed(ids.astype(np.uint64) ^ (at.astype(np.uint64) << np.uint64(32)))
             bits[at >= np.repeat(upto, lengths)] = 0
@@ -119,12 +113,6 @@ class Dataset(Sequence[tuple[Tensor, Tensor]]):
     def by_length(self) -> Array:
         """The numbers of all examples, the shortest first."""
         return np.argsort(self.lengths, kind="stable")
-
-    @cached_property
-    def repeated(self) -> int:
-        """How many examples have the very tokens of an earlier one."""
-        keys = [*self.prompt_keys(whole=True)]
-        return len(self) - len(np.unique(np.concatenate(keys))) if keys else 0
 
     @cached_property
     def unlearnable(self) -> str:
@@ -174,9 +162,7 @@ def encode(
     answer_only: bool = False,
     separator: int | None = None,
 ) -> Dataset:
-    """Tokenise examples; a string is learnt as a whole.
-
-    Prompt and completion are tokenised singly, as when a model continues the prompt.
+    """Tokenise examples, prompt and completion each; a string is learnt as a whole.
 
     Args:
         examples: any number, read once.
@@ -210,6 +196,15 @@ def encode(
     if data.unlearnable:
         raise ValueError(f"{data.unlearnable}. Remove them, or raise max_length.")
     return data
+
+
+def without_overlap(held_out: Dataset, learnt: Dataset, name: str = "validation") -> Dataset:
+    """The held-out examples whose prompt no learnt example has; an error calls them `name`."""
+    keys = np.concatenate([*held_out.prompt_keys()])
+    learnt_too = np.any([np.isin(keys, part) for part in learnt.prompt_keys()], axis=0)
+    if learnt_too.all():
+        raise ValueError(f"Every {name} example has a prompt that is learnt too.")
+    return held_out.only(np.flatnonzero(~learnt_too)) if learnt_too.any() else held_out
 
 
 def _texts(examples: Iterator[Example | str]) -> Iterator[list[str]]:

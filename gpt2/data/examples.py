@@ -1,21 +1,21 @@
-"""Examples as text, a prompt and a completion each, from the rows of any file.
-
-Rows come one at a time, each with its line. A row that cannot be read is a ValueError.
-"""
+"""Examples as text, a prompt and a completion each, from the rows of any file."""
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from hashlib import blake2b
 from itertools import groupby
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any, TextIO
 
 Fields = Mapping[str, str]
-Rows = Iterator[tuple[str, Any]]
+Rows = Iterator[tuple[str, Any]]  # a line's number; its columns, its JSON, or what is wrong
+Range = tuple[float, float]
+ALL: Range = (0.0, 1.0)
 FORMS = (("text",), ("question", "answer"), ("prompt", "completion"))
-SHOWN, LONGEST = 10, 180  # faults that are listed one by one, and characters of one
+SHOWN, LONGEST = 10, 180  # faulty rows that are listed, and characters of one
 CELL = 2**31 - 1  # characters of a table's cell, the most that every C long counts
 
 
@@ -27,79 +27,92 @@ class Example:
     completion: str
 
 
-def read_examples(path: str | Path, fields: Fields | None = None) -> list[Example]:
+def read_examples(
+    path: str | Path, fields: Fields | None = None, *, prompts: bool = False
+) -> list[Example]:
     """Read the examples of a file.
 
     A row has `text`, which is learnt as a whole; or `question` and `answer`, which become
-    "Q: …\\nA: …"; or `prompt` and `completion`, taken as they are. Other columns do not matter.
+    "Q: …\\nA:" and " …"; or `prompt` and `completion`, taken as they are.
 
     Args:
         path: JSON lines or a list (.jsonl, .json), .csv or .tsv with a heading, .parquet (pyarrow
             reads it), or plain text (.txt) with a blank line between documents.
         fields: the file's names for `text`, or for the two of a pair:
             `{"question": "frage", "answer": "antwort"}`.
+        prompts: read what a model is to continue. A `text` is a prompt as it is, plain text has a
+            prompt a line, and an answer or a completion may be missing. A row without `fields`
+            is read by our names.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: listing the faulty rows as `file:line`, or there is none at all.
+        ValueError: listing the first faulty rows as `file:line`, or the file has no examples.
         RuntimeError: a Parquet file, and no pyarrow to read it.
     """
-    return list(stream_examples(path, fields))
+    return list(stream_examples(path, fields, prompts=prompts))
 
 
-def stream_examples(path: str | Path, fields: Fields | None = None) -> Iterator[Example]:
-    """As `read_examples`, one at a time; faulty rows are left out, and raised after the last."""
-    return examples_in(opened(path), fields)
-
-
-def read_prompts(path: str | Path, fields: Fields | None = None) -> list[Example]:
-    """Read what a model is to continue; a completion here is a reference, "" where there is none.
-
-    Args:
-        path: as for `read_examples`, but plain text has a prompt a line, and an answer or a
-            completion may be missing. A `text` is a prompt as it is.
-        fields: as for `read_examples`; a row without them is read by our names.
-
-    Errors are those of `read_examples`.
-    """
-    return list(examples_in(opened(path), fields, prompts=True))
-
-
-def opened(path: str | Path) -> TextIO:
-    """A file as text, in which `_value` refuses what is not UTF-8."""
+def stream_examples(
+    path: str | Path, fields: Fields | None = None, *, prompts: bool = False
+) -> Iterator[Example]:
+    """As `read_examples`, one at a time; faulty rows are left out, and raised at the end."""
     suffix = Path(path).suffix.lower()
     if suffix not in _READERS:
         raise ValueError(f"{path} has none of the endings that are read: {', '.join(_READERS)}.")
     newline = "" if suffix in (".csv", ".tsv") else None
-    return Path(path).open(encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+    how: Any = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": newline}
+    file = Path(path).open(**how)  # noqa: SIM115 - `_examples` closes it
+    rows = (_READERS[suffix] or (_lines if prompts else _documents))(file)
+    return _examples(file, rows, fields or {}, prompts)
 
 
-def examples_in(file: TextIO, fields: Fields | None, prompts: bool = False) -> Iterator[Example]:
-    """The examples of an open file's good rows, or its prompts; then the faults of the others."""
+def _examples(file: TextIO, rows: Rows, fields: Fields, prompts: bool) -> Iterator[Example]:
+    """The examples of the good rows, until too many are faulty; then the faults."""
     faults: list[str] = []
-    left_out = number = 0
-    text = _lines if prompts else _documents
+    empty = True
     with file:
-        for line, row in (_READERS[Path(file.name).suffix.lower()] or text)(file):
+        for line, row in rows:
+            empty = False
             try:
-                example = _example(row, fields or {}, prompts)
+                yield _example(row, fields, prompts)
             except ValueError as error:
-                left_out += 1
-                faults += [f"{file.name}{line}: {str(error)[:LONGEST]}"] * (left_out <= SHOWN)
-            else:
-                number += 1
-                yield example
+                faults.append(f"{file.name}{line}: {str(error)[:LONGEST]}")
+                if len(faults) == SHOWN:
+                    faults.append("the rest was not read")
+                    break
     if faults:
-        more = f"; and {left_out - SHOWN} more" * (left_out > SHOWN)
-        raise ValueError(f"{'; '.join(faults)}{more}.")
-    if not number:
+        raise ValueError(f"{'; '.join(faults)}.")
+    if empty:
         raise ValueError(f"{file.name} holds no examples.")
+
+
+def is_within(example: Example, side: Range) -> bool:
+    """Whether a hash of an example's prompt, or of a whole text, in [0, 1) is in this range."""
+    digest = blake2b((example.prompt or example.completion).encode(), digest_size=8).digest()
+    return side[0] * 2**64 <= int.from_bytes(digest, "little") < side[1] * 2**64
+
+
+def within(examples: Iterable[Example], side: Range) -> Iterator[Example]:
+    """The examples of a side, in their order; after the last a ValueError if there is none."""
+    seen = kept = 0
+    for example in examples:
+        seen += 1
+        if side == ALL or is_within(example, side):
+            kept += 1
+            yield example
+    if seen and not kept:
+        which = "to learn" if side[1] == 1 else "to evaluate on"
+        raise ValueError(
+            f"A share of {seen} examples, taken by a hash of their prompts, leaves none {which}: "
+            "choose another share, or give a file."
+        )
 
 
 def _example(row: Any, fields: Fields, prompts: bool) -> Example:
     """The example that a row gives, or its prompt; a ValueError says why it gives none."""
     if isinstance(row, ValueError):
         raise row
+    row = json.loads(row) if isinstance(row, str) else row
     columns: dict[Any, Any] = row if isinstance(row, dict) else {}
     lacking = [key for key in fields.values() if key not in columns]
     if lacking and columns and not prompts:
@@ -108,11 +121,11 @@ def _example(row: Any, fields: Fields, prompts: bool) -> Example:
     # The second column of a prompt may be missing, or empty.
     forms = [form for form in FORMS if columns.keys() >= {*(form[:1] if prompts else form)}]
     if len(forms) != 1:
-        wanted = "wants 'text', or 'question' and 'answer', or 'prompt' and 'completion' "
-        wanted += "(or name yours by fields)"
-        many = "has more than one form of an example: say which by fields"
         given = sorted(map(str, columns)) if isinstance(row, dict) else row
-        raise ValueError(f"{many if forms else wanted}, got {short(given)}")
+        raise ValueError(
+            "wants 'text', or 'question' and 'answer', or 'prompt' and 'completion', one of these "
+            f"alone (name yours by fields), got {short(given)}"
+        )
     form = forms[0][:1] if prompts and not columns.get(forms[0][-1]) else forms[0]
     first, *rest = [_value(columns, name, form) for name in form]
     if form == ("text",):
@@ -157,25 +170,21 @@ def _json_rows(file: TextIO) -> Rows:
     if not start.startswith("["):
         for number, line in enumerate(file, 1):
             if line.strip():
-                yield f":{number}", _json(line)
-    elif isinstance(items := _json(file.read()), ValueError):
-        yield "", items
+                yield f":{number}", line
+        return
+    try:
+        items = json.loads(file.read())
+    except ValueError as error:
+        yield "", error
     else:
         for number, item in enumerate(items, 1):
             yield f", item {number}", {"text": item} if isinstance(item, str) else item
 
 
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return ValueError(f"not JSON in UTF-8 ({error})")
-
-
 def _table(file: TextIO) -> Rows:
     """The rows of a .csv or .tsv under its heading, each with the line that ends it."""
-    limit, kind = csv.field_size_limit(CELL), Path(file.name).suffix.lower()
-    dialect = "excel-tab" if kind == ".tsv" else "excel"
+    csv.field_size_limit(CELL)
+    dialect = "excel-tab" if file.name.lower().endswith(".tsv") else "excel"
     rows: Any = csv.DictReader(file, dialect=dialect, strict=True)
     try:
         heading = rows.fieldnames or [""]
@@ -188,9 +197,7 @@ def _table(file: TextIO) -> Rows:
                 row = ValueError(f"has more or fewer cells than the heading's {len(heading)}")
             yield f":{rows.line_num}", row
     except csv.Error as error:  # nothing tells where the next row begins
-        yield f":{rows.line_num + 1}", ValueError(f"not a {kind} ({error})")
-    finally:
-        csv.field_size_limit(limit)
+        yield f":{rows.line_num + 1}", ValueError(f"not CSV ({error})")
 
 
 def _parquet(file: TextIO) -> Rows:

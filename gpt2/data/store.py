@@ -7,25 +7,23 @@ written beside and moved when it is whole.
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from hashlib import blake2b
-from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
 from gpt2.data.dataset import Dataset, encode
-from gpt2.data.examples import Example, Fields, examples_in, opened, stream_examples
-from gpt2.data.held_out import ALL, within
+from gpt2.data.examples import ALL, Fields, Range, stream_examples, within
 from gpt2.files import listed, read_json
 
-FORMAT, HEADER = 4, "header.json"
+FORMAT, HEADER = 5, "header.json"
 SMALL = 2**24  # bytes of a file whose tokens are kept in memory unless a cache is named
 DEFAULTS: dict[str, Any] = encode.__kwdefaults__ or {}
-COUNTED = 1 << 12  # examples after which progress is shown
-KNOWN = ("truncated", "fingerprint", "repeated", "unlearnable", "extremes")
+TYPES = {"ids": "<u4", "ends": "<i8", "prompts": "<i4", "by_length": "<u4", "histogram": "<i8"}
+KNOWN = ("truncated", "fingerprint", "unlearnable", "extremes")
 
 
 def open_data(
@@ -34,15 +32,14 @@ def open_data(
     *,
     cache: str | Path | None = None,
     fields: Fields | None = None,
-    side: tuple[float, float] = ALL,
+    side: Range = ALL,
     tell: Callable[[str], None] | None = None,
-    progress: Callable[[int, float | None], None] | None = None,
     **how: Any,
 ) -> Dataset:
     """The examples of a file, tokenised once and mapped from disk from then on.
 
-    A small file is tokenised into memory each time, unless `cache` is given. A store is made anew
-    where source, tokenizer or an option changed.
+    A small file is tokenised each time, unless `cache` is given. A store is made anew where source,
+    tokenizer or an option changed.
 
     Args:
         path, fields: as for `read_examples`.
@@ -51,8 +48,6 @@ def open_data(
         side: take only examples whose prompt's hash, in [0, 1), is in this range: (0, 0.1) is a
             tenth, and (0.1, 1) has none of its prompts.
         tell: is given a line where a store is made, and why.
-        progress: is given now and then how many more examples are encoded, and the share of the
-            file that was read, where it is known.
         how: `max_length`, `eos`, `answer_only` and `separator`, as for `encode`.
 
     Raises:
@@ -60,26 +55,25 @@ def open_data(
         ValueError: as `read_examples` and `encode`; something else is at the store's path.
         OSError: the store cannot be written.
     """
-    path = Path(path)
-    if cache is None and path.stat().st_size < SMALL:
+
+    def encoded() -> Dataset:
         return encode(within(stream_examples(path, fields), side), tokenizer, **how)
+
+    path = Path(path)
+    source = path.stat()
+    if cache is None and source.st_size < SMALL:
+        return encoded()
     about = {"format": FORMAT, "tokenizer": tokenizer.fingerprint, **DEFAULTS, **how}
     about |= {"side": [*side], "fields": fields and dict(fields)}
-    about |= {"bytes": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
+    about |= {"bytes": source.st_size, "mtime_ns": source.st_mtime_ns}
     store = _store(path, cache, side)
     if why := _reason_to_make(store, about):
         if tell:
             tell(f"The tokens of {path} are written to {store}: {why}.")
         try:
             store.parent.mkdir(parents=True, exist_ok=True)
-            with (
-                tempfile.TemporaryDirectory(dir=store.parent, prefix=f".{store.name}-") as beside,
-                opened(path) as file,
-            ):
-                examples = within(examples_in(file, fields), side)
-                if progress:
-                    examples = _counted(examples, file, progress)
-                write(Path(beside, "new"), encode(examples, tokenizer, **how), about)
+            with tempfile.TemporaryDirectory(dir=store.parent, prefix=f".{store.name}-") as beside:
+                write(Path(beside, "new"), encoded(), about)
                 with suppress(FileNotFoundError):  # who has the old one open keeps it
                     os.replace(store, Path(beside, "old"))
                 with suppress(OSError):  # another run was faster
@@ -93,9 +87,8 @@ def open_data(
 def open_store(store: Path) -> tuple[Dataset, dict[str, Any]]:
     """The examples of a store, and all that it is made of."""
     header = read_json(store / HEADER)
-    names = ("ids", "ends", "prompts", "by_length", "histogram")
     # As plain arrays: each index into a memmap makes another, in Python.
-    arrays = {n: np.asarray(np.load(store / f"{n}.npy", mmap_mode="r")) for n in names}
+    arrays = {n: np.asarray(np.load(store / f"{n}.npy", mmap_mode="r")) for n in TYPES}
     ignored = arrays["prompts"] if header.get("answer_only") else 0
     return Dataset(**arrays, ignored=ignored, **{name: header[name] for name in KNOWN}), header
 
@@ -103,25 +96,14 @@ def open_store(store: Path) -> tuple[Dataset, dict[str, Any]]:
 def write(folder: Path, data: Dataset, about: dict[str, Any]) -> None:
     """Write a store's arrays, ids in two bytes each where they fit, and its header."""
     folder.mkdir()
-    np.save(folder / "ids.npy", data.ids.astype("<u2" if data.extremes[1] < 2**16 else "<u4"))
-    np.save(folder / "ends.npy", data.ends.astype("<i8"))
-    np.save(folder / "prompts.npy", data.prompts.astype("<i4"))
-    np.save(folder / "by_length.npy", data.by_length.astype("<u4"))
-    np.save(folder / "histogram.npy", data.histogram.astype("<i8"))
+    types = TYPES | ({"ids": "<u2"} if data.extremes[1] < 2**16 else {})
+    for name, dtype in types.items():
+        np.save(folder / f"{name}.npy", getattr(data, name).astype(dtype))
     header = {**about, **{name: getattr(data, name) for name in KNOWN}}
     (folder / HEADER).write_text(json.dumps(header, indent=1), encoding="utf-8")
 
 
-def _counted(
-    examples: Iterator[Example], file: TextIO, progress: Callable[[int, float | None], None]
-) -> Iterator[Example]:
-    size = os.fstat(file.fileno()).st_size
-    while part := list(islice(examples, COUNTED)):
-        yield from part
-        progress(len(part), (size if file.closed else file.buffer.tell()) / size or None)
-
-
-def _store(path: Path, cache: str | Path | None, side: tuple[float, float]) -> Path:
+def _store(path: Path, cache: str | Path | None, side: Range) -> Path:
     part = "" if tuple(side) == ALL else f".{side[0]:g}-{side[1]:g}"
     if cache is None:
         return path.with_name(f"{path.name}{part}.tokens")

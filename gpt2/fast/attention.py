@@ -26,8 +26,8 @@ def attend(
 ) -> Tensor:
     """`F.scaled_dot_product_attention`, causal unless the mask says what each position sees.
 
-    From `q` `(B, H, T, D)` and `k`, `v` `(B, H, N, D)` to `(B, H, T, D)`; weights of attention are
-    dropped with the probability `p`, by `drops` if it is given.
+    From `q` `(B, H, T, D)` and `k`, `v` `(B, H, N, D)` to `(B, H, T, D)`; its weights are dropped
+    with the probability `p`, by `drops` if it is given.
     """
     if isinstance(mask, Documents):
         return _attend_within(q, k, v, mask, p)

@@ -1,7 +1,7 @@
-"""How decoders make their steps: as they stand, through torch.compile, or as a CUDA graph.
+"""A decoder's steps: as they stand, through torch.compile, or as a CUDA graph.
 
-A GPU waits for the host at every token if the host looks at each, and at every kernel if each is
-launched by itself. So the step is captured once, and the host looks once a burst.
+A GPU waits for the host at every token that the host reads, and at every kernel that it launches.
+So the step is captured once, and the host reads once a burst.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,6 @@ class Steps:
 
     A subclass has `_begin`, which makes these of the logits `(B, V)` after the prompts; the last
     `tokens`, `(B,)`; and `_extend`, which takes logits to the next and asks nothing of the device.
-    The model is a GPT-2 in eval mode.
     """
 
     tokens: Tensor

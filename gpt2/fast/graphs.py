@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Function = Callable[..., Tensor]
+State = Callable[[], list[Tensor]]
 WARMUPS = 2  # runs before a capture, in which libraries and caches settle
 
 
@@ -20,16 +22,11 @@ class GraphedCalls:
         self.captured: dict[tuple[Any, ...], tuple[Any, tuple[Tensor, ...], Tensor]] = {}
         self.pool: Any = None  # memory that all graphs share, since one runs at a time
 
-    def __call__(
-        self,
-        function: Callable[..., Tensor],
-        state: Callable[[], list[Tensor]],
-        *inputs: Tensor,
-    ) -> Tensor:
+    def __call__(self, function: Function, state: State, *inputs: Tensor) -> Tensor:
         """What the function gives for these inputs; it lasts until the next call.
 
-        The function asks nothing of the device. `state` gives the tensors that it changes: a
-        capture undoes what trial runs did to them; those that appear in a trial begin as zeros.
+        `state` gives the tensors that it changes: a capture undoes what trial runs did to them;
+        those that appear in a trial begin as zeros.
         """
         self.prepare(function, state, *inputs)
         graph, held, output = self.captured[_key(inputs)]
@@ -38,25 +35,14 @@ class GraphedCalls:
         graph.replay()
         return output
 
-    def prepare(
-        self,
-        function: Callable[..., Tensor],
-        state: Callable[[], list[Tensor]],
-        *inputs: Tensor,
-    ) -> None:
+    def prepare(self, function: Function, state: State, *inputs: Tensor) -> None:
         """Capture what a call needs, if it is not yet: trial runs draw random numbers, replays too.
 
         So a caller who sets the generators does it in between.
         """
-        if (key := _key(inputs)) not in self.captured:
-            self.captured[key] = self._capture(function, state, inputs)
+        if _key(inputs) in self.captured:
+            return
 
-    def _capture(
-        self,
-        function: Callable[..., Tensor],
-        state: Callable[[], list[Tensor]],
-        inputs: tuple[Tensor, ...],
-    ) -> tuple[Any, tuple[Tensor, ...], Tensor]:
         held = tuple(t.clone() for t in inputs)
         before = [t.clone() for t in state()]
         stream = torch.cuda.Stream()
@@ -81,7 +67,7 @@ class GraphedCalls:
                 tensor.copy_(value)
             for tensor in after[len(before) :]:
                 tensor.zero_()
-        return graph, held, output
+        self.captured[_key(inputs)] = graph, held, output
 
 
 def _key(inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:

@@ -63,7 +63,10 @@ def _losses(
     chunk_loss = _in_slices if devices.on_cpu(hidden.device) else _chunk
     if compiling and devices.on_cuda(hidden.device):
         chunk_loss = compiled(_chunk)
-    return _FrozenHeadLoss.apply(hidden, weight, targets, smoothing, chunk_loss)
+    supervised = targets != IGNORE
+    wanted = targets.where(supervised, 0)
+    losses = _FrozenHeadLoss.apply(hidden, weight, wanted, smoothing, chunk_loss)
+    return losses.where(supervised, 0.0)
 
 
 def _is_plain(head: nn.Module) -> bool:
@@ -94,7 +97,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
             weight = F.pad(weight, (0, 0, 0, -vocab % 64))
         else:
             hidden = F.pad(hidden, (0, 0, 0, -n % 8))
-            targets = F.pad(targets, (0, -n % 8), value=IGNORE)
+            targets = F.pad(targets, (0, -n % 8))
         how = ctx.needs_input_grad[0], smoothing
         size = devices.positions_at_a_time(hidden.device)
 
@@ -107,10 +110,9 @@ class _FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # A second derivative would be wrong: what is saved is a number.
             raise RuntimeError(
-                "The loss of a frozen head can be differentiated once (create_graph=True was "
-                "given). For more take gpt2.next_token_loss(model(idx), labels), or torch.func."
+                "The loss of a frozen head can be differentiated once, without create_graph=True. "
+                "For more take gpt2.next_token_loss(model(idx), labels), or torch.func."
             )
         (gradient,) = ctx.saved_tensors
         return gradient * grad_outputs[0][:, None].to(gradient.dtype), None, None, None, None
@@ -126,8 +128,7 @@ def _chunk(
         tokens = torch.arange(len(weight), device=hidden.device)
         logits = logits.masked_fill(tokens >= vocab, -torch.inf)
 
-    supervised = targets != IGNORE
-    wanted = targets.where(supervised, 0)[:, None]
+    wanted = targets[:, None]
     top = logits.amax(-1, keepdim=True)  # subtracted: far from zero, float32 is coarse
     at_wanted = logits.gather(1, wanted) - top
     sought = at_wanted
@@ -138,7 +139,7 @@ def _chunk(
 
     scores = logits.sub_(top).exp_()  # probabilities but for a factor
     total = scores.sum(-1, keepdim=True)  # in pairs; a softmax kernel's running sum is off by 1e-5
-    loss = (total.log() - sought).squeeze(1).where(supervised, 0.0)
+    loss = (total.log() - sought).squeeze(1)
     if not learns:
         return loss, hidden
     if smoothing:
@@ -147,7 +148,7 @@ def _chunk(
     scores = scores.to(weight.dtype)
     less_one = (at_wanted.exp() - right * total).to(weight.dtype)  # where the token is right
     gradient = scores.scatter_(1, wanted, less_one) @ weight / total
-    return loss, gradient.to(hidden.dtype) * supervised[:, None]
+    return loss, gradient.to(hidden.dtype)
 
 
 def _in_slices(
@@ -160,17 +161,15 @@ def _in_slices(
 
     Source: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax".
     """
-    kind = wide_enough(hidden.dtype)
-    supervised = targets != IGNORE
-    wanted = targets.where(supervised, 0)
-    top = hidden.new_full(targets.shape, -torch.inf, dtype=kind)
-    total, at_wanted, gradient = top.new_zeros(()), top, hidden.new_zeros((), dtype=kind)
+    wide = wide_enough(hidden.dtype)
+    top = hidden.new_full(targets.shape, -torch.inf, dtype=wide)
+    total, at_wanted, gradient = top.new_zeros(()), top, hidden.new_zeros((), dtype=wide)
 
     size = max(1, CACHED // (len(hidden) + hidden.shape[1]))
     for start in range(0, vocab, size):
         rows = weight[start : start + size]
-        logits = (rows @ hidden.t()).to(kind)  # (V of the slice, N)
-        row = wanted - start
+        logits = (rows @ hidden.t()).to(wide)  # (V of the slice, N)
+        row = targets - start
         there = logits.gather(0, row.clamp(0, len(rows) - 1)[None])[0]
         at_wanted = there.where((row >= 0) & (row < len(rows)), at_wanted)
 
@@ -181,16 +180,15 @@ def _in_slices(
         total = total * shrunk + scores.sum(0)
         if learns:
             added = scores.to(weight.dtype).t() @ rows
-            gradient = gradient * shrunk[:, None] + added.to(kind)  # (N, C)
+            gradient = gradient * shrunk[:, None] + added.to(wide)  # (N, C)
 
-    unlike = (1 - smoothing) * weight[wanted].to(kind)
+    unlike = (1 - smoothing) * weight[targets].to(wide)
     if smoothing:
-        mean = weight.to(kind).mean(0)
-        at_wanted = at_wanted.lerp(hidden.to(kind) @ mean, smoothing)
+        mean = weight.to(wide).mean(0)
+        at_wanted = at_wanted.lerp(hidden.to(wide) @ mean, smoothing)
         unlike += smoothing * mean
 
-    loss = (total.log() + (top - at_wanted)).where(supervised, 0.0)
+    loss = total.log() + (top - at_wanted)
     if not learns:
         return loss, hidden
-    gradient = (gradient / total[:, None] - unlike) * supervised[:, None]
-    return loss, gradient.to(hidden.dtype)
+    return loss, (gradient / total[:, None] - unlike).to(hidden.dtype)

@@ -14,8 +14,7 @@ FEW_ROWS = range(3, 65)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x Wᵀ + bias` as `F.linear`, from `(…, in)` to `(…, out)`.
 
-    On a CPU a large weight is cut into a slice for each thread: MKL splits a batch of small
-    products better than a single one with few rows.
+    MKL gives a batch of small products to more threads than a single one with few rows.
     """
     n_out = weight.shape[0]
     if bias is None and n_out % 8 and on_cuda(x.device) and x[..., 0].numel() in FEW_ROWS:

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt2.config import is_number, outside
 from gpt2.data.batches import Plan, plan
 from gpt2.data.dataset import Dataset
-from gpt2.files import listed
+from gpt2.files import is_number, listed, outside
 
 SCHEDULES = ("linear", "cosine", "constant")
 OPTIONS = ("lr", "weight_decay", "betas", "eps")  # of an optimiser group

@@ -9,9 +9,10 @@ from typing import Any
 from jsonargparse import Namespace
 
 import gpt2
-from gpt2.data.held_out import ALL, Range, sides, without_overlap
+from gpt2.data.dataset import without_overlap
+from gpt2.data.examples import ALL, Range
 
-from ..cli.console import Plain, bar
+from ..cli.console import Plain
 from . import processes
 
 DATA = Path(__file__).resolve().parents[1] / "data"
@@ -59,16 +60,14 @@ class Reader:
         names = ("eos", "answer_only", "separator", "cache", "fields")
         how: dict[str, Any] = {name: self.options[name] for name in names}
         length = min(int(self.options.max_token_length), self.model.config.block_size)
-        with bar(self.console, "examples") as advance:
-            return gpt2.open_data(
-                file,
-                self.tokenizer,
-                side=side,
-                max_length=length,
-                tell=lambda line: self.console.print(line, soft_wrap=True),
-                progress=lambda more, _: advance(more),
-                **how,
-            )
+        return gpt2.open_data(
+            file,
+            self.tokenizer,
+            side=side,
+            max_length=length,
+            tell=lambda line: self.console.print(line, soft_wrap=True),
+            **how,
+        )
 
     def split(self, file: str, config: gpt2.TrainConfig) -> Split:
         """A file's splits; prompts of the training data are left out of the others."""
@@ -111,7 +110,8 @@ def shares(options: Namespace) -> dict[str, Range]:
             share = float(options[name])
         except (TypeError, ValueError):  # null, or a file
             continue
-        sides(share)  # may raise
+        if not 0 < share < 1:
+            raise ValueError(f"A share must be above 0 and below 1, got {share}.")
         ranges[name] = (taken, taken + share)
         taken += share
     if taken >= 1:
@@ -128,10 +128,10 @@ def read(options: Namespace) -> Sources:
 def prompts_of(sources: Sources, options: Namespace) -> list[Prompt]:
     """`--prompts`, the article's, or the first examples'."""
     if options.prompts is not None:
-        return distinct(gpt2.read_prompts(options.prompts, options.fields))
+        return distinct(gpt2.read_examples(options.prompts, options.fields, prompts=True))
     files = [Path(file).resolve() for file in sources]
     if all(file == ARTICLE or file.parent == DATA / "tasks" for file in files):
-        return distinct(gpt2.read_prompts(ARTICLE_PROMPTS))
+        return distinct(gpt2.read_examples(ARTICLE_PROMPTS, prompts=True))
     texts = dict.fromkeys(e.prompt for many in sources.values() for e in many if e.prompt)
     return [Prompt(text, ()) for text in islice(texts, TRIED)]
 
