@@ -288,14 +288,21 @@ def test_versions_are_those_of_the_distribution():
     ],
 )
 def test_a_signal_during_imports_is_one_line(name, code, line, heeded, tmp_path):
-    started = importing(tmp_path)
+    started, _ = importing(tmp_path)
     started.send_signal(getattr(signal, name))
     _, error = started.communicate(timeout=30)
     assert (started.returncode, error) == (code, f"{line}\n")
 
 
-def importing(folder: Path, **env: str) -> subprocess.Popen[str]:
-    """A script that has begun to import torch, which prints how threads wait and takes a minute."""
+def importing(
+    folder: Path, running: int = 1, **env: str
+) -> tuple[subprocess.Popen[str], list[str]]:
+    """A script that has begun to import torch, which takes a minute, and how threads wait there.
+
+    The machine pretends that so many threads run.
+    """
+    patched = f"import pathlib\npathlib.Path.read_text = lambda *_: '0 0 0 {running}/99 7'"
+    (folder / "sitecustomize.py").write_text(patched)
     names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
     shown = f"print(*map(os.environ.get, {names}), flush=True)"
     (folder / "torch.py").write_text(f"import os, time\n{shown}\ntime.sleep(60)")
@@ -307,17 +314,13 @@ def importing(folder: Path, **env: str) -> subprocess.Popen[str]:
         env={**os.environ, **env, "PYTHONPATH": str(folder)},
     )
     assert started.stdout is not None
-    waiting = {**os.environ, **env}
-    if "OMP_WAIT_POLICY" not in waiting:
-        waiting = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
-    assert started.stdout.readline().split() == [str(waiting.get(name)) for name in names]
-    return started
+    return started, started.stdout.readline().split()
 
 
 def test_a_script_that_nohup_started_goes_on_when_its_terminal_closes(tmp_path):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        started = importing(tmp_path)
+        started, _ = importing(tmp_path)
     finally:
         signal.signal(signal.SIGHUP, before)
     started.send_signal(signal.SIGHUP)
@@ -327,14 +330,20 @@ def test_a_script_that_nohup_started_goes_on_when_its_terminal_closes(tmp_path):
     assert (started.returncode, error) == (143, "Stopped by SIGTERM.\n")
 
 
-def test_the_wait_policy_of_a_user_stays(tmp_path, monkeypatch):
-    """A script sets it before torch reads it, and only where there is none."""
+def test_a_script_beside_other_work_waits_without_spinning(tmp_path, monkeypatch):
+    """It is set before torch reads it, and never over a user's."""
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.delenv(name, raising=False)
-    for given in ({}, {"OMP_WAIT_POLICY": "ACTIVE"}):
-        started = importing(tmp_path, **given)
+    for running, given, expected in (
+        (1, {}, ["None", "None"]),
+        (2, {}, ["PASSIVE", "10000"]),
+        (12, {}, ["PASSIVE", "10000"]),
+        (2, {"OMP_WAIT_POLICY": "ACTIVE"}, ["ACTIVE", "None"]),
+    ):
+        started, waiting = importing(tmp_path, running, **given)
         started.kill()
         started.communicate()
+        assert waiting == expected
 
 
 @pytest.mark.parametrize("name", ["jinja2", "jsonargparse", "yaml", "rich", "matplotlib"])

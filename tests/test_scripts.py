@@ -295,24 +295,28 @@ def test_debug_shows_the_traceback_before_the_line(script, capsys):
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
-@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
-def test_a_signal_where_python_ignores_errors_ends_the_script_too(
-    name, code, heeded, script, capsys
-):
-    class Dying:
-        def __del__(self) -> None:
-            os.kill(os.getpid(), getattr(signal, name))
-            for _ in range(1000):  # here the signal is heeded, and what it raises is ignored
-                pass
+def test_a_signal_where_python_ignores_errors_ends_the_script_too(name, code, heeded):
+    body = f"""
+import os, signal, time
+from scripts.cli.guard import guarded
 
-    def body(_) -> None:
-        Dying()
-        time.sleep(20)
-        raise AssertionError("the signal was lost")
+class Dying:
+    def __del__(self):
+        os.kill(os.getpid(), signal.{name})
+        for _ in range(1000):  # here the signal is heeded, and what it raises is ignored
+            pass
 
-    assert script("cli.guard").guarded(body)([]) == code
+def body(_):
+    Dying()
+    time.sleep(20)
+
+guarded(body)([])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", body], cwd=SCRIPTS.parent, capture_output=True, text=True
+    )
     said = "Interrupted." if name == "SIGINT" else f"Stopped by {name}."
-    assert capsys.readouterr().err == f"{said}\n"
+    assert (done.returncode, done.stderr) == (code, f"{said}\n")
 
 
 def test_a_reader_that_goes_ends_training_with_a_line(quick, small_base, tmp_path):

@@ -11,6 +11,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 Arguments = list[str] | None
 NAMES = ("train_qa", "generate", "predict", "merge", "export", "search", "report")
@@ -23,8 +24,8 @@ class Stopped(KeyboardInterrupt):
 
 def start(script: str, argv: list[str]) -> int:
     """Import a script and call its `main`."""
-    # torch reads it at import: a thread that waits soon sleeps.
-    if "OMP_WAIT_POLICY" not in os.environ:
+    # torch reads it at import: beside other work, a thread that waits soon sleeps.
+    if "OMP_WAIT_POLICY" not in os.environ and _is_busy():
         os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
     for number in _stop_signals():
         signal.signal(number, _end)
@@ -66,6 +67,12 @@ def guarded(body: Callable[[Arguments], None]) -> Callable[[Arguments], int]:
     return main
 
 
+def _is_busy() -> bool:
+    """Whether others run now; True where the system does not say."""
+    load = Path("/proc/loadavg")
+    return not load.is_file() or not load.read_text().split()[3].startswith("1/")
+
+
 def _stop_signals() -> list[signal.Signals]:
     """Those not ignored, as nohup does."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -100,16 +107,14 @@ def _set_up() -> Iterator[None]:
             signal.signal(other, signal.SIG_DFL if ends else signal.SIG_IGN)
         raise Stopped(number)
 
-    def again(unraisable: "sys.UnraisableHookArgs") -> None:
-        """Retry where Python ignores errors (finalizers)."""
+    def end(unraisable: "sys.UnraisableHookArgs") -> None:
+        """End where Python ignores errors (finalizers)."""
         if isinstance(error := unraisable.exc_value, Stopped):
-            signal.signal(error.args[0], stop)
-            threading.Timer(0.01, os.kill, [os.getpid(), error.args[0]]).start()
-        else:
-            other_errors(unraisable)
+            _end(error.args[0], None)
+        other_errors(unraisable)
 
     try:
-        sys.unraisablehook = again
+        sys.unraisablehook = end
         warnings.formatwarning = lambda message, *_, **__: f"{' '.join(str(message).split())}\n"
         for number in numbers:
             signal.signal(number, stop if heeds else signal.SIG_IGN)
