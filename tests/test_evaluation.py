@@ -172,7 +172,7 @@ def answered(model: gpt2.GPT2, examples: list[Example]) -> float:
 @pytest.mark.parametrize("answer_only", [False, True])
 def test_exact_match_is_that_of_greedy_completions(answer_only):
     model = model_of()
-    examples = [Example(p, c) for p, c in (("ab", "cd"), ("ab", "xy"), ("b", "f"), ("c", "gh"))]
+    examples = [Example(p, c) for p, c in (("ab", "cd"), ("ab", "xy"), ("ax", "f"), ("c", "gh"))]
     data = encode(examples, Letters(), answer_only=answer_only)
     for p in model.parameters():
         p.requires_grad_()
