@@ -52,13 +52,14 @@ def main(argv: Arguments = None) -> None:
     ids = [row[-room:] for row in map(gpt2.Tokenizer().encode, texts)]
     config = gpt2.GenerateConfig(max_new_tokens=exports.NEW_TOKENS)
     ours = gpt2.generate(model, ids, config)
+    leads = exports.margins(model, ids, ours)
     exports.write(form, model, out, options.dtype)
     print(f"{options.adapter}, on {base}, is written as {form} to {out}.")
 
     if options.check is False or find_spec(reader) is None:
         return
     theirs = exports.answers(form, model, out, ids)
-    same, tokens, differing = exports.agreement(ours, theirs)
+    same, tokens, differing = exports.agreement(ours, theirs, leads)
     line = f"{same} of {tokens} greedy tokens after {len(ids)} prompts are {reader}'s too"
     if differing is not None and options.dtype == "float32":
         raise ValueError(f"Only {line}; the first that differs: {texts[differing]!r}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -70,9 +71,11 @@ def test_the_program_that_reads_it_gives_our_tokens(form, adapter, script, tmp_p
     pytest.importorskip(reader, exc_type=ImportError)
     out = tmp_path / "out"
     assert script("export").main([str(adapter), str(out), "--format", form, "--check=true"]) == 0
-    assert (
-        f"144 of 144 greedy tokens after 6 prompts are {reader}'s too." in capsys.readouterr().out
-    )
+    line = r"(\d+) of (\d+) greedy tokens after 6 prompts are (\w+)'s too\.\n"
+    said = re.search(line, capsys.readouterr().out)
+    assert said
+    assert int(said[1]) == int(said[2]) > 70  # of 144, where no tie ends a row
+    assert said[3] == reader
 
 
 def test_mlx_gives_our_logits(base, adapter, script, tmp_path):
@@ -186,11 +189,21 @@ def test_answers_that_differ_end_with_an_error(plain, script, tmp_path, monkeypa
     capsys.readouterr()
     assert export.main([str(plain), str(tmp_path / "one.gguf"), "--format", "gguf"]) == 2
     error = capsys.readouterr().err
-    assert "Only 143 of 144 greedy tokens" in error
+    assert re.search(r"Only (\d+) of 1\d\d greedy tokens", error)
     assert "the first that differs: 'Q: What do machine learning models do?" in error
     words = [str(plain), str(tmp_path / "two.gguf"), "--format", "gguf", "--dtype", "float16"]
     assert export.main(words) == 0
-    assert "143 of 144" in capsys.readouterr().out
+    assert "greedy tokens after 6 prompts" in capsys.readouterr().out
+
+
+def test_tokens_are_compared_up_to_a_tie(script):
+    agreement = script("runs.exports").agreement
+    ours, sure, tie = [[1, 2, 3], [4, 5]], [1.0] * 4, [1.0, 0.001, 1.0, 1.0]
+    assert agreement(ours, ours, [sure, sure]) == (5, 5, None)
+    assert agreement(ours, [[1, 2, 3], [4, 6]], [sure, sure]) == (4, 5, 1)
+    assert agreement(ours, [[1, 9, 9], [4, 5]], [sure, sure]) == (3, 5, 0)
+    assert agreement(ours, [[1, 9, 9], [4, 5]], [tie, sure]) == (3, 3, None)
+    assert agreement(ours, [[1, 2, 3, 7], [4]], [sure, sure]) == (4, 6, 0)  # one ends before
 
 
 def test_a_run_is_compared_on_its_own_prompts(script, tmp_path):

@@ -183,8 +183,6 @@ def test_data_of_another_vocabulary_is_refused_before_a_step(foreign):
         lambda: list(gpt2.train(model, data, gpt2.TrainConfig(steps=2, lr=1e-3))),
         lambda: gpt2.evaluate(model, data),
     ):
-        with pytest.raises(
-            ValueError, match=rf"ids from .*{foreign}.* vocabulary 0 to \d+: encode"
-        ):
+        with pytest.raises(ValueError, match=rf"ids from .*{foreign}.* model 0 to \d+: encode"):
             call()
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

@@ -24,6 +24,7 @@ READERS = {
 LINEARS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 ADAPTERS = "adapters"  # mlx-lm's, in the folder of the base
 NEW_TOKENS = 24  # after each prompt that is compared
+TIE = 0.02  # nats: llama.cpp's GELU is a table of float16
 
 Rows = list[list[int]]
 Continue = Callable[[list[int]], Iterable[int]]
@@ -113,18 +114,34 @@ def answers(form: str, model: gpt2.GPT2, out: Path, ids: Rows) -> Rows:
         return [[*takewhile(lambda token: token != end, row)] for row in first]
 
 
-def agreement(ours: Rows, theirs: Rows) -> tuple[int, int, int | None]:
-    """Tokens that agree, all tokens, and the first row that differs."""
-    pairs = [list(zip_longest(*rows)) for rows in zip(ours, theirs, strict=True)]
-    same = [sum(one == other for one, other in row) for row in pairs]
-    differing = (i for i, row in enumerate(pairs) if same[i] < len(row))
-    return sum(same), sum(map(len, pairs)), next(differing, None)
+@torch.no_grad()
+def margins(model: gpt2.GPT2, ids: Rows, made: Rows) -> list[list[float]]:
+    """By how many nats each token, and the one after, led its rival."""
+    rows: list[list[float]] = []
+    for row, more in zip(ids, made, strict=True):
+        first, second = model(torch.tensor([row + more]))[0, len(row) - 1 :].topk(2).values.T
+        rows.append((first - second).tolist())
+    return rows
+
+
+def agreement(ours: Rows, theirs: Rows, leads: list[list[float]]) -> tuple[int, int, int | None]:
+    """Tokens that agree, all tokens up to a tie, and the first row that differs."""
+    same, total, differing = 0, 0, None
+    for i, (one, other, lead) in enumerate(zip(ours, theirs, leads, strict=True)):
+        pairs = enumerate(zip_longest(one, other))
+        n = next((k for k, (a, b) in pairs if a != b), len(one))
+        parts = n < max(len(one), len(other)) and lead[n] > TIE
+        same += n
+        total += max(len(one), len(other)) if parts else n
+        differing = i if parts and differing is None else differing
+    return same, total, differing
 
 
 def _llama_cpp(file: Path, adapter: Path | None) -> Continue:
+    llama = import_module("llama_cpp")
+    cache = dict.fromkeys(("type_k", "type_v"), llama.GGML_TYPE_F32)  # as ours; else float16
     more = {"lora_path": str(adapter)} if adapter else {}
-    llama = import_module("llama_cpp").Llama
-    model = llama(str(file), n_ctx=0, verbose=False, **more)
+    model = llama.Llama(str(file), n_ctx=0, verbose=False, **cache, **more)
     return lambda row: model.generate(row, temp=0.0, repeat_penalty=1.0)
 
 
