@@ -170,8 +170,8 @@ def test_importing_touches_no_random_state_and_little_else():
 BUDGET = {
     "lora": 3_274,
     "gpt2": 5_359,
-    "scripts": 3_492,
-    "tests": 18_224,
+    "scripts": 3_493,
+    "tests": 18_231,
     "benchmarks": 1_797,
 }
 MOST_LINES = {"lora": 400, "gpt2": 400, "scripts": 400, "tests": 700, "benchmarks": 400}

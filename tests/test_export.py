@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from tests.toys import randomize, untie
 
 SIZES = gpt2.GPT2Config(n_layer=3, n_head=4, n_embd=64, block_size=64)
 FOUR = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+WRITER = pytest.mark.skipif(find_spec("gguf") is None, reason="writes GGUF (extra: export)")
 ADAPTERS = {
     "plain": lora.LoRAConfig(r=8, alpha=16),
     "ranks": lora.LoRAConfig(
@@ -93,7 +96,7 @@ def test_mlx_gives_our_logits(base, adapter, script, tmp_path):
 
 
 def read(file: Path):
-    reader = pytest.importorskip("gguf").GGUFReader(file)
+    reader = importlib.import_module("gguf").GGUFReader(file)
     tensors = {t.name: torch.from_numpy(np.array(t.data)) for t in reader.tensors}
     return {
         name: field.contents()
@@ -111,6 +114,7 @@ GGUF_NAMES = {
 }
 
 
+@WRITER
 def test_a_gguf_adapter_holds_the_same_deltas(base, adapter, script, tmp_path):
     file = tmp_path / "adapter.gguf"
     words = [str(adapter), str(file), "--format", "gguf-lora", "--check", "false"]
@@ -128,6 +132,7 @@ def test_a_gguf_adapter_holds_the_same_deltas(base, adapter, script, tmp_path):
         torch.testing.assert_close(scale * b @ a, pair.delta().float())
 
 
+@WRITER
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_gguf_holds_the_merged_weights(dtype, base, plain, script, tmp_path):
     file = tmp_path / "model.gguf"
@@ -161,7 +166,7 @@ def test_a_gguf_holds_the_merged_weights(dtype, base, plain, script, tmp_path):
 
 
 def check_tokenizer(file: Path) -> None:
-    fields = pytest.importorskip("gguf").GGUFReader(file).fields
+    fields = importlib.import_module("gguf").GGUFReader(file).fields
     facts = {name: fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges")}
     end = fields["tokenizer.ggml.eos_token_id"].contents()
     types = fields["tokenizer.ggml.token_type"].contents()
@@ -172,6 +177,7 @@ def check_tokenizer(file: Path) -> None:
     assert [i for i, kind in enumerate(types) if kind != 1] == [end]
 
 
+@WRITER
 def test_answers_that_differ_end_with_an_error(plain, script, tmp_path, monkeypatch, capsys):
     """And the share of float16's, which are rounded, is printed."""
     export = script("export")
@@ -213,6 +219,7 @@ def test_a_run_is_compared_on_its_own_prompts(script, tmp_path):
     assert len(prompts(tmp_path / "adapter")) == 6
 
 
+@WRITER
 @pytest.mark.parametrize("form", ["gguf-lora", "mlx"])
 def test_an_adapter_that_the_format_cannot_hold_is_one_line(form, base, script, tmp_path, capsys):
     for name, config in {

@@ -66,7 +66,7 @@ def joined() -> Iterator[None]:
     except BaseException as error:
         if not number:
             store.set("ended", str((error.code or 0) if isinstance(error, SystemExit) else 1))
-        if isinstance(error, SystemExit) or not torch.cuda.is_available():
+        if group.is_initialized() and not torch.cuda.is_available():
             group.destroy_process_group()  # its threads would abort the exit
         if number and not isinstance(error, SystemExit):
             if store.check(["ended"]):
@@ -100,6 +100,7 @@ def _meet(error: BaseException | None = None) -> None:
     faults = [(n, fault) for n, fault in enumerate(gathered(ends)) if fault is not None]
     if not faults:
         return
+    torch.distributed.destroy_process_group()
     number, fault = faults[0]
     if isinstance(fault, SystemExit):
         raise SystemExit(fault.code)
