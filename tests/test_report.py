@@ -213,9 +213,9 @@ def found(tmp_path_factory) -> Path:
     rungs = [{"rung": i + 1, "share": 0.1, "alive": n, "steps": 9} for i, n in enumerate(alive)]
     record = {
         "kind": "search", "config": {"space": {"lr": [1, 2]}, "data": "d.jsonl"},
-        "rungs": rungs, "winner": {"trial": 0, **both}, "default": both, "not_told_apart": [2],
+        "rungs": rungs, "winner": {"trial": 0, **both}, "default": both, "indistinguishable": [2],
         "winner_on_test": "alike", "adapter_steps": 65_000,
-        "verdict": "it cannot be told apart from 2 over 2 seeds.",
+        "verdict": "it is not distinguishable from 2 over 2 seeds.",
     }  # fmt: skip
     (place / "run.json").write_text(json.dumps(record))
     write_rows(place / "leaderboard.jsonl", board)
@@ -236,7 +236,7 @@ def test_a_search_of_512_trials(found, script, tmp_path):
     assert sorted(dots) == sorted(placed(tree, points))
     text = Page(page).text
     assert "ended: </script><b>NaN" in text
-    assert "it cannot be told apart from 2 over 2 seeds." in text
+    assert "it is not distinguishable from 2 over 2 seeds." in text
     choices = "[c_attn], [c_attn, c_fc]"  # of several targets
     assert script("page.page").shown([["c_attn"], ["c_attn", "c_fc"]]) == choices
 

@@ -514,7 +514,7 @@ def test_two_processes_find_what_one_finds(found, tiny, tmp_path):
         assert row.get("seeds", {}) == pytest.approx(wanted.get("seeds", {}), rel=1e-3)
         assert (row["trial"], row["params"]) == (wanted["trial"], wanted["params"])
     one, other = record_of(place), record_of(found)
-    for name in ("finalists", "not_told_apart", "winner_on_test", "adapter_steps"):
+    for name in ("finalists", "indistinguishable", "winner_on_test", "adapter_steps"):
         assert one[name] == other[name], name
     for name in ("winner", "default"):
         tested = other[name]["test"]["seeds"]

@@ -125,8 +125,8 @@ def made_of(
     for i, group in enumerate(groups):
         of = _digest(repr([names[id(p)] for p in group["params"]]))
         options = {**group, "lr": group["initial_lr"]}
-        own = {n: options[n] for n in OPTIONS if options[n] != getattr(config, n)}
-        made[f"group {i}"] = f"{len(group['params'])} parameters ({of}), {own}"
+        changed = {n: options[n] for n in OPTIONS if options[n] != getattr(config, n)}
+        made[f"group {i}"] = f"{len(group['params'])} parameters ({of}), {changed}"
 
     made["base"] = of_base(model)
     made["modules"] = _digest(_described(model))

@@ -23,7 +23,7 @@ TEST = "The test is Student's paired t-test over the seeds (two-sided, 95 %)."
 ON_TEST = {
     "better": "is better than",
     "worse": "is WORSE than",
-    "alike": "cannot be told apart from",
+    "alike": "is not distinguishable from",
     None: "is not compared with",
 }
 NOT_OF_ONE = "space trials slots rungs keep sampler finalists seeds device".split()
@@ -73,7 +73,9 @@ def results(search: Search) -> dict[str, Any]:
     claim = f"Trial {winner} is the best of the finalists over {seeds} seeds."
     if others:
         names = ", ".join(map(str, others))
-        claim = f"Of the finalists trial {winner} has the lowest mean loss; it cannot be told apart"
+        claim = (
+            f"Of the finalists trial {winner} has the lowest mean loss; it is not distinguishable"
+        )
         claim += f" from {names} over {seeds} seeds."
     elif len(finalists) == 1:
         claim = f"Trial {winner} is the only finalist."
@@ -93,7 +95,7 @@ def results(search: Search) -> dict[str, Any]:
         "winner": {"trial": winner, **_configuration(search, winner)},
         "default": _configuration(search, DEFAULT),
         "finalists": finalists,
-        "not_told_apart": others,
+        "indistinguishable": others,
         "winner_on_test": test,
         "verdict": f"{claim} On the test data it {ON_TEST[test]} the default configuration. {TEST}",
     }

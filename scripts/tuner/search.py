@@ -109,7 +109,7 @@ class Search:
     def _waves(self, numbers: list[int]) -> list[list[int]]:
         each = [[n for n in numbers if n % size() == process] for process in range(size())]
         most, k = max(map(len, each)), self.plan.slots
-        return [sorted(n for own in each for n in own[i : i + k]) for i in range(0, most, k)]
+        return [sorted(n for mine in each for n in mine[i : i + k]) for i in range(0, most, k)]
 
     def _train(self, stage: str, runs: Mapping[int, Run], rung: int, first: int = 1) -> None:
         """Train runs to a rung's end, wave by wave, and share the results."""
