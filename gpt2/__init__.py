@@ -28,7 +28,6 @@ Training:
     Fit                   what `fit` gives
     evaluate              the loss on held-out data
     Evaluation            its result
-    learning_rate         the rate of a step
     total_steps           how many steps a run has
     next_token_loss       the loss of logits and labels
     summed_loss           the same from a model, its logits never whole
@@ -59,7 +58,6 @@ from gpt2.sampling import GenerateConfig as GenerateConfig
 from gpt2.tokenizer import Tokenizer as Tokenizer
 from gpt2.training.config import RunConfig as RunConfig
 from gpt2.training.config import TrainConfig as TrainConfig
-from gpt2.training.config import learning_rate as learning_rate
 from gpt2.training.config import total_steps as total_steps
 from gpt2.training.evaluation import Evaluation as Evaluation
 from gpt2.training.evaluation import evaluate as evaluate

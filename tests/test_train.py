@@ -19,8 +19,9 @@ from torch import nn
 import gpt2
 import gpt2.fast.head
 import lora
-from gpt2 import TrainConfig, batches, encode, learning_rate, next_token_loss, total_steps, train
-from gpt2.training.loop import Readings, StepRecord
+from gpt2 import TrainConfig, batches, encode, next_token_loss, total_steps, train
+from gpt2.training.config import lr_scale
+from gpt2.training.loop import StepRecord
 from gpt2.training.step import Stepper
 from tests.runs import DATA, STILL, Letters, model_of, modes, run, timeless, weights
 from tests.toys import TINY, raw
@@ -171,7 +172,7 @@ def test_records_count_steps_epochs_and_tokens():
 @pytest.mark.parametrize(("batch_size", "accumulate", "steps"), [(1, 1, 8), (3, 1, 3), (3, 2, 2)])
 def test_epochs_are_whole(batch_size, accumulate, steps):
     config = TrainConfig(epochs=3, batch_size=batch_size, accumulate=accumulate)
-    assert total_steps(len(DATA), config) == 3 * steps
+    assert total_steps(DATA, config) == 3 * steps
     records = list(train(model_of(), DATA, config))
     assert [r.epoch for r in records] == [1] * steps + [2] * steps + [3] * steps
 
@@ -201,7 +202,7 @@ def test_the_schedule_is_transformers(schedule, warmup):
     theirs = transformers.get_scheduler(name, optimizer, steps, total)
     for step in range(1, total + 1):
         want = theirs.get_last_lr()[0]
-        assert learning_rate(step, total, config) == pytest.approx(want, rel=1e-12, abs=1e-18)
+        assert 3e-3 * lr_scale(step, total, config) == pytest.approx(want, rel=1e-12, abs=1e-18)
         optimizer.step()
         theirs.step()
 
@@ -389,7 +390,7 @@ def test_what_is_not_finite_stops_the_run_before_it_does_harm(where, bad, late):
     spoil(stopped, call=4, value=bad, where=where)
     records: list[StepRecord] = []
     steps = train(stopped, DATA, TrainConfig(steps=8, **options))
-    with pytest.raises(RuntimeError, match=r"^Step 4: the loss is .* lower learning rate\.$"):
+    with pytest.raises(RuntimeError, match=r"^Step 4: the loss or .* lower learning rate\.$"):
         for record in steps:
             records.append(record)
             assert late or record.loss
@@ -397,31 +398,24 @@ def test_what_is_not_finite_stops_the_run_before_it_does_harm(where, bad, late):
     assert steps.taken == 3
     assert all(math.isfinite(r.loss + r.grad_norm) for r in records[:3])
     for record in records[3:]:
-        with pytest.raises(RuntimeError, match="^Step 4: the loss is"):
+        with pytest.raises(RuntimeError, match="^Step 4: the loss or"):
             assert record.loss
-    if not late:
-        with pytest.raises(RuntimeError, match="^Step 4: the loss is"):
-            next(steps)
     assert weights(stopped) == weights(whole)
     assert modes(stopped) == before
 
 
-def test_records_that_nobody_read_hold_numbers_alone(monkeypatch):
-    """No graph and no batch, nor the model once the run is over; 10^5 of them are few numbers."""
-    monkeypatch.setattr("gpt2.training.loop.UNREAD", 50)
+def test_records_that_nobody_read_hold_three_numbers_each():
+    """No graph and no batch, nor the model once the run is over."""
     model = model_of()
-    records = run(model, encode(["abc"], Letters()), steps=120, lr=1e-9)
+    records = run(model, encode(["abc"], Letters()), steps=9)
     refs = [weakref.ref(p) for p in model.parameters()]
     del model
     gc.collect()
     assert not any(ref() for ref in refs)
-    assert len({id(vars(r)["readings"]) for r in records}) == 3
-    steps = train(model_of(), DATA, TrainConfig(steps=40))
-    held = [next(steps) for _ in range(30)]
-    figures = vars(held[0])["readings"].figures
-    assert [(f.shape, f.grad_fn, f.requires_grad) for f in figures] == [((2,), None, False)] * 30
-    kept = {type(v) for r in held for v in (*vars(r).values(), *vars(vars(r)["readings"]).values())}
-    assert kept <= {int, float, str, list, dict, Readings, type(None)}
+    figures = [record.figures for record in records]
+    assert [(f.shape, f.grad_fn, f.requires_grad) for f in figures] == [((3,), None, False)] * 9
+    held = {type(value) for record in records for value in vars(record).values()}
+    assert held == {int, float, torch.Tensor, type(None)}
 
 
 def test_what_is_not_finite_leaves_the_optimiser():
@@ -472,12 +466,6 @@ def test_a_run_after_a_stop_is_as_any_other():
 
 
 # Bad input
-
-
-@pytest.mark.parametrize("options", [{"steps": 3}, {"epochs": 3}], ids=str)
-def test_a_run_over_no_examples_is_refused(options):
-    with pytest.raises(ValueError, match="no example"):
-        total_steps(0, TrainConfig(**options))
 
 
 @pytest.mark.parametrize("off", [lora.disabled, lora.merged])

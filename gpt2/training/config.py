@@ -1,7 +1,6 @@
 """The options of a run, its steps, and their learning rates."""
 
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,8 +44,6 @@ class TrainConfig:
         checkpointing: keep only each block's input for the backward pass and recompute the rest.
         cuda_graph: replay each shape's step as one CUDA graph; None does so on one GPU where it is
             compiled or has few tokens, but not beside `accumulate` or `checkpointing`.
-        in_order: add the gradients of several processes in the order of the micro-batches, so that
-            any number gives the same bits; False for an all-reduce; None decides by their size.
 
     Raises:
         ValueError: naming each field that is out of range.
@@ -72,7 +69,6 @@ class TrainConfig:
     compile: bool = False
     checkpointing: bool = False
     cuda_graph: bool | None = None
-    in_order: bool | None = None
 
     def __post_init__(self) -> None:
         counts = ("epochs", "steps", "batch_size", "tokens_per_batch", "accumulate")
@@ -117,8 +113,7 @@ class RunConfig:
         eval_every: steps between two evaluations; None for once an epoch. The last step is
             evaluated too.
         patience: evaluations without a lower loss after which the run stops; None for never.
-        min_delta: by how much, in nats, a loss must be lower to count for `patience`.
-        save_every: steps between two snapshots, or seconds as "30s"; None for none.
+        save_every: steps between two snapshots; None for none.
         folder: where snapshots are kept; made if it is missing.
 
     Raises:
@@ -127,51 +122,24 @@ class RunConfig:
 
     eval_every: int | None = None
     patience: int | None = None
-    min_delta: float = 0.0
-    save_every: int | str | None = None
+    save_every: int | None = None
     folder: str | Path | None = None
 
     def __post_init__(self) -> None:
-        faults = outside(self, {"eval_every": 1, "patience": 1}, min_delta="[0, inf)")
-        if self.save_every is not None and not any(self._steps_and_seconds()):
-            faults.append(f"save_every must be steps (500) or seconds ('30s'): {self.save_every!r}")
+        faults = outside(self, {"eval_every": 1, "patience": 1, "save_every": 1})
         if self.save_every is not None and self.folder is None:
             faults.append("save_every needs a folder")
         if faults:
             raise ValueError(f"RunConfig: {listed(faults)}.")
 
-    def is_save_due(self, step: int, seconds: float) -> bool:
-        """Whether to keep a snapshot after this step, so long after the last."""
-        steps, every = self._steps_and_seconds()
-        return step % steps == 0 if steps else 0 < every <= seconds
-
-    def _steps_and_seconds(self) -> tuple[int, float]:
-        """Between two snapshots; 0 for the one that does not count."""
-        number = r"(\d{1,15})|(\d{1,9}(?:\.\d{1,9})?) ?s"
-        match = re.fullmatch(number, str(self.save_every))
-        return (int(match[1] or 0), float(match[2] or 0)) if match else (0, 0.0)
-
 
 # Steps and learning rates
 
 
-def total_steps(data: Dataset | int, config: TrainConfig) -> int:
-    """The optimiser steps of a run over the data, or over so many examples.
-
-    Raises:
-        ValueError: there are none; a number of examples for `tokens_per_batch`.
-    """
-    steps = steps_an_epoch(data, config)  # raises what would stop the first step
-    if not steps:
-        raise ValueError("There is no example to train on.")
+def total_steps(data: Dataset, config: TrainConfig) -> int:
+    """The optimiser steps of a run over the data; a ValueError where it cannot be batched so."""
+    steps = math.ceil(len(planned(data, config)) / config.accumulate)
     return config.steps or (config.epochs or 0) * steps
-
-
-def learning_rate(step: int, total: int, config: TrainConfig) -> float:
-    """The learning rate of step 1, 2, …, `total`; a ValueError for any other."""
-    if not 1 <= step <= total:
-        raise ValueError(f"step must be in 1..{total}, got {step}.")
-    return config.lr * lr_scale(step, total, config)
 
 
 def lr_scale(step: int, total: int, config: TrainConfig) -> float:
@@ -191,17 +159,6 @@ def lr_scale(step: int, total: int, config: TrainConfig) -> float:
     if config.schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * progress))
     return 1 - progress if config.schedule == "linear" else 1.0
-
-
-def steps_an_epoch(data: Dataset | int, config: TrainConfig) -> int:
-    """The optimiser steps of one pass over the data; the last may be a smaller one."""
-    if not isinstance(data, int):
-        batches = len(planned(data, config))
-    elif config.tokens_per_batch is None:
-        batches = math.ceil(data / config.batch_size)
-    else:
-        raise ValueError("To count steps of tokens_per_batch give the Dataset.")
-    return math.ceil(batches / config.accumulate)
 
 
 def planned(data: Dataset, config: TrainConfig) -> Plan:

@@ -25,20 +25,14 @@ Trained = Sequence[nn.Parameter]
 GATHERED_BYTES = 2**28
 """Bytes of a step's gradients up to which they are added in order."""
 UNITS = 8  # groups of a sharded model's blocks: each takes the host 2 ms a step
-REFUSED = {
-    "DataParallel": "start a process for each GPU by torchrun",
-    "DistributedDataParallel": "give the model in it",
-    "FullyShardedDataParallel": "shard it by fully_shard (FSDP2)",
-}
+WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"}
 
 
 def rank() -> int:
-    """This process's number, from 0."""
     return torch.distributed.get_rank() if _is_in_group() else 0
 
 
 def size() -> int:
-    """How many processes there are."""
     return torch.distributed.get_world_size() if _is_in_group() else 1
 
 
@@ -58,16 +52,15 @@ def whole(tensor: Any) -> Tensor:
 def faults(model: nn.Module, config: TrainConfig) -> list[str]:
     """What keeps these processes from training the model."""
     classes = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
-    lines = [f"{name} is not trained: {what}" for name, what in REFUSED.items() if name in classes]
+    lines = [
+        f"{name} is not trained: give the model in it; torchrun starts processes, FSDP2 shards"
+        for name in sorted(WRAPPERS & classes)
+    ]
     if config.accumulate % size():
         lines.append(
             f"{size()} processes cannot share the {config.accumulate} micro-batches of a step: "
             f"let {size()} divide accumulate"
         )
-
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if config.in_order and any(map(is_sharded, trained)):
-        lines.append("in_order=True takes a model that is not sharded")
     return lines
 
 
@@ -84,12 +77,10 @@ def shares(batches: Sequence[Batch], *, sharded: bool) -> list[tuple[int, Batch]
     return mine
 
 
-def adds_in_order(trained: Trained, config: TrainConfig) -> bool:
+def adds_in_order(trained: Trained, accumulate: int) -> bool:
     """Whether the gradients of several processes are added as one process adds them."""
-    if size() == 1 or is_sharded(trained[0]):
-        return False
-    held = config.accumulate * sum(p.numel() * p.element_size() for p in trained)
-    return held <= GATHERED_BYTES if config.in_order is None else config.in_order
+    held = accumulate * sum(p.numel() * p.element_size() for p in trained)
+    return size() > 1 and not is_sharded(trained[0]) and held <= GATHERED_BYTES
 
 
 def row(trained: Trained, loss: Tensor) -> Tensor:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -36,7 +37,8 @@ def fit(
     """Train as `gpt2.train` does; evaluate, keep the best, stop early, save and resume.
 
     Iterate the result: `for record in gpt2.fit(...)`. The model is evaluated before the first
-    step too. At the end it has the weights of the lowest validation loss.
+    step too. At the end it has the weights of the lowest validation loss. A resumed run begins
+    with the record of the step that the snapshot was taken after.
 
     Args:
         model, data, config, groups: as for `gpt2.train`.
@@ -49,14 +51,18 @@ def fit(
             options.
         FileNotFoundError: there is no snapshot to resume from.
     """
-    return Fit(model, data, config, groups, validation, run or RunConfig(), resume)
+    made = Fit(model, data, config, groups, validation, run or RunConfig(), resume)
+    made._idle = True
+    return made
 
 
 class Fit(Training):
     """A run as `fit` makes it: its records, and what became of the model.
 
     Attributes:
-        handled: steps after which the caller came back for the next.
+        evaluated: the validation loss by step; 0 is before the first.
+        best: the weights of the lowest validation loss, by name; empty for none.
+        start: the first step whose record comes.
         saved_step: of the last snapshot; 0 for none.
     """
 
@@ -71,48 +77,35 @@ class Fit(Training):
         resume: bool,
     ) -> None:
         super().__init__(model, data, config, groups)
-        self._used = True  # which is not warned of where it is refused
         self.validation, self.options = validation, run
-        # Evaluations and the best weights: one value, which no interrupt splits.
-        self._kept: tuple[Mapping[int, float], Weights] = {}, {}
-        self._last: Weights = {}  # once the run is over and the model has the best
-        self._record: StepRecord | None = None  # that the caller has not dealt with
-        self.handled, self.saved_step, self._saved_at = 0, 0, time.monotonic()
+        self.evaluated: dict[int, float] = {}
+        self.best: Weights = {}
+        self.record: StepRecord | None = None  # the last
+        self.last: Weights = {}  # once the run is over and the model has the best
+        self.start, self.saved_step = 1, 0
         self._sharded = any(map(is_sharded, model.parameters()))
-        self._made_of: Mapping[str, str] = {}
         if validation is not None:
             check_readable(model, validation)
         elif run.patience is not None or run.eval_every is not None:
             raise ValueError("patience and eval_every need validation data.")
-        if run.folder is not None:
-            self._made_of = self.made_of(validation)
+        self._facts = self.made_of(validation) if run.folder is not None else {}
         if resume:
             self._resume()
-        self._used = False
 
     def _run(self) -> Generator[StepRecord]:
         self._evaluate_if_due(self.taken)
-        steps = super()._run()
-        patience = self.options.patience or math.inf
-        while self._record or waited(self.evaluated.values(), self.options.min_delta) < patience:
-            self._record = self._record or next(steps, None)
-            if self._record is None:
+        again = [self.record] if self.record else []
+        for record in chain(again, super()._run()):
+            self.record = record
+            self._evaluate_if_due(record.step)
+            yield replace(record, validation=self.evaluated.get(record.step))
+            if record.step % (self.options.save_every or math.inf) == 0:
+                self._save_on_time()
+            if since_lowest(self.evaluated.values()) >= (self.options.patience or math.inf):
                 break
-            step = self._record.step
-            self._evaluate_if_due(step)
-            loss = self.evaluated.get(step)
-            yield self._record if loss is None else replace(self._record, validation=loss)
-            self.handled, self._record = step, None
-            self._save_if_due(step)
-        steps.close()
-        if self._kept[1] and self.best_step != self.taken:
-            self._last = trained(self.model)
-            put(self.model, self._kept[1])
-
-    @property
-    def evaluated(self) -> dict[int, float]:
-        """The validation loss by step; 0 is before the first."""
-        return dict(self._kept[0])
+        if self.best and self.best_step != self.taken:
+            self.last = trained(self.model)
+            put(self.model, self.best)
 
     @property
     def best_step(self) -> int | None:
@@ -122,11 +115,11 @@ class Fit(Training):
 
     def best_weights(self) -> AbstractContextManager[None]:
         """The model has the best weights within; the last, where none is."""
-        return swapped(self.model, self._kept[1])
+        return swapped(self.model, self.best)
 
     def last_weights(self) -> AbstractContextManager[None]:
         """The model has the weights of the last step within."""
-        return swapped(self.model, self._last)
+        return swapped(self.model, self.last)
 
     def save(self) -> bool:
         """Keep a snapshot; False where there is none to resume from.
@@ -134,20 +127,21 @@ class Fit(Training):
         Of a sharded model call it in each process; of another the first writes.
 
         Raises:
-            OSError: it cannot be written; those of before are as they were.
+            OSError: it cannot be written; that of before is as it was.
             RuntimeError: a step was not finite.
         """
         self.wait()
-        whole = self.taken and self.stepper.whole and not self._last
         writes = self._sharded or not distributed.rank()
-        if self.options.folder is None or not whole or not writes:
+        may = self.taken and self.stepper.whole and not self.last
+        if self.options.folder is None or not may or not writes:
             return False
 
-        (evaluated, best), state = self._kept, self.state()
+        best, state = self.best, self.state()
         if self._sharded:  # processes of a GPU's group meet there
             best = {n: t.to(state.parameters[n].device) for n, t in best.items()}
-        record = self._record and asdict(self._record)
-        around = {"best": best, "evaluated": evaluated, "record": record, "made_of": self._made_of}
+        around = {"best": best, "evaluated": self.evaluated, "made_of": self._facts}
+        if self.record:
+            around["record"] = self.record.metrics()
         snapshots.write(Path(self.options.folder), replace(state, **around))
         self.saved_step = state.step
         return True
@@ -162,59 +156,50 @@ class Fit(Training):
         if budget := self.config.tokens_per_batch:
             size = max(1, budget // self.validation.longest)
         loss = evaluate(self.model, self.validation, batch_size=size, autocast=autocast).loss
-        evaluated, best = self._kept
-        if loss < min(filter(math.isfinite, evaluated.values()), default=math.inf):
-            best = trained(self.model)
-        self._kept = {**evaluated, step: loss}, best
+        if loss < min(filter(math.isfinite, self.evaluated.values()), default=math.inf):
+            self.best = trained(self.model)
+        self.evaluated[step] = loss  # last: an interrupt before it evaluates again
 
-    def _save_if_due(self, step: int) -> None:
-        due = self.options.is_save_due(step, time.monotonic() - self._saved_at)
-        if self._sharded and self.options.save_every is not None:  # clocks differ
-            due = distributed.gathered(due)[0]
-        if not due:
-            return
+    def _save_on_time(self) -> None:
         try:
             self.save()
         except OSError as error:
             warnings.warn(
-                f"The snapshot of step {step} could not be written ({error}). The run goes on.",
+                f"The snapshot of step {self.taken} could not be written ({error}). The run goes "
+                "on.",
                 RuntimeWarning,
                 stacklevel=2,
             )
-        self._saved_at = time.monotonic()
 
     def _resume(self) -> None:
         if self.options.folder is None:
             raise ValueError("To resume, name the folder: RunConfig(folder=...).")
         folder = Path(self.options.folder)
-        last, fault = snapshots.read(folder, dict(self.model.named_parameters()))
-        then, now = last.made_of, self._made_of
-        if fault:
-            fault += f": the run goes on from the snapshot before, of step {last.step}."
-        if not then:
-            fault = "The snapshot is of version 0.1: data and options were not compared."
-        elif names := [n for n in {**then, **now} if then.get(n) != now.get(n)]:
+        last = snapshots.read(folder, dict(self.model.named_parameters()))
+        then, now = last.made_of, self._facts
+        if names := [n for n in {**then, **now} if then.get(n) != now.get(n)]:
             differs = [
                 f"{n} was {then.get(n, 'not there')}, is {now.get(n, 'gone')}" for n in names
             ]
             raise ValueError(f"The run in {folder} cannot be resumed: {listed(differs)}.")
-        if fault:
-            warnings.warn(fault, RuntimeWarning, stacklevel=2)
 
         self.resume(last)
-        self._kept = last.evaluated, last.best
-        self._record = StepRecord(**last.record) if last.record else None
-        self.saved_step, self.handled = self.taken, self.taken - (last.record is not None)
+        self.evaluated, self.best, self.saved_step = dict(last.evaluated), last.best, last.step
+        if known := dict(last.record):
+            loss, norm = known.pop("loss"), known.pop("grad_norm")
+            figures = torch.tensor([loss, norm, 0.0], dtype=torch.float64)
+            began = time.perf_counter() - known.pop("seconds")
+            self.record = StepRecord(**known, figures=figures, began=began)
+            self.start = self.record.step
 
 
-def waited(losses: Iterable[float], min_delta: float) -> int:
-    """How many losses at the end are not lower by more than `min_delta`."""
+def since_lowest(losses: Iterable[float]) -> int:
+    """How many losses came after the lowest."""
     least, since = math.inf, 0
     for loss in losses:
         since += 1
-        if loss < least - min_delta:  # NaN is never
-            least = loss
-            since = 0
+        if loss < least:  # NaN is never
+            least, since = loss, 0
     return since
 
 

@@ -9,89 +9,64 @@ import math
 import time
 import warnings
 import weakref
-from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
 
-import torch
 from torch import Tensor, nn
 
 from gpt2.data.batches import Batch, batch
 from gpt2.data.dataset import Dataset
+from gpt2.files import listed
 from gpt2.model import GPT2, in_mode
 from gpt2.training import distributed, snapshots
-from gpt2.training.config import TrainConfig, lr_scale, planned
+from gpt2.training.config import TrainConfig, lr_scale, planned, total_steps
 from gpt2.training.losses import check_readable, inner
 from gpt2.training.snapshots import Snapshot
 from gpt2.training.step import Groups, Stepper
-
-UNREAD = 1000  # steps after which the host waits for the device even if nobody reads
-
-
-class Readings:
-    """Loss, gradient norm and time of steps in a row, until one is read."""
-
-    def __init__(self, first: int, seconds: float) -> None:
-        self.first = first  # the first step's number
-        self.seconds = seconds  # of training so far
-        self.figures: list[Tensor] = []  # (2,) each, that were not read
-        self.rows: list[list[float]] = []  # those that were, as far as they are finite
-        self.fault = ""
-        self.parameters: Mapping[str, Tensor] = {}
-
-    def read(self) -> None:
-        """Wait for the device."""
-        if not self.figures:
-            return
-        began = time.perf_counter()
-        rows = torch.stack(self.figures).tolist()
-        good = [*(all(map(math.isfinite, row)) for row in rows), False].index(False)
-        if good < len(rows):  # that step and those after it were not applied
-            loss, norm = rows[good]
-            step = f"Step {self.first + good}: the loss is {loss}"
-            self.fault = blamed(f"{step} and the gradient's norm {norm}", self.parameters)
-        self.seconds += time.perf_counter() - began
-        self.rows, self.figures, self.parameters = rows[:good], [], {}
-
-    def of(self, step: int) -> dict[str, float]:
-        """The numbers of a step; a RuntimeError if it, or one before, was not finite."""
-        self.read()
-        if self.first + len(self.rows) <= step:
-            raise RuntimeError(self.fault)
-        loss, norm = self.rows[step - self.first]
-        return {"loss": loss, "grad_norm": norm, "seconds": self.seconds}
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
     """One optimiser step, numbered from 1.
 
-    Loss, norm and seconds lie on the device until one of them is read, which waits. It raises
-    a RuntimeError if the step was not finite.
+    `loss` (mean over the step's supervised tokens, nats), `grad_norm` (before clipping) and
+    `seconds` (since the run began) lie on the device until one of them is read, which waits. It
+    raises a RuntimeError if the step, or one before, was not finite.
     """
 
     step: int
     epoch: int
-    loss: float  # mean over the step's supervised tokens, nats
     lr: float  # the first group's
-    grad_norm: float  # before clipping
     tokens: int  # supervised
-    seconds: float  # of training until it was read
     validation: float | None = None  # loss after this step, from `fit`
+    figures: Tensor = field(repr=False, compare=False)  # (3,): loss, norm, first failed step
+    began: float = field(repr=False, compare=False)  # the clock's time
 
-    @classmethod
-    def unread(cls, readings: Readings, **known: float) -> StepRecord:
-        """A record whose other fields are read when they are asked for."""
-        record = object.__new__(cls)
-        vars(record).update(known, readings=readings)
-        return record
+    @cached_property
+    def _read(self) -> tuple[float, float, float]:
+        loss, norm, failed = self.figures.tolist()
+        if failed:
+            raise RuntimeError(failure(int(failed)))
+        return loss, norm, time.perf_counter() - self.began
 
-    def __getattr__(self, name: str) -> Any:
-        if "readings" not in vars(self):
-            raise AttributeError(name)
-        vars(self).update(vars(self)["readings"].of(self.step))
-        del vars(self)["readings"]
-        return getattr(self, name)
+    @property
+    def loss(self) -> float:
+        return self._read[0]
+
+    @property
+    def grad_norm(self) -> float:
+        return self._read[1]
+
+    @property
+    def seconds(self) -> float:
+        return self._read[2]
+
+    def metrics(self) -> dict[str, float]:
+        """All numbers by name, without a validation loss that was not taken."""
+        names = "step epoch loss lr grad_norm tokens seconds validation".split()
+        values = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 class Training(Iterator[StepRecord]):
@@ -101,6 +76,8 @@ class Training(Iterator[StepRecord]):
         total: steps of the whole run.
         steps_an_epoch: steps of a pass over the data.
     """
+
+    _idle = False  # made, and not iterated
 
     def __init__(
         self,
@@ -114,58 +91,55 @@ class Training(Iterator[StepRecord]):
         self.stepper = Stepper(model, config, groups, data.longest)
         self.plan = planned(data, config)
         self.steps_an_epoch = math.ceil(len(self.plan) / config.accumulate)
-        self.total = config.steps or (config.epochs or 0) * self.steps_an_epoch
-        self._readings = Readings(1, 0.0)
-        self._used = False
+        self.total = total_steps(data, config)
+        self.began = time.perf_counter()
         # A weak reference: a dropped run takes its CUDA graphs along at once.
         self._records = type(self)._run(weakref.proxy(self))
 
     def __next__(self) -> StepRecord:
         """Take the next step."""
-        self._used = True
+        self._idle = False
         return next(self._records)
 
     def _run(self) -> Generator[StepRecord]:
         stepper = self.stepper
         self._agree()
         for step in range(stepper.taken + 1, self.total + 1):
-            began = time.perf_counter()
             micro_batches = self._batches_of(step)  # a function of seed and step
             scale = lr_scale(step, self.total, self.config)
             with in_mode(self.model, training=True):
                 figures = stepper(micro_batches, step, scale)
-            yield StepRecord.unread(
-                self._readings_with(step, figures, began),
+            yield StepRecord(
                 step=step,
                 epoch=(step - 1) // self.steps_an_epoch + 1,
                 lr=stepper.peaks[0] * scale,
                 tokens=sum(batch.n_tokens for batch in micro_batches),
+                figures=figures,
+                began=self.began,
             )
         self.wait()
-        if not_finite(stepper.parameters):
-            outcome = f"Step {self.total}, the last, was not finite in its outcome"
-            raise RuntimeError(blamed(outcome, stepper.parameters))
 
     def close(self) -> None:
         """End the run where it is."""
-        self._used = True
+        self._idle = False
         self._records.close()
-        self._readings.read()  # so that no record holds the model
 
     def wait(self) -> None:
-        """Wait for the device; a RuntimeError names a step that was not finite."""
-        self._readings.read()
-        if self._readings.fault:
-            raise RuntimeError(self._readings.fault)
+        """Wait for the device; a RuntimeError names a step or weights that are not finite."""
+        weights = {n: distributed.whole(p.detach()) for n, p in self.stepper.parameters.items()}
+        if bad := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+            raise RuntimeError(
+                f"Step {self.taken} made values infinite or NaN in {listed(bad)}: load the weights "
+                "anew, and try a lower learning rate."
+            )
+        if failed := int(self.stepper.failed):
+            raise RuntimeError(failure(failed))
 
     @property
     def taken(self) -> int:
         """How many steps the weights have taken; waits for the device."""
-        readings = self._readings
-        readings.read()
-        if readings.fault:
-            return readings.first + len(readings.rows) - 1
-        return self.stepper.taken
+        failed = int(self.stepper.failed)
+        return failed - 1 if failed else self.stepper.taken
 
     def state(self) -> Snapshot:
         """Where the run is; the next step changes the tensors.
@@ -175,13 +149,13 @@ class Training(Iterator[StepRecord]):
         """
         if not self.stepper.whole:
             raise RuntimeError("The run was interrupted in the midst of an update.")
-        step = self.taken
-        return Snapshot(step=step, seconds=self._readings.seconds, **self.stepper.state())
+        seconds = time.perf_counter() - self.began
+        return Snapshot(step=self.taken, seconds=seconds, **self.stepper.state())
 
     def resume(self, state: Snapshot) -> None:
         """Begin where that state was taken."""
         self.stepper.resume(state.step, state.parameters, state.moments)
-        self._readings = Readings(state.step + 1, state.seconds)
+        self.began -= state.seconds
 
     def made_of(self, validation: Dataset | None = None) -> dict[str, str]:
         """Everything that the run is a function of, in a few words by name."""
@@ -217,18 +191,8 @@ class Training(Iterator[StepRecord]):
             return [b.padded(*shape) for b, shape in zip(batches, shapes, strict=True)]
         return batches
 
-    def _readings_with(self, step: int, figures: Tensor, began: float) -> Readings:
-        """Where the step's numbers will be."""
-        if not 0 < len(self._readings.figures) < UNREAD:
-            self.wait()
-            self._readings = Readings(step, self._readings.seconds)
-        self._readings.figures.append(figures)
-        self._readings.parameters = self.stepper.parameters
-        self._readings.seconds += time.perf_counter() - began
-        return self._readings
-
     def __del__(self) -> None:
-        if not getattr(self, "_used", True):  # it may have been refused
+        if self._idle:
             warnings.warn(
                 "gpt2.train(...) was never iterated, so nothing was trained: "
                 "write `for record in gpt2.train(...)`.",
@@ -261,22 +225,14 @@ def train(
         RuntimeError: what requires grad has no part in the loss; the model was changed between
             two steps; a loss, a gradient or a trained weight is not finite.
     """
-    return Training(model, data, config, groups)
+    run = Training(model, data, config, groups)
+    run._idle = True
+    return run
 
 
-def not_finite(parameters: Mapping[str, Tensor]) -> list[str]:
-    """The names of those that hold an infinity or NaN."""
-    whole = {name: distributed.whole(p.detach()) for name, p in parameters.items()}
-    return [name for name, tensor in whole.items() if not tensor.isfinite().all()]
-
-
-def blamed(fault: str, parameters: Mapping[str, Tensor]) -> str:
-    """What went wrong, and whether the weights can still be used."""
-    if not (bad := not_finite(parameters)):
-        good = "The step was not applied; the weights are good"
-        return f"{fault}. {good}. Try a lower learning rate."
-    more = f" and {len(bad) - 3} more" if bad[3:] else ""
+def failure(step: int) -> str:
+    """What a record, or the end, says of the first step that was not finite."""
     return (
-        f"{fault}. The update before made values infinite or NaN in {', '.join(bad[:3])}{more}: "
-        "load the weights anew, and try a lower learning rate."
+        f"Step {step}: the loss or the gradient is not finite. Neither it nor a later step was "
+        "applied. Try a lower learning rate."
     )

@@ -1,4 +1,4 @@
-"""A run's state on disk, in one file, and what a run is made of. The file before is kept.
+"""A run's state on disk, in one file, and what a run is made of.
 
 Tensors are `parameters.NAME`, `moments.KIND.NAME` and `best.NAME`; metadata is a JSON text.
 """
@@ -20,10 +20,11 @@ from gpt2.files import gathered, write_tensors
 from gpt2.training.config import OPTIONS, TrainConfig
 from gpt2.training.distributed import like, whole
 
-NAME, BEFORE = "snapshot.safetensors", "snapshot-before.safetensors"
-NAMES, PART = (NAME, BEFORE), f".{NAME}.part"
-FORMAT = 2
+NAME = "snapshot.safetensors"
+PART = f".{NAME}.part"
+FORMAT = 3
 PROBED = 1024  # elements of each tensor that are read one by one, beside the sum of all
+KINDS = ("parameters", "moments", "best")  # of tensors
 Named = Mapping[str, Tensor]
 
 
@@ -37,14 +38,14 @@ class Snapshot:
     moments: Named  # AdamW's, by kind and parameter
     best: Named = field(default_factory=dict[str, Tensor])  # parameters of the lowest loss
     evaluated: Mapping[int, float] = field(default_factory=dict[int, float])
-    record: Mapping[str, Any] | None = None  # that the caller has not dealt with
+    record: Mapping[str, Any] = field(default_factory=dict[str, Any])  # the last step's metrics
     made_of: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 def write(folder: Path, snapshot: Snapshot) -> None:
     """Write a snapshot; after an OSError those of before are as they were."""
     about = {"format": FORMAT, **vars(snapshot)}
-    kinds: dict[str, Named] = {kind: about.pop(kind) for kind in ("parameters", "moments", "best")}
+    kinds: dict[str, Named] = {kind: about.pop(kind) for kind in KINDS}
     tensors = {f"{kind}.{n}": t for kind, named in kinds.items() for n, t in named.items()}
     if (all_whole := gathered(tensors)) is None:
         return  # another process writes
@@ -53,56 +54,44 @@ def write(folder: Path, snapshot: Snapshot) -> None:
     made = folder / PART
     try:
         write_tensors(made, all_whole, {"run": json.dumps(about)})
-        if (folder / NAME).exists():
-            os.replace(folder / NAME, folder / BEFORE)
         os.replace(made, folder / NAME)
     finally:
         made.unlink(missing_ok=True)
 
 
-def read(folder: Path, parameters: Named | None = None) -> tuple[Snapshot, str]:
-    """The last snapshot that is whole; and what is wrong with a later one, "" for nothing.
+def read(folder: Path, parameters: Named | None = None) -> Snapshot:
+    """The snapshot in a folder.
 
     What belongs to a sharded one of these parameters is sharded as it is.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: none is whole.
+        ValueError: it is damaged, or another version's.
     """
-    files = [folder / name for name in NAMES if (folder / name).is_file()]
-    if not files:
+    file, tensors = folder / NAME, dict[str, Any]((kind, {}) for kind in KINDS)
+    if not file.is_file():
         raise FileNotFoundError(
             f"{folder} holds no snapshot: none was saved there, or the run came to its end."
         )
-    faults: list[str] = []
-    for file in files:
-        try:
-            return _read(file, parameters or {}), "; ".join(faults)
-        except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
-            faults.append(f"{file} is cut short or damaged ({str(error)[:200]})")
-    raise ValueError(f"{'; '.join(faults)}: there is no whole snapshot to go on from.")
+    opener: Any = safe_open
+    try:
+        with opener(file, "pt") as opened:
+            about: dict[str, Any] = json.loads(opened.metadata()["run"])
+            for key in opened.keys():  # noqa: SIM118 - it is no dict
+                kind, _, name = key.partition(".")
+                of = name.partition(".")[2] if kind == "moments" else name
+                tensors[kind][name] = like(opened.get_tensor(key), (parameters or {}).get(of))
+        if about.pop("format") != FORMAT:
+            raise ValueError("another version wrote it")
+    except (SafetensorError, ValueError, KeyError, OSError) as error:
+        raise ValueError(f"{file} cannot be read ({str(error)[:200]}): train anew.") from None
+    about["evaluated"] = dict(about["evaluated"])
+    return Snapshot(**about, **tensors)
 
 
 def remove(folder: Path) -> None:
-    """Take the snapshots away."""
-    for name in (*NAMES, PART):
+    for name in (NAME, PART):
         (folder / name).unlink(missing_ok=True)
-
-
-def _read(file: Path, parameters: Named) -> Snapshot:
-    tensors: dict[str, dict[str, Tensor]] = {"parameters": {}, "moments": {}, "best": {}}
-    opener: Any = safe_open(file, "pt")
-    with opener as opened:
-        about: dict[str, Any] = json.loads(opened.metadata()["run"])
-        for key in list(opened.keys()):
-            kind, _, name = key.partition(".")
-            of = name.partition(".")[2] if kind == "moments" else name
-            tensors[kind][name] = like(opened.get_tensor(key), parameters.get(of))
-
-    if about.pop("format") == 1:  # of version 0.1
-        about = {name: about[name] for name in ("step", "seconds", "evaluated")}
-    about |= {**tensors, "evaluated": dict(about["evaluated"])}
-    return Snapshot(**about)
 
 
 def made_of(

@@ -54,13 +54,13 @@ class Stepper:
         self.graphs = GraphedCalls() if capturable and distributed.size() == 1 else None
 
         self.watch = Watch(self.network, self.trained)
-        # On the device, 1 after a step that was not finite.
+        # On the device, the number of the first step that was not finite; 0 for none.
         self.failed = torch.zeros((), dtype=torch.float32, device=self.device)
         self.taken = 0  # steps, those before a resume included
         self.whole = True  # not in the midst of an update
 
     def __call__(self, batches: Sequence[Batch], step: int, scale: float = 1.0) -> Tensor:
-        """Loss and gradient norm of a step, `(2,)`, still on the device.
+        """Loss and gradient norm of a step, and the first step that failed, `(3,)` on the device.
 
         Where either is not finite all stays as it is, in later steps too. The step's number
         fixes its random numbers; `scale` is a factor of the learning rates.
@@ -76,21 +76,21 @@ class Stepper:
                 group["lr"] = peak * scale
 
         share = (distributed.size() if self.sharded else 1) / sum(b.n_tokens for b in batches)
-        weight = torch.full((), share, dtype=torch.float32, device=self.device)
+        known = devices.copied(torch.tensor([share, step], dtype=torch.float32), self.device)
         number = partial(seed_of, self.config.seed, step)
         with devices.own_generators(self.device) as seed, self._blocks_run():
             if self.graphs and self.is_graphed(batches[0].idx.numel()):
-                inputs = weight, *_inputs(batches[0], self.device)
+                inputs = known, *_inputs(batches[0], self.device)
                 update = partial(self._replayed, self.graphs, partial(seed, number(0)), *inputs)
             else:
                 losses: list[Tensor] = []
-                in_order = distributed.adds_in_order(self.trained, self.config)
+                in_order = distributed.adds_in_order(self.trained, self.config.accumulate)
                 for i, batch in distributed.shares(batches, sharded=self.sharded):
                     seed(number(i))
-                    loss = self._gradients(weight, *_inputs(batch, self.device))
+                    loss = self._gradients(known, *_inputs(batch, self.device))
                     losses.append(distributed.row(self.trained, loss) if in_order else loss)
                 loss = distributed.summed(self.trained, losses, len(batches), in_order=in_order)
-                update = partial(self._update, loss)
+                update = partial(self._update, loss, known)
 
             self.whole = False
             figures = update()
@@ -135,15 +135,15 @@ class Stepper:
         seed()
         return graphs(self._step, self._state, *inputs).clone()
 
-    def _step(self, weight: Tensor, *inputs: Tensor) -> Tensor:
-        return self._update(self._gradients(weight, *inputs))
+    def _step(self, known: Tensor, *inputs: Tensor) -> Tensor:
+        return self._update(self._gradients(known, *inputs), known)
 
-    def _gradients(self, weight: Tensor, *inputs: Tensor) -> Tensor:
+    def _gradients(self, known: Tensor, *inputs: Tensor) -> Tensor:
         """Add a micro-batch's gradients to the parameters'; gives its loss."""
         how: Any = {"smoothing": self.config.label_smoothing, "longest": self.longest}
         how["compile"] = self.config.compile and self.network is self.model
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast):
-            loss = summed_loss(self.model, *inputs, **how) * weight
+            loss = summed_loss(self.model, *inputs, **how) * known[0]
         if not loss.requires_grad:
             raise RuntimeError(
                 "Nothing in the loss requires grad. Is the adapter disabled or merged?"
@@ -151,19 +151,19 @@ class Stepper:
         loss.backward()
         return loss.detach()
 
-    def _update(self, loss: Tensor) -> Tensor:
+    def _update(self, loss: Tensor, known: Tensor) -> Tensor:
         norm = nn.utils.clip_grad_norm_(self.trained, self.config.clip or math.inf)
         figures = torch.stack([loss, distributed.whole(norm).to(loss.dtype)])
-        bad = ~figures.isfinite().all()
-        self.failed.copy_(torch.maximum(self.failed, bad.float()))
+        fails = ~figures.isfinite().all() & (self.failed == 0)
+        self.failed.copy_(torch.where(fails, known[1], self.failed))
         if devices.skips_found_inf(self.device):
             # The fused optimiser does nothing where it is 1.
-            self.optimizer.found_inf = self.failed
+            self.optimizer.found_inf = self.failed.clamp(max=1)
             self.optimizer.step()
         elif not self.failed.item():
             self.optimizer.step()
         self.optimizer.zero_grad()
-        return figures
+        return torch.cat([figures, self.failed[None].to(loss.dtype)])
 
     def _state(self) -> list[Tensor]:
         """All that a step changes."""
@@ -207,32 +207,26 @@ def grouped(model: nn.Module, config: TrainConfig, groups: Groups | None) -> lis
     """The groups with the config's options filled in; one of all parameters by default.
 
     Raises:
-        ValueError: listing parameters in no group, twice, or not trained, and bad options.
+        ValueError: listing parameters in no group, or not trained, and bad options.
     """
-    names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = {p: name for name, p in model.named_parameters() if p.requires_grad}
     usual = {name: getattr(config, name) for name in OPTIONS}
     made: list[dict[str, Any]] = []
     faults: list[str] = []
 
     for i, group in enumerate([{"params": trained}] if groups is None else groups):
-        options = {**group}
-        params = options.pop("params", ())
-        made.append({**usual, **options})
-        made[-1]["params"] = [params] if isinstance(params, nn.Parameter) else list(params)
+        options = {**usual, **group}
+        params = list(options.pop("params"))
         try:
-            replace(config, **{name: made[-1][name] for name in OPTIONS})
-        except ValueError as error:
+            replace(config, **options)
+        except (TypeError, ValueError) as error:
             faults.append(f"group {i}: {error}")
-        if unknown := options.keys() - usual.keys():
-            faults.append(f"group {i} has {', '.join(unknown)} (known: {', '.join(OPTIONS)})")
+        made.append({**options, "params": params})
 
-    ids = [id(p) for group in made for p in group["params"]]
-    if lacking := [name for i, name in names.items() if i not in ids]:
+    given = {p for group in made for p in group["params"]}
+    if lacking := [name for p, name in trained.items() if p not in given]:
         faults.append(f"in no group: {', '.join(lacking)}")
-    if twice := [name for i, name in names.items() if ids.count(i) > 1]:
-        faults.append(f"in two groups: {', '.join(twice)}")
-    if strangers := sum(i not in names for i in ids):
+    if strangers := len(given - trained.keys()):
         faults.append(f"{strangers} parameters are not the model's, or require no grad")
     if faults:
         raise ValueError(f"groups: {listed(faults)}.")

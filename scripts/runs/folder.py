@@ -20,7 +20,7 @@ from jsonargparse import Namespace
 from rich.console import Console
 
 import gpt2
-from gpt2.training.snapshots import NAMES as SNAPSHOTS
+from gpt2.training.snapshots import NAME as SNAPSHOT
 
 from ..cli.options import program
 
@@ -30,7 +30,7 @@ OPTIONS, REPORT = "options.yaml", "report.html"
 WINNER, TRAINED_BY, LEADERBOARD = "best", "train.yaml", "leaderboard.jsonl"
 SEARCH_PLOT, STUDY, WAVES = "search.png", "study.db", "waves"
 SEARCHED = (LEADERBOARD, SEARCH_PLOT, STUDY, WAVES)
-RESULTS = (*SEARCHED, METRICS, PLOT, ANSWERS, RUN, REPORT, *SNAPSHOTS)
+RESULTS = (*SEARCHED, METRICS, PLOT, ANSWERS, RUN, REPORT, SNAPSHOT)
 CONFIG = "adapter_config.json"
 NUMBERED = Path("runs")
 

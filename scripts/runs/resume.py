@@ -14,7 +14,7 @@ from . import folder, processes
 
 TRANSIENT = ("config", "resume", "overwrite", "res_path")
 FREE = "logging_steps prompts generate device cache save_every".split()
-FREE += "patience min_delta eval_every data model_name validation test".split()  # or fingerprints
+FREE += "patience eval_every data model_name validation test".split()  # or fingerprints
 
 
 class Start(NamedTuple):
@@ -54,7 +54,7 @@ def decide(options: Namespace, kind: str, adapters: list[str]) -> Start:
         raise ValueError("Name the run's folder: --resume FOLDER.")
     resumable = (root / folder.OPTIONS).is_file() and not (root / folder.RUN).is_file()
     if kind == "qa" and not options.tasks:
-        resumable = resumable and any((root / name).is_file() for name in folder.SNAPSHOTS)
+        resumable = resumable and (root / folder.SNAPSHOT).is_file()
     if resume and not resumable:
         raise FileNotFoundError(
             f"{root} has nothing to resume: no snapshot was saved, or the run has ended."

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -72,7 +71,7 @@ def train_one(
 
     rates = {"b_ratio": options.b_ratio}
     groups = lora.parameter_groups(model, config.lr, **rates) if options.b_ratio != 1 else None
-    again = start.resume and (alone or any((directory / n).is_file() for n in snapshots.NAMES))
+    again = start.resume and (alone or (directory / snapshots.NAME).is_file())
 
     run = build(gpt2.RunConfig, options, folder=directory)
     how: dict[str, Any] = {"groups": groups, "validation": split.validation, "run": run}
@@ -119,7 +118,7 @@ def _evaluated(reader: Reader, split: Split, fit: gpt2.Fit) -> dict[str, Any]:
 def follow(fit: gpt2.Fit, directory: Path, console: Console, every: int) -> None:
     """Take and record the steps; print a line each `every`."""
     tokens, began, recent = 0, perf_counter(), list[float]()
-    with bar(console, total=fit.total, completed=fit.handled) as advance:
+    with bar(console, total=fit.total, completed=fit.start - 1) as advance:
         for step in recorded(fit, directory):
             if step.step == 1 and fit.evaluated:
                 console.print(f"step     0 · validation {fit.evaluated[0]:.4f}")
@@ -179,14 +178,13 @@ def _save(fit: gpt2.Fit, name: str, root: Path, notes: Mapping[str, Any]) -> str
 def recorded(fit: gpt2.Fit, directory: Path) -> Iterator[gpt2.StepRecord]:
     """Write each step as a line of JSON."""
     file, rows = directory / folder.METRICS, dict[int, str]()
-    if fit.handled and file.exists():  # perhaps torn
+    if fit.start > 1 and file.exists():  # perhaps torn
         for line in file.read_text("utf-8", "replace").splitlines(keepends=True):
             with suppress(ValueError, LookupError, TypeError):
                 rows[int(json.loads(line)["step"])] = line
-        kept = [line for step, line in sorted(rows.items()) if step <= fit.handled]
+        kept = [line for step, line in sorted(rows.items()) if step < fit.start]
         folder.write_whole(file, "".join(kept))
     with file.open("a", encoding="utf-8", buffering=1) as stream:
         for step in fit:
             yield step  # first: a disk may be full
-            row = {name: value for name, value in asdict(step).items() if value is not None}
-            stream.write(json.dumps(row) + "\n")
+            stream.write(json.dumps(step.metrics()) + "\n")
