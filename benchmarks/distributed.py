@@ -21,6 +21,7 @@ from torch.multiprocessing.spawn import spawn
 
 import gpt2
 from benchmarks import harness, models
+from gpt2.training import distributed
 from gpt2.training.distributed import shard
 from gpt2.training.step import Stepper
 
@@ -28,13 +29,7 @@ CASES = {  # what it is, how the two share a step, and the rows of each
     "lora": ("gpt2 124M, r=8 on c_attn", ("all-reduce", "in order"), 16),
     "xl": ("gpt2-xl, all weights, FSDP2", ("sharded",), 8),
 }
-WAYS: dict[str, dict[str, Any]] = {
-    "in order": {"in_order": True},
-    "all-reduce": {"in_order": False},
-    "compiled, in order": {"in_order": True, "compile": True},
-    "sharded": {},
-    "sharded, compiled": {"compile": True},
-}
+WAYS = ("in order", "all-reduce", "compiled, in order", "sharded", "sharded, compiled")
 
 
 def main() -> None:
@@ -85,7 +80,8 @@ def stepper_of(case: str, way: str, world: int, compile: bool) -> Stepper:
     how: dict[str, Any] = {"steps": 1, "accumulate": world, "compile": compile}
     if case == "lora":
         model = models.ours("gpt2", "cuda", torch.bfloat16).train()
-        config = gpt2.TrainConfig(lr=1e-4, in_order=way == "in order", **how)
+        distributed.GATHERED_BYTES = 2**28 * (way == "in order")
+        config = gpt2.TrainConfig(lr=1e-4, **how)
         return Stepper(model, config)
     model = models.base("gpt2-xl", "cuda", torch.float32).train()
     model = shard(model, torch.bfloat16) if world > 1 else model
@@ -114,11 +110,13 @@ def difference(one: list[float], way: str) -> harness.Facts:
 
 def losses_and_norms(world: int, way: str) -> list[float]:
     """Of two epochs and a half, whose last step lacks a micro-batch."""
+    distributed.GATHERED_BYTES = 2**28 * ("in order" in way)
     model = models.base("demo", "cuda", torch.float32, dropout=False)
     texts = ["a b c", "hello", "low rank " * 5, "at", "updates", "beside it", "the weights"]
     data = gpt2.encode(texts, gpt2.Tokenizer())
     model = shard(model) if world > 1 and way.startswith("sharded") else model
-    config = gpt2.TrainConfig(steps=10, lr=1e-3, accumulate=2, **(WAYS[way] if world > 1 else {}))
+    compile = world > 1 and "compiled" in way
+    config = gpt2.TrainConfig(steps=10, lr=1e-3, accumulate=2, compile=compile)
     records = gpt2.train(model, data, config)
     figures = [figure for record in records for figure in (record.loss, record.grad_norm)]
     return [*figures, gpt2.evaluate(model, data, batch_size=2).loss]

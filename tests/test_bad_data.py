@@ -20,9 +20,7 @@ from tests.script_runs import (
     VALID,
     assert_trained,
     command,
-    losses_of,
     rows,
-    stopped_after,
 )
 
 
@@ -75,26 +73,6 @@ def test_a_share_that_leaves_no_example_is_one_line(
         assert error.count("\n") == 1
         assert f"of 12 examples, taken by a hash of their prompts, leaves none {which}" in error
     assert not (tmp_path / "never").exists()
-
-
-def test_a_snapshot_cut_short_is_passed_over_and_said(
-    script, quick, tmp_path, many, monkeypatch, capsys
-):
-    train, whole, cut = script("train_qa").main, tmp_path / "whole", tmp_path / "cut"
-    arguments = [*quick, "--steps", "7", *VALID, "--save_every", "1", "--data", many, "--res_path"]
-    assert train([*arguments, str(whole)]) == 0
-    with monkeypatch.context() as patch:
-        stopped_after(5, script("runs.train"), patch)
-        assert train([*arguments, str(cut)]) == 143
-    newest = cut / "snapshot.safetensors"
-    newest.write_bytes(newest.read_bytes()[:1000])
-    said = r"cut short or damaged .*: the run goes on from the snapshot before, of step \d\."
-    with pytest.warns(RuntimeWarning, match=said):
-        assert train(["--resume", str(cut)]) == 0
-    assert losses_of(cut) == losses_of(whole)
-    for name in ("adapter", "last"):
-        one, other = (p / name / "adapter_model.safetensors" for p in (whole, cut))
-        assert one.read_bytes() == other.read_bytes()
 
 
 def test_a_warning_is_a_line_without_its_place(script, capsys):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 
 import gpt2
 import lora
-from gpt2.training import fitting
+from gpt2.training import distributed, fitting
 from gpt2.training.distributed import shard, whole
 from tests.processes import end, together
 from tests.runs import DATA, digest, encoded, model_of
@@ -48,7 +47,7 @@ def fitted(adapter: bool, options: dict[str, Any], nan_on: int | None = None) ->
     told: list[Any] = []
     error = ""
     try:
-        told += [asdict(r) | {"seconds": 0} for r in fit]
+        told += [r.metrics() | {"seconds": 0} for r in fit]
     except RuntimeError as failed:
         error = str(failed)
     with fit.last_weights():
@@ -129,8 +128,8 @@ def test_a_gradient_that_is_not_finite_in_one_process_stops_all_at_the_same_step
     one, other = together(2, fitted, True, options, 1)
     assert one == other
     assert one["told"] == []
-    assert "Step 1: the loss is" in one["error"]
-    assert "the weights are good" in one["error"]
+    assert "Step 1: the loss or" in one["error"]
+    assert "The step was not applied" in one["error"]
 
 
 def started(accumulate: int, seed: int | None) -> Any:
@@ -149,10 +148,16 @@ def test_processes_that_begin_with_other_weights_are_refused():
         assert "Process 1 begins with other weights" in said
 
 
+def reduced(*arguments: Any) -> Any:
+    distributed.GATHERED_BYTES = 0
+    return fitted(*arguments)
+
+
 def test_all_reduce_gives_the_same_to_rounding():
-    (alone,) = together(1, fitted, False, {"accumulate": 4, "in_order": False, "eps": 1e-3})
+    options = {"accumulate": 4, "eps": 1e-3}
+    (alone,) = together(1, fitted, False, options)
     assert len(alone["told"]) == 7
-    one, other = together(2, fitted, False, {"accumulate": 4, "in_order": False, "eps": 1e-3})
+    one, other = together(2, reduced, False, options)
     assert one == other
     for got, want in zip(one["told"], alone["told"], strict=True):
         assert (got["loss"], got["grad_norm"]) == pytest.approx(
@@ -176,26 +181,6 @@ def sharded_fit(world: int, folder: str, stop: int | None, resume: bool) -> Any:
     fit.close()
     model.save_pretrained(Path(folder, f"of {world}"))
     return told, fit.evaluated, fit.best_step
-
-
-def asked(folder: str, every: int | str) -> int:
-    """How often processes ask one another in the steps of a sharded run."""
-    model, calls = shard(model_of()), list[int]()
-    run = gpt2.RunConfig(save_every=every, folder=folder) if every else None
-    fit = gpt2.fit(model, DATA, gpt2.TrainConfig(steps=4, accumulate=2), run=run)
-    next(fit)
-    real = torch.distributed.all_gather_object
-    torch.distributed.all_gather_object = lambda *a: (calls.append(1), real(*a))[1]
-    try:
-        list(fit)
-    finally:
-        torch.distributed.all_gather_object = real
-    return len(calls)
-
-
-@pytest.mark.parametrize(("every", "calls"), [(0, 0), ("99s", 4)])
-def test_a_sharded_run_asks_who_saves_only_where_clocks_decide(every, calls, tmp_path):
-    assert together(2, asked, str(tmp_path), every) == [calls] * 2
 
 
 @pytest.fixture(scope="module")

@@ -155,7 +155,7 @@ def test_what_cannot_be_resumed_is_one_line(script, quick, tmp_path, capsys, man
         (["--validation", ARTICLE], "Every validation example has a prompt that is learnt too"),
         (["--patience", "2"], "patience and eval_every need validation data"),
         (["--patience", "0", "--validation", "0.5"], "patience must be an integer of at least 1"),
-        (["--save_every", "soon"], "save_every must be steps"),
+        (["--save_every", "0"], "save_every must be an integer of at least 1"),
         (["--tasks", ARTICLE, "--validation", "0.5", "--resume"], "has nothing to resume"),
     ],
     ids=lambda value: " ".join(value)[-30:] if isinstance(value, list) else "",

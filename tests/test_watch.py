@@ -62,12 +62,12 @@ CHANGES = {
     "a child": (r"parts\.0", lambda m: setattr(part(m), "act", nn.Tanh())),
     "a frozen child above": ("the model", lambda m: setattr(m, "table", nn.Embedding(64, 64))),
     "a layer": ("parts", lambda m: m.parts.__setitem__(0, Part())),
-    "memory": ("weight", lambda m: setattr(part(m).weight, "data", torch.eye(64))),
+    "memory": ("the trained parameters", lambda m: setattr(part(m).weight, "data", torch.eye(64))),
     "a parameter": (
         r"parts\.0",
         lambda m: setattr(part(m), "weight", nn.Parameter(torch.eye(64))),
     ),
-    "frozen": ("weight", lambda m: part(m).weight.requires_grad_(False)),
+    "frozen": ("the trained parameters", lambda m: part(m).weight.requires_grad_(False)),
 }
 
 
@@ -122,7 +122,7 @@ def test_an_adapter_that_goes_is_an_error(change):
     steps = train(model, DATA, TrainConfig(steps=4, lr=1e-3))
     next(steps)
     change(model)
-    with pytest.raises(RuntimeError, match=r"changed between two steps: .*transformer\.h\.0"):
+    with pytest.raises(RuntimeError, match="changed between two steps"):
         next(steps)
 
 

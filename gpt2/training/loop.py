@@ -20,7 +20,7 @@ from gpt2.data.dataset import Dataset
 from gpt2.files import listed
 from gpt2.model import GPT2, in_mode
 from gpt2.training import distributed, snapshots
-from gpt2.training.config import TrainConfig, lr_scale, planned, total_steps
+from gpt2.training.config import TrainConfig, lr_scale, planned
 from gpt2.training.losses import check_readable, inner
 from gpt2.training.snapshots import Snapshot
 from gpt2.training.step import Groups, Stepper
@@ -91,7 +91,7 @@ class Training(Iterator[StepRecord]):
         self.stepper = Stepper(model, config, groups, data.longest)
         self.plan = planned(data, config)
         self.steps_an_epoch = math.ceil(len(self.plan) / config.accumulate)
-        self.total = total_steps(data, config)
+        self.total = config.steps or (config.epochs or 0) * self.steps_an_epoch
         self.began = time.perf_counter()
         # A weak reference: a dropped run takes its CUDA graphs along at once.
         self._records = type(self)._run(weakref.proxy(self))
@@ -233,6 +233,6 @@ def train(
 def failure(step: int) -> str:
     """What a record, or the end, says of the first step that was not finite."""
     return (
-        f"Step {step}: the loss or the gradient is not finite. Neither it nor a later step was "
-        "applied. Try a lower learning rate."
+        f"Step {step}: the loss or the gradient is not finite. The step was not applied, and the "
+        "weights stay as they were. Try a lower learning rate."
     )

@@ -76,7 +76,8 @@ class Stepper:
                 group["lr"] = peak * scale
 
         share = (distributed.size() if self.sharded else 1) / sum(b.n_tokens for b in batches)
-        known = devices.copied(torch.tensor([share, step], dtype=torch.float32), self.device)
+        facts = torch.tensor([share, step], dtype=torch.float32, device="cpu")
+        known = devices.copied(facts, self.device)
         number = partial(seed_of, self.config.seed, step)
         with devices.own_generators(self.device) as seed, self._blocks_run():
             if self.graphs and self.is_graphed(batches[0].idx.numel()):
@@ -215,13 +216,15 @@ def grouped(model: nn.Module, config: TrainConfig, groups: Groups | None) -> lis
     faults: list[str] = []
 
     for i, group in enumerate([{"params": trained}] if groups is None else groups):
-        options = {**usual, **group}
-        params = list(options.pop("params"))
+        params = group["params"]
+        made.append({**usual, **group})
+        made[-1]["params"] = [params] if isinstance(params, nn.Parameter) else list(params)
+        if unknown := group.keys() - {"params", *OPTIONS}:
+            faults.append(f"group {i} has {', '.join(unknown)} (known: {', '.join(OPTIONS)})")
         try:
-            replace(config, **options)
-        except (TypeError, ValueError) as error:
+            replace(config, **{name: made[-1][name] for name in OPTIONS})
+        except ValueError as error:
             faults.append(f"group {i}: {error}")
-        made.append({**options, "params": params})
 
     given = {p for group in made for p in group["params"]}
     if lacking := [name for p, name in trained.items() if p not in given]:

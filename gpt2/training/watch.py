@@ -23,9 +23,9 @@ class Watch:
 
     def __init__(self, model: nn.Module, trained: Sequence[nn.Parameter]) -> None:
         ids = {id(p) for p in trained}
-        self.trained = {name: p for name, p in model.named_parameters() if id(p) in ids}
-        parts = [name.split(".") for name in self.trained]
+        parts = [name.split(".") for name, p in model.named_parameters() if id(p) in ids]
         above = {".".join(path[:i]) for path in parts for i in range(len(path))}
+        self.trained = trained
         self.modules = {path: vars(model.get_submodule(path)) for path in sorted(above)}
         self.renew()
 
@@ -40,15 +40,14 @@ class Watch:
 
     def changes(self) -> list[str]:
         """The names of what is not as it was."""
-        triples = zip(self.trained, self.places, self._places(), strict=True)
-        changed = [name for name, then, now in triples if then != now]
+        changed = ["the trained parameters"] if self._places() != self.places else []
         for path, get, then in self.seen:
             try:
-                if get(self.modules[path]) == then:
-                    continue
+                is_same = get(self.modules[path]) == then
             except (KeyError, RuntimeError, ValueError):
-                pass  # an attribute is gone, or is a tensor
-            changed.append(path or "the model")
+                is_same = False  # an attribute is gone, or is a tensor
+            if not is_same:
+                changed.append(path or "the model")
         return changed
 
     def check(self) -> None:
@@ -60,7 +59,7 @@ class Watch:
             )
 
     def _places(self) -> list[tuple[int, bool]]:
-        return [(p.data_ptr(), p.requires_grad) for p in self.trained.values()]
+        return [(p.data_ptr(), p.requires_grad) for p in self.trained]
 
 
 def _copied(value: Any) -> Any:
