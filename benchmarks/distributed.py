@@ -1,9 +1,6 @@
 """One GPU against two of one host: a step of an adapter, and of all weights of a sharded model.
 
-python -m benchmarks.distributed --cases "check;lora;xl" --out results.jsonl
-
-`check` trains a small model on one GPU and on two, and gives the largest relative difference of
-losses and gradient norms.
+python -m benchmarks.distributed --cases "lora;xl" --out results.jsonl
 """
 
 from __future__ import annotations
@@ -29,16 +26,12 @@ CASES = {  # what it is, how the two share a step, and the rows of each
     "lora": ("gpt2 124M, r=8 on c_attn", ("all-reduce", "in order"), 16),
     "xl": ("gpt2-xl, all weights, FSDP2", ("sharded",), 8),
 }
-WAYS = ("in order", "all-reduce", "compiled, in order", "sharded", "sharded, compiled")
 
 
 def main() -> None:
-    a = harness.arguments(__doc__, cases="check;lora;xl", B=0, T=1024, compile=1, warmup=6)
+    a = harness.arguments(__doc__, cases="lora;xl", B=0, T=1024, compile=1, warmup=6)
     for case in a.cases.split(";"):
-        if case == "check":
-            check(a)
-        else:
-            compare(a, case)
+        compare(a, case)
 
 
 def compare(a: Any, case: str) -> None:
@@ -92,34 +85,6 @@ def local_bytes(tensor: Any) -> int:
     """Of the part of a tensor that this process holds."""
     part = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return part.numel() * part.element_size()
-
-
-def check(a: Any) -> None:
-    """Two GPUs as one, in every way."""
-    one = run(1, losses_and_norms, 1, "in order")
-    for way in WAYS:
-        facts = harness.attempt(partial(difference, one, way))
-        harness.emit("distributed", a.out, case="2 GPUs as 1", way=way, **facts)
-
-
-def difference(one: list[float], way: str) -> harness.Facts:
-    """The largest between one GPU's figures and those of two."""
-    pairs = zip(one, run(2, losses_and_norms, 2, way), strict=True)
-    return {"difference": max(abs(x - y) / max(abs(x), 1e-3) for x, y in pairs)}
-
-
-def losses_and_norms(world: int, way: str) -> list[float]:
-    """Of two epochs and a half, whose last step lacks a micro-batch."""
-    distributed.GATHERED_BYTES = 2**28 * ("in order" in way)
-    model = models.base("demo", "cuda", torch.float32, dropout=False)
-    texts = ["a b c", "hello", "low rank " * 5, "at", "updates", "beside it", "the weights"]
-    data = gpt2.encode(texts, gpt2.Tokenizer())
-    model = shard(model) if world > 1 and way.startswith("sharded") else model
-    compile = world > 1 and "compiled" in way
-    config = gpt2.TrainConfig(steps=10, lr=1e-3, accumulate=2, compile=compile)
-    records = gpt2.train(model, data, config)
-    figures = [figure for record in records for figure in (record.loss, record.grad_norm)]
-    return [*figures, gpt2.evaluate(model, data, batch_size=2).loss]
 
 
 def run(world: int, work: Callable[..., Any], *inputs: Any) -> Any:

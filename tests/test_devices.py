@@ -48,11 +48,10 @@ def test_where_the_flag_is_not_heeded_the_host_looks(monkeypatch):
     monkeypatch.setattr(AdamW, "step", lambda self, *a: (taken.append(1), real(self, *a))[1])
     stepper(steps[0], 1)
     handle = model.transformer.h[1].register_forward_hook(lambda m, i, out: out * torch.nan)
-    assert not stepper(steps[1], 2).isfinite().any()
+    assert stepper(steps[1], 2).tolist()[2] == 2
     handle.remove()
-    assert stepper(steps[2], 3).isfinite().all()  # but it stays failed, until the caller has looked
+    assert stepper(steps[2], 3).tolist()[2] == 2  # it stays failed
     assert len(taken) == 1
-    assert stepper.failed == 1
     assert weights(model) == weights(left)
 
 

@@ -28,10 +28,14 @@ def test_the_blocks_run(page, tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     if any("transformers" in block for block in blocks):
         pytest.importorskip("transformers", reason="the extra peers")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for block in blocks:
-        exec(compile(block, page.name, "exec"), names)
+        try:
+            exec(compile(block, page.name, "exec"), names)
+        except ModuleNotFoundError as error:
+            assert error.name in ("timm", "sentence_transformers")  # heavy, in no extra
     if page.name == "README.md":
         assert len(blocks) == 4
         assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()

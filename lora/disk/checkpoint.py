@@ -67,12 +67,14 @@ def save(
         if isinstance(module, ModuleCopy)
     }
     base_name: str | None = getattr(tree.root, "name_or_path", None) or None
+    # transformers' masked models have an lm_head too, and PEFT's wrapper for text fails on them.
+    is_causal = hasattr(tree.root, "lm_head") and getattr(tree.root, "can_generate", lambda: True)()
     config = peft.to_config(
         {path: update.config for path, update in updates.items()},
         tree.bases.keys(),
         copies,
         fan_in_fan_out=any(is_fan_in_fan_out(tree.bases[path]) for path in updates),
-        task_type="CAUSAL_LM" if hasattr(tree.root, "lm_head") else None,
+        task_type="CAUSAL_LM" if is_causal else None,
         base_model_name_or_path=base_name,
     )
     slices = {path: u.slices for path, u in updates.items() if isinstance(u, SlicedUpdate)}
