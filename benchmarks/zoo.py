@@ -23,7 +23,7 @@ from benchmarks import harness
 
 HEADING = """# Architectures
 
-[Other models](other-models.md#architectures) says what is measured."""
+[Other models](other-models.md) says what is measured."""
 ZOO = {
     "CausalLM": """gpt2 gpt_neox gptj gpt_bigcode opt bloom falcon llama mistral mixtral qwen2
         qwen3 gemma gemma2 gemma3_text phi phi3 olmo2 starcoder2 stablelm""",

@@ -87,3 +87,17 @@ def test_a_ratio_is_beside_pefts_row_of_the_same_work(monkeypatch):
         "| PEFT | 2 | 100 | — | — | h200, new, today |",
         "| PEFT | 1 | 50 | — | — | h100, new, today |",
     ]
+
+
+def test_the_zoo_is_exact_here_and_in_peft():
+    pytest.importorskip("peft", reason="the extra peers")
+    zoo = pytest.importorskip("benchmarks.zoo")
+    cells = zoo.rows(["llama", "roberta"])  # a masked model has an lm_head too
+    assert [row[:2] for row in cells[1::2]] == [
+        ["llama", "`all-linear`"],
+        ["roberta", "`all-linear`"],
+    ]
+    for _, _, birth, loss, *others, ejected in cells:
+        assert birth == ejected == "0"
+        assert loss.startswith("-")
+        assert all(float(cell) < 1e-5 for cell in others)
