@@ -35,7 +35,8 @@ def test_the_blocks_run(page, tmp_path, monkeypatch):
         try:
             exec(compile(block, page.name, "exec"), names)
         except ModuleNotFoundError as error:
-            assert error.name in ("timm", "sentence_transformers")  # heavy, in no extra
+            if error.name not in ("timm", "sentence_transformers"):  # heavy, in no extra
+                raise
     if page.name == "README.md":
         assert len(blocks) == 4
         assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
