@@ -28,6 +28,7 @@ Training:
     Fit                   what `fit` gives
     evaluate              the loss on held-out data
     Evaluation            its result
+    exact_match           a score of generated texts
     total_steps           how many steps a run has
     next_token_loss       the loss of logits and labels
     summed_loss           the same from a model, its logits never whole
@@ -67,3 +68,4 @@ from gpt2.training.loop import StepRecord as StepRecord
 from gpt2.training.loop import Training as Training
 from gpt2.training.loop import train as train
 from gpt2.training.losses import summed_loss as summed_loss
+from gpt2.training.scores import exact_match as exact_match

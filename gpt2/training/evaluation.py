@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from gpt2.loss import IGNORE
 from gpt2.model import GPT2, in_mode
 from gpt2.training import distributed
 from gpt2.training.losses import check_readable, logits_of, summed_loss
+from gpt2.training.scores import Score, Scorer, interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +26,8 @@ class Evaluation:
     tokens: int  # supervised
     examples: int
     exact_match: float | None = None  # share of the prompts that are answered as a reference
+    score: float | None = None  # of generated texts
+    interval: tuple[float, float] | None = None  # the score's, 95 %, over other prompts
 
     @property
     def perplexity(self) -> float:
@@ -38,6 +42,8 @@ def evaluate(
     batch_size: int = 8,
     autocast: bool = False,
     references: bool = False,
+    score: Score | None = None,
+    prompts: int | None = None,
 ) -> Evaluation:
     """The mean loss over all supervised tokens of the data, without dropout.
 
@@ -50,9 +56,14 @@ def evaluate(
         autocast: compute in bfloat16 beside float32 weights.
         references: also give the share of prompts that the model continues greedily with one of
             their completions and its end.
+        score: also continue the prompts greedily and score the texts: a function from texts and
+            each one's references (the prompt's completions) to a number, the higher the better,
+            such as `gpt2.exact_match`. If it has no method `interval` of the same arguments, it is
+            called a thousand times for the interval.
+        prompts: how many of the data's first prompts are continued; None for all.
 
     Raises:
-        ValueError: the data does not fit the model; references of data without prompts.
+        ValueError: the data does not fit the model; references or a score of data without prompts.
     """
     check_readable(model, data)
     device = next(iter(model.parameters())).device
@@ -89,11 +100,19 @@ def evaluate(
         tokens += count
         exact[order[start : start + batch_size]] = right
 
+    scored: dict[str, Any] = {}
+    if score is not None:
+        scorer = Scorer(data, score, prompts)
+        texts = scorer.texts(model), scorer.references
+        scored = {"score": float(score(*texts)), "interval": interval(score, *texts)}
+
     share = None
     if references:  # of the different prompts, those that have an exact example
         keys = np.concatenate([*data.prompt_keys()])
         share = len(np.unique(keys[(asked > 0) & exact])) / len(np.unique(keys[asked > 0]))
-    return Evaluation(loss=total / tokens, tokens=tokens, examples=len(data), exact_match=share)
+    return Evaluation(
+        loss=total / tokens, tokens=tokens, examples=len(data), exact_match=share, **scored
+    )
 
 
 def _are_greedy(model: nn.Module, batch: Batch, prompts: Tensor) -> Array:

@@ -21,6 +21,7 @@ from gpt2.training.config import RunConfig, TrainConfig
 from gpt2.training.evaluation import evaluate
 from gpt2.training.loop import StepRecord, Training
 from gpt2.training.losses import check_readable
+from gpt2.training.scores import Score, Scorer
 from gpt2.training.step import Groups, Weights
 
 
@@ -33,25 +34,32 @@ def fit(
     validation: Dataset | None = None,
     run: RunConfig | None = None,
     resume: bool = False,
+    score: Score | None = None,
+    prompts: int | None = None,
+    choose_by: str = "loss",
 ) -> Fit:
     """Train as `gpt2.train` does; evaluate, keep the best, stop early, save and resume.
 
     Iterate the result: `for record in gpt2.fit(...)`. The model is evaluated before the first
-    step too. At the end it has the weights of the lowest validation loss. A resumed run begins
-    with the record of the step that the snapshot was taken after.
+    step too. At the end it has the weights of the best evaluation. A resumed run begins with the
+    record of the step that the snapshot was taken after.
 
     Args:
         model, data, config, groups: as for `gpt2.train`.
         validation: examples that are only read; without them the last weights are the result.
         run: when to evaluate, to stop and to save.
         resume: go on, bit for bit on a CPU, from the snapshot in the run's folder.
+        score, prompts: as for `gpt2.evaluate`, of the validation examples at each evaluation.
+        choose_by: what is best, and what patience waits for: the lowest "loss" or the highest
+            "score". A value that is not finite is never the best.
 
     Raises:
         ValueError, RuntimeError: as `gpt2.train`; a snapshot of a run of other data, base or
             options.
         FileNotFoundError: there is no snapshot to resume from.
     """
-    made = Fit(model, data, config, groups, validation, run or RunConfig(), resume)
+    how = {"score": score, "prompts": prompts, "choose_by": choose_by}
+    made = Fit(model, data, config, groups, validation, run or RunConfig(), resume, **how)
     made._idle = True
     return made
 
@@ -61,7 +69,9 @@ class Fit(Training):
 
     Attributes:
         evaluated: the validation loss by step; 0 is before the first.
-        best: the weights of the lowest validation loss, by name; empty for none.
+        scores: the score by step, if there is one.
+        scoring: seconds that scores have taken.
+        best: the weights of the best evaluation, by name; empty for none.
         start: the first step whose record comes.
         saved_step: of the last snapshot; 0 for none.
     """
@@ -75,10 +85,16 @@ class Fit(Training):
         validation: Dataset | None,
         run: RunConfig,
         resume: bool,
+        *,
+        score: Score | None = None,
+        prompts: int | None = None,
+        choose_by: str = "loss",
     ) -> None:
         super().__init__(model, data, config, groups)
         self.validation, self.options = validation, run
         self.evaluated: dict[int, float] = {}
+        self.scores: dict[int, float] = {}
+        self.scoring, self.choose_by = 0.0, choose_by
         self.best: Weights = {}
         self.record: StepRecord | None = None  # the last
         self.last: Weights = {}  # once the run is over and the model has the best
@@ -86,9 +102,14 @@ class Fit(Training):
         self._sharded = any(map(is_sharded, model.parameters()))
         if validation is not None:
             check_readable(model, validation)
-        elif run.patience is not None or run.eval_every is not None:
-            raise ValueError("patience and eval_every need validation data.")
+        elif run.patience is not None or run.eval_every is not None or score is not None:
+            raise ValueError("patience, eval_every and score need validation data.")
+        if choose_by not in ("loss", "score") or (choose_by == "score" and score is None):
+            raise ValueError(f'choose_by is "loss", or "score" beside a score: got {choose_by!r}.')
+        self.scorer = Scorer(validation, score, prompts) if validation and score else None
         self._facts = self.made_of(validation) if run.folder is not None else {}
+        if self.scorer and self._facts:
+            self._facts["chosen by"] = f"{choose_by}, {len(self.scorer.prompts)} prompts scored"
         if resume:
             self._resume()
 
@@ -98,10 +119,11 @@ class Fit(Training):
         for record in chain(again, super()._run()):
             self.record = record
             self._evaluate_if_due(record.step)
-            yield replace(record, validation=self.evaluated.get(record.step))
+            step = record.step
+            yield replace(record, validation=self.evaluated.get(step), score=self.scores.get(step))
             if record.step % (self.options.save_every or math.inf) == 0:
                 self._save_on_time()
-            if since_lowest(self.evaluated.values()) >= (self.options.patience or math.inf):
+            if since_lowest(self._faults.values()) >= (self.options.patience or math.inf):
                 break
         if self.best and self.best_step != self.taken:
             self.last = trained(self.model)
@@ -109,9 +131,16 @@ class Fit(Training):
 
     @property
     def best_step(self) -> int | None:
-        """The first step of the lowest validation loss; None for none."""
-        finite = {step: loss for step, loss in self.evaluated.items() if math.isfinite(loss)}
+        """The first step of the best evaluation; None for none."""
+        finite = {step: fault for step, fault in self._faults.items() if math.isfinite(fault)}
         return min(finite, key=finite.__getitem__, default=None)
+
+    @property
+    def _faults(self) -> dict[int, float]:
+        """What is to be low, by step: the loss, or the negative score."""
+        if self.choose_by == "loss":
+            return self.evaluated
+        return {step: -score for step, score in self.scores.items()}
 
     def best_weights(self) -> AbstractContextManager[None]:
         """The model has the best weights within; the last, where none is."""
@@ -140,6 +169,7 @@ class Fit(Training):
         if self._sharded:  # processes of a GPU's group meet there
             best = {n: t.to(state.parameters[n].device) for n, t in best.items()}
         around = {"best": best, "evaluated": self.evaluated, "made_of": self._facts}
+        around["scores"] = self.scores
         if self.record:
             around["record"] = self.record.metrics()
         snapshots.write(Path(self.options.folder), replace(state, **around))
@@ -156,8 +186,16 @@ class Fit(Training):
         if budget := self.config.tokens_per_batch:
             size = max(1, budget // self.validation.longest)
         loss = evaluate(self.model, self.validation, batch_size=size, autocast=autocast).loss
-        if loss < min(filter(math.isfinite, self.evaluated.values()), default=math.inf):
+        fault, score = loss, math.nan
+        if self.scorer:
+            began = time.perf_counter()
+            score = self.scorer(self.model)
+            self.scoring += time.perf_counter() - began
+            fault = -score if self.choose_by == "score" else loss
+        if -math.inf < fault < min(filter(math.isfinite, self._faults.values()), default=math.inf):
             self.best = trained(self.model)
+        if self.scorer:
+            self.scores[step] = score
         self.evaluated[step] = loss  # last: an interrupt before it evaluates again
 
     def _save_on_time(self) -> None:
@@ -185,6 +223,7 @@ class Fit(Training):
 
         self.resume(last)
         self.evaluated, self.best, self.saved_step = dict(last.evaluated), last.best, last.step
+        self.scores = dict(last.scores)
         if known := dict(last.record):
             loss, norm = known.pop("loss"), known.pop("grad_norm")
             figures = torch.tensor([loss, norm, 0.0], dtype=torch.float64)

@@ -40,6 +40,7 @@ class StepRecord:
     lr: float  # the first group's
     tokens: int  # supervised
     validation: float | None = None  # loss after this step, from `fit`
+    score: float | None = None  # of texts generated after this step, from `fit`
     figures: Tensor = field(repr=False, compare=False)  # (3,): loss, norm, first failed step
     began: float = field(repr=False, compare=False)  # the clock's time
 
@@ -63,8 +64,8 @@ class StepRecord:
         return self._read[2]
 
     def metrics(self) -> dict[str, float]:
-        """All numbers by name, without a validation loss that was not taken."""
-        names = "step epoch loss lr grad_norm tokens seconds validation".split()
+        """All numbers by name, without what was not evaluated."""
+        names = "step epoch loss lr grad_norm tokens seconds validation score".split()
         values = {name: getattr(self, name) for name in names}
         return {name: value for name, value in values.items() if value is not None}
 

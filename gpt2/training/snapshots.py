@@ -38,6 +38,7 @@ class Snapshot:
     moments: Named  # AdamW's, by kind and parameter
     best: Named = field(default_factory=dict[str, Tensor])  # parameters of the lowest loss
     evaluated: Mapping[int, float] = field(default_factory=dict[int, float])
+    scores: Mapping[int, float] = field(default_factory=dict[int, float])
     record: Mapping[str, Any] = field(default_factory=dict[str, Any])  # the last step's metrics
     made_of: Mapping[str, str] = field(default_factory=dict[str, str])
 
@@ -49,7 +50,8 @@ def write(folder: Path, snapshot: Snapshot) -> None:
     tensors = {f"{kind}.{n}": t for kind, named in kinds.items() for n, t in named.items()}
     if (all_whole := gathered(tensors)) is None:
         return  # another process writes
-    about["evaluated"] = list(snapshot.evaluated.items())
+    for name in ("evaluated", "scores"):
+        about[name] = [*getattr(snapshot, name).items()]
     folder.mkdir(parents=True, exist_ok=True)
     made = folder / PART
     try:
@@ -85,7 +87,7 @@ def read(folder: Path, parameters: Named | None = None) -> Snapshot:
             raise ValueError("another version wrote it")
     except (SafetensorError, ValueError, KeyError, OSError) as error:
         raise ValueError(f"{file} cannot be read ({str(error)[:200]}): train anew.") from None
-    about["evaluated"] = dict(about["evaluated"])
+    about |= {name: dict(about.get(name, ())) for name in ("evaluated", "scores")}
     return Snapshot(**about, **tensors)
 
 
