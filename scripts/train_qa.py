@@ -18,9 +18,9 @@ from gpt2.data.examples import is_within
 from gpt2.training import snapshots
 
 from .cli.guard import Arguments, guarded
-from .cli.options import AtLeastOne, add_options, build, parse, parser, training
+from .cli.options import AtLeastOne, add_options, add_scoring, build, parse, parser, training
 from .page import page
-from .runs import answers, data, folder, processes, resume, train
+from .runs import answers, data, folder, processes, resume, scores, train
 
 DEMO = Path(__file__).resolve().parent / "configs" / "demo.yaml"
 
@@ -33,6 +33,7 @@ def options_of(argv: Arguments) -> Namespace:
     add("--tasks", type=str, nargs="+", help="data files, one an adapter")
     add("--prompts", type=str | None, help="file; its answers are references")
     add("--logging_steps", type=AtLeastOne, default=5, help="steps between lines")
+    add_scoring(to)
     to.add_class_arguments(gpt2.RunConfig, skip={"folder"}, as_group=False)
     to.add_class_arguments(gpt2.GenerateConfig, "generate", skip={"seed"}, as_group=False)
 
@@ -41,6 +42,7 @@ def options_of(argv: Arguments) -> Namespace:
 
     if options.validation is None and (options.patience or options.eval_every):
         raise ValueError("patience and eval_every need validation data: give --validation.")
+    scores.check(options)
     if options.tasks and options.generate.num_beams > 1:
         raise ValueError("--tasks routes rows, so generate.num_beams must be 1.")
     if processes.restarts("MAX_RESTARTS") and options.res_path is None and not options.resume:

@@ -7,7 +7,7 @@ from dataclasses import fields
 from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
@@ -85,6 +85,14 @@ def add_options(to: ArgumentParser, data: str, kind: str) -> None:
     add("--cache", type=str | None, help="folder for tokens of a large file")
     add("--overwrite", type=bool, help="replace the run there", **FLAG)
     add("--resume", type=bool | str, help="go on there, or in FOLDER", **FLAG)
+
+
+def add_scoring(to: ArgumentParser) -> None:
+    """A score of generated text, and whether the best is chosen by it."""
+    add, choices = to.add_argument, Literal["loss", "score"]
+    add("--score", type=str | None, help="exact, bleu, chrf or file.py:function")
+    add("--score_prompts", type=AtLeastOne, default=64, help="validation prompts to continue")
+    add("--choose_by", type=choices, default="loss", help="validation loss, or the score")
 
 
 def add_model_options(to: ArgumentParser) -> None:

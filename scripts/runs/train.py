@@ -15,7 +15,7 @@ from gpt2.training import snapshots
 
 from ..cli.console import bar
 from ..cli.options import build
-from . import answers, folder, processes, resume
+from . import answers, folder, processes, resume, scores
 from .data import Reader, Split
 
 ALONE = "default"  # the name of a single adapter
@@ -75,6 +75,9 @@ def train_one(
 
     run = build(gpt2.RunConfig, options, folder=directory)
     how: dict[str, Any] = {"groups": groups, "validation": split.validation, "run": run}
+    if options.score is not None:
+        how |= {"score": scores.named(options.score), "prompts": options.score_prompts}
+        how["choose_by"] = options.choose_by
     fit = gpt2.fit(model, split.train, config, **how, resume=again)
 
     steps = f"{fit.total:,} steps, by {options.config}.{split.message}"
@@ -108,6 +111,10 @@ def _evaluated(reader: Reader, split: Split, fit: gpt2.Fit) -> dict[str, Any]:
         losses = [f"{n} {fit.evaluated[s]:.4f}" for n, s in steps.items() if s is not None]
         reader.console.print(f"Validation: loss {', '.join(losses)}, best step {fit.best_step}")
         results["validation"] = {"losses": fit.evaluated, "best_step": fit.best_step}
+    if fit.scorer:
+        result = scores.result(fit, reader.options.score)
+        reader.console.print(f"Score: {scores.line(result)}; {fit.scoring:.1f} s in all.")
+        results["scores"] = result
     if split.test is not None:
         test = gpt2.evaluate(reader.model, split.test, autocast=reader.options.autocast)
         reader.console.print(f"Test: loss {test.loss:.4f}, perplexity {test.perplexity:,.2f}")
@@ -121,18 +128,20 @@ def follow(fit: gpt2.Fit, directory: Path, console: Console, every: int) -> None
     with bar(console, total=fit.total, completed=fit.start - 1) as advance:
         for step in recorded(fit, directory):
             if step.step == 1 and fit.evaluated:
-                console.print(f"step     0 · validation {fit.evaluated[0]:.4f}")
+                score = f" · score {fit.scores[0]:.4g}" if fit.scores else ""
+                console.print(f"step     0 · validation {fit.evaluated[0]:.4f}{score}")
             recent.append(step.loss)
             tokens += step.tokens
             speed = f"{tokens / (perf_counter() - began):,.0f} tokens/s"
             score = "" if step.validation is None else f" · validation {step.validation:.4f}"
+            score += "" if step.score is None else f" · score {step.score:.4g}"
             advance(1, f"loss {step.loss:.4f}{score} · {speed}")
             if step.step % every == 0 or step.step == fit.total or score:
                 mean = sum(recent) / len(recent)
                 recent.clear()
                 console.print(f"step {step.step:>5} · loss {mean:.4f}{score} · {speed}")
     if fit.taken < fit.total:
-        console.print(f"Stopped after step {fit.taken}: the validation loss fell no more.")
+        console.print(f"Stopped after step {fit.taken}: no evaluation was better than the best.")
 
 
 @contextmanager
@@ -164,6 +173,8 @@ def _save(fit: gpt2.Fit, name: str, root: Path, notes: Mapping[str, Any]) -> str
     facts = {**notes, "steps": taken if best is None else best}
     if best is not None:
         facts["validation loss"] = f"{fit.evaluated[best]:.4f}"
+    if best in fit.scores:
+        facts["validation score"] = f"{fit.scores[best]:.4g}"
     with fit.best_weights():
         lora.save(fit.model, path, adapter=name, notes=facts)
     if best is None:
