@@ -95,11 +95,12 @@ def add_scoring(to: ArgumentParser) -> None:
     add("--choose_by", type=choices, default="loss", help="validation loss, or the score")
 
 
-def add_model_options(to: ArgumentParser) -> None:
-    """A base and an adapter."""
-    add = to.add_argument
+def add_model_options(to: ArgumentParser, *, several: bool = False) -> None:
+    """A base and an adapter, or several."""
+    add, more = to.add_argument, dict[str, Any](nargs="+") if several else {}
     add("--base", type=str | None, help=f"{BASE}; else the adapter's")
-    add("--adapter", type=str | None, help="folder of a run or an adapter")
+    kind: Any = str if several else str | None
+    add("--adapter", type=kind, help="folder of a run or an adapter", **more)
     add("--device", type=str | None, help=DEVICE)
     add("--separator", type=int | None, help="token id after a prompt")
 

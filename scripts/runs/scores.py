@@ -80,26 +80,24 @@ def agreed(texts: Texts, score: Score) -> int:
     return values.index(max(values))
 
 
+def scored(name: str, texts: Texts, references: Sequence[Texts]) -> dict[str, Any]:
+    """A record's score of texts, with its interval."""
+    of = named(name), texts, references
+    return {"name": name, "prompts": len(texts), "value": of[0](*of[1:]), "interval": interval(*of)}
+
+
 def result(fit: gpt2.Fit, name: str) -> dict[str, Any]:
-    """The record's part: each evaluation's score, and the kept weights' with its interval."""
+    """The same of a run's kept weights, with all evaluations' scores."""
     assert fit.scorer
-    texts = fit.scorer.texts(fit.model)
-    scored = texts, fit.scorer.references
-    return {
-        "name": name,
-        "prompts": len(texts),
-        "value": fit.scorer.score(*scored),
-        "interval": interval(fit.scorer.score, *scored),
-        "by_step": fit.scores,
-        "seconds": round(fit.scoring, 1),
-    }
+    now = scored(name, fit.scorer.texts(fit.model), fit.scorer.references)
+    return {**now, "by_step": fit.scores, "seconds": round(fit.scoring, 1)}
 
 
 def line(result: Mapping[str, Any]) -> str:
-    """A record's score in words, compared with the base's."""
+    """A record's score in words, compared with the base's where that is known."""
     low, high = result["interval"]
     value = f"{result['name']} {result['value']:.4g} (95 %: {low:.4g} to {high:.4g})"
-    if (base := result["by_step"].get(0)) is None:
+    if (base := result.get("by_step", {}).get(0)) is None:
         return value
     verdict = "better than" if low > base else "not distinguishable from"
     return f"{value}, {'WORSE than' if high < base else verdict} the base's {base:.4g}"
