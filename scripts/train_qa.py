@@ -106,6 +106,8 @@ def main(argv: Arguments = None) -> None:
 
         facts = folder.about(options, model, clock, [s.train for s in splits.values()])
         facts |= {"parameters": counts, **results.get(train.ALONE, {})}
+        if options.tasks:
+            facts["mixture"] = train.mixed(reader, splits)
         facts |= answers.publish(rows, root, console)
         adapters = [root / name for name in names] if options.tasks else [root]
         prompt = min((p.text for p in prompts), key=len, default="Once upon a time")

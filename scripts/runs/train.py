@@ -19,6 +19,7 @@ from . import answers, folder, processes, resume, scores
 from .data import Reader, Split
 
 ALONE = "default"  # the name of a single adapter
+MIXTURE = "mixture"
 MADE_OF = "made_of"
 
 
@@ -120,6 +121,26 @@ def _evaluated(reader: Reader, split: Split, fit: gpt2.Fit) -> dict[str, Any]:
         reader.console.print(f"Test: loss {test.loss:.4f}, perplexity {test.perplexity:,.2f}")
         results["test"] = {"loss": test.loss, "tokens": test.tokens}
     return results
+
+
+def mixed(reader: Reader, splits: Mapping[str, Split]) -> dict[str, dict[str, float]]:
+    """By task, the validation losses of each adapter and of their equal mixture."""
+    model, losses = reader.model, dict[str, dict[str, float]]()
+    routes = {name: {name: 1.0} for name in splits} | {
+        MIXTURE: dict.fromkeys(splits, 1 / len(splits))
+    }
+    for task, split in splits.items():
+        if split.validation is None:
+            continue
+        losses[task] = {}
+        for name, weights in routes.items():
+            with lora.activated(model, weights):
+                losses[task][name] = gpt2.evaluate(model, split.validation).loss
+        *parts, mixture = losses[task].values()
+        of = ", ".join(f"{name} {loss:.4f}" for name, loss in losses[task].items())
+        worse = " The mixture is worse than each of them." if mixture > max(parts) else ""
+        reader.console.print(f"Validation on {task}: loss {of}.{worse}", soft_wrap=True)
+    return losses
 
 
 def follow(fit: gpt2.Fit, directory: Path, console: Console, every: int) -> None:
