@@ -40,9 +40,9 @@ def options_of(argv: Arguments) -> Namespace:
     file, words = resume.config(argv or [], DEMO)
     options = parse(to, words, file)
 
+    scores.check(options)
     if options.validation is None and (options.patience or options.eval_every):
         raise ValueError("patience and eval_every need validation data: give --validation.")
-    scores.check(options)
     if options.tasks and options.generate.num_beams > 1:
         raise ValueError("--tasks routes rows, so generate.num_beams must be 1.")
     if processes.restarts("MAX_RESTARTS") and options.res_path is None and not options.resume:
