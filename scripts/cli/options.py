@@ -131,7 +131,7 @@ def parse(to: ArgumentParser, words: list[str], file: Path | None = None) -> Nam
         options = to.parse_args(words)
     except (ArgumentError, TypeError) as error:
         raise ValueError(str(error)) from error
-    if empty := [name for name in PATHS if options.get(name) == ""]:
+    if empty := [name for name in PATHS if options.get(name) in ("", [""])]:
         raise ValueError(f"{', '.join(empty)} is empty: leave it out.")
     if file is not None:
         options["config"] = file.name
