@@ -20,9 +20,9 @@ from gpt2.training import snapshots
 
 from .cli.console import bar
 from .cli.guard import Arguments, guarded
-from .cli.options import AtLeastOne, AtLeastTwo, add_options, parse, parser, training
+from .cli.options import AtLeastOne, AtLeastTwo, add_options, add_scoring, parse, parser, training
 from .page import page
-from .runs import answers, data, folder, processes, resume
+from .runs import answers, data, folder, processes, resume, scores
 from .tuner import checkpoint, outcome, sampler
 from .tuner.halving import Plan
 from .tuner.search import Search
@@ -44,6 +44,7 @@ def options_of(argv: Arguments) -> Namespace:
     add("--slots", type=count, default=16, help="trainings at a time")
     add("--rungs", type=count, default=3, help="rounds; the worse retire between")
     add("--keep", type=two, default=4, help="1 in KEEP goes on, KEEP times as far")
+    add_scoring(to)
     kinds = Literal["random", "tpe"]
     add("--sampler", type=kinds, default="random", help="tpe learns from wave to wave")
     add("--finalists", type=count, default=4, help="of the last rung, to run again")
@@ -54,6 +55,7 @@ def options_of(argv: Arguments) -> Namespace:
 
     if options.validation is None:
         raise ValueError("A search needs validation data: give --validation.")
+    scores.check(options)
     if processes.size() > 1 and options.res_path is None and not options.resume:
         raise ValueError("Several processes need one folder: give --res_path.")
     return options
@@ -106,7 +108,14 @@ def main(argv: Arguments = None) -> None:
 
         total = waves.plan.cost(gpt2.total_steps(split.train, training(options)))
         with bar(console, "adapter-steps", total) as progress:
-            how = {"checkpoint": files, "progress": progress, "tell": console.print}
+            how: dict[str, Any] = {
+                "checkpoint": files,
+                "progress": progress,
+                "tell": console.print,
+                "score": options.score,
+                "score_prompts": options.score_prompts,
+                "by_score": options.choose_by == "score",
+            }
             search = Search(waves=waves, **how)
             search.search(split.test)
         if processes.rank():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from tests.script_runs import QUICK, record_of, rows, write_rows
 SCORES = """
 def length(texts, references):
     return sum(map(len, texts)) / len(texts)
+
+def short(texts, references):
+    return -length(texts, references)
 
 def shared(texts, references):
     pairs = zip(texts, references)
@@ -153,6 +157,41 @@ def test_a_mixture_is_measured_beside_its_parts(here, script, capsys, quick):
         assert ("The mixture is worse than each of them." in line) is worst
 
 
+def test_a_searchs_finals_are_chosen_by_the_score_of_all_seeds(here, script, capsys):
+    pytest.importorskip("optuna")
+    options = {
+        "model_name": "small",
+        "device": "cpu",
+        "data": "data.jsonl",
+        "validation": "0.4",
+        "steps": 4,
+        "train_batch_size": 2,
+        "lora": {"r": 2, "targets": ["c_attn"]},
+        "space": {"lr": [1e-3, 0.03, 0.1]},
+        "trials": 3,
+        "rungs": 1,
+        "finalists": 3,
+        "seeds": 2,
+        "score_prompts": 4,
+        "choose_by": "score",
+    }
+    Path("search.yaml").write_text(json.dumps(options))
+    winners = []
+    for name in ("length", "short"):
+        words = ["--config", "search.yaml", "--score", f"own.py:{name}", "--res_path", name]
+        assert script("search").main(words) == 0
+        run, board = record_of(Path(name)), rows(Path(name, "leaderboard.jsonl"))
+        scores = {row["trial"]: row["score"] for row in board}
+        winners.append(run["winner"]["trial"])
+        assert winners[-1] == max(scores, key=lambda n: scores[n]["value"])
+        assert {score["prompts"] for score in scores.values()} == {8}  # four of each seed
+        low = run["winner"]["score"]["interval"][0]
+        near = [n for n, s in scores.items() if s["value"] >= low and n != winners[-1]]
+        assert sorted(run["indistinguishable"]) == sorted(near)
+        assert f"own.py:{name} over 2 seeds" in capsys.readouterr().out.replace("\n", " ")
+    assert len({*winners}) == 2
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -166,6 +205,14 @@ def test_a_run_that_cannot_be_scored_is_refused_before_it(here, script, capsys, 
     assert train(script, *words) == 2
     assert message in capsys.readouterr().err
     assert not Path("run").exists()
+
+
+def test_a_missing_sacrebleu_names_the_extra(script, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
+    with pytest.raises(
+        ValueError, match=r"bleu needs sacrebleu: pip install 'lora-gpt2\[scores\]'"
+    ):
+        script("runs.scores").named("bleu")
 
 
 @pytest.mark.parametrize("words", [["--adapter", "1", "--agree"], ["--adapter", "1", "2"]])

@@ -27,6 +27,7 @@ ON_TEST = {
     None: "is not compared with",
 }
 NOT_OF_ONE = "space trials slots rungs keep sampler finalists seeds device".split()
+NOT_OF_ONE += "score score_prompts choose_by".split()
 
 
 def write(
@@ -70,13 +71,17 @@ def results(search: Search) -> dict[str, Any]:
     winner, finalists, seeds = search.winner, search.finalists, search.plan.seeds
     best, others = search.losses_of(winner), [n for n in finalists if n != winner]
     others = [n for n in others if not differ(search.losses_of(n), best)]
-    claim = f"Trial {winner} is the best of the finalists over {seeds} seeds."
+    reason, seeds_or = "has the lowest mean loss", f"over {seeds} seeds"
+    if search.by_score:
+        reason, seeds_or = "has the highest score", f"by {search.score} over {seeds} seeds"
+        low, _ = search.scored[winner]["interval"]
+        others = [n for n in finalists if n != winner and n in search.scored]
+        others = [n for n in others if search.scored[n]["value"] >= low]
+    claim = f"Trial {winner} is the best of the finalists {seeds_or}."
     if others:
         names = ", ".join(map(str, others))
-        claim = (
-            f"Of the finalists trial {winner} has the lowest mean loss; it is not distinguishable"
-        )
-        claim += f" from {names} over {seeds} seeds."
+        claim = f"Of the finalists trial {winner} {reason}; it is not distinguishable"
+        claim += f" from {names} {seeds_or}."
     elif len(finalists) == 1:
         claim = f"Trial {winner} is the only finalist."
 
@@ -106,6 +111,7 @@ def _configuration(search: Search, trial: Trial) -> dict[str, Any]:
     return {
         "params": recipe.values([*search.plan.space.axes]),
         "selection": _over_seeds(search, search.losses_of(trial)),
+        "score": search.scored.get(trial),
         "test": tested and _over_seeds(search, tested),
     }
 
@@ -133,6 +139,7 @@ def leaderboard(search: Search) -> Iterator[dict[str, Any]]:
         if trial in finalists:
             state = "winner" if trial == winner else "finalist"
             seeds = _over_seeds(search, search.losses_of(trial))
+            seeds |= {"score": search.scored[trial]} if trial in search.scored else {}
         yield {
             "place": number,
             "trial": trial,

@@ -4,16 +4,21 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import fmean
+from typing import Any
 
 import gpt2
 from gpt2.training.distributed import gathered
+from gpt2.training.scores import Scorer
 
+from ..runs import scores
 from ..runs.processes import rank, size
 from . import sampler
 from .checkpoint import Checkpoint
 from .halving import Plan
 from .trials import DEFAULT, Recipe, Run, Trial, Values
 from .waves import Waves
+
+Scored = dict[str, Any]
 
 
 @dataclass(kw_only=True)
@@ -30,6 +35,11 @@ class Search:
     # Runs under other seeds, and test losses by seed; of the default, too.
     again: dict[Trial, list[Run]] = field(default_factory=dict[Trial, list[Run]])
     tested: dict[Trial, list[float]] = field(default_factory=dict[Trial, list[float]])
+    # The score of what finalists and the default say under all seeds, and its interval.
+    score: str | None = None
+    score_prompts: int | None = None
+    by_score: bool = False
+    scored: dict[Trial, Scored] = field(default_factory=dict[Trial, Scored])
 
     @property
     def plan(self) -> Plan:
@@ -44,6 +54,7 @@ class Search:
                 ended = next(run.ended for run in self.runs if run.ended)
                 raise RuntimeError(f"No trial came to the end of rung {rung + 1}: {ended}")
         self._finals()
+        self._score()
         self._test(test)
 
     def _rung(self, rung: int) -> None:
@@ -90,12 +101,32 @@ class Search:
         self._begin("finals", len(finalists))
         self._train("finals", runs, plan.rungs - 1)
 
-    def _test(self, data: gpt2.Dataset | None) -> None:
-        both = {trial: self.seeds_of(trial) for trial in (self.winner, DEFAULT)}
-        runs = [run for repeated in both.values() for run in repeated]
+    def _score(self) -> None:
+        if self.score is None:
+            return
+        score = scores.named(self.score)
+        scorer = Scorer(self.waves.validation, score, self.score_prompts)
+        for trial, repeated in self._shared([*self.finalists, DEFAULT]).items():
+            texts = list[str]()
+            for run in repeated:
+                if run.position:
+                    with self.waves.carried(run) as model:
+                        texts += scorer.texts(model)
+            if texts:
+                references = scorer.references * (len(texts) // len(scorer.references))
+                self.scored[trial] = scores.scored(self.score, texts, references)
+
+    def _shared(self, trials: list[Trial]) -> dict[Trial, list[Run]]:
+        """Trials' runs by seed, their weights in every process."""
+        of = {trial: self.seeds_of(trial) for trial in trials}
+        runs = [run for repeated in of.values() for run in repeated]
         for positions in gathered([run.position for run in runs]):
             for run, position in zip(runs, positions, strict=True):
                 run.position = run.position or position
+        return of
+
+    def _test(self, data: gpt2.Dataset | None) -> None:
+        both = self._shared([self.winner, DEFAULT])
         if data is not None and not rank():
             for trial, repeated in both.items():
                 if all(run.position for run in repeated):
@@ -139,7 +170,10 @@ class Search:
 
     @property
     def winner(self) -> int:
-        """The finalist of the lowest mean loss."""
+        """The finalist of the highest score, if that is asked for, or of the lowest mean loss."""
+        if self.by_score and self.scored:
+            finalists = [n for n in self.finalists if n in self.scored]
+            return max(finalists, key=lambda n: self.scored[n]["value"])
         means = {n: fmean(self.losses_of(n)) for n in self.finalists}
         return min(means, key=lambda n: (not math.isfinite(means[n]), means[n], n))
 
