@@ -53,9 +53,9 @@ $(VENV)/.search: $(VENV)/.scripts
 	touch $@
 
 $(VENV)/.test: $(VENV)/.scripts
-	$(PIP) -e '.[scripts,search,parquet,export,test,peers]'
+	$(PIP) -e '.[scripts,search,scores,parquet,export,test,peers]'
 	touch $@
 
 $(VENV)/.check: $(VENV)/.test
-	$(PIP) -e '.[scripts,search,parquet,export,test,peers,check]'
+	$(PIP) -e '.[scripts,search,scores,parquet,export,test,peers,check]'
 	touch $@

@@ -5,7 +5,7 @@ of 630 prompts with all their references, greedy and by beams, and the times. On
 take their steps as CUDA graphs, PEFT's modules too.
 
     python -m benchmarks.e2e DATA            # the recipe of scripts/configs/e2e.yaml
-    python -m benchmarks.e2e DATA --seeds 8  # eight seeds in one population: mean and spread
+    python -m benchmarks.e2e DATA --seeds 8 --cases ours PEFT  # mean and spread; ours together
 
 DATA is a folder of train.jsonl (or train.jsonl.gz), valid.jsonl and test.jsonl, whose rows have
 `prompt` and `completion`. Seeds are trained with label smoothing, 0.1 as in the paper.
@@ -20,7 +20,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -32,6 +32,7 @@ import gpt2
 import lora
 from benchmarks import harness, models
 from gpt2.population.training import PopulationTraining
+from scripts.runs import scores
 
 RECIPE = harness.ROOT / "scripts" / "configs" / "e2e.yaml"
 CASES = ("base", "ours", "PEFT", "full")
@@ -47,6 +48,7 @@ class Task:
     train: gpt2.Dataset
     valid: gpt2.Dataset
     references: Mapping[str, Sequence[str]]  # by the prompt of the test data
+    held_out: Mapping[str, Sequence[str]]  # by that of the validation data
     device: str
 
     @property
@@ -72,7 +74,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder of train, valid and test")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
-    parser.add_argument("--seeds", type=int, default=0, help="of ours, in place of the cases")
+    parser.add_argument("--seeds", type=int, default=0, help="of each case: mean and spread")
     parser.add_argument("--label_smoothing", type=float, default=0.1, help="with --seeds")
     parser.add_argument("--out", help="file to append JSON lines to")
     a = parser.parse_args()
@@ -81,8 +83,10 @@ def main() -> None:
     if a.seeds:
         smoothing = {"label_smoothing": a.label_smoothing}
         task = dataclasses.replace(task, recipe={**task.recipe, **smoothing})
-        case = f"ours, {a.seeds} seeds"
-        harness.emit("e2e", a.out, case=case, **smoothing, **under_seeds(task, a.seeds))
+        for case in a.cases:
+            facts = under_seeds(case, task, a.seeds)
+            harness.emit("e2e", a.out, case=f"{case}, {a.seeds} seeds", **smoothing, **facts)
+            harness.free()
         return
     for case in a.cases:
         harness.emit("e2e", a.out, case=case, **measured(case, task))
@@ -97,10 +101,11 @@ def prepare(folder: Path, device: str) -> Task:
         gpt2.encode(read(folder, split), gpt2.Tokenizer(), **options)
         for split in ("train", "valid")
     )
-    references: dict[str, list[str]] = {}
-    for example in read(folder, "test"):
-        references.setdefault(example.prompt, []).append(example.completion)
-    return Task(recipe, train, valid, references, device)
+    by_prompt: dict[str, dict[str, list[str]]] = {"test": {}, "valid": {}}
+    for split, references in by_prompt.items():
+        for example in read(folder, split):
+            references.setdefault(example.prompt, []).append(example.completion)
+    return Task(recipe, train, valid, by_prompt["test"], by_prompt["valid"], device)
 
 
 def read(folder: Path, split: str) -> list[gpt2.Example]:
@@ -116,7 +121,7 @@ def measured(case: str, task: Task) -> harness.Facts:
     model, steps, trainable = train(case, task)
     seconds = time.perf_counter() - began
     facts = {"trainable": trainable, "steps": steps, "training_seconds": round(seconds, 2)}
-    return facts | {"steps_per_s": round(steps / seconds, 1)} | judged(model, task)
+    return facts | {"steps_per_s": round(steps / seconds, 1)} | judged(model, task)[0]
 
 
 def train(case: str, task: Task) -> tuple[gpt2.GPT2, int, int]:
@@ -151,46 +156,78 @@ def take_steps(model: torch.nn.Module, task: Task, config: gpt2.TrainConfig) -> 
     return sum(1 for _ in gpt2.train(model, task.train, config, groups=groups))
 
 
-def under_seeds(task: Task, n: int) -> harness.Facts:
-    """Ours under n seeds, trained in one population: the mean of each figure, and its spread."""
-    model, config = task.base(), task.training
-    slots = lora.Population(model, n, task.adapter)
-    training = PopulationTraining(model, slots, task.train, config)
-    for slot in range(n):
-        seed = config.seed + slot
-        slots.draw(slot, dataclasses.replace(task.adapter, seed=seed))
-        seeded = dataclasses.replace(config, seed=seed)
-        training.start(slot, seeded, ratios={"B": task.recipe["b_ratio"]})
+def under_seeds(case: str, task: Task, n: int) -> harness.Facts:
+    """A case under n seeds: the mean of each figure and its spread, and how good agreement is."""
     began = time.perf_counter()
-    while training.advance(TICKS):
-        pass
-    facts: harness.Facts = {"training_seconds": round(time.perf_counter() - began, 2)}
     every: list[harness.Facts] = []
-    for slot in range(n):
-        with slots.adapter(slot) as tuned:
-            every.append(judged(cast(gpt2.GPT2, tuned), task))
-    for name in ("valid_loss", "greedy_bleu", "beams_bleu"):
+    texts: list[list[str]] = []
+    seconds = 0.0
+    for model in population(task, n) if case == "ours" else one_by_one(case, task, n):
+        seconds += time.perf_counter() - began
+        figures, of_beams = judged(model, task)
+        every.append(figures)
+        texts.append(of_beams)
+        began = time.perf_counter()
+    facts: harness.Facts = {"training_seconds": round(seconds, 2)}
+    for name in ("valid_loss", "valid_bleu", "greedy_bleu", "beams_bleu"):
         values = [figures[name] for figures in every]
         mean, sd = statistics.mean(values), statistics.stdev(values)
         facts[name] = {"mean": round(mean, 4), "sd": round(sd, 4)}
         facts[f"{name}_of_each"] = values
         print(f"{name}: {mean:.4g} ± {sd:.2g} over {n} seeds")
+    best = max(every, key=lambda figures: figures["valid_bleu"])
+    facts["beams_bleu_of_best_valid_bleu"] = best["beams_bleu"]
+    alike = scores.named("bleu")
+    agreed = [of[scores.agreed(of, alike)] for of in zip(*texts, strict=True)]
+    facts["agreement_bleu"] = round(bleu(agreed, list(task.references.values())), 2)
     return facts
 
 
-def judged(model: gpt2.GPT2, task: Task) -> harness.Facts:
-    """Held-out loss, and BLEU and seconds of both ways to decode."""
+def seeded(task: Task, seed: int) -> Task:
+    """The task with the recipe's seed moved on."""
+    recipe = {**task.recipe, "seed": task.recipe["seed"] + seed}
+    return dataclasses.replace(task, recipe=recipe)
+
+
+def one_by_one(case: str, task: Task, n: int) -> Iterator[gpt2.GPT2]:
+    """The models of a case under n seeds, trained alone."""
+    for seed in range(n):
+        yield train(case, seeded(task, seed))[0]
+        harness.free()
+
+
+def population(task: Task, n: int) -> Iterator[gpt2.GPT2]:
+    """Ours under n seeds, trained in one population."""
+    model = task.base()
+    slots = lora.Population(model, n, task.adapter)
+    training = PopulationTraining(model, slots, task.train, task.training)
+    for slot in range(n):
+        of = seeded(task, slot)
+        slots.draw(slot, of.adapter)
+        training.start(slot, of.training, ratios={"B": task.recipe["b_ratio"]})
+    while training.advance(TICKS):
+        pass
+    for slot in range(n):
+        with slots.adapter(slot) as tuned:
+            yield cast(gpt2.GPT2, tuned)
+
+
+def judged(model: gpt2.GPT2, task: Task) -> tuple[harness.Facts, list[str]]:
+    """Held-out loss, BLEU and seconds of both ways to decode; and the texts by beams."""
     facts: harness.Facts = {
         "valid_loss": round(gpt2.evaluate(model, task.valid, batch_size=64).loss, 4)
     }
     beams = gpt2.GenerateConfig(**task.recipe["generate"])
     greedy = gpt2.GenerateConfig(max_new_tokens=beams.max_new_tokens)
+    texts: list[str] = []
     for way, config in {"greedy": greedy, "beams": beams}.items():
         began = time.perf_counter()
         texts = predict(model, list(task.references), config, task.device)
         facts[f"{way}_seconds"] = round(time.perf_counter() - began, 2)
         facts[f"{way}_bleu"] = round(bleu(texts, list(task.references.values())), 2)
-    return facts
+    valid = predict(model, list(task.held_out), beams, task.device)
+    facts["valid_bleu"] = round(bleu(valid, list(task.held_out.values())), 2)
+    return facts, texts
 
 
 def predict(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import gzip
 import json
 import sys
-from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("yaml", reason="the benchmark reads its recipe (extra: scripts)")
+pytest.importorskip("sacrebleu", reason="the benchmark takes BLEU (extra: scores)")
 pytest.importorskip("peft", reason="the benchmark trains PEFT's adapter too (extra: peers)")
 
 import yaml
@@ -45,15 +45,14 @@ def data(small_base, tmp_path, monkeypatch):
 
 @pytest.fixture
 def judged(monkeypatch):
-    """What sacrebleu would be asked; it need not be installed."""
-    calls: list[tuple[list[str], list[list[str | None]]]] = []
+    """The texts whose BLEU is taken, with their references."""
+    calls, bleu = [], e2e.bleu
 
-    def corpus_bleu(texts, references, *, lowercase, tokenize):
-        assert (lowercase, tokenize) == (True, "13a")
+    def recorded(texts, references):
         calls.append((texts, references))
-        return SimpleNamespace(score=100.0 * (texts == references[0]))
+        return bleu(texts, references)
 
-    monkeypatch.setitem(sys.modules, "sacrebleu", SimpleNamespace(corpus_bleu=corpus_bleu))
+    monkeypatch.setattr(e2e, "bleu", recorded)
     return calls
 
 
@@ -74,15 +73,18 @@ def test_every_case_runs_and_tells_its_loss_bleu_and_seconds(data, judged, monke
     assert base["valid_loss"] > full["valid_loss"]
     assert ours["valid_loss"] == pytest.approx(theirs["valid_loss"], abs=2e-3)  # the same run
     assert {"greedy_bleu", "beams_bleu", "greedy_seconds", "beams_seconds"} <= ours.keys()
-    assert [len(texts) for texts, _ in judged[1:]] == [4] * 8
-    assert judged[1][1] == judged[-1][1]
-    assert len(judged[1][1]) == 2
+    assert [len(texts) for texts, _ in judged[1:]] == [4] * 12
+    assert judged[1][1] == judged[2][1] != judged[3][1]  # greedy and beams, and of valid
+    assert {len(references) for references in judged[1][1]} == {2}
 
 
 def test_seeds_in_one_population_are_what_each_is_alone(data, judged, monkeypatch, capsys):
     recipe = e2e.RECIPE.read_text()
-    line, *_ = started(monkeypatch, data, "--seeds", "2")
+    line, theirs = started(monkeypatch, data, "--seeds", "2", "--cases", "ours", "PEFT")
     assert (line["case"], line["label_smoothing"]) == ("ours, 2 seeds", 0.1)
+    assert theirs["valid_loss_of_each"] == pytest.approx(line["valid_loss_of_each"], abs=4e-3)
+    assert line["agreement_bleu"] == line["beams_bleu_of_each"][0]  # of two equals the first
+    assert line["beams_bleu_of_best_valid_bleu"] in line["beams_bleu_of_each"]
     every = line["valid_loss_of_each"]
     assert line["valid_loss"]["mean"] == pytest.approx(sum(every) / 2, abs=1e-4)
     assert line["valid_loss"]["sd"] == pytest.approx(abs(every[0] - every[1]) / 2**0.5, abs=1e-4)
@@ -95,7 +97,6 @@ def test_seeds_in_one_population_are_what_each_is_alone(data, judged, monkeypatc
 
 
 def test_bleu_takes_any_number_of_references():
-    pytest.importorskip("sacrebleu", reason="extra: benchmarks")
     references = [[" A pub .", " one ."], [" Another pub in the city centre ."]]
     assert e2e.bleu(["one .", "another pub in the CITY centre ."], references) == pytest.approx(100)
     assert e2e.bleu(["two", "nothing of the kind"], references) < 10
