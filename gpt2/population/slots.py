@@ -21,14 +21,6 @@ from gpt2.loss import IGNORE
 from gpt2.training.config import TrainConfig, lr_scale, total_steps
 
 
-class SlotRecord(NamedTuple):
-    """One step of a slot."""
-
-    step: int  # from 1
-    loss: float  # mean over the step's supervised tokens, nats
-    grad_norm: float  # before clipping
-
-
 class Batch(NamedTuple):
     """The micro-batch that a slot reads next."""
 
@@ -63,7 +55,7 @@ class Slot:
     until: int | None = None  # the step after which it rests; None for its last
     taken: int = 0  # steps
     micro: int = 0  # micro-batches of the current step
-    records: list[SlotRecord] = field(default_factory=list[SlotRecord])
+    losses: list[float] = field(default_factory=list[float])  # of its steps, nats a token
     ended: str | None = None  # why it ended before its last step
     occupant: Any = None  # out of a slot, what was in it
     moments: Tensor | float = 0.0  # out of a slot, AdamW's, `(2, P)`
@@ -98,7 +90,7 @@ class Slot:
         return Batch(slot, examples, int(widths[examples].max()), seed, tokens)
 
     def rates(self, tokens: int, parts: Iterable[str]) -> list[float]:
-        """The `Rates` of the step just taken, of so many tokens; then each part's learning rate."""
+        """The `Rates` of the step just taken, then each part's learning rate."""
         config, step = self.config, self.taken
         beta1, beta2 = config.betas
         lr = config.lr * lr_scale(step, self.total, config)
@@ -116,10 +108,10 @@ class Slot:
         return [*rates, *(lr * self.ratios.get(part, 1.0) for part in parts)]
 
     def keep(self, step: int, loss: float, norm: float) -> None:
-        """Keep a step's figures. If they are not finite, no later step was applied."""
+        """Keep a step's loss; where a figure is not finite, end before that step."""
         if self.ended is not None:
             return
-        self.records.append(SlotRecord(step, loss, norm))
+        self.losses.append(loss)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.ended = f"Step {step}: the loss is {loss} and the gradient's norm {norm}"
             self.taken = step - 1
@@ -129,10 +121,7 @@ class Slot:
 def widths_of(
     data: Dataset, k: int, size: int, limit: int, device: torch.device
 ) -> tuple[int, Integers]:
-    """The width of the pass of all k slots, and the width that each example needs.
-
-    A slot with a wider batch runs alone. The choice makes the fewest tokens in a tick.
-    """
+    """The width of all slots' pass, by which a tick has the fewest tokens; and each example's."""
     widths = np.arange(data.longest + 1)  # by length
     if devices.on_cuda(device):  # where each width is captured
         widths = np.array([bucket(max(1, n), limit) for n in widths.tolist()])
@@ -164,11 +153,13 @@ def inputs_of(
 
 
 def adamw(
-    parts: Sequence[Sequence[Tensor]], lrs: Tensor, norm: Tensor, applied: Tensor, rates: Rates
+    parts: Sequence[Sequence[Tensor]],
+    lrs: Tensor,
+    norm: Tensor,
+    applied: Tensor,
+    rates: Rates,
 ) -> None:
     """Update the slots where `applied` `(k,)` is true; the others keep every bit.
-
-    A part is parameters, summed gradients, first and second moments.
 
     Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization".
     """

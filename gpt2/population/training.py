@@ -77,7 +77,9 @@ class PopulationTraining:
 
         k = len(slots.flat)
         self.trainings: list[Slot | None] = [None] * k
-        limit = model.config.block_size if isinstance(model, GPT2) else data.longest
+        limit = data.longest
+        if isinstance(model, GPT2):
+            limit = model.config.block_size
         self.width, self._widths = widths_of(data, k, config.batch_size, limit, self.device)
         learnt = np.sort(data.supervised(np.arange(len(data))))
         self._most_learnt = int(learnt[-config.batch_size :].sum())
@@ -94,7 +96,6 @@ class PopulationTraining:
         config: TrainConfig,
         *,
         ratios: Mapping[str, float] | None = None,
-        until: int | None = None,
     ) -> None:
         """Begin a training of what is in a slot.
 
@@ -102,14 +103,13 @@ class PopulationTraining:
             slot: its number.
             config: as for `gpt2.train`; slots may differ in the fields of `VARYING`.
             ratios: factors of the learning rate by the slots' parts; 1 where none is given.
-            until: the step to rest after; None for the end of its schedule.
 
         Raises:
             ValueError: a config that differs in more; no such part or slot, or an empty one.
         """
         occupant = self.slots.take(slot)  # raises for an empty slot
         state = Slot(data=self.data, config=config, ratios=ratios or {}, occupant=occupant)
-        self.go_on(slot, state, until=until)
+        self.go_on(slot, state)
 
     def advance(self, ticks: int) -> int:
         """Take at most so many micro-batches of each slot; then wait for the device.
@@ -151,10 +151,14 @@ class PopulationTraining:
         training = self.trainings[slot]
         if training is None or training.micro:
             raise ValueError(f"Slot {slot} has no training between two steps.")
-        kept: Any = {"occupant": self.slots.take(slot), "records": [*training.records]}
-        return replace(training, moments=self.moments[:, slot].to("cpu", copy=True), **kept)
+        return replace(
+            training,
+            losses=[*training.losses],
+            occupant=self.slots.take(slot),
+            moments=self.moments[:, slot].to("cpu", copy=True),
+        )
 
-    def go_on(self, slot: int, state: Slot, *, until: int | None = None) -> None:
+    def go_on(self, slot: int, state: Slot) -> None:
         """Put a training into a slot, where it goes on as if it had never moved.
 
         Arguments and errors as `start`; a ValueError too if it does not fit.
@@ -178,8 +182,12 @@ class PopulationTraining:
         self.slots.put(slot, state.occupant)
         self.moments[:, slot] = moments
         self._losses[slot] = 0
-        kept: Any = {"occupant": None, "records": [*state.records]}
-        self.trainings[slot] = replace(state, until=until, moments=0.0, **kept)
+        self.trainings[slot] = replace(
+            state,
+            losses=[*state.losses],
+            occupant=None,
+            moments=0.0,
+        )
 
     @torch.no_grad()
     def evaluate(self, data: Dataset, batch_size: int = 8) -> list[float]:
@@ -238,7 +246,7 @@ class PopulationTraining:
         """A pass with a batch for each block, queued on the device."""
         size = self.config.batch_size
         most = -(-min(self._most_learnt, size * width) // ALIGNED) * ALIGNED
-        keys = [
+        keys = [  # each block's slot, and the halves of its seed
             (batch.slot, batch.seed & 0xFFFFFFFF, batch.seed >> 32) if batch else (i, 0, 0)
             for i, batch in enumerate(batches)
         ]
@@ -254,13 +262,14 @@ class PopulationTraining:
         return self.graphs(self._pass, lambda: self._state, *inputs).clone()
 
     def _pass(
-        self, idx: Tensor, labels: Tensor, at: Tensor, keys: Tensor, rates: Tensor | None = None
+        self,
+        idx: Tensor,
+        labels: Tensor,
+        at: Tensor,
+        keys: Tensor,
+        rates: Tensor | None = None,
     ) -> Tensor:
-        """Add the gradients of blocks; given rates, update the slots whose step ends.
-
-        `keys` `(m, 3)` are a block's slot and the halves of its seed. The last rates are the parts'
-        learning rates. Gives losses and gradient norms, `(2, k)`.
-        """
+        """Add the gradients of blocks; given rates, update the slots whose step ends."""
         slots = self.slots
         if not devices.on_cpu(self.device):
             each = hashes(keys[:, 1:], len(self._dropping))
@@ -307,7 +316,6 @@ class PopulationTraining:
 
 
 def check_attached(model: nn.Module, slots: Any) -> None:
-    """Whether the model runs under these slots."""
     parameters = {id(parameter) for parameter in model.parameters()}
     if not all(id(parameter) in parameters for parameter in slots.parameters):
         raise RuntimeError(
