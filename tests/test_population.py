@@ -72,7 +72,7 @@ def outcome(training: PopulationTraining, slots: lora.Population, i: int) -> Out
     assert own is not None
     updates = slots.take(i)
     factors = {f"{p}.{n}": f.detach() for p, u in updates.items() for n, f in u.named_parameters()}
-    return [record.loss for record in own.records], factors
+    return [*own.losses], factors
 
 
 def population(
@@ -224,7 +224,7 @@ def test_no_neighbour_moves_a_bit(fate):
         assert own is not None
         assert own.ended is not None
         assert own.ended.startswith("Step 6: the loss is nan")
-        assert len(own.records) == 6
+        assert len(own.losses) == 6
 
 
 def test_slots_with_long_examples_end_as_alone_whoever_their_neighbours_are():
@@ -289,10 +289,11 @@ def test_a_training_leaves_its_slot_and_goes_on_in_another():
     to_the_end(training)
     states = {i: training.state(i) for i in (0, 2)}
     slots.draw(0, ADAPTERS[3])
-    training.start(0, CONFIGS[3], until=3)
-    training.go_on(2, states[0])
+    training.start(0, CONFIGS[3])
+    training.trainings[0].until = 3
+    training.go_on(2, replace(states[0], until=None))
     to_the_end(training)
-    training.go_on(0, states[2])
+    training.go_on(0, replace(states[2], until=None))
     to_the_end(training)
     same(outcome(training, slots, 2), outcome(want, wanted, 0))
     same(outcome(training, slots, 0), outcome(want, wanted, 2))
@@ -478,7 +479,7 @@ def test_a_slot_that_failed_rests_until_a_training_goes_on_in_it():
     assert torch.equal(slots.flat[1], flat[1])
     failed = training.trainings[1]
     assert failed.ended.startswith("Step 4: the loss is 4.")
-    assert (failed.taken, len(failed.records), len(state.records)) == (3, 4, 3)
+    assert (failed.taken, len(failed.losses), len(state.losses)) == (3, 4, 3)
     training.go_on(1, state)
     to_the_end(training)
     for i in (0, 1):

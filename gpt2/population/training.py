@@ -23,17 +23,14 @@ from gpt2.fast.compiling import blocks_run, compiled
 from gpt2.fast.graphs import GraphedCalls
 from gpt2.loss import cross_entropies, shifted
 from gpt2.model import GPT2, in_mode
-from gpt2.population.slots import Batch, Slot, pass_inputs, pass_widths
-from gpt2.population.step import Rates, Streams, adamw, hashes
+from gpt2.population.slots import Batch, Rates, Slot, Streams, adamw, hashes, inputs_of, widths_of
 from gpt2.training.config import TrainConfig
 from gpt2.training.losses import check_readable, logits_of
 
 ALIGNED = 8  # rows: between, a CPU's product has other last bits
-VARYING = frozenset(
-    "lr epochs steps accumulate schedule warmup_ratio warmup_steps weight_decay betas eps clip "
-    "seed".split()
-)
-"""The fields of a TrainConfig in which slots may differ."""
+# The fields of a TrainConfig in which slots may differ.
+VARYING = "lr epochs steps accumulate schedule warmup_ratio warmup_steps weight_decay betas".split()
+VARYING += "eps clip seed".split()
 
 
 class PopulationTraining:
@@ -56,7 +53,22 @@ class PopulationTraining:
 
     def __init__(self, model: nn.Module, slots: Any, data: Dataset, config: TrainConfig) -> None:
         check_readable(model, data)
-        check(model, slots, config)
+        faults = [
+            f"{name} is for one training alone"
+            for name in ("tokens_per_batch", "packing", "checkpointing")
+            if getattr(config, name)
+        ]
+        self._dropping: list[Any] = [m for m in model.modules() if hasattr(m, "drops")]
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Dropout) and module.p and module not in self._dropping:
+                faults.append(f"{name} cannot drop by slots: set its p to 0")
+        on_cuda = devices.on_cuda(slots.flat.device)
+        if config.cuda_graph and not on_cuda:
+            faults.append(f"cuda_graph=True needs a CUDA device, not {slots.flat.device}")
+        if faults:
+            raise ValueError(f"The population cannot be trained so: {'; '.join(faults)}.")
+        check_attached(model, slots)
+
         self.model = model
         self.slots = slots
         self.data = data
@@ -68,17 +80,14 @@ class PopulationTraining:
         limit = data.longest
         if isinstance(model, GPT2):
             limit = model.config.block_size
-        self.width, self._widths = pass_widths(data, k, config.batch_size, limit, self.device)
+        self.width, self._widths = widths_of(data, k, config.batch_size, limit, self.device)
         learnt = np.sort(data.supervised(np.arange(len(data))))
         self._most_learnt = int(learnt[-config.batch_size :].sum())
-        self._dropping: list[Any] = [m for m in model.modules() if hasattr(m, "drops")]
         self.moments = slots.flat.new_zeros(2, *slots.flat.shape)
 
         self._losses = slots.flat.new_zeros(k)  # of the current steps
         self._state = [slots.flat, slots.grad, self.moments, self._losses]
-        self.graphs: GraphedCalls | None = None
-        if devices.on_cuda(self.device) and config.cuda_graph is not False:
-            self.graphs = GraphedCalls()
+        self.graphs = GraphedCalls() if on_cuda and config.cuda_graph is not False else None
         self._adamw = compiled(adamw) if config.compile else adamw
 
     def start(
@@ -87,7 +96,6 @@ class PopulationTraining:
         config: TrainConfig,
         *,
         ratios: Mapping[str, float] | None = None,
-        until: int | None = None,
     ) -> None:
         """Begin a training of what is in a slot.
 
@@ -95,18 +103,13 @@ class PopulationTraining:
             slot: its number.
             config: as for `gpt2.train`; slots may differ in the fields of `VARYING`.
             ratios: factors of the learning rate by the slots' parts; 1 where none is given.
-            until: the step to rest after; None for the end of its schedule.
 
         Raises:
             ValueError: a config that differs in more; no such part or slot, or an empty one.
         """
-        training = Slot(
-            data=self.data,
-            config=config,
-            ratios=ratios or {},
-            occupant=self.slots.take(slot),  # raises for an empty slot
-        )
-        self.go_on(slot, training, until=until)
+        occupant = self.slots.take(slot)  # raises for an empty slot
+        state = Slot(data=self.data, config=config, ratios=ratios or {}, occupant=occupant)
+        self.go_on(slot, state)
 
     def advance(self, ticks: int) -> int:
         """Take at most so many micro-batches of each slot; then wait for the device.
@@ -148,15 +151,14 @@ class PopulationTraining:
         training = self.trainings[slot]
         if training is None or training.micro:
             raise ValueError(f"Slot {slot} has no training between two steps.")
-        moments = self.moments[:, slot].to("cpu", copy=True)
         return replace(
             training,
+            losses=[*training.losses],
             occupant=self.slots.take(slot),
-            moments=moments,
-            records=[*training.records],
+            moments=self.moments[:, slot].to("cpu", copy=True),
         )
 
-    def go_on(self, slot: int, state: Slot, *, until: int | None = None) -> None:
+    def go_on(self, slot: int, state: Slot) -> None:
         """Put a training into a slot, where it goes on as if it had never moved.
 
         Arguments and errors as `start`; a ValueError too if it does not fit.
@@ -176,15 +178,13 @@ class PopulationTraining:
         if faults:
             raise ValueError(f"Slot {slot} cannot be trained so: {'; '.join(faults)}.")
 
-        moments = torch.empty_like(self.moments[:, slot])
-        moments.copy_(torch.as_tensor(state.moments))
+        moments = torch.empty_like(self.moments[:, slot]).copy_(torch.as_tensor(state.moments))
         self.slots.put(slot, state.occupant)
         self.moments[:, slot] = moments
         self._losses[slot] = 0
         self.trainings[slot] = replace(
             state,
-            until=until,
-            records=[*state.records],
+            losses=[*state.losses],
             occupant=None,
             moments=0.0,
         )
@@ -204,19 +204,16 @@ class PopulationTraining:
         check_readable(self.model, data)
         check_attached(self.model, self.slots)
         k = len(self.trainings)
-        order = data.by_length[::-1]
-        lengths = data.lengths
         total = torch.zeros(k, dtype=torch.float64)
         tokens = 0
         with in_mode(self.model, training=False), devices.own_generators(self.device):
             for start in range(0, len(data), batch_size):
-                chosen = order[start : start + batch_size]
-                width = int(lengths[chosen[0]])
+                chosen = data.by_length[::-1][start : start + batch_size]
+                width = int(data.lengths[chosen[0]])
                 n = int(data.supervised(chosen).sum())
-                batches = [Batch(0, chosen, width)] * k
-                inputs = pass_inputs(data, len(chosen), width, n, batches)
-                idx, labels, at = (tensor.to(self.device) for tensor in inputs)
-                total += self._summed(idx, labels, at).cpu().double()
+                inputs = inputs_of(data, len(chosen), width, n, [Batch(0, chosen, width)] * k)
+                losses = self._summed(*(tensor.to(self.device) for tensor in inputs))
+                total += losses.cpu().double()
                 tokens += n
         return (total / tokens).tolist()
 
@@ -236,8 +233,7 @@ class PopulationTraining:
             else:
                 passes.append((batch.width, [batch]))
             if batch.tokens:
-                lrs = [slot.lr * slot.ratios.get(part, 1.0) for part in parts]
-                rates[:, i] = [*Rates.of(slot.config, slot.taken, batch.tokens), *lrs]
+                rates[:, i] = slot.rates(batch.tokens, parts)
 
         if not any(usual):
             del passes[0]
@@ -250,13 +246,12 @@ class PopulationTraining:
         """A pass with a batch for each block, queued on the device."""
         size = self.config.batch_size
         most = -(-min(self._most_learnt, size * width) // ALIGNED) * ALIGNED
-        keys = np.array([(i, 0, 0) for i in range(len(batches))])
-        for i, batch in enumerate(batches):
-            if batch:
-                keys[i] = batch.slot, batch.seed & 0xFFFFFFFF, batch.seed >> 32
-
-        inputs = pass_inputs(self.data, size, width, most, batches)
-        inputs += [torch.from_numpy(keys), *rates]
+        keys = [  # each block's slot, and the halves of its seed
+            (batch.slot, batch.seed & 0xFFFFFFFF, batch.seed >> 32) if batch else (i, 0, 0)
+            for i, batch in enumerate(batches)
+        ]
+        inputs = inputs_of(self.data, size, width, most, batches)
+        inputs += [torch.tensor(keys), *rates]
         inputs = [devices.copied(tensor, self.device) for tensor in inputs]
         if devices.on_cpu(self.device):
             streams = Streams(batches)
@@ -274,11 +269,7 @@ class PopulationTraining:
         keys: Tensor,
         rates: Tensor | None = None,
     ) -> Tensor:
-        """Add the gradients of blocks; given rates, update the slots whose step ends.
-
-        `keys` `(m, 3)` are a block's slot and the halves of its seed. The last rates are the parts'
-        learning rates. Gives losses and gradient norms, `(2, k)`.
-        """
+        """Add the gradients of blocks; given rates, update the slots whose step ends."""
         slots = self.slots
         if not devices.on_cpu(self.device):
             each = hashes(keys[:, 1:], len(self._dropping))
@@ -296,15 +287,12 @@ class PopulationTraining:
     def _summed(self, idx: Tensor, labels: Tensor, at: Tensor) -> Tensor:
         """The summed loss of each block, `(m,)`; in training compiled and smoothed."""
         model = self.model
-        smoothing = 0.0
-        compiling = False
-        if torch.is_grad_enabled():
-            smoothing = self.config.label_smoothing
-            compiling = self.config.compile
+        training = torch.is_grad_enabled()
+        smoothing = self.config.label_smoothing if training else 0.0
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast):
             if isinstance(model, GPT2):
                 x = model.transformer(idx)
-                how: Any = {"compiling": compiling, "smoothing": smoothing}
+                how: Any = {"compiling": training and self.config.compile, "smoothing": smoothing}
                 return head.losses(model.lm_head, x, labels, at, **how)
             logits = logits_of(model, idx).flatten(0, 1)
             losses = cross_entropies(logits, shifted(labels), smoothing)
@@ -327,25 +315,7 @@ class PopulationTraining:
         return figures
 
 
-def check(model: nn.Module, slots: Any, config: TrainConfig) -> None:
-    """Whether the slots of this model can be trained so."""
-    faults = [
-        f"{name} is for one training alone"
-        for name in ("tokens_per_batch", "packing", "checkpointing")
-        if getattr(config, name)
-    ]
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and module.p and not hasattr(module, "drops"):
-            faults.append(f"{name} cannot drop by slots: set its p to 0")
-    if config.cuda_graph and not devices.on_cuda(device := slots.flat.device):
-        faults.append(f"cuda_graph=True needs a CUDA device, not {device}")
-    if faults:
-        raise ValueError(f"The population cannot be trained so: {'; '.join(faults)}.")
-    check_attached(model, slots)
-
-
 def check_attached(model: nn.Module, slots: Any) -> None:
-    """Whether the model runs under these slots."""
     parameters = {id(parameter) for parameter in model.parameters()}
     if not all(id(parameter) in parameters for parameter in slots.parameters):
         raise RuntimeError(

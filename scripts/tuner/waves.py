@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,8 @@ class Waves:
             if run.ended is None and (more := plan.cooldown_steps(rung, run.total)):
                 ends = {"epochs": None, "steps": run.taken + more, "schedule": "linear"}
                 copy = replace(run.recipe.training, **ends)
-                self.training.go_on(slot, replace(self.training.state(slot), config=copy))
+                state = replace(self.training.state(slot), config=copy, until=None)
+                self.training.go_on(slot, state)
         self._advance(progress)
         losses = self.training.evaluate(self.validation, self._rows())
         for run, end, loss in zip(runs, rested, losses, strict=False):
@@ -95,7 +97,7 @@ class Waves:
     def _advance(self, progress: Progress) -> None:
 
         def recorded() -> int:
-            return sum(len(slot.records) for slot in self.training.trainings if slot)
+            return sum(len(slot.losses) for slot in self.training.trainings if slot)
 
         ticks, done = TICKS.get(self.device.type, 64), recorded()
         while self.training.advance(ticks):
@@ -110,7 +112,7 @@ class Waves:
         copies = [replace(run, position=None) for run in self._runs]
         for copy, (_, slot) in zip(copies, pairs, strict=True):
             if slot:
-                copy.curve = copy.curve + [record.loss for record in slot.records]
+                copy.curve = copy.curve + slot.losses
                 copy.ended = slot.ended
         alive = [i for i, copy in enumerate(copies) if copy.ended is None]
         moments = [*self.training.moments]
@@ -189,18 +191,15 @@ class Waves:
             if run.ended is not None:
                 continue
             slots.draw(slot, run.recipe.adapter)
-            config, ratios = run.recipe.training, {"B": run.recipe.b_ratio}
-            if run.position is None:
-                training.start(slot, config, ratios=ratios, until=step)
-                continue
-            flat, *moments = run.position
-            with torch.no_grad():
-                slots.flat[slot] = flat.to(slots.flat.device)
+            how: Any = {"config": run.recipe.training, "ratios": {"B": run.recipe.b_ratio}}
+            how |= {"taken": run.taken, "until": max(step, 1)}
+            if run.position is not None:
+                flat, *moments = run.position
+                how["moments"] = torch.stack(moments)
+                with torch.no_grad():
+                    slots.flat[slot] = flat.to(slots.flat.device)
             if run.taken < run.total:
-                kept = {"occupant": slots.take(slot), "moments": torch.stack(moments)}
-                options = {"config": config, "ratios": ratios, "taken": run.taken}
-                state = Slot(data=self.data, **options, **kept)
-                training.go_on(slot, state, until=max(step, 1))
+                training.go_on(slot, Slot(data=self.data, occupant=slots.take(slot), **how))
 
 
 def available(device: torch.device) -> float | None:
