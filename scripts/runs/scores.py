@@ -16,7 +16,7 @@ NAMES = "exact, bleu, chrf or file.py:function"
 
 
 class Corpus:
-    """A score of sacrebleu's over all texts, from 0 to 100, and its bootstrap interval."""
+    """A score of sacrebleu's, from 0 to 100."""
 
     def __init__(self, name: str) -> None:
         try:
@@ -32,13 +32,13 @@ class Corpus:
         return metric.corpus_score(*_columns(texts, references)).score
 
     def interval(self, texts: Texts, references: Sequence[Texts]) -> tuple[float, float]:
-        """As `gpt2.training.scores.interval`, from statistics that are counted once."""
+        """By sacrebleu's bootstrap."""
         result = self._metric.corpus_score(*_columns(texts, references), n_bootstrap=DRAWS)
         return result._mean - result._ci, result._mean + result._ci
 
 
 def _columns(texts: Texts, references: Sequence[Texts]) -> tuple[list[str], list[list[str | None]]]:
-    """Texts, and the first, second, … reference of each, as sacrebleu takes them."""
+    """Texts, and references by number."""
     most = range(max(map(len, references)))
     columns = [[of[i].strip() if i < len(of) else None for of in references] for i in most]
     return [text.strip() for text in texts], columns
@@ -69,10 +69,7 @@ def check(options: Namespace) -> None:
 
 
 def agreed(texts: Texts, score: Score) -> int:
-    """The number of the text that the others are most like, as references; of equals the first.
-
-    Source: minimum Bayes risk decoding, Kumar and Byrne 2004.
-    """
+    """The text most like the others, the first of equals (minimum Bayes risk): its number."""
     others = [[other for j, other in enumerate(texts) if j != i] for i in range(len(texts))]
     values = [
         fmean(score([text], [[o]]) for o in of) for text, of in zip(texts, others, strict=True)
@@ -87,14 +84,14 @@ def scored(name: str, texts: Texts, references: Sequence[Texts]) -> dict[str, An
 
 
 def result(fit: gpt2.Fit, name: str) -> dict[str, Any]:
-    """The same of a run's kept weights, with all evaluations' scores."""
+    """The same of a run's kept weights."""
     assert fit.scorer
     now = scored(name, fit.scorer.texts(fit.model), fit.scorer.references)
     return {**now, "by_step": fit.scores, "seconds": round(fit.scoring, 1)}
 
 
 def line(result: Mapping[str, Any]) -> str:
-    """A record's score in words, compared with the base's where that is known."""
+    """A record's score in words, beside the base's."""
     low, high = result["interval"]
     value = f"{result['name']} {result['value']:.4g} (95 %: {low:.4g} to {high:.4g})"
     if (base := result.get("by_step", {}).get(0)) is None:

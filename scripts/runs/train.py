@@ -162,7 +162,8 @@ def follow(fit: gpt2.Fit, directory: Path, console: Console, every: int) -> None
                 recent.clear()
                 console.print(f"step {step.step:>5} · loss {mean:.4f}{score} · {speed}")
     if fit.taken < fit.total:
-        console.print(f"Stopped after step {fit.taken}: no evaluation was better than the best.")
+        no_more = "score rose" if fit.choose_by == "score" else "validation loss fell"
+        console.print(f"Stopped after step {fit.taken}: the {no_more} no more.")
 
 
 @contextmanager
