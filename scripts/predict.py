@@ -28,7 +28,7 @@ from .cli.guard import Arguments, guarded
 from .cli.options import FLAG, AtLeastOne, add_model_options, build, parse, parser
 from .runs import answers, data, folder, scores
 
-AGREE = "of several adapters' texts, the one most like the others by a score: bleu"
+AGREE = "keep the text most like other adapters'"
 AGAIN = "Name another --output, or pass --overwrite true."
 
 
@@ -55,7 +55,7 @@ def main(argv: Arguments = None) -> None:
         scores.named(options.score)  # may raise
     paths: list[str] = options.adapter or []
     if (len(paths) > 1) != (agree is not None):
-        raise ValueError("--agree takes several adapters, and several adapters take --agree.")
+        raise ValueError("--agree takes several adapters.")
     adapters = [folder.adapter_in(path) for path in paths]
 
     options.base = options.base or folder.base_of(paths[0] if paths else None)
@@ -74,8 +74,11 @@ def main(argv: Arguments = None) -> None:
         assert agree
         for texts in [*zip(*by_adapter, strict=True)][first:]:
             best = scores.agreed(texts, agree)
-            more = {"adapter": paths[best], "predictions": texts}
-            yield {"prediction": texts[best], **more}
+            yield {
+                "prediction": texts[best],
+                "adapter": paths[best],
+                "predictions": texts,
+            }
 
     by_adapter: list[list[str]] = []
     how: dict[str, Any] = {"overwrite": options.overwrite, "score": options.score}

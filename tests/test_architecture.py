@@ -171,9 +171,9 @@ def test_importing_touches_no_random_state_and_little_else():
 # Lines of Python as `wc -l` counts them: they only fall, but for what a new capability is given.
 BUDGET = {
     "lora": 3_276,
-    "gpt2": 5_321,
-    "scripts": 3_744,
-    "tests": 18_559,
+    "gpt2": 5_346,
+    "scripts": 3_749,
+    "tests": 18_557,
     "benchmarks": 1_924,
 }
 MOST_LINES = {"lora": 400, "gpt2": 400, "scripts": 400, "tests": 700, "benchmarks": 400}

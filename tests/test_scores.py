@@ -158,8 +158,8 @@ def test_several_processes_share_the_prompts_and_have_all_texts():
     ("options", "message"),
     [
         ({"score": gpt2.exact_match, "validation": None}, "score need validation data"),
-        ({"choose_by": "score"}, 'choose_by is "loss", or "score" beside a score'),
-        ({"score": gpt2.exact_match, "choose_by": "bleu"}, "got 'bleu'"),
+        ({"choose_by": "score"}, 'choose_by is "loss", or "score" with a score'),
+        ({"score": gpt2.exact_match, "choose_by": "bleu"}, "not 'bleu'"),
         ({"score": gpt2.exact_match, "validation": DATA}, "examples with a prompt"),
     ],
 )
@@ -169,7 +169,7 @@ def test_a_fit_that_cannot_be_scored_is_refused(options, message):
 
 
 def test_another_model_than_a_gpt2_is_refused():
-    with pytest.raises(ValueError, match="takes a GPT-2, which generates: got Logits"):
+    with pytest.raises(ValueError, match="takes a GPT-2, got Logits"):
         evaluate(Logits(model_of()), ASKED, score=gpt2.exact_match)
 
 

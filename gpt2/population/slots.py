@@ -1,4 +1,4 @@
-"""What belongs to a slot: its training, what a pass reads for it, its AdamW and its dropout.
+"""A slot: its training, what a pass reads for it, its AdamW and dropout.
 
 Shapes: k slots · m blocks of a pass · b rows of a block · T time · S positions that learn.
 """

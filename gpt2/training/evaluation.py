@@ -56,11 +56,10 @@ def evaluate(
         autocast: compute in bfloat16 beside float32 weights.
         references: also give the share of prompts that the model continues greedily with one of
             their completions and its end.
-        score: also continue the prompts greedily and score the texts: a function from texts and
-            each one's references (the prompt's completions) to a number, the higher the better,
-            such as `gpt2.exact_match`. If it has no method `interval` of the same arguments, it is
-            called a thousand times for the interval.
-        prompts: how many of the data's first prompts are continued; None for all.
+        score: from greedy texts and each one's references (its prompt's completions) to a number,
+            the higher the better, such as `gpt2.exact_match`. It is called 1,001 times, unless it
+            has a method `interval`.
+        prompts: how many are scored; None for all.
 
     Raises:
         ValueError: the data does not fit the model; references or a score of data without prompts.
@@ -111,7 +110,11 @@ def evaluate(
         keys = np.concatenate([*data.prompt_keys()])
         share = len(np.unique(keys[(asked > 0) & exact])) / len(np.unique(keys[asked > 0]))
     return Evaluation(
-        loss=total / tokens, tokens=tokens, examples=len(data), exact_match=share, **scored
+        loss=total / tokens,
+        tokens=tokens,
+        examples=len(data),
+        exact_match=share,
+        **scored,
     )
 
 

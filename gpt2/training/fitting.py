@@ -49,17 +49,29 @@ def fit(
         validation: examples that are only read; without them the last weights are the result.
         run: when to evaluate, to stop and to save.
         resume: go on, bit for bit on a CPU, from the snapshot in the run's folder.
-        score, prompts: as for `gpt2.evaluate`, of the validation examples at each evaluation.
-        choose_by: what is best, and what patience waits for: the lowest "loss" or the highest
-            "score". A value that is not finite is never the best.
+        score, prompts: as for `gpt2.evaluate`.
+        choose_by: the best has the lowest "loss" or the highest "score"; NaN is never the best.
 
     Raises:
         ValueError, RuntimeError: as `gpt2.train`; a snapshot of a run of other data, base or
             options.
         FileNotFoundError: there is no snapshot to resume from.
     """
-    how = {"score": score, "prompts": prompts, "choose_by": choose_by}
-    made = Fit(model, data, config, groups, validation, run or RunConfig(), resume, **how)
+    how = {
+        "score": score,
+        "prompts": prompts,
+        "choose_by": choose_by,
+    }
+    made = Fit(
+        model,
+        data,
+        config,
+        groups,
+        validation,
+        run or RunConfig(),
+        resume,
+        **how,
+    )
     made._idle = True
     return made
 
@@ -94,7 +106,8 @@ class Fit(Training):
         self.validation, self.options = validation, run
         self.evaluated: dict[int, float] = {}
         self.scores: dict[int, float] = {}
-        self.scoring, self.choose_by = 0.0, choose_by
+        self.scoring = 0.0
+        self.choose_by = choose_by
         self.best: Weights = {}
         self.record: StepRecord | None = None  # the last
         self.last: Weights = {}  # once the run is over and the model has the best
@@ -105,7 +118,7 @@ class Fit(Training):
         elif run.patience is not None or run.eval_every is not None or score is not None:
             raise ValueError("patience, eval_every and score need validation data.")
         if choose_by not in ("loss", "score") or (choose_by == "score" and score is None):
-            raise ValueError(f'choose_by is "loss", or "score" beside a score: got {choose_by!r}.')
+            raise ValueError(f'choose_by is "loss", or "score" with a score, not {choose_by!r}.')
         self.scorer = Scorer(validation, score, prompts) if validation and score else None
         self._facts = self.made_of(validation) if run.folder is not None else {}
         if self.scorer and self._facts:
@@ -168,8 +181,12 @@ class Fit(Training):
         best, state = self.best, self.state()
         if self._sharded:  # processes of a GPU's group meet there
             best = {n: t.to(state.parameters[n].device) for n, t in best.items()}
-        around = {"best": best, "evaluated": self.evaluated, "made_of": self._facts}
-        around["scores"] = self.scores
+        around = {
+            "best": best,
+            "evaluated": self.evaluated,
+            "scores": self.scores,
+            "made_of": self._facts,
+        }
         if self.record:
             around["record"] = self.record.metrics()
         snapshots.write(Path(self.options.folder), replace(state, **around))

@@ -1,4 +1,4 @@
-"""Scores of generated text: what a model says to prompts, compared with references."""
+"""Scores of generated text."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,20 +23,15 @@ ROWS = {"cpu": 64, "mps": 64}  # prompts that are continued together; elsewhere 
 
 
 def exact_match(texts: Texts, references: Sequence[Texts]) -> float:
-    """The share of texts, in [0, 1], that are one of their references, but for outer blanks."""
+    """The share of texts, in [0, 1], that equal a reference, but for outer blanks."""
     pairs = zip(texts, references, strict=True)
     return float(np.mean([text.strip() in {r.strip() for r in of} for text, of in pairs]))
 
 
 def interval(score: Score, texts: Texts, references: Sequence[Texts]) -> tuple[float, float]:
-    """The interval in which 95 % of a score's values lie if other prompts are drawn.
+    """The score's 95 % interval over draws of the prompts; its own `interval`, if it has one.
 
-    Args:
-        score: maps texts and each one's references to a number. If it has a method `interval` of
-            the same arguments, that gives the result.
-        texts, references: one a prompt.
-
-    Source: Efron's percentile bootstrap, of 1,000 draws of the prompts with seed 0.
+    Source: Efron's percentile bootstrap, 1,000 draws, seed 0.
     """
     if hasattr(score, "interval"):
         return getattr(score, "interval")(texts, references)  # noqa: B009 - no Score need have it
@@ -49,19 +44,20 @@ def interval(score: Score, texts: Texts, references: Sequence[Texts]) -> tuple[f
 
 
 class Scorer:
-    """The prompts of examples, which a model continues greedily, and a score of its texts.
+    """Prompts of examples, which a model continues; all completions of one are its references.
 
     Args:
-        data: examples with prompts. All completions of a prompt are its references.
-        score: maps texts and each one's references to a number, the higher the better.
-        prompts: how many of the data's first prompts; None for all.
+        data: the examples.
+        score: from texts and references to a number.
+        prompts: how many, the first; None for all.
 
     Raises:
-        ValueError: no example has both a prompt and a completion.
+        ValueError: no example has a prompt and a completion.
     """
 
     def __init__(self, data: Dataset, score: Score, prompts: int | None = None) -> None:
-        self.score, tokenizer = score, Tokenizer()
+        self.score = score
+        tokenizer = Tokenizer()
         keys = np.concatenate([*data.prompt_keys()])
         asked = np.asarray(data.prompts) > 0
         _, first = np.unique(keys[asked], return_index=True)
@@ -73,6 +69,7 @@ class Scorer:
             self.longest = max(self.longest, len(ids) - n)
             completion = tokenizer.decode([token for token in ids[n:] if token != tokenizer.eos])
             references.setdefault(tuple(ids[:n]), []).append(completion)
+
         if not references:
             raise ValueError(
                 "A score needs examples with a prompt and a completion: none has both."
@@ -80,19 +77,26 @@ class Scorer:
         self.prompts, self.references = [*references], [*references.values()]
 
     def texts(self, model: nn.Module) -> list[str]:
-        """What the model says, until its end or as many tokens as the longest reference has.
+        """Greedy texts, at most as long as the longest reference.
 
-        Several processes share the prompts, and each has all texts. A ValueError for another
-        model than a GPT-2.
+        Several processes share the prompts, and each has all texts.
+
+        Raises:
+            ValueError: the model is no GPT-2.
         """
-        network, tokenizer = inner(model), Tokenizer()
+        network = inner(model)
+        tokenizer = Tokenizer()
         if not isinstance(network, GPT2):
-            raise ValueError(f"A score takes a GPT-2, which generates: got {type(model).__name__}.")
-        rank, size = distributed.rank(), distributed.size()
+            raise ValueError(f"A score takes a GPT-2, got {type(model).__name__}.")
+
+        rank = distributed.rank()
+        size = distributed.size()
         if any(map(is_sharded, network.parameters())):  # all run at once
             rank, size = 0, 1
         mine = {i: self._new(network, p) for i, p in enumerate(self.prompts) if i % size == rank}
-        rows, texts = ROWS.get(next(network.parameters()).device.type, 512), dict[int, str]()
+
+        rows = ROWS.get(next(network.parameters()).device.type, 512)
+        texts: dict[int, str] = {}
         for new in sorted({*mine.values()}):
             same = [i for i, n in mine.items() if n == new]
             for part in (same[at : at + rows] for at in range(0, len(same), rows)):
@@ -100,12 +104,13 @@ class Scorer:
                 with torch.no_grad():
                     made = generate(network, [self.prompts[i] for i in part], config)
                 texts |= zip(part, map(tokenizer.decode, made), strict=True)
+
         shared: list[dict[int, str]] = distributed.gathered(texts)
         every = {i: text for of in shared for i, text in of.items()}
         return [every[i] for i in range(len(self.prompts))]
 
     def __call__(self, model: nn.Module) -> float:
-        """The score of what the model says."""
+        """The score of its texts."""
         return float(self.score(self.texts(model), self.references))
 
     def _new(self, network: GPT2, prompt: Sequence[Any]) -> int:

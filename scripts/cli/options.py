@@ -88,7 +88,7 @@ def add_options(to: ArgumentParser, data: str, kind: str) -> None:
 
 
 def add_scoring(to: ArgumentParser) -> None:
-    """A score of generated text, and whether the best is chosen by it."""
+    """A score of generated text."""
     add, choices = to.add_argument, Literal["loss", "score"]
     add("--score", type=str | None, help="exact, bleu, chrf or file.py:function")
     add("--score_prompts", type=AtLeastOne, default=64, help="validation prompts to continue")

@@ -1,4 +1,4 @@
-"""Scores of texts by name, and the text that others agree with."""
+"""Scores by name, and agreement."""
 
 import importlib
 import runpy
@@ -22,7 +22,7 @@ class Corpus:
         try:
             metrics: Any = importlib.import_module("sacrebleu.metrics")
         except ModuleNotFoundError:
-            raise ValueError(f"{name} needs sacrebleu: pip install 'lora-gpt2[scores]'.") from None
+            raise ValueError(f"{name}: pip install 'lora-gpt2[scores]' first.") from None
         kinds = {"bleu": metrics.BLEU, "chrf": metrics.CHRF}
         sentences = {"bleu": {"effective_order": True}}
         self._metric, self._of_one = kinds[name](), kinds[name](**sentences.get(name, {}))
@@ -38,38 +38,38 @@ class Corpus:
 
 
 def _columns(texts: Texts, references: Sequence[Texts]) -> tuple[list[str], list[list[str | None]]]:
-    """Texts, and references by number."""
+    """As sacrebleu takes them."""
     most = range(max(map(len, references)))
     columns = [[of[i].strip() if i < len(of) else None for of in references] for i in most]
     return [text.strip() for text in texts], columns
 
 
 def named(name: str) -> Score:
-    """The score of a name; a ValueError says which there are."""
+    """The score of a name."""
     if name == "exact":
         return gpt2.exact_match
     if name in ("bleu", "chrf"):
         return Corpus(name)
     file, _, function = name.rpartition(":")
     if Path(file).suffix != ".py":
-        raise ValueError(f"A score is {NAMES}, got {name!r}.")
+        raise ValueError(f"No score {name!r}: give {NAMES}.")
     if function not in (names := runpy.run_path(file)):
         raise ValueError(f"{file} has no function {function}.")
     return names[function]
 
 
 def check(options: Namespace) -> None:
-    """Raise where a run cannot be scored as it is asked to."""
+    """Check the options."""
     if options.score is None and options.choose_by == "score":
-        raise ValueError("choose_by score needs a score: give --score bleu.")
+        raise ValueError("choose_by score needs --score.")
     if options.score is not None:
         named(options.score)
         if options.validation is None:
-            raise ValueError("A score needs validation data: give --validation.")
+            raise ValueError("A score needs --validation.")
 
 
 def agreed(texts: Texts, score: Score) -> int:
-    """The text most like the others, the first of equals (minimum Bayes risk): its number."""
+    """The number of the text most like the others (minimum Bayes risk)."""
     others = [[other for j, other in enumerate(texts) if j != i] for i in range(len(texts))]
     values = [
         fmean(score([text], [[o]]) for o in of) for text, of in zip(texts, others, strict=True)
@@ -78,20 +78,20 @@ def agreed(texts: Texts, score: Score) -> int:
 
 
 def scored(name: str, texts: Texts, references: Sequence[Texts]) -> dict[str, Any]:
-    """A record's score of texts, with its interval."""
+    """A score with its interval."""
     of = named(name), texts, references
     return {"name": name, "prompts": len(texts), "value": of[0](*of[1:]), "interval": interval(*of)}
 
 
 def result(fit: gpt2.Fit, name: str) -> dict[str, Any]:
-    """The same of a run's kept weights."""
+    """Of a run's kept weights."""
     assert fit.scorer
     now = scored(name, fit.scorer.texts(fit.model), fit.scorer.references)
     return {**now, "by_step": fit.scores, "seconds": round(fit.scoring, 1)}
 
 
 def line(result: Mapping[str, Any]) -> str:
-    """A record's score in words, beside the base's."""
+    """In words, beside the base's."""
     low, high = result["interval"]
     value = f"{result['name']} {result['value']:.4g} (95 %: {low:.4g} to {high:.4g})"
     if (base := result.get("by_step", {}).get(0)) is None:

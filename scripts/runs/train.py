@@ -124,7 +124,7 @@ def _evaluated(reader: Reader, split: Split, fit: gpt2.Fit) -> dict[str, Any]:
 
 
 def mixed(reader: Reader, splits: Mapping[str, Split]) -> dict[str, dict[str, float]]:
-    """By task, the validation losses of each adapter and of their equal mixture."""
+    """Validation losses by task and adapter."""
     model, losses = reader.model, dict[str, dict[str, float]]()
     routes = {name: {name: 1.0} for name in splits} | {
         MIXTURE: dict.fromkeys(splits, 1 / len(splits))
@@ -138,7 +138,7 @@ def mixed(reader: Reader, splits: Mapping[str, Split]) -> dict[str, dict[str, fl
                 losses[task][name] = gpt2.evaluate(model, split.validation).loss
         *parts, mixture = losses[task].values()
         of = ", ".join(f"{name} {loss:.4f}" for name, loss in losses[task].items())
-        worse = " The mixture is worse than each of them." if mixture > max(parts) else ""
+        worse = " The mixture is the worst." if mixture > max(parts) else ""
         reader.console.print(f"Validation on {task}: loss {of}.{worse}", soft_wrap=True)
     return losses
 

@@ -71,9 +71,11 @@ def results(search: Search) -> dict[str, Any]:
     winner, finalists, seeds = search.winner, search.finalists, search.plan.seeds
     best, others = search.losses_of(winner), [n for n in finalists if n != winner]
     others = [n for n in others if not differ(search.losses_of(n), best)]
-    reason, seeds_or = "has the lowest mean loss", f"over {seeds} seeds"
+    reason = "has the lowest mean loss"
+    seeds_or = f"over {seeds} seeds"
     if search.by_score:
-        reason, seeds_or = "has the highest score", f"by {search.score} over {seeds} seeds"
+        reason = "has the highest score"
+        seeds_or = f"by {search.score} {seeds_or}"
         low, _ = search.scored[winner]["interval"]
         others = [n for n in finalists if n != winner and n in search.scored]
         others = [n for n in others if search.scored[n]["value"] >= low]

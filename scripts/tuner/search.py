@@ -35,7 +35,7 @@ class Search:
     # Runs under other seeds, and test losses by seed; of the default, too.
     again: dict[Trial, list[Run]] = field(default_factory=dict[Trial, list[Run]])
     tested: dict[Trial, list[float]] = field(default_factory=dict[Trial, list[float]])
-    # The score of what finalists and the default say under all seeds, and its interval.
+    # Scores of finalists and the default, all seeds together.
     score: str | None = None
     score_prompts: int | None = None
     by_score: bool = False
@@ -104,8 +104,8 @@ class Search:
     def _score(self) -> None:
         if self.score is None:
             return
-        score = scores.named(self.score)
-        scorer = Scorer(self.waves.validation, score, self.score_prompts)
+        of = self.waves.validation, scores.named(self.score), self.score_prompts
+        scorer = Scorer(*of)
         for trial, repeated in self._shared([*self.finalists, DEFAULT]).items():
             texts = list[str]()
             for run in repeated:
@@ -170,7 +170,7 @@ class Search:
 
     @property
     def winner(self) -> int:
-        """The finalist of the highest score, if that is asked for, or of the lowest mean loss."""
+        """The finalist of the highest score or the lowest mean loss."""
         if self.by_score and self.scored:
             finalists = [n for n in self.finalists if n in self.scored]
             return max(finalists, key=lambda n: self.scored[n]["value"])
