@@ -91,7 +91,7 @@ def add_scoring(to: ArgumentParser) -> None:
     """A score of generated text."""
     add, choices = to.add_argument, Literal["loss", "score"]
     add("--score", type=str | None, help="exact, bleu, chrf or file.py:function")
-    add("--score_prompts", type=AtLeastOne, default=64, help="validation prompts to continue")
+    add("--score_prompts", type=AtLeastOne, default=64, help="prompts to continue")
     add("--choose_by", type=choices, default="loss", help="validation loss, or the score")
 
 
