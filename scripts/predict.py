@@ -74,11 +74,8 @@ def main(argv: Arguments = None) -> None:
         assert agree
         for texts in [*zip(*by_adapter, strict=True)][first:]:
             best = scores.agreed(texts, agree)
-            yield {
-                "prediction": texts[best],
-                "adapter": paths[best],
-                "predictions": texts,
-            }
+            more = {"adapter": paths[best], "predictions": texts}
+            yield {"prediction": texts[best], **more}
 
     by_adapter: list[list[str]] = []
     how: dict[str, Any] = {"overwrite": options.overwrite, "score": options.score}
@@ -89,6 +86,7 @@ def main(argv: Arguments = None) -> None:
             with_it["adapter"] = digest(sorted(adapter.glob("adapter_*")))
         if agree:
             one = file.with_name(f"{file.stem}-{number}{file.suffix}")
+
         lines = write(reader, one, with_it, prompts, predictions, **how)
         by_adapter.append([line["prediction"] for line in lines])
         if adapter is not None:

@@ -23,6 +23,7 @@ class Corpus:
             metrics: Any = importlib.import_module("sacrebleu.metrics")
         except ModuleNotFoundError:
             raise ValueError(f"{name}: pip install 'lora-gpt2[scores]' first.") from None
+
         kinds = {"bleu": metrics.BLEU, "chrf": metrics.CHRF}
         sentences = {"bleu": {"effective_order": True}}
         self._metric, self._of_one = kinds[name](), kinds[name](**sentences.get(name, {}))
@@ -53,6 +54,7 @@ def named(name: str) -> Score:
     file, _, function = name.rpartition(":")
     if Path(file).suffix != ".py":
         raise ValueError(f"No score {name!r}: give {NAMES}.")
+
     if function not in (names := runpy.run_path(file)):
         raise ValueError(f"{file} has no function {function}.")
     return names[function]

@@ -136,6 +136,7 @@ def mixed(reader: Reader, splits: Mapping[str, Split]) -> dict[str, dict[str, fl
         for name, weights in routes.items():
             with lora.activated(model, weights):
                 losses[task][name] = gpt2.evaluate(model, split.validation).loss
+
         *parts, mixture = losses[task].values()
         of = ", ".join(f"{name} {loss:.4f}" for name, loss in losses[task].items())
         worse = " The mixture is the worst." if mixture > max(parts) else ""
