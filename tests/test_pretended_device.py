@@ -212,20 +212,3 @@ def test_device_check_says_what_works_differs_and_fails(checked_base, device, ca
     assert a == ["a", "fails with NotImplementedError: no such operation"]
     assert b == ["b", "differs by 5.0e-01 of the largest number"]
     assert c == ["c", "differs in 3 of 3 tokens"]
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "text with a repetition penalty",
-        "logits in bfloat16",
-        "an adapter at birth",
-        "an adapter's logits",
-        "merge and unmerge",
-        "rows under different adapters",
-        "training an adapter",
-        "save and load",
-    ],
-)
-def test_the_checks_find_nothing_where_nothing_is_wrong(checked_base, device, name):
-    assert device_check.main("mps", {name: device_check.CHECKS[name]}) == 0
