@@ -74,7 +74,10 @@ class Beams(Steps):
             end = self.n + self._before
             forbid_repeats(log_probs, self.history.flatten(0, 1), end, self.config.no_repeat_ngram)
 
-        scores, beams, tokens = continuations(log_probs, self.scores, self._candidates)
+        V = log_probs.shape[-1]
+        total = (log_probs.view(B, K, V) + self.scores[..., None]).flatten(1)  # (B, K·V)
+        scores, which = total.topk(min(self._candidates, K * V))  # (B, C), best first
+        beams, tokens = which // V, which % V
         last = self.n == len(self._powers) - 1
         ends = (tokens[..., None] == self._ends).any(-1) | last  # (B, C)
         power = self._powers[self.n]
@@ -107,17 +110,6 @@ class Beams(Steps):
         self.tokens.copy_(tokens.flatten())
         rows = beams + K * torch.arange(B, device=beams.device)[:, None]
         self.cache.reorder(rows.flatten(), self._shared)
-
-
-def continuations(log_probs: Tensor, scores: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The likeliest texts of one token more, best first: scores, beams, tokens `(B, C)`.
-
-    Given the log-probabilities `(B·K, V)` of each next token, and the beams' scores `(B, K)`.
-    """
-    (B, K), V = scores.shape, log_probs.shape[-1]
-    total = (log_probs.view(B, K, V) + scores[..., None]).flatten(1)  # (B, K·V)
-    best, which = total.topk(min(count, K * V))
-    return best, which // V, which % V
 
 
 def forbid_repeats(log_probs: Tensor, history: Tensor, end: Tensor, size: int) -> None:

@@ -1,6 +1,5 @@
-"""Text to GPT-2's token ids and back, with bundled ranks: never the network."""
+"""Text to GPT-2's token ids and back, with bundled merges: never the network."""
 
-import base64
 import json
 import operator
 from collections.abc import Iterable, Sequence
@@ -24,13 +23,17 @@ Ids = np.ndarray[Any, np.dtype[Any]]
 class Tokenizer:
     """GPT-2's byte-pair encoding: any text has ids, and the ids give the text back.
 
-    Source: Radford et al. 2019, section 2.2; ranks and pattern as in tiktoken's `gpt2`.
+    Source: Radford et al. 2019, section 2.2; merges and pattern as in tiktoken's `gpt2`.
     """
 
     def __init__(self) -> None:
-        data = (files("gpt2") / "assets" / "gpt2.tiktoken").read_bytes()
-        pairs = (line.split() for line in data.splitlines())
-        self._ranks = ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
+        glyphs = _glyphs()
+        text = (files("gpt2") / "assets" / "merges.txt").read_text("utf-8")
+        merges = [merge.replace(" ", "") for merge in text.splitlines()[1:]]
+        self._merges, self._shown = text, [*glyphs.values(), *merges]  # by rank
+        byte_of = {ord(glyph): byte for byte, glyph in glyphs.items()}
+        tokens = (token.translate(byte_of).encode("latin-1") for token in self._shown)
+        ranks = {token: rank for rank, token in enumerate(tokens)}
         self.fingerprint = f"gpt2, sha256 of its ranks {_SHA256}"
         self.eos = len(ranks)  # the id that ends a text, 50256; no text encodes to it
         self.vocab_size = len(ranks) + 1
@@ -63,37 +66,21 @@ class Tokenizer:
 
         It takes `<|endoftext|>` in a text for the id that ends a text.
         """
-        glyphs = _glyphs()
-        shown = {token: "".join(glyphs[byte] for byte in token) for token in self._ranks}
-        vocabulary = {shown[token]: rank for token, rank in self._ranks.items()}
-        vocabulary[_END_OF_TEXT] = self.eos
-        merges = ["#version: 0.2"]
-        merges += [f"{shown[a]} {shown[b]}" for a, b in map(self._merged, self._ranks) if b]
-
+        vocabulary = {token: rank for rank, token in enumerate([*self._shown, _END_OF_TEXT])}
         special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), _END_OF_TEXT)
         config = {"add_prefix_space": False, "tokenizer_class": "GPT2Tokenizer", **special}
         contents = {
-            "vocab.json": json.dumps(vocabulary, ensure_ascii=False),
-            "merges.txt": "\n".join(merges),
-            "tokenizer_config.json": json.dumps(config, indent=2, sort_keys=True),
+            "vocab.json": json.dumps(vocabulary, ensure_ascii=False) + "\n",
+            "merges.txt": self._merges,
+            "tokenizer_config.json": json.dumps(config, indent=2, sort_keys=True) + "\n",
         }
         with written(folder) as beside:
             for name, text in contents.items():
-                (beside / name).write_text(text + "\n", encoding="utf-8", newline="\n")
-
-    def _merged(self, token: bytes) -> tuple[bytes, bytes]:
-        """The two tokens that were merged into this one; the second is empty for a single byte."""
-        # It ranks after its parts: merging its bytes again without its rank leaves these two.
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            pairs = [parts[i] + parts[i + 1] for i in range(len(parts) - 1)]
-            first = min(range(len(pairs)), key=lambda i: self._ranks.get(pairs[i], self.eos))
-            parts[first : first + 2] = [pairs[first]]
-        return parts[0], parts[1] if len(parts) == 2 else b""
+                (beside / name).write_text(text, encoding="utf-8", newline="\n")
 
 
-def _glyphs() -> list[str]:
-    """A character for each byte, as the published `bytes_to_unicode` has them."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = (chr(code) for code in range(256, 512))
-    return [chr(byte) if byte in printable else next(others) for byte in range(256)]
+def _glyphs() -> dict[int, str]:
+    """A character for each byte, by rank, as the published `bytes_to_unicode` has them."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return dict(zip([*printable, *others], map(chr, [*printable, *range(256, 324)]), strict=True))

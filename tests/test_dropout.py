@@ -12,12 +12,7 @@ import gpt2.fast.dropout
 import lora.fast.dropout
 from gpt2.model import Dropout
 
-MASKS = {
-    "gpt2 drawn": gpt2.fast.dropout.drawn_mask,
-    "gpt2 hashed": gpt2.fast.dropout.hashed_mask,
-    "lora drawn": lora.fast.dropout.drawn_mask,
-    "lora hashed": lora.fast.dropout.hashed_mask,
-}
+MASKS = {"drawn": lora.fast.dropout.drawn_mask, "hashed": lora.fast.dropout.hashed_mask}
 
 
 @pytest.fixture(params=MASKS)

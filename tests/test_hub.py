@@ -1,7 +1,6 @@
 """The Hub path, against a server on this machine that answers as the Hub does."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -79,10 +78,7 @@ def test_sharded_here_on_the_hub_and_from_the_cache(hub, files, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["local", "hub"])
-@pytest.mark.parametrize(
-    "shard",
-    ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "C:\\x", 5 * "../"],
-)
+@pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/passwd"])
 def test_shards_of_another_folder_are_not_read(hub, files, tmp_path, how, shard):
     folder = tmp_path / "made"
     (folder / "model.safetensors").rename(tmp_path / "secret.safetensors")
@@ -116,23 +112,6 @@ def test_what_the_hub_does_not_have(hub, files):
     with pytest.raises(FileNotFoundError, match=r"'org/none' here, and no repo.*127\.0\.0\.1"):
         GPT2.from_pretrained("org/none")
     assert not any(file.endswith(".bin") for _, file in hub.requests)
-
-
-def test_the_environment_is_huggingface_hubs_own(tmp_path):
-    program = "from gpt2.model import GPT2; GPT2.from_pretrained('gpt2-xl')"
-    environment = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "empty")}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | environment,
-    )
-    assert done.returncode == 1
-    assert done.stderr.count("Traceback") == 1
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("ConnectionError: openai-community/gpt2-xl: the Hub is out of reach")
-    assert str(tmp_path / "empty") in last
 
 
 def test_huggingface_hub_is_imported_only_when_it_is_needed():

@@ -77,15 +77,6 @@ def test_loss_is_the_formula():
     assert next_token_loss(logits, labels).item() == pytest.approx(total / count, rel=1e-6)
 
 
-def test_loss_is_the_oracles(demo, tokenizer):
-    ids = tokenizer.encode("Q: What is self-attention?\nA: Self-attention allows tokens")
-    weights = {name: p.detach().double().numpy() for name, p in demo.transformer.named_parameters()}
-    idx = torch.tensor([ids])
-    want = reference.loss(weights, ids, demo.config.n_head)
-    with torch.no_grad():
-        assert next_token_loss(demo(idx), idx).item() == pytest.approx(want, rel=1e-5)
-
-
 def test_loss_is_computed_in_float32():
     _, labels = some(2, 9)
     logits = torch.randn(2, 9, V, generator=torch.Generator().manual_seed(1)).bfloat16() * 20

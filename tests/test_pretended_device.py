@@ -12,7 +12,6 @@ from torch import Tensor, nn
 import gpt2
 import lora
 from benchmarks import device_check
-from gpt2.generation import Decoder
 from tests.devices import pretended_device
 from tests.toys import randomize, tiny_gpt2
 
@@ -73,15 +72,6 @@ def test_generate(device, options):
         return
     texts = zip(*gpt2.stream(on(device, model), PROMPTS, config), strict=True)
     assert [list(text) for text in texts] == expected
-
-
-def test_the_decoders_tensors_are_on_the_device_but_for_the_random_numbers(device):
-    decoder = Decoder(
-        on(device, tiny_gpt2()), PROMPTS, gpt2.GenerateConfig(**SAMPLED, max_new_tokens=4)
-    )
-    for tensor in (decoder.text, decoder.n, decoder.tokens, decoder.seen, decoder.cache.lengths):
-        assert tensor.device.type == "mps"
-    assert (decoder.uniform.device.type, decoder.uniform.dtype) == ("cpu", torch.float64)
 
 
 def letters(*texts: str) -> gpt2.Dataset:
@@ -212,20 +202,3 @@ def test_device_check_says_what_works_differs_and_fails(checked_base, device, ca
     assert a == ["a", "fails with NotImplementedError: no such operation"]
     assert b == ["b", "differs by 5.0e-01 of the largest number"]
     assert c == ["c", "differs in 3 of 3 tokens"]
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "text with a repetition penalty",
-        "logits in bfloat16",
-        "an adapter at birth",
-        "an adapter's logits",
-        "merge and unmerge",
-        "rows under different adapters",
-        "training an adapter",
-        "save and load",
-    ],
-)
-def test_the_checks_find_nothing_where_nothing_is_wrong(checked_base, device, name):
-    assert device_check.main("mps", {name: device_check.CHECKS[name]}) == 0

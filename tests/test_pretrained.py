@@ -174,14 +174,11 @@ def test_another_architecture(folder, change):
     [
         ("{", "is not JSON"),
         ('{"n_head": 5, "n_embd": 128}', "n_head 5 must divide n_embd 128"),
-        ('{"n_head": "2"}', "n_head must be an integer of at least 1"),
         ('{"n_head": 2, "attn_pdrop": "much"}', r"attn_pdrop must be in \[0, 1\), got 'much'"),
-        ('{"n_head": 2, "attn_pdrop": 1.5}', r"attn_pdrop must be in \[0, 1\)"),
         ('{"n_head": 2, "layer_norm_epsilon": NaN}', r"epsilon must be in \(0, inf\), got nan"),
-        ('{"n_head": 2, "layer_norm_epsilon": true}', r"epsilon must be in \(0, inf\), got True"),
         ('{"n_head": 2, "model_type": "' + "x" * 10**6 + '"}', "model_type 'xxx"),
     ],
-    ids=range(8),
+    ids=range(5),
 )
 def test_a_broken_config(folder, text, message):
     (folder / "config.json").write_text(text)
