@@ -171,9 +171,9 @@ def test_importing_touches_no_random_state_and_little_else():
 # Lines of Python as `wc -l` counts them: they only fall, but for what a new capability is given.
 BUDGET = {
     "lora": 3_276,
-    "gpt2": 5_346,
+    "gpt2": 5_326,
     "scripts": 3_750,
-    "tests": 18_557,
+    "tests": 18_465,
     "benchmarks": 1_924,
 }
 MOST_LINES = {"lora": 400, "gpt2": 400, "scripts": 400, "tests": 700, "benchmarks": 400}
@@ -181,7 +181,7 @@ MOST_LINES = {"lora": 400, "gpt2": 400, "scripts": 400, "tests": 700, "benchmark
 CORE = "layer config layout tree targets injection bank merging".split()
 PARTS = {
     "lora core": ([ROOT / "lora" / f"{name}.py" for name in CORE], 1_350),
-    "gpt2 core": (sorted((ROOT / "gpt2").glob("*.py")), 1_479),
+    "gpt2 core": (sorted((ROOT / "gpt2").glob("*.py")), 1_458),
     "gpt2/data": (sorted((ROOT / "gpt2" / "data").glob("*.py")), 940),
 }
 # Characters a line and the share of blank lines when the budget began, and how far a line may have

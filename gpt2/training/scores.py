@@ -58,6 +58,7 @@ class Scorer:
     def __init__(self, data: Dataset, score: Score, prompts: int | None = None) -> None:
         self.score = score
         tokenizer = Tokenizer()
+
         keys = np.concatenate([*data.prompt_keys()])
         asked = np.asarray(data.prompts) > 0
         _, first = np.unique(keys[asked], return_index=True)
